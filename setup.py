@@ -1,0 +1,42 @@
+"""Package metadata and the optional dependency sets. Tool settings live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HF = ["tokenizers>=0.23"]
+PLOT = ["matplotlib>=3.10"]
+LINT = ["ruff>=0.17", "mypy>=2.4"]
+TEST = ["pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6.170", "beartype>=0.22", *HF, *PLOT, *LINT]
+
+setup(
+    name="dsa-jax",
+    version="0.1.0",
+    description="DeepSeek Sparse Attention for pretrained transformers, in JAX",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["dsa_jax*", "pallas_kernels*", "experiments*", "configs*"]),
+    install_requires=[
+        "jax>=0.10.2,<0.13",
+        "flax>=0.12.8,<0.13",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12.8,<1.0",
+        "numpy>=2.0",
+        "absl-py>=2.3",
+        "safetensors>=0.8",
+        "jaxtyping>=0.3.11",
+        "rich>=14",
+    ],
+    extras_require={
+        "cuda13": ["jax[cuda13]"],
+        "triton": ["jax-triton>=0.3.1"],
+        "hf": HF,
+        "plot": PLOT,
+        "tensorboard": ["tensorboardX>=2.6.5"],
+        "notebooks": ["jupytext>=1.19", "nbmake>=1.5.5", "ipykernel", *PLOT],
+        "test": TEST,
+        "dev": [*TEST, "tensorboardX>=2.6.5"],
+    },
+)
