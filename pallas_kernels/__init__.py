@@ -1,0 +1,25 @@
+"""Array operations of DeepSeek Sparse Attention: scores, selection, sparse and dense attention, indexer loss.
+
+Every op has one public function with an `implementation` argument; None takes the default rule of the device. The ops know
+arrays only: no parameters, no model configuration.
+"""
+
+from pallas_kernels._dispatch import IMPLEMENTATIONS, implementations_chosen, resolve_implementation
+from pallas_kernels.dense_attention.api import DenseAttentionOutput, attention_topk, dense_attention
+from pallas_kernels.index_topk.api import index_scores, index_topk
+from pallas_kernels.indexer_loss.api import indexer_kl
+from pallas_kernels.sparse_attention.api import SparseAttentionOutput, sparse_attention
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "DenseAttentionOutput",
+    "SparseAttentionOutput",
+    "attention_topk",
+    "dense_attention",
+    "implementations_chosen",
+    "index_scores",
+    "index_topk",
+    "indexer_kl",
+    "resolve_implementation",
+    "sparse_attention",
+]

@@ -1,0 +1,134 @@
+"""Argument checks shared by the ops. Every message says which argument, what it was, what was expected, what to do."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def checked(check: Callable[..., None]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator that passes a function's arguments, by name and with defaults, to `check` before anything else looks at them.
+
+    Where jaxtyping's import hook is installed it wraps the function inside this decorator, so that a caller's mistake ends in
+    the message of `check` with or without the hook.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            check(**bound.arguments)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def check_float(op: str, **arrays: Array) -> None:
+    """Raises ValueError unless every array has a floating dtype that the ops compute with."""
+    for name, array in arrays.items():
+        if array.dtype.name not in _FLOATS:
+            raise ValueError(f"{op}: {name} has dtype {array.dtype}; expected one of {', '.join(_FLOATS)}. Cast it first.")
+
+
+def check_shape(op: str, name: str, array: Array, expected: tuple[int | None, ...], meaning: str) -> None:
+    """Raises ValueError unless `array` has the expected shape; None matches any size, `meaning` names the axes."""
+    fits = array.ndim == len(expected) and all(
+        want is None or size == want for size, want in zip(array.shape, expected, strict=True)
+    )
+    if not fits:
+        shown = "[" + ", ".join("any" if want is None else str(want) for want in expected) + "]"
+        raise ValueError(
+            f"{op}: {name} has shape {list(array.shape)}; expected {shown}, which is {meaning}. "
+            "Check the arguments it has to agree with."
+        )
+
+
+def check_index_arguments(op: str, q_index: Array, k_index: Array, weights: Array) -> None:
+    """Checks the indexer's queries, keys and head weights against each other."""
+    check_float(op, q_index=q_index, k_index=k_index)
+    if weights.dtype.name not in ("float32", "float64"):
+        raise ValueError(f"{op}: weights has dtype {weights.dtype}; expected float32. Cast with weights.astype(jnp.float32).")
+    check_shape(op, "q_index", q_index, (None,) * 4, "[B, T, index heads, index head dim]")
+    batch, length, heads, dim = q_index.shape
+    check_shape(op, "k_index", k_index, (batch, None, dim), "[B, S, index head dim]")
+    check_shape(op, "weights", weights, (batch, length, heads), "[B, T, index heads]")
+
+
+def check_attention_arguments(op: str, q: Array, k: Array, v: Array | None = None, d_v: int | None = None) -> None:
+    """Checks queries, keys and values of an attention against each other."""
+    check_float(op, q=q, k=k)
+    check_shape(op, "q", q, (None,) * 4, "[B, T, heads, head dim]")
+    batch, _, heads, dim = q.shape
+    check_shape(op, "k", k, (batch, None, None, dim), "[B, S, key heads, head dim]")
+    if k.shape[2] == 0 or heads % k.shape[2]:
+        raise ValueError(
+            f"{op}: q has {heads} heads and k has {k.shape[2]}; expected a multiple. "
+            "Check n_heads and n_kv_heads in the config."
+        )
+    if v is not None:
+        check_float(op, v=v)
+        check_shape(op, "v", v, (*k.shape[:3], None), "[B, S, key heads, value dim]")
+        if d_v is not None and d_v != v.shape[-1]:
+            raise ValueError(
+                f"{op}: d_v is {d_v} and v has {v.shape[-1]} channels; expected the same. Leave d_v out when v is given."
+            )
+    elif d_v is not None and not 0 < d_v <= dim:
+        raise ValueError(
+            f"{op}: d_v is {d_v}; expected 1 to {dim}, since without v the values are k[..., :d_v]. Pass v or a d_v that fits."
+        )
+
+
+def check_lse(op: str, lse: Array, q: Array) -> None:
+    """Checks the log-sum-exp of an attention against its queries."""
+    check_float(op, lse=lse)
+    check_shape(op, "lse", lse, q.shape[:3], "[B, T, heads] of q")
+
+
+def check_ranges(op: str, visible_start: Array, visible_end: Array, batch: int, length: int) -> None:
+    """Checks the visible ranges: int32 [B, T], and start <= end where the values are known."""
+    for name, bound in (("visible_start", visible_start), ("visible_end", visible_end)):
+        if bound.dtype != jnp.int32:
+            raise ValueError(f"{op}: {name} has dtype {bound.dtype}; expected int32. Cast with {name}.astype(jnp.int32).")
+        check_shape(op, name, bound, (batch, length), "[B, T]")
+    if _is_known(visible_start) and _is_known(visible_end):
+        start, end = np.asarray(visible_start), np.asarray(visible_end)
+        if (start > end).any():
+            b, t = np.argwhere(start > end)[0]
+            raise ValueError(
+                f"{op}: visible_start is {start[b, t]} and visible_end is {end[b, t]} at row {b}, query {t}; "
+                "expected start <= end. Give start == end for a query that sees nothing."
+            )
+
+
+def check_topk(op: str, topk: int) -> None:
+    """Raises ValueError unless `topk` is a positive int."""
+    if isinstance(topk, bool) or not isinstance(topk, (int, np.integer)) or topk <= 0:
+        raise ValueError(f"{op}: topk is {topk!r}; expected a positive integer. Check indexer.topk in the config.")
+
+
+def check_topk_indices(op: str, topk_indices: Array, batch: int, length: int) -> None:
+    """Checks a selection: int32 [B, T, K]."""
+    if topk_indices.dtype != jnp.int32:
+        raise ValueError(
+            f"{op}: topk_indices has dtype {topk_indices.dtype}; expected int32. Cast with topk_indices.astype(jnp.int32)."
+        )
+    check_shape(op, "topk_indices", topk_indices, (batch, length, None), "[B, T, selected keys]")
+
+
+def _is_known(array: Array) -> bool:
+    return not isinstance(array, jax.core.Tracer) and (not isinstance(array, jax.Array) or array.is_fully_addressable)

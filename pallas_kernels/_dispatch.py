@@ -1,0 +1,60 @@
+"""Which implementation of an op runs: one argument, one default rule, logged once and recorded."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from absl import logging
+
+IMPLEMENTATIONS = ("reference", "xla", "pallas", "triton", "cute")
+
+# The one default rule: the first of these that an op has, on every device that is not listed by itself.
+# On a GPU "pallas" runs when asked for by name; it becomes the default once it has been measured on one.
+_DEFAULT_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("xla", "reference"), "gpu": ("xla", "reference")}
+
+_chosen: dict[str, set[str]] = {}
+
+
+def resolve_implementation(op: str, implementation: str | None, available: Mapping[str, Any], *, platform: str) -> str:
+    """Name of the implementation of `op` that runs on `platform` ("cpu", "gpu").
+
+    Args:
+        op: name of the op, for messages.
+        implementation: a name out of `IMPLEMENTATIONS`, or None for the default of the platform.
+        available: the implementations this op has, by name.
+        platform: device kind as `jax.default_backend()` calls it.
+
+    Raises:
+        ValueError: a name that is not an implementation's.
+        NotImplementedError: an implementation that this op does not have.
+    """
+    if implementation is None:
+        order = _DEFAULT_ORDER.get(platform, _DEFAULT_ORDER["cpu"])
+        return next(name for name in order if name in available)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"{op}: implementation is {implementation!r}; expected one of {', '.join(IMPLEMENTATIONS)}, "
+            "or None for the default."
+        )
+    if implementation not in available:
+        raise NotImplementedError(
+            f"{op}: there is no implementation {implementation!r}; this op has {', '.join(sorted(available))}. "
+            "Pass one of those, or implementation=None for the default."
+        )
+    return implementation
+
+
+def choose(
+    op: str, implementation: str | None, available: Mapping[str, Callable[..., Any]], *, platform: str
+) -> Callable[..., Any]:
+    """The function that `resolve_implementation` names; logs and records the choice the first time it is made."""
+    name = resolve_implementation(op, implementation, available, platform=platform)
+    names = _chosen.setdefault(op, set())
+    if name not in names:
+        names.add(name)
+        logging.info("%s runs with implementation %s", op, name)
+    return available[name]
+
+
+def implementations_chosen() -> dict[str, str]:
+    """Implementations that ran in this process so far, by op; several for one op are joined by a comma."""
+    return {op: ",".join(sorted(names)) for op, names in sorted(_chosen.items())}

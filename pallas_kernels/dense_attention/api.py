@@ -1,0 +1,97 @@
+"""Public ops: attention over a range of keys per query, and the keys that hold most of its probability."""
+
+from typing import NamedTuple
+
+import jax
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import _checks, _dispatch
+from pallas_kernels.dense_attention import reference, xla
+
+_DENSE = {"reference": reference.dense_attention, "xla": xla.dense_attention}
+_TOPK = {"reference": reference.attention_topk, "xla": xla.attention_topk}
+
+
+class DenseAttentionOutput(NamedTuple):
+    """`out` in the dtype of q; `lse`, natural log-sum-exp of the scaled logits over the visible keys, at least float32."""
+
+    out: Float[Array, "B T H Dv"]
+    lse: Float[Array, "B T H"]
+
+
+def _check_dense(q, k, v, visible_start, visible_end, d_v, **_):
+    _checks.check_attention_arguments("dense_attention", q, k, v, d_v)
+    _checks.check_ranges("dense_attention", visible_start, visible_end, *q.shape[:2])
+
+
+@_checks.checked(_check_dense)
+def dense_attention(
+    q: Float[Array, "B T H Dk"],
+    k: Float[Array, "B S G Dk"],
+    v: Float[Array, "B S G Dv"] | None,
+    *,
+    softmax_scale: float,
+    visible_start: Int32[Array, "B T"],
+    visible_end: Int32[Array, "B T"],
+    d_v: int | None = None,
+    implementation: str | None = None,
+) -> DenseAttentionOutput:
+    """Softmax attention of query t over all keys in [visible_start[t], visible_end[t]).
+
+    `out[t, h] = sum_s softmax_s(softmax_scale * q[t, h] . k[s, g(h)]) v[s, g(h)]` with head h in group `h // (H / G)`.
+    Differentiable in q, k and v, through both outputs.
+
+    Args:
+        v: None for latent attention: the values are the leading `d_v` channels of the keys (all of them when d_v is None).
+        visible_start, visible_end: bounds outside [0, S] are clamped, start == end is empty.
+        implementation: see `pallas_kernels.IMPLEMENTATIONS`; None is the default of the device.
+
+    Returns:
+        DenseAttentionOutput. A query that sees nothing: out 0, lse -inf, gradients 0. Keys that no query of their batch row
+        sees never matter, whatever they hold, NaN included; keys that some queries see must be finite.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or a known start > end.
+    """
+    run = _dispatch.choose("dense_attention", implementation, _DENSE, platform=jax.default_backend())
+    return DenseAttentionOutput(*run(q, k, v, visible_start, visible_end, softmax_scale=softmax_scale, d_v=d_v))
+
+
+def _check_topk(q, k, lse, topk, visible_start, visible_end, **_):
+    _checks.check_attention_arguments("attention_topk", q, k)
+    _checks.check_lse("attention_topk", lse, q)
+    _checks.check_topk("attention_topk", topk)
+    _checks.check_ranges("attention_topk", visible_start, visible_end, *q.shape[:2])
+
+
+@_checks.checked(_check_topk)
+def attention_topk(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S G D"],
+    lse: Float[Array, "B T H"],
+    *,
+    softmax_scale: float,
+    topk: int,
+    visible_start: Int32[Array, "B T"],
+    visible_end: Int32[Array, "B T"],
+    implementation: str | None = None,
+) -> Int32[Array, "B T {topk}"]:
+    """The `topk` visible keys that hold most attention probability, summed over heads: what a perfect indexer would select.
+
+    Ranks keys by `sum_h exp(softmax_scale * q[t, h] . k[s, g(h)] - lse[t, h])`. Carries no gradient.
+
+    Args:
+        lse: of `dense_attention` over the same keys, natural log.
+        topk: selected keys per query; may exceed S.
+        visible_start, visible_end: bounds outside [0, S] are clamped, start == end is empty.
+        implementation: see `pallas_kernels.IMPLEMENTATIONS`; None is the default of the device.
+
+    Returns:
+        topk_indices, int32, canonical as in `index_topk`: ascending, ties to the lower position, -1 after the last valid one.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, topk below 1, or a known start > end.
+    """
+    run = _dispatch.choose("attention_topk", implementation, _TOPK, platform=jax.default_backend())
+    stopped = [jax.lax.stop_gradient(x) for x in (q, k, lse)]
+    return run(*stopped, visible_start, visible_end, softmax_scale=softmax_scale, topk=topk)

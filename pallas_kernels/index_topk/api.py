@@ -1,0 +1,91 @@
+"""Public ops: index scores and the exact top-k selection over them."""
+
+import jax
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import _checks, _dispatch
+from pallas_kernels.index_topk import reference, xla
+
+_SCORES = {"reference": reference.index_scores, "xla": xla.index_scores}
+_TOPK = {"reference": reference.index_topk, "xla": xla.index_topk}
+
+
+def _check_scores(q_index, k_index, weights, visible_start, visible_end, **_):
+    _checks.check_index_arguments("index_scores", q_index, k_index, weights)
+    _checks.check_ranges("index_scores", visible_start, visible_end, *q_index.shape[:2])
+
+
+@_checks.checked(_check_scores)
+def index_scores(
+    q_index: Float[Array, "B T Hi Di"],
+    k_index: Float[Array, "B S Di"],
+    weights: Float[Array, "B T Hi"],
+    *,
+    visible_start: Int32[Array, "B T"],
+    visible_end: Int32[Array, "B T"],
+    implementation: str | None = None,
+) -> Float[Array, "B T S"]:
+    """Scores of the lightning indexer: how much query t wants key s.
+
+    `score[t, s] = sum_h weights[t, h] * relu(q_index[t, h] . k_index[s])`. The result holds T x S numbers: it is meant for
+    inspection and tests, `index_topk` never builds it.
+
+    Args:
+        weights: float32, signed, the static scales `n_index_heads ** -0.5 * index_head_dim ** -0.5` folded in.
+        visible_start, visible_end: query t sees keys [start, end); bounds outside [0, S] are clamped, start == end is empty.
+        implementation: see `pallas_kernels.IMPLEMENTATIONS`; None is the default of the device.
+
+    Returns:
+        Scores, accumulated and returned in float32 (float64 for float64 inputs), -inf where the key is invisible.
+        Differentiable; the gradient of the ReLU at 0 is 0.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or a known start > end.
+
+    Source: DeepSeek-V3.2-Exp report, section 1, equation 1.
+    """
+    run = _dispatch.choose("index_scores", implementation, _SCORES, platform=jax.default_backend())
+    return run(q_index, k_index, weights, visible_start, visible_end)
+
+
+def _check_topk(q_index, k_index, weights, topk, visible_start, visible_end, **_):
+    _checks.check_index_arguments("index_topk", q_index, k_index, weights)
+    _checks.check_topk("index_topk", topk)
+    _checks.check_ranges("index_topk", visible_start, visible_end, *q_index.shape[:2])
+
+
+@_checks.checked(_check_topk)
+def index_topk(
+    q_index: Float[Array, "B T Hi Di"],
+    k_index: Float[Array, "B S Di"],
+    weights: Float[Array, "B T Hi"],
+    *,
+    topk: int,
+    visible_start: Int32[Array, "B T"],
+    visible_end: Int32[Array, "B T"],
+    implementation: str | None = None,
+) -> Int32[Array, "B T {topk}"]:
+    """The `topk` visible keys with the highest index score, per query; one selection shared by all attention heads.
+
+    Scores as in `index_scores`. Carries no gradient.
+
+    Args:
+        weights: float32, signed, static scales folded in (a positive factor never changes the selection).
+        topk: selected keys per query (k in the paper); may exceed S.
+        visible_start, visible_end: query t sees keys [start, end); bounds outside [0, S] are clamped, start == end is empty.
+        implementation: see `pallas_kernels.IMPLEMENTATIONS`; None is the default of the device.
+
+    Returns:
+        topk_indices, int32, canonical: exact top-k, ascending by position, -1 after the last valid one (fewer visible keys
+        than topk). Equal scores go to the lower position, with -0.0 equal to 0.0. A NaN or -inf score of a visible key
+        counts as the lowest finite number: such keys are taken last, lower position first. Invisible keys never matter,
+        whatever they hold.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, topk below 1, or a known start > end.
+
+    Source: DeepSeek-V3.2-Exp report, section 1, equation 2. The order and the tie rule are ours.
+    """
+    run = _dispatch.choose("index_topk", implementation, _TOPK, platform=jax.default_backend())
+    stopped = [jax.lax.stop_gradient(x) for x in (q_index, k_index, weights)]
+    return run(*stopped, visible_start, visible_end, topk=topk)

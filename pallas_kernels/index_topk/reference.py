@@ -1,0 +1,50 @@
+"""Definition of the index scores and of the canonical selection: plain jnp, any float dtype, T x S memory and more."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+from pallas_kernels._numerics import accumulation_dtype, rank_scores, visible_mask
+
+
+def index_scores(
+    q_index: Float[Array, "B T Hi Di"],
+    k_index: Float[Array, "B S Di"],
+    weights: Float[Array, "B T Hi"],
+    visible_start: Int32[Array, "B T"],
+    visible_end: Int32[Array, "B T"],
+) -> Float[Array, "B T S"]:
+    """sum_h weights * relu(q . k), -inf where invisible."""
+    visible = visible_mask(visible_start, visible_end, k_index.shape[1])
+    # A key nobody sees and a query that sees nothing may hold NaN, which a mask alone would let into the gradients.
+    k_index = jnp.where(visible.any(1)[..., None], k_index, 0)
+    q_index = jnp.where(visible.any(2)[..., None, None], q_index, 0)
+    dtype = accumulation_dtype(q_index, k_index, weights)
+    products = jnp.einsum("bthd,bsd->bths", q_index.astype(dtype), k_index.astype(dtype), precision=jax.lax.Precision.HIGHEST)
+    scores = (weights[..., None].astype(dtype) * jax.nn.relu(products)).sum(2)
+    return jnp.where(visible, scores, -jnp.inf)
+
+
+def canonical_topk(scores: Float[Array, "B T S"], visible: Bool[Array, "B T S"], topk: int) -> Int32[Array, "B T {topk}"]:
+    """The topk highest visible scores by a stable full sort, then ascending by position, then -1."""
+    n_keys = scores.shape[-1]
+    ranked = jnp.where(visible, rank_scores(scores), -jnp.inf)
+    order = jnp.argsort(ranked, axis=-1, stable=True, descending=True)[..., :topk].astype(jnp.int32)
+    chosen = jnp.take_along_axis(visible, order, axis=-1)
+    ascending = jnp.sort(jnp.where(chosen, order, n_keys), axis=-1)
+    indices = jnp.where(ascending < n_keys, ascending, -1)
+    return jnp.pad(indices, ((0, 0), (0, 0), (0, topk - indices.shape[-1])), constant_values=-1)
+
+
+def index_topk(
+    q_index: Float[Array, "B T Hi Di"],
+    k_index: Float[Array, "B S Di"],
+    weights: Float[Array, "B T Hi"],
+    visible_start: Int32[Array, "B T"],
+    visible_end: Int32[Array, "B T"],
+    *,
+    topk: int,
+) -> Int32[Array, "B T {topk}"]:
+    """Canonical selection over the index scores."""
+    scores = index_scores(q_index, k_index, weights, visible_start, visible_end)
+    return canonical_topk(scores, visible_mask(visible_start, visible_end, k_index.shape[1]), topk)

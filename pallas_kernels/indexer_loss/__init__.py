@@ -1,0 +1,1 @@
+"""KL divergence between the attention distribution and the indexer's softmax."""

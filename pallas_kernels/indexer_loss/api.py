@@ -1,0 +1,66 @@
+"""Public op: the indexer's loss, a KL divergence from the attention distribution."""
+
+import jax
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import _checks, _dispatch
+from pallas_kernels.indexer_loss import reference, xla
+
+_IMPLEMENTATIONS = {"reference": reference.indexer_kl, "xla": xla.indexer_kl}
+
+
+def _check_kl(q_index, k_index, weights, q, k, lse, visible_start, visible_end, topk_indices, **_):
+    _checks.check_index_arguments("indexer_kl", q_index, k_index, weights)
+    _checks.check_attention_arguments("indexer_kl", q, k)
+    _checks.check_shape("indexer_kl", "q", q, (*q_index.shape[:2], None, None), "[B, T] of q_index, heads, head dim")
+    _checks.check_shape("indexer_kl", "k", k, (*k_index.shape[:2], None, None), "[B, S] of k_index, key heads, head dim")
+    _checks.check_lse("indexer_kl", lse, q)
+    _checks.check_ranges("indexer_kl", visible_start, visible_end, *q_index.shape[:2])
+    if topk_indices is not None:
+        _checks.check_topk_indices("indexer_kl", topk_indices, *q_index.shape[:2])
+
+
+@_checks.checked(_check_kl)
+def indexer_kl(
+    q_index: Float[Array, "B T Hi Di"],
+    k_index: Float[Array, "B S Di"],
+    weights: Float[Array, "B T Hi"],
+    q: Float[Array, "B T H Dk"],
+    k: Float[Array, "B S G Dk"],
+    lse: Float[Array, "B T H"],
+    *,
+    softmax_scale: float,
+    visible_start: Int32[Array, "B T"],
+    visible_end: Int32[Array, "B T"],
+    topk_indices: Int32[Array, "B T K"] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B T"]:
+    """KL(p || softmax(index score)) per query, in nats.
+
+    p is the attention probability `exp(softmax_scale * q . k - lse)` summed over heads and L1-normalised over the set; the
+    softmax runs over the same set. The set is every visible key (topk_indices None: warm-up), or the selected keys that are
+    visible. Gradient reaches q_index, k_index and weights only: q, k and lse are the constant target. With g the gradient
+    in the score, g = softmax(score) - p on the set and 0 elsewhere; the gradient of the ReLU at 0 is 0.
+
+    Args:
+        weights: float32, signed, static scales folded in (they are the temperature of the softmax here).
+        lse: natural log-sum-exp of the attention performed: the dense one in warm-up, that of `sparse_attention` for a
+            selection. It weighs the heads against each other; p sums to 1 in any case.
+        visible_start, visible_end: bounds outside [0, S] are clamped, start == end is empty.
+        topk_indices: any order; indices outside [0, S) count as absent; a row must not list a key twice.
+        implementation: see `pallas_kernels.IMPLEMENTATIONS`; None is the default of the device.
+
+    Returns:
+        kl [B, T], float32 (float64 for float64 inputs). An empty set, or one whose probabilities all underflow: 0 with zero
+        gradient. Keys outside every query's set never matter, whatever they hold.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or a known start > end.
+
+    Source: DeepSeek-V3.2-Exp report, section 2.1.
+    """
+    run = _dispatch.choose("indexer_kl", implementation, _IMPLEMENTATIONS, platform=jax.default_backend())
+    target = [jax.lax.stop_gradient(x) for x in (q, k, lse)]
+    return run(
+        q_index, k_index, weights, *target, visible_start, visible_end, topk_indices=topk_indices, softmax_scale=softmax_scale
+    )

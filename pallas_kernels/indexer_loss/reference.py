@@ -1,0 +1,54 @@
+"""Definition of the indexer's KL: whole score and probability tensors, plain jnp, autodiff."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+from pallas_kernels._numerics import constant_lse, visible_mask
+from pallas_kernels.dense_attention.reference import attention_logits
+from pallas_kernels.index_topk.reference import index_scores
+
+
+def selected_mask(topk_indices: Int32[Array, "B T K"], n_keys: int) -> Bool[Array, "B T {n_keys}"]:
+    """True where a key is listed; indices outside [0, n_keys) are dropped."""
+    batch, length, _ = topk_indices.shape
+    rows = jnp.arange(batch)[:, None, None], jnp.arange(length)[None, :, None]
+    index = jnp.where(topk_indices >= 0, topk_indices, n_keys)
+    return jnp.zeros((batch, length, n_keys), bool).at[(*rows, index)].set(True, mode="drop")
+
+
+def indexer_kl(
+    q_index: Float[Array, "B T Hi Di"],
+    k_index: Float[Array, "B S Di"],
+    weights: Float[Array, "B T Hi"],
+    q: Float[Array, "B T H Dk"],
+    k: Float[Array, "B S G Dk"],
+    lse: Float[Array, "B T H"],
+    visible_start: Int32[Array, "B T"],
+    visible_end: Int32[Array, "B T"],
+    *,
+    softmax_scale: float,
+    topk_indices: Int32[Array, "B T K"] | None,
+) -> Float[Array, "B T"]:
+    """sum_s p (log p - log_softmax(score)) over the set."""
+    n_keys = k.shape[1]
+    members = visible_mask(visible_start, visible_end, n_keys)
+    if topk_indices is not None:
+        members = members & selected_mask(topk_indices, n_keys)
+    some = members.any(-1, keepdims=True)
+    # Keys and queries outside every set may hold NaN, which a mask alone would let into the gradients.
+    key_used = members.any(1)[..., None]
+    q_index, k_index = jnp.where(some[..., None], q_index, 0), jnp.where(key_used, k_index, 0)
+    weights = jnp.where(some, weights, 0)
+
+    logits = attention_logits(q, k, softmax_scale)
+    log_p = logits - constant_lse(lse, logits.dtype).reshape(logits.shape[:-1])[..., None]
+    log_p = jnp.where(members[:, :, None, None], log_p, -jnp.inf)
+    p = jnp.exp(log_p).sum((2, 3))
+    total = p.sum(-1, keepdims=True)
+    p = jax.lax.stop_gradient(jnp.where(total > 0, p / jnp.where(total > 0, total, 1), 0))
+
+    scores = jnp.where(members, index_scores(q_index, k_index, weights, visible_start, visible_end), -jnp.inf)
+    log_q = jax.nn.log_softmax(jnp.where(some, scores, 0), axis=-1)
+    per_key = jnp.where(p > 0, p * (jnp.log(jnp.where(p > 0, p, 1)) - jnp.where(p > 0, log_q, 0)), 0)
+    return per_key.sum(-1)

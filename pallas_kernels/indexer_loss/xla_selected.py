@@ -1,0 +1,120 @@
+"""KL over the selected keys (sparse training): gathered per query chunk, recomputed in the backward."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.dtypes import float0
+from jax.scipy.special import xlogy
+from jaxtyping import Array
+
+from pallas_kernels._chunks import map_queries, rows_per_chunk, scan_queries
+from pallas_kernels._numerics import accumulation_dtype, constant_lse, dot, softmax_and_lse, weighted_relu_sum
+from pallas_kernels.sparse_attention.xla import (
+    CHUNKS_PER_STEP,
+    GATHER_BUDGET,
+    gather_rows,
+    grouped,
+    per_query_dot,
+    per_query_sum,
+    scatter_add_rows,
+    with_zero_row,
+)
+
+
+def _block_q(q: Array, k: Array, topk: int) -> int:
+    return rows_per_chunk(GATHER_BUDGET, q.shape[0] * topk * max(k.shape[2] * k.shape[3], q.shape[2]), smallest=1, largest=128)
+
+
+def _indexer_side(
+    q_index: Array, padded_k_index: Array, weights: Array, members: Array, indices: Array
+) -> tuple[Array, Array, Array, Array]:
+    """(clean q_index, gathered index keys, q . k, scores); a query with an empty set may hold NaN."""
+    dtype = accumulation_dtype(q_index, padded_k_index, weights)
+    some = members.any(-1)[..., None]
+    q_index, weights = jnp.where(some[..., None], q_index, 0), jnp.where(some, weights, 0).astype(dtype)
+    k_sel = gather_rows(padded_k_index, indices)[0]
+    products = per_query_dot(q_index[:, :, None], k_sel[:, :, :, None], dtype)[:, :, 0]
+    return q_index, k_sel, products, weighted_relu_sum(products, weights)
+
+
+def _target(q: Array, padded_k: Array, lse: Array, members: Array, indices: Array, softmax_scale: float) -> Array:
+    """Head-summed attention probability over the set, summing to 1, or 0 throughout where there is none; [B, C, K]."""
+    dtype, groups = accumulation_dtype(q, padded_k), padded_k.shape[2]
+    k_sel = gather_rows(padded_k, indices)[0]
+    logits = softmax_scale * per_query_dot(grouped(q, groups), k_sel, dtype)
+    mass = jnp.exp(logits - grouped(constant_lse(lse, dtype), groups)[..., None]).sum((2, 3))
+    mass = jnp.where(members, mass, 0)
+    total = mass.sum(-1, keepdims=True)
+    return jnp.where(total > 0, mass / jnp.where(total > 0, total, 1), 0)
+
+
+def _members(indices: Array, start: Array, end: Array, n_keys: int) -> tuple[Array, Array]:
+    """(which slots belong to the set, the indices with all others at -1)."""
+    inside = (indices >= jnp.maximum(start, 0)[..., None]) & (indices < jnp.minimum(end, n_keys)[..., None])
+    return inside, jnp.where(inside, indices, -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(9,))
+def kl_over_selected(
+    q_index: Array,
+    k_index: Array,
+    weights: Array,
+    q: Array,
+    k: Array,
+    lse: Array,
+    visible_start: Array,
+    visible_end: Array,
+    topk_indices: Array,
+    softmax_scale: float,
+) -> Array:
+    """KL(p || softmax(score)) over the selected visible keys, [B, T]; gradient in q_index, k_index and weights only."""
+    padded_k_index, padded_k = with_zero_row(k_index), with_zero_row(k)
+
+    def step(chunk: tuple[Array, ...]) -> Array:
+        q_index, weights, q, lse, start, end, indices = chunk
+        members, indices = _members(indices, start, end, k.shape[1])
+        scores = _indexer_side(q_index, padded_k_index, weights, members, indices)[3]
+        target = _target(q, padded_k, lse, members, indices, softmax_scale).astype(scores.dtype)
+        _, score_lse = softmax_and_lse(scores, members)
+        cross = jnp.where(target > 0, target * (scores - score_lse[..., None]), 0)
+        return (xlogy(target, target) - cross).sum(-1)
+
+    chunks = (q_index, weights, q, lse, visible_start, visible_end, topk_indices)
+    return map_queries(step, chunks, _block_q(q, k, topk_indices.shape[2]), per_step=CHUNKS_PER_STEP)
+
+
+def _forward(*arguments: Any) -> tuple[Array, tuple[Array, ...]]:
+    return kl_over_selected(*arguments), arguments[:-1]
+
+
+def _backward(softmax_scale: float, residuals: tuple[Array, ...], d_kl: Array) -> tuple[Any, ...]:
+    q_index, k_index, weights, q, k, lse, visible_start, visible_end, topk_indices = residuals
+    dtype = accumulation_dtype(q_index, k_index, weights)
+    padded_k_index, padded_k = with_zero_row(k_index), with_zero_row(k)
+
+    def step(d_k: Array, chunk: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+        q_index, weights, q, lse, start, end, indices, d_kl = chunk
+        members, indices = _members(indices, start, end, k.shape[1])
+        q_index, k_sel, products, scores = _indexer_side(q_index, padded_k_index, weights, members, indices)
+        target = _target(q, padded_k, lse, members, indices, softmax_scale).astype(dtype)
+        learns = target.sum(-1, keepdims=True) > 0
+        softmax, _ = softmax_and_lse(scores, members)
+        d_scores = jnp.where(members & learns, d_kl[..., None] * (softmax - target), 0)[:, :, None].astype(dtype)
+        d_weights = (d_scores * jax.nn.relu(products)).sum(-1)
+        d_products = jnp.where(products > 0, d_scores * weights[..., None].astype(dtype), 0)
+        d_q = per_query_sum(d_products.astype(k_sel.dtype)[:, :, None], k_sel[:, :, :, None], dtype)[:, :, 0]
+        d_k_sel = dot("bchk,bchd->bckd", d_products.astype(q_index.dtype), q_index, dtype=dtype)
+        return scatter_add_rows(d_k, indices, d_k_sel), (d_q, d_weights)
+
+    chunks = (q_index, weights, q, lse, visible_start, visible_end, topk_indices, d_kl)
+    zeros = jnp.zeros(k_index.shape, dtype)
+    d_k, (d_q, d_weights) = scan_queries(step, zeros, chunks, _block_q(q, k, topk_indices.shape[2]))
+    gradients = d_q.astype(q_index.dtype), d_k.astype(k_index.dtype), d_weights.astype(weights.dtype)
+    no_range, no_indices = np.zeros(visible_start.shape, float0), np.zeros(topk_indices.shape, float0)
+    return *gradients, None, None, None, no_range, no_range, no_indices
+
+
+kl_over_selected.defvjp(_forward, _backward)

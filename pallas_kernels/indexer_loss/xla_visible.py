@@ -1,0 +1,139 @@
+"""KL over all visible keys (warm-up): one streaming pass over key blocks per query chunk, recomputed in the backward."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.dtypes import float0
+from jax.scipy.special import xlogy
+from jaxtyping import Array
+
+from pallas_kernels._chunks import KeyWalk, add_to_chunk, key_walk, map_queries, rows_per_chunk, scan_queries, slice_chunk
+from pallas_kernels._numerics import accumulation_dtype, head_products, head_products_transposed, weighted_relu_sum
+from pallas_kernels.dense_attention.xla import BLOCK_K, LOGIT_BUDGET, as_rows, probability_mass
+
+
+def _block_q(q_index: Array, q: Array, n_keys: int) -> int:
+    heads = max(q.shape[2], q_index.shape[2])
+    return rows_per_chunk(LOGIT_BUDGET, q.shape[0] * heads * min(BLOCK_K, n_keys))
+
+
+def _products(q_index: Array, k_index: Array, walk: KeyWalk, first: Array, visible: Array) -> tuple[Array, Array]:
+    """(key block, q_index . k_index) with zeros for keys the chunk does not see: 0 * NaN would not vanish in the gradient."""
+    k_block = jnp.where(visible.any(1)[..., None], slice_chunk(k_index, first, walk.block_k), 0)
+    return k_block, head_products(q_index, k_block, accumulation_dtype(q_index, k_index))
+
+
+def _clean(x: Array, walk: KeyWalk) -> Array:
+    """Zeros in the rows of queries that see nothing."""
+    return jnp.where((walk.start < walk.end).reshape(*walk.start.shape, *[1] * (x.ndim - 2)), x, 0)
+
+
+def _statistics(
+    q_index: Array,
+    k_index: Array,
+    weights: Array,
+    q: Array,
+    k: Array,
+    lse: Array,
+    visible_start: Array,
+    visible_end: Array,
+    softmax_scale: float,
+) -> tuple[Array, Array, Array]:
+    """(kl, log-sum-exp of the scores, sum of the unnormalised target), each [B, T]."""
+    n_keys = k.shape[1]
+    dtype = accumulation_dtype(q_index, k_index, weights)
+
+    def step(chunk: tuple[Array, ...]) -> tuple[Array, Array, Array]:
+        q_index, weights, q, lse, start, end = chunk
+        walk = key_walk(start, end, n_keys, BLOCK_K)
+        q_index, weights, rows = _clean(q_index, walk), _clean(weights, walk), as_rows(q, k.shape[2])
+
+        def add_block(number: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+            largest, total, mass, entropy, cross = state
+            first, visible = walk.block(number)
+            target = probability_mass(rows, slice_chunk(k, first, walk.block_k), lse, softmax_scale)
+            target = jnp.where(visible, target, 0).astype(dtype)
+            _, products = _products(q_index, k_index, walk, first, visible)
+            scores = weighted_relu_sum(products, weights)
+            new_largest = jnp.maximum(largest, jnp.where(visible, scores, -jnp.inf).max(-1))
+            shift = jnp.where(new_largest > -jnp.inf, new_largest, 0)
+            shifted = scores - shift[..., None]
+            total = total * jnp.exp(largest - shift) + jnp.where(visible, jnp.exp(shifted), 0).sum(-1)
+            # Scores enter relative to the running maximum, which keeps the difference below free of cancellation.
+            cross = cross - jnp.where(largest > -jnp.inf, shift - largest, 0) * mass
+            cross = cross + jnp.where(target > 0, target * shifted, 0).sum(-1)
+            return new_largest, total, mass + target.sum(-1), entropy + xlogy(target, target).sum(-1), cross
+
+        zero = jnp.zeros(start.shape, dtype)
+        state = (jnp.full(start.shape, -jnp.inf, dtype), zero, zero, zero, zero)
+        largest, total, mass, entropy, cross = lax.fori_loop(walk.low, walk.high, add_block, state)
+        some = mass > 0
+        norm, log_total = jnp.where(some, mass, 1), jnp.log(jnp.where(total > 0, total, 1))
+        kl = jnp.where(some, (entropy - cross) / norm - jnp.log(norm) + log_total, 0)
+        return kl, largest + log_total, mass
+
+    chunks = (q_index, weights, q, lse, visible_start, visible_end)
+    return map_queries(step, chunks, _block_q(q_index, q, n_keys))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
+def kl_over_visible(
+    q_index: Array,
+    k_index: Array,
+    weights: Array,
+    q: Array,
+    k: Array,
+    lse: Array,
+    visible_start: Array,
+    visible_end: Array,
+    softmax_scale: float,
+) -> Array:
+    """KL(p || softmax(score)) over the visible keys, [B, T]; gradient in q_index, k_index and weights only."""
+    return _statistics(q_index, k_index, weights, q, k, lse, visible_start, visible_end, softmax_scale)[0]
+
+
+def _forward(*arguments: Any) -> tuple[Array, tuple[Array, ...]]:
+    kl, score_lse, mass = _statistics(*arguments)
+    return kl, (*arguments[:-1], score_lse, mass)
+
+
+def _backward(softmax_scale: float, residuals: tuple[Array, ...], d_kl: Array) -> tuple[Any, ...]:
+    q_index, k_index, weights, q, k, lse, visible_start, visible_end, score_lse, mass = residuals
+    dtype = accumulation_dtype(q_index, k_index, weights)
+
+    def step(d_k: Array, chunk: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+        q_index, weights, q, lse, start, end, score_lse, mass, d_kl = chunk
+        walk = key_walk(start, end, k.shape[1], BLOCK_K)
+        q_index, weights, rows = _clean(q_index, walk), _clean(weights, walk), as_rows(q, k.shape[2])
+        inverse = jnp.where(mass > 0, 1 / jnp.where(mass > 0, mass, 1), 0)[..., None]
+        score_lse, d_kl = score_lse[..., None], jnp.where(mass > 0, d_kl, 0)[..., None]
+
+        def block_gradients(number: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            d_q, d_weights, d_k = state
+            first, visible = walk.block(number)
+            target = inverse * probability_mass(rows, slice_chunk(k, first, walk.block_k), lse, softmax_scale)
+            k_block, products = _products(q_index, k_index, walk, first, visible)
+            scores = weighted_relu_sum(products, weights)
+            d_scores = jnp.where(visible, d_kl * (jnp.exp(scores - score_lse) - target), 0).astype(dtype)
+            d_products = jnp.where(products > 0, d_scores[:, :, None] * weights[..., None].astype(dtype), 0)
+            d_weights = d_weights + (d_scores[:, :, None] * jax.nn.relu(products)).sum(-1)
+            d_q_block, d_k_block = head_products_transposed(d_products, q_index, k_block, dtype)
+            return d_q + d_q_block, d_weights, add_to_chunk(d_k, d_k_block, first)
+
+        state = jnp.zeros(q_index.shape, dtype), jnp.zeros(weights.shape, dtype), d_k
+        d_q, d_weights, d_k = lax.fori_loop(walk.low, walk.high, block_gradients, state)
+        return d_k, (d_q, d_weights)
+
+    chunks = (q_index, weights, q, lse, visible_start, visible_end, score_lse, mass, d_kl)
+    zeros = jnp.zeros(k_index.shape, dtype)
+    d_k, (d_q, d_weights) = scan_queries(step, zeros, chunks, _block_q(q_index, q, k.shape[1]))
+    gradients = d_q.astype(q_index.dtype), d_k.astype(k_index.dtype), d_weights.astype(weights.dtype)
+    no_gradient = np.zeros(visible_start.shape, float0)
+    return *gradients, None, None, None, no_gradient, no_gradient
+
+
+kl_over_visible.defvjp(_forward, _backward)

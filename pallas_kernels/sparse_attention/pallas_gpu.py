@@ -1,0 +1,150 @@
+"""Sparse attention in Pallas for NVIDIA GPUs (through Triton): keys are gathered by index straight into the kernel.
+
+Two query-parallel kernels (forward, gradient of q) hold a block of heads and walk over the selected keys; a third (gradient of
+k and v, in `pallas_gpu_backward`) holds a tile of selected keys and walks over the heads. On CPU the kernels are interpreted.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.dtypes import float0
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels._numerics import values_of
+from pallas_kernels.sparse_attention import pallas_gpu_backward as backward
+from pallas_kernels.sparse_attention import pallas_gpu_tiles as tiling
+from pallas_kernels.sparse_attention.pallas_gpu_tiles import LOG2_E, Options, Problem, Refs, Tiles
+from pallas_kernels.sparse_attention.xla import join_batch, join_batch_indices
+
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def sparse_attention(
+    q: Float[Array, "B T H Dk"],
+    k: Float[Array, "B S G Dk"],
+    v: Float[Array, "B S G Dv"] | None,
+    topk_indices: Int32[Array, "B T K"],
+    *,
+    softmax_scale: float,
+    d_v: int | None,
+    options: Options | None = None,
+    interpret: bool | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
+    """(out, lse); differentiable in q, k and v. Products accumulate in float32.
+
+    Args:
+        options: block sizes and determinism; None takes `pallas_gpu_tiles.default_options`.
+        interpret: run the kernels without a GPU; None does so on CPU.
+
+    Raises:
+        NotImplementedError: a dtype, device or number of channels that the kernels do not cover.
+    """
+    width = values_of(k, v, d_v).shape[-1]
+    names = {x.dtype.name for x in (q, k, *(() if v is None else (v,)))}
+    if len(names) != 1 or not names <= set(_DTYPES):
+        raise NotImplementedError(
+            f"sparse_attention: pallas got {', '.join(sorted(names))}; it needs q, k and v of one dtype out of "
+            f"{', '.join(_DTYPES)}. Cast them, or pass implementation='xla'."
+        )
+    if interpret is None:
+        platform = jax.default_backend()
+        if platform not in ("cpu", "gpu"):
+            raise NotImplementedError(
+                f"sparse_attention: pallas runs on NVIDIA GPUs, and interpreted on CPU; this is {platform!r}. "
+                "Pass implementation='xla'."
+            )
+        interpret = platform == "cpu"
+    if 0 in (q.size, width, k.shape[1], topk_indices.shape[2]):
+        return jnp.zeros((*q.shape[:3], width), q.dtype), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
+    problem = Problem(q.shape[2], k.shape[2], q.shape[3], width, v is None, float(softmax_scale), interpret)
+    options = tiling.default_options(problem, q.dtype) if options is None else options
+    places = join_batch_indices(topk_indices, k.shape[1])[0]
+    values = None if v is None else join_batch(v)[0]
+    out, lse = _attend(join_batch(q)[0], join_batch(k)[0], values, places, problem, options)
+    return out.reshape(*q.shape[:3], width), lse.reshape(q.shape[:3])
+
+
+def _forward_kernel(refs: Refs, out_ref: Any, lse_ref: Any, *, problem: Problem, tiles: Tiles) -> None:
+    blocks = problem.head_blocks(tiles)
+    group, number = lax.div(pl.program_id(1), blocks), lax.rem(pl.program_id(1), blocks)
+    # Adds a zero that the compiler cannot see: with one block of heads it would compute addresses before the loop, and spill.
+    number = number + jnp.minimum(refs["length"][0], 0)
+    heads = tiling.head_block(problem, group, number, tiles.block_h)
+    q = tiling.load_heads(refs["q"], heads, problem.key_columns)
+
+    def body(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        largest, total, *sums = carry
+        tile = tiling.load_keys(refs, problem, group, i, tiles.block_k)
+        logits = tiling.sum_of_products(q, tile.keys) * (problem.softmax_scale * LOG2_E)
+        logits = jnp.where(tile.valid[None], logits, -jnp.inf)
+        new = jnp.maximum(largest, logits.max(-1))
+        shift = jnp.where(new == -jnp.inf, 0.0, new)
+        decay, weights = jnp.exp2(largest - shift), jnp.exp2(logits - shift[:, None])
+        sums = [
+            x * decay[:, None] + tiling.multiply(weights.astype(value.dtype), value)
+            for x, value in zip(sums, tile.values, strict=True)
+        ]
+        return new, total * decay + weights.sum(-1), *sums
+
+    start = jnp.full((tiles.block_h,), -jnp.inf, jnp.float32), jnp.zeros((tiles.block_h,), jnp.float32)
+    empty = [jnp.zeros((tiles.block_h, piece.size), jnp.float32) for piece in problem.value_columns]
+    n_tiles = pl.cdiv(refs["length"][0], tiles.block_k)
+    largest, total, *sums = lax.fori_loop(0, n_tiles, body, (*start, *empty))
+    is_empty = largest == -jnp.inf
+    total = jnp.where(is_empty, 1.0, total)
+    for piece, x in zip(problem.value_columns, sums, strict=True):
+        tiling.store_rows(out_ref, heads.rows, piece, x / total[:, None], valid=heads.valid)
+    lse = jnp.where(is_empty, -jnp.inf, largest / LOG2_E + jnp.log(total))
+    plt.store(lse_ref.at[heads.rows], lse, mask=heads.valid)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(q: Array, k: Array, v: Array | None, indices: Array, problem: Problem, options: Options) -> tuple[Array, Array]:
+    tiles, length = options.forward, q.shape[0]
+    refs = backward.common_inputs(q, k, v, indices, tiles)
+    outputs = [
+        jax.ShapeDtypeStruct((length, problem.heads, problem.width), q.dtype),
+        jax.ShapeDtypeStruct((length, problem.heads), jnp.float32),
+    ]
+    out, lse = tiling.call(
+        functools.partial(_forward_kernel, problem=problem, tiles=tiles),
+        problem,
+        tiles,
+        (refs,),
+        grid=(length, problem.groups * problem.head_blocks(tiles)),
+        in_specs=[backward.specs(refs)],
+        out_specs=[tiling.per_query(x) for x in outputs],
+        out_shape=outputs,
+        name="sparse_attention_forward",
+    )
+    return out, lse
+
+
+def _attend_forward(
+    q: Array, k: Array, v: Array | None, indices: Array, problem: Problem, options: Options
+) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
+    out, lse = _attend(q, k, v, indices, problem, options)
+    return (out, lse), (q, k, v, indices, out, lse)
+
+
+def _attend_backward(
+    problem: Problem, options: Options, residuals: tuple[Any, ...], cotangents: tuple[Array, Array]
+) -> tuple[Any, ...]:
+    q, k, v, indices, out, lse = residuals
+    d_out, d_lse = cotangents
+    # The gradient of a logit is p * (d_out . value - delta) * scale; the cotangent of lse adds p * d_lse.
+    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse
+    arrays = backward.Saved(q, d_out.astype(q.dtype), lse, delta, indices)
+    dq = backward.query_gradient(arrays, k, v, problem, options.d_query)
+    sum_keys = backward.key_gradients_in_order if options.deterministic else backward.key_gradients_atomic
+    dk, dv = sum_keys(arrays, k, v, problem, options)
+    return dq, dk.astype(k.dtype), None if v is None or dv is None else dv.astype(v.dtype), np.zeros(indices.shape, float0)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

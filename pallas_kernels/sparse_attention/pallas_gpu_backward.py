@@ -1,0 +1,285 @@
+"""Gradients of Pallas sparse attention: q per block of heads; k and v per tile of selected keys, summed over all heads.
+
+A key's gradient is the sum over every query that selected it. It goes to memory once per (query, key), after all heads of the
+group are summed: by atomic addition, or in a fixed order through sorted contributions.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array
+
+from pallas_kernels._chunks import rows_per_chunk, scan_queries
+from pallas_kernels.sparse_attention import pallas_gpu_tiles as tiling
+from pallas_kernels.sparse_attention.pallas_gpu_tiles import LOG2_E, Columns, Options, Problem, Refs, Tiles
+
+# Rows after the last key: the first takes what absent keys would get.
+SPARE_ROWS = 8
+# Contributions added at a time when they are summed in order.
+BLOCK_ROWS = 16
+
+
+class Saved(NamedTuple):
+    """Per query: what the gradient needs. `delta` is d_out . out - d_lse."""
+
+    q: Array
+    d_out: Array
+    lse: Array
+    delta: Array
+    indices: Array
+
+
+def common_inputs(q: Array, k: Array, v: Array | None, indices: Array, tiles: Tiles) -> dict[str, Array]:
+    """Inputs of every kernel; `length` counts slots up to the last valid one, so that padding at the end costs nothing."""
+    topk = indices.shape[1]
+    length = jnp.where(indices >= 0, jnp.arange(1, topk + 1, dtype=jnp.int32), 0).max(1)
+    indices = jnp.pad(indices, ((0, 0), (0, -topk % tiles.block_k)), constant_values=-1)
+    refs = {"q": q, "k": k.reshape(k.shape[0], -1), "indices": indices, "length": length[:, None]}
+    return refs if v is None else {**refs, "v": v.reshape(v.shape[0], -1)}
+
+
+def specs(refs: dict[str, Array]) -> dict[str, pl.BlockSpec]:
+    """Keys and values whole, everything else one query at a time."""
+    return {name: tiling.whole(x) if name in ("k", "v") else tiling.per_query(x) for name, x in refs.items()}
+
+
+def _gradient_inputs(arrays: Saved, k: Array, v: Array | None, tiles: Tiles) -> dict[str, Array]:
+    refs = common_inputs(arrays.q, k, v, arrays.indices, tiles)
+    return {**refs, "d_out": arrays.d_out, "lse": arrays.lse, "delta": arrays.delta}
+
+
+def _query_kernel(refs: Refs, dq_ref: Any, *, problem: Problem, tiles: Tiles) -> None:
+    blocks = problem.head_blocks(tiles)
+    group, number = lax.div(pl.program_id(1), blocks), lax.rem(pl.program_id(1), blocks)
+    heads = tiling.head_block(problem, group, number, tiles.block_h)
+    q = tiling.load_heads(refs["q"], heads, problem.key_columns)
+    d_out = tiling.load_heads(refs["d_out"], heads, problem.value_columns)
+    lse, delta = tiling.load_per_head(refs["lse"], heads), tiling.load_per_head(refs["delta"], heads)
+
+    def body(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        tile = tiling.load_keys(refs, problem, group, i, tiles.block_k)
+        logits = tiling.sum_of_products(q, tile.keys) * (problem.softmax_scale * LOG2_E)
+        probability = jnp.exp2(logits - lse[:, None] * LOG2_E)
+        d_probability = tiling.sum_of_products(d_out, tile.values)
+        d_logits = probability * (d_probability - delta[:, None]) * problem.softmax_scale
+        d_logits = jnp.where(tile.valid[None], d_logits, 0.0).astype(q[0].dtype)
+        return tuple(x + tiling.multiply(d_logits, key) for x, key in zip(sums, tile.keys, strict=True))
+
+    start = tuple(jnp.zeros((tiles.block_h, piece.size), jnp.float32) for piece in problem.key_columns)
+    sums = lax.fori_loop(0, pl.cdiv(refs["length"][0], tiles.block_k), body, start)
+    for piece, x in zip(problem.key_columns, sums, strict=True):
+        tiling.store_rows(dq_ref, heads.rows, piece, x, valid=heads.valid)
+
+
+def query_gradient(arrays: Saved, k: Array, v: Array | None, problem: Problem, tiles: Tiles) -> Array:
+    """Gradient of q."""
+    refs = _gradient_inputs(arrays, k, v, tiles)
+    return tiling.call(
+        functools.partial(_query_kernel, problem=problem, tiles=tiles),
+        problem,
+        tiles,
+        (refs,),
+        grid=(arrays.q.shape[0], problem.groups * problem.head_blocks(tiles)),
+        in_specs=[specs(refs)],
+        out_specs=tiling.per_query(arrays.q),
+        out_shape=jax.ShapeDtypeStruct(arrays.q.shape, arrays.q.dtype),
+        name="sparse_attention_d_query",
+    )
+
+
+def _tile_gradients(
+    refs: Refs, problem: Problem, tiles: Tiles, group: Array, number: Array
+) -> tuple[tiling.KeyTile, list[Array], list[Array]]:
+    """(tile, gradients of its keys, of its values) of key tile `number`, summed over the heads of the group.
+
+    Where values lead the keys, their gradient is in the keys' and the last list is empty.
+    """
+    tile = tiling.load_keys(refs, problem, group, number, tiles.block_k)
+    n_keys = len(problem.key_columns)
+
+    def body(number: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        heads = tiling.head_block(problem, group, number, tiles.block_h)
+        q = tiling.load_heads(refs["q"], heads, problem.key_columns)
+        d_out = tiling.load_heads(refs["d_out"], heads, problem.value_columns)
+        lse, delta = tiling.load_per_head(refs["lse"], heads), tiling.load_per_head(refs["delta"], heads)
+        logits = tiling.sum_of_products(q, tile.keys) * (problem.softmax_scale * LOG2_E)
+        probability = jnp.where(tile.valid[None], jnp.exp2(logits - lse[:, None] * LOG2_E), 0.0)
+        d_probability = tiling.sum_of_products(d_out, tile.values)
+        d_logits = (probability * (d_probability - delta[:, None]) * problem.softmax_scale).astype(q[0].dtype)
+        probability = probability.astype(d_out[0].dtype)
+        # The left side is transposed, not the logits: with keys as rows, 32 of them spill registers at 576 channels.
+        dk = [x + tiling.multiply(d_logits, y, trans_a=True) for x, y in zip(sums[:n_keys], q, strict=True)]
+        dv = dk if problem.is_shared else sums[n_keys:]
+        dv = [x + tiling.multiply(probability, y, trans_a=True) for x, y in zip(dv, d_out, strict=False)]
+        return (*dv, *dk[len(dv) :]) if problem.is_shared else (*dk, *dv)
+
+    columns = problem.key_columns + (() if problem.is_shared else problem.value_columns)
+    start = tuple(jnp.zeros((tiles.block_k, piece.size), jnp.float32) for piece in columns)
+    sums = lax.fori_loop(0, problem.head_blocks(tiles), body, start)
+    return tile, list(sums[:n_keys]), list(sums[n_keys:])
+
+
+def _outputs(problem: Problem, refs: Any) -> list[tuple[Any, tuple[Columns, ...]]]:
+    """Every gradient array with the pieces its rows are laid out by."""
+    return list(zip(refs, (problem.key_columns, problem.value_columns), strict=False))
+
+
+def _atomic_kernel(refs: Refs, *totals_and_outputs: Any, problem: Problem, tiles: Tiles) -> None:
+    outputs = totals_and_outputs[len(totals_and_outputs) // 2 :]
+    group, number = pl.program_id(1), pl.program_id(2)
+
+    @pl.when(number * tiles.block_k < refs["length"][0])
+    def _() -> None:
+        tile, *gradients = _tile_gradients(refs, problem, tiles, group, number)
+        rows = jnp.where(tile.valid, tile.rows, outputs[0].shape[0] - SPARE_ROWS)
+        for (ref, columns), sums in zip(_outputs(problem, outputs), gradients, strict=False):
+            for piece, x in zip(columns, sums, strict=True):
+                offset = group * tiling.padded_width(columns)
+                plt.atomic_add(ref, tiling.full_address(rows, piece, offset), x)
+
+
+def _contribution_kernel(refs: Refs, *outputs: Any, problem: Problem, tiles: Tiles) -> None:
+    group, number = pl.program_id(1), pl.program_id(2)
+    first_row = (pl.program_id(0) * pl.num_programs(2) + number) * tiles.block_k
+
+    @pl.when(number * tiles.block_k < refs["length"][0])
+    def _() -> None:
+        _, *gradients = _tile_gradients(refs, problem, tiles, group, number)
+        rows = first_row + jnp.arange(tiles.block_k, dtype=jnp.int32)
+        for (ref, columns), sums in zip(_outputs(problem, outputs), gradients, strict=False):
+            for piece, x in zip(columns, sums, strict=True):
+                offset = group * tiling.padded_width(columns)
+                plt.store(ref.at[tiling.full_address(rows, piece, offset)], x)
+
+
+def _widths(problem: Problem) -> list[int]:
+    """Channels of a row of each gradient array, all groups."""
+    columns = [problem.key_columns] if problem.is_shared else [problem.key_columns, problem.value_columns]
+    return [problem.groups * tiling.padded_width(pieces) for pieces in columns]
+
+
+def _unpad(totals: Sequence[Array], n_keys: int, problem: Problem) -> tuple[Array, Array | None]:
+    """(dk, dv) [keys, groups, channels] out of rows laid out by pieces."""
+    parts = []
+    for total, columns in _outputs(problem, totals):
+        by_group = total[:n_keys].reshape(n_keys, problem.groups, -1)
+        pieces = [by_group[..., piece.place : piece.place + piece.width] for piece in columns]
+        parts.append(pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, -1))
+    return parts[0], None if problem.is_shared else parts[1]
+
+
+def key_gradients_atomic(
+    arrays: Saved, k: Array, v: Array | None, problem: Problem, options: Options
+) -> tuple[Array, Array | None]:
+    """(dk, dv) in float32 by atomic addition: the order of the sums, and so their last bits, differ from run to run."""
+    tiles = options.d_key
+    refs = _gradient_inputs(arrays, k, v, tiles)
+    zeros = [jnp.zeros((k.shape[0] + SPARE_ROWS, width), jnp.float32) for width in _widths(problem)]
+    totals = tiling.call(
+        functools.partial(_atomic_kernel, problem=problem, tiles=tiles),
+        problem,
+        tiles,
+        (refs, *zeros),
+        grid=(arrays.q.shape[0], problem.groups, refs["indices"].shape[1] // tiles.block_k),
+        in_specs=[specs(refs), *map(tiling.whole, zeros)],
+        out_specs=[tiling.whole(x) for x in zeros],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in zeros],
+        input_output_aliases={len(refs) + i: i for i in range(len(zeros))},
+        name="sparse_attention_d_key",
+    )
+    return _unpad(totals, k.shape[0], problem)
+
+
+def _ordered_sum_kernel(
+    order_ref: Any, starts_ref: Any, parts_ref: Any, total_ref: Any, out_ref: Any, *, columns: tuple[Columns, ...]
+) -> None:
+    """out[key] = total[key] + its contributions in sorted order."""
+    key = pl.program_id(0)
+    start, end = starts_ref[key], starts_ref[key + 1]
+    offset = pl.program_id(1) * tiling.padded_width(columns)
+
+    @pl.when(start < end)
+    def _() -> None:
+        for piece in columns:
+
+            def body(i: Array, total: Array, piece: Columns = piece) -> Array:
+                slot = start + i * BLOCK_ROWS + jnp.arange(BLOCK_ROWS, dtype=jnp.int32)
+                valid = slot < end
+                rows = plt.load(order_ref.at[jnp.where(valid, slot, start)])
+                address = tiling.full_address(rows, piece, offset)
+                mask = jnp.broadcast_to(valid[:, None], address[0].shape)
+                return total + plt.load(parts_ref.at[address], mask=mask, other=0).sum(0)
+
+            place = offset + piece.place + jnp.arange(piece.size, dtype=jnp.int32)
+            address = jnp.full((piece.size,), key, jnp.int32), place
+            total = lax.fori_loop(0, pl.cdiv(end - start, BLOCK_ROWS), body, plt.load(total_ref.at[address]))
+            plt.store(out_ref.at[address], total)
+
+
+def _add_in_order(
+    total: Array, parts: Array, order: Array, starts: Array, columns: tuple[Columns, ...], problem: Problem
+) -> Array:
+    arguments = (order, starts, parts, total)
+    return tiling.call(
+        functools.partial(_ordered_sum_kernel, columns=columns),
+        problem,
+        Tiles(BLOCK_ROWS, BLOCK_ROWS, num_warps=4),
+        arguments,
+        grid=(starts.shape[0] - 1, problem.groups),
+        in_specs=[tiling.whole(x) for x in arguments],
+        out_specs=tiling.whole(total),
+        out_shape=jax.ShapeDtypeStruct(total.shape, total.dtype),
+        input_output_aliases={3: 0},
+        name="sparse_attention_ordered_sum",
+    )
+
+
+def key_gradients_in_order(
+    arrays: Saved, k: Array, v: Array | None, problem: Problem, options: Options
+) -> tuple[Array, Array | None]:
+    """(dk, dv) in float32, with the same bits in every run.
+
+    Chunks of queries write what each selected key gets from them; sorted by key, each key's contributions are added up by one
+    program. A chunk holds `options.budget_bytes` of contributions.
+    """
+    tiles, widths, n_keys = options.d_key, _widths(problem), k.shape[0]
+    slots = pl.cdiv(arrays.indices.shape[1], tiles.block_k) * tiles.block_k
+
+    def step(totals: tuple[Array, ...], chunk: Saved) -> tuple[tuple[Array, ...], tuple[()]]:
+        chunk = jax.tree.map(lambda x: x[0], chunk)
+        refs = _gradient_inputs(chunk, k, v, tiles)
+        size = chunk.q.shape[0]
+        shapes = [jax.ShapeDtypeStruct((size * slots, width), jnp.float32) for width in widths]
+        parts = tiling.call(
+            functools.partial(_contribution_kernel, problem=problem, tiles=tiles),
+            problem,
+            tiles,
+            (refs,),
+            grid=(size, problem.groups, slots // tiles.block_k),
+            in_specs=[specs(refs)],
+            out_specs=[tiling.whole(x) for x in shapes],
+            out_shape=shapes,
+            name="sparse_attention_contributions",
+        )
+        keys = refs["indices"].reshape(-1)
+        keys, order = lax.sort(
+            (jnp.where(keys < 0, n_keys, keys), jnp.arange(keys.shape[0], dtype=jnp.int32)), num_keys=1, is_stable=True
+        )
+        starts = jnp.searchsorted(keys, jnp.arange(n_keys + 1, dtype=jnp.int32)).astype(jnp.int32)
+        summed = [
+            _add_in_order(total, part, order, starts, columns, problem)
+            for (total, columns), part in zip(_outputs(problem, totals), parts, strict=True)
+        ]
+        return tuple(summed), ()
+
+    per_query = 4 * slots * sum(widths)
+    block_q = rows_per_chunk(options.budget_bytes, per_query, smallest=1, largest=arrays.q.shape[0])
+    zeros = tuple(jnp.zeros((n_keys, width), jnp.float32) for width in widths)
+    totals, _ = scan_queries(step, zeros, jax.tree.map(lambda x: x[None], arrays), block_q)
+    return _unpad(totals, n_keys, problem)

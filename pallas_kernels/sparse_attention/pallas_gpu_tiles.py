@@ -1,0 +1,254 @@
+"""Tiles of the Pallas kernels: rows gathered by index, channels cut into powers of two, block sizes and their default rule."""
+
+import dataclasses
+import functools
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array
+
+# Triton multiplies no matrix with a side below 16, and holds no array whose size is not a power of two.
+SMALLEST_SIDE = 16
+# More pieces than this would cost more instructions per key than they save.
+MOST_PIECES = 4
+LOG2_E = math.log2(math.e)
+
+Refs = dict[str, Any]
+
+
+class Columns(NamedTuple):
+    """Channels [start, start + width), held as `size` (a power of two) columns; `place` counts columns of earlier pieces."""
+
+    start: int
+    width: int
+    size: int
+    place: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """What one program holds: heads, selected keys; and how it is compiled."""
+
+    block_h: int
+    block_k: int
+    num_warps: int = 8
+    num_stages: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("block_h", "block_k"):
+            size = getattr(self, name)
+            if size < SMALLEST_SIDE or size & (size - 1):
+                raise ValueError(f"Tiles: {name} is {size}; expected a power of two of at least {SMALLEST_SIDE}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Block sizes of the three kernels, and whether the gradients of keys and values have the same bits in every run.
+
+    `deterministic` costs one write and one read of the gradient of every selected key, `budget_bytes` of them at a time.
+    Otherwise they are added to memory as they come, in no fixed order. An interpreted kernel needs `deterministic` when a
+    query lists a key twice: the interpreter's atomic addition keeps one of the two.
+    """
+
+    forward: Tiles
+    d_query: Tiles
+    d_key: Tiles
+    deterministic: bool = False
+    budget_bytes: int = 2**28
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The static half of a call: sizes, scale, and how the channels are cut. `is_shared`: the values lead the keys."""
+
+    heads: int
+    groups: int
+    dim: int
+    width: int
+    is_shared: bool
+    softmax_scale: float
+    interpret: bool
+
+    @property
+    def heads_per_group(self) -> int:
+        """Heads that read the same keys."""
+        return self.heads // self.groups
+
+    @property
+    def key_columns(self) -> tuple[Columns, ...]:
+        """Pieces of a key; where it holds the value, the value's pieces come first."""
+        return cut_columns(0, self.width, self.dim) if self.is_shared else cut_columns(0, self.dim)
+
+    @property
+    def value_columns(self) -> tuple[Columns, ...]:
+        """Pieces of a value."""
+        return cut_columns(0, self.width)
+
+    def head_blocks(self, tiles: Tiles) -> int:
+        """Blocks of heads in a group."""
+        return pl.cdiv(self.heads_per_group, tiles.block_h)
+
+
+def cut_columns(*bounds: int) -> tuple[Columns, ...]:
+    """Cuts the channels between consecutive bounds into powers of two, largest first; a short rest is filled up to 16."""
+    pieces: list[Columns] = []
+    place = 0
+    for start, stop in itertools.pairwise(bounds):
+        while start < stop:
+            size = max(SMALLEST_SIDE, 1 << ((stop - start).bit_length() - 1))
+            width = min(size, stop - start)
+            pieces.append(Columns(start, width, size, place))
+            start, place = start + width, place + size
+    if len(pieces) > MOST_PIECES:
+        raise NotImplementedError(
+            f"sparse_attention: pallas cuts channels into powers of two, and {bounds[-1]} channels need {len(pieces)} pieces; "
+            f"at most {MOST_PIECES} are supported. Pass implementation='xla'."
+        )
+    return tuple(pieces)
+
+
+def padded_width(columns: Sequence[Columns]) -> int:
+    """Columns of all pieces together."""
+    return sum(piece.size for piece in columns)
+
+
+def default_options(problem: Problem, dtype: jnp.dtype) -> Options:
+    """Block sizes for an H200; deterministic where the kernels are interpreted.
+
+    Compiled for sm_90a by jax 0.11.2, all fit its shared memory and none spills registers, except the gradients in float32
+    with more than 256 channels. Chosen among those that compile; none has been timed.
+    """
+    is_half = dtype.itemsize == 2
+    is_wide = padded_width(problem.key_columns) > (256 if is_half else 128)
+    most = max(SMALLEST_SIDE, pl.next_power_of_2(problem.heads_per_group))
+
+    def tiles(block_h: int, block_k: int, num_warps: int) -> Tiles:
+        return Tiles(min(most, block_h), block_k, num_warps)
+
+    if is_wide and is_half:
+        chosen = tiles(64, 32, 8), tiles(32, 32, 8), tiles(32, 32, 8)
+    elif is_wide:
+        chosen = tiles(16, 16, 8), tiles(16, 16, 8), tiles(16, 16, 8)
+    elif is_half:
+        chosen = tiles(64, 64, 4), tiles(64, 32, 4), tiles(32, 32, 4)
+    else:
+        chosen = tiles(32, 32, 4), tiles(16, 32, 4), tiles(16, 16, 4)
+    return Options(*chosen, deterministic=problem.interpret)
+
+
+def _address(rows: Array, piece: Columns, offset: Array | int) -> tuple[tuple[Array, Array], Array | None]:
+    # Both index arrays in full: the interpreter does not mix arrays and slices.
+    shape = (rows.shape[0], piece.size)
+    column = jnp.broadcast_to(jnp.arange(piece.size, dtype=jnp.int32)[None], shape)
+    exists = None if piece.width == piece.size else column < piece.width
+    return (jnp.broadcast_to(rows[:, None], shape), column + (offset + piece.start)), exists
+
+
+def _both(valid: Array | None, exists: Array | None, size: int) -> Array | None:
+    if valid is None:
+        return exists
+    rows = jnp.broadcast_to(valid[:, None], (valid.shape[0], size))
+    return rows if exists is None else rows & exists
+
+
+def load_rows(ref: Any, rows: Array, piece: Columns, *, offset: Array | int = 0, valid: Array | None) -> Array:
+    """[rows, piece.size] out of a matrix; zeros where a row is not valid or the channel does not exist."""
+    index, exists = _address(rows, piece, offset)
+    mask = _both(valid, exists, piece.size)
+    return plt.load(ref.at[index], mask=mask, other=None if mask is None else 0)
+
+
+def store_rows(ref: Any, rows: Array, piece: Columns, value: Array, *, valid: Array | None) -> None:
+    """Writes the valid rows and existing channels of `value` into a matrix."""
+    index, exists = _address(rows, piece, 0)
+    plt.store(ref.at[index], value.astype(ref.dtype), mask=_both(valid, exists, piece.size))
+
+
+def full_address(rows: Array, piece: Columns, offset: Array | int = 0) -> tuple[Array, Array]:
+    """Index arrays of all `piece.size` columns of a matrix that is laid out by pieces."""
+    return _address(rows, Columns(piece.place, piece.size, piece.size, piece.place), offset)[0]
+
+
+class KeyTile(NamedTuple):
+    """Gathered keys and values, by pieces, and where they came from."""
+
+    keys: list[Array]
+    values: list[Array]
+    rows: Array
+    valid: Array
+
+
+def load_keys(refs: Refs, problem: Problem, group: Array, number: Array, block_k: int) -> KeyTile:
+    """Gathers the keys that slots [number * block_k, ...) select; -1 is absent and reads nothing."""
+    selected = refs["indices"][pl.ds(number * block_k, block_k)]
+    valid = selected >= 0
+    rows = jnp.where(valid, selected, 0)
+    read = functools.partial(load_rows, rows=rows, valid=valid)
+    keys = [read(refs["k"], piece=piece, offset=group * problem.dim) for piece in problem.key_columns]
+    if problem.is_shared:
+        return KeyTile(keys, keys[: len(problem.value_columns)], rows, valid)
+    values = [read(refs["v"], piece=piece, offset=group * problem.width) for piece in problem.value_columns]
+    return KeyTile(keys, values, rows, valid)
+
+
+class HeadBlock(NamedTuple):
+    """Heads one program works on: rows of q, and which of them exist (None: all)."""
+
+    rows: Array
+    valid: Array | None
+
+
+def head_block(problem: Problem, group: Array, number: Array, block_h: int) -> HeadBlock:
+    """Block `number` of the heads of `group`."""
+    within = number * block_h + jnp.arange(block_h, dtype=jnp.int32)
+    is_full = problem.heads_per_group % block_h == 0
+    rows = group * problem.heads_per_group + within
+    return HeadBlock(rows, None if is_full else within < problem.heads_per_group)
+
+
+def load_heads(ref: Any, heads: HeadBlock, columns: Sequence[Columns]) -> list[Array]:
+    """Rows of q or d_out, by pieces."""
+    return [load_rows(ref, heads.rows, piece, valid=heads.valid) for piece in columns]
+
+
+def load_per_head(ref: Any, heads: HeadBlock) -> Array:
+    """One number per head."""
+    return plt.load(ref.at[heads.rows], mask=heads.valid, other=None if heads.valid is None else 0)
+
+
+def multiply(a: Array, b: Array, *, trans_a: bool = False, trans_b: bool = False) -> Array:
+    """a @ b, either side transposed, in float32; float32 operands are not rounded to tf32."""
+    return plt.dot(a, b, trans_a=trans_a, trans_b=trans_b, precision=jax.lax.Precision.HIGHEST)
+
+
+def sum_of_products(a: Sequence[Array], b: Sequence[Array]) -> Array:
+    """a @ b.T over all pieces."""
+    return functools.reduce(jnp.add, [multiply(x, y, trans_b=True) for x, y in zip(a, b, strict=True)])
+
+
+def call(kernel: Callable[..., None], problem: Problem, tiles: Tiles, arguments: tuple[Any, ...], **kwargs: Any) -> Any:
+    """`pl.pallas_call` through Triton, or interpreted.
+
+    Lowering happens when the program around it is compiled, so the one warning that it is deprecated is ignored by name.
+    """
+    if not problem.interpret:
+        warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
+    parameters = plt.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+    return pl.pallas_call(kernel, compiler_params=parameters, interpret=problem.interpret, **kwargs)(*arguments)
+
+
+def whole(x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
+    """The whole array, to be addressed by index."""
+    return pl.BlockSpec(x.shape, lambda *_: (0,) * len(x.shape))
+
+
+def per_query(x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
+    """One query of [T, ...], T being the first axis of the grid."""
+    return pl.BlockSpec((None, *x.shape[1:]), lambda t, *_: (t,) + (0,) * (len(x.shape) - 1))

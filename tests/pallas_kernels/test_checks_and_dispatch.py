@@ -1,0 +1,105 @@
+"""Wrong arguments raise one clear line; the choice of an implementation is explicit and recorded."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import pallas_kernels as pk
+from pallas_kernels._dispatch import resolve_implementation
+
+B, T, S = 1, 3, 4
+RANGE = {"visible_start": jnp.zeros((B, T), jnp.int32), "visible_end": jnp.ones((B, T), jnp.int32)}
+INDEXER = {"q_index": jnp.ones((B, T, 2, 4)), "k_index": jnp.ones((B, S, 4)), "weights": jnp.ones((B, T, 2))}
+ATTENTION = {"q": jnp.ones((B, T, 4, 6)), "k": jnp.ones((B, S, 2, 6))}
+LSE = jnp.zeros((B, T, 4))
+PICKED = jnp.zeros((B, T, 2), jnp.int32)
+
+CALLS = {
+    "index_scores": (pk.index_scores, {**INDEXER, **RANGE}),
+    "index_topk": (pk.index_topk, {**INDEXER, **RANGE, "topk": 2}),
+    "sparse_attention": (pk.sparse_attention, {**ATTENTION, "v": None, "topk_indices": PICKED, "softmax_scale": 1.0}),
+    "dense_attention": (pk.dense_attention, {**ATTENTION, "v": None, **RANGE, "softmax_scale": 1.0}),
+    "attention_topk": (pk.attention_topk, {**ATTENTION, "lse": LSE, **RANGE, "topk": 2, "softmax_scale": 1.0}),
+    "indexer_kl": (pk.indexer_kl, {**INDEXER, **ATTENTION, "lse": LSE, **RANGE, "softmax_scale": 1.0}),
+}
+
+WRONG = {
+    "topk of 0": ("index_topk", {"topk": 0}, "topk is 0; expected a positive integer"),
+    "negative topk": ("attention_topk", {"topk": -3}, "topk is -3"),
+    "weights of other heads": (
+        "index_topk",
+        {"weights": jnp.ones((B, T, 3))},
+        r"weights has shape \[1, 3, 3\]; expected \[1, 3, 2\]",
+    ),
+    "half weights": (
+        "indexer_kl",
+        {"weights": jnp.ones((B, T, 2), jnp.bfloat16)},
+        "weights has dtype bfloat16; expected float32",
+    ),
+    "integer queries": ("index_scores", {"q_index": jnp.ones((B, T, 2, 4), int)}, "q_index has dtype int32"),
+    "index dims": ("index_scores", {"k_index": jnp.ones((B, S, 5))}, r"k_index has shape \[1, 4, 5\]"),
+    "ranges of other queries": ("index_topk", {"visible_end": jnp.ones((B, 9), jnp.int32)}, r"visible_end has shape \[1, 9\]"),
+    "float ranges": (
+        "dense_attention",
+        {"visible_start": jnp.zeros((B, T))},
+        "visible_start has dtype float32; expected int32",
+    ),
+    "start after end": (
+        "dense_attention",
+        {"visible_start": jnp.asarray([[0, 2, 0]])},
+        "visible_start is 2 and visible_end is 1 at row 0, query 1; expected start <= end",
+    ),
+    "heads not divisible": ("dense_attention", {"k": jnp.ones((B, S, 3, 6))}, "q has 4 heads and k has 3; expected a multiple"),
+    "head dims": ("sparse_attention", {"k": jnp.ones((B, S, 2, 7))}, r"k has shape \[1, 4, 2, 7\]"),
+    "values of other keys": ("sparse_attention", {"v": jnp.ones((B, 5, 2, 6))}, r"v has shape \[1, 5, 2, 6\]"),
+    "d_v too wide": ("sparse_attention", {"d_v": 7}, "d_v is 7; expected 1 to 6"),
+    "d_v against v": ("dense_attention", {"v": jnp.ones((B, S, 2, 6)), "d_v": 5}, "d_v is 5 and v has 6 channels"),
+    "selection of other queries": ("sparse_attention", {"topk_indices": PICKED[:, :2]}, r"topk_indices has shape \[1, 2, 2\]"),
+    "float selection": (
+        "sparse_attention",
+        {"topk_indices": jnp.zeros((B, T, 2))},
+        "topk_indices has dtype float32; expected int32",
+    ),
+    "lse of other heads": ("indexer_kl", {"lse": jnp.zeros((B, T, 2))}, r"lse has shape \[1, 3, 2\]; expected \[1, 3, 4\]"),
+    "keys of another length": ("indexer_kl", {"k": jnp.ones((B, 5, 2, 6))}, r"k has shape \[1, 5, 2, 6\]"),
+    "no such implementation": (
+        "index_topk",
+        {"implementation": "cuda"},
+        "implementation is 'cuda'; expected one of reference, xla",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments(name):
+    op, change, message = WRONG[name]
+    function, arguments = CALLS[op]
+    with pytest.raises(ValueError, match=message) as caught:
+        function(**{**arguments, **change})
+    assert str(caught.value).startswith(f"{op}: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_missing_implementations_raise_and_the_choice_is_recorded(op):
+    function, arguments = CALLS[op]
+    for missing in ("triton", "cute") if op == "sparse_attention" else ("pallas", "triton", "cute"):
+        with pytest.raises(NotImplementedError, match=re.escape(f"{op}: there is no implementation '{missing}'")):
+            function(**arguments, implementation=missing)
+    function(**arguments)
+    assert "xla" in pk.implementations_chosen()[op].split(",")
+
+
+def test_default_rule():
+    assert resolve_implementation("op", None, {"reference": 1, "xla": 2}, platform="cpu") == "xla"
+    assert resolve_implementation("op", None, {"reference": 1, "xla": 2}, platform="gpu") == "xla"
+    assert resolve_implementation("op", None, {"reference": 1}, platform="cpu") == "reference"
+    assert resolve_implementation("op", "reference", {"reference": 1, "xla": 2}, platform="cpu") == "reference"
+
+
+def test_unknown_range_values_are_not_checked_under_jit():
+    function, arguments = CALLS["dense_attention"]
+    start = jnp.asarray([[0, 2, 0]])
+    out, lse = jax.jit(lambda start: function(**{**arguments, "visible_start": start}))(start)
+    assert bool((out[0, 1] == 0).all()) and bool((lse[0, 1] == -jnp.inf).all())  # start > end sees nothing

@@ -1,0 +1,156 @@
+"""The indexer's KL: numpy written out, the float64 reference with gradients, hostile inputs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ops_helpers import IMPLEMENTATIONS, assert_close, clipped, in_float64, normal, ranges
+from test_sparse_attention import selection
+
+import pallas_kernels as pk
+from pallas_kernels.indexer_loss.shapes import TEST_SHAPES
+
+SCALE = 0.3
+
+
+def inputs(shape, seed=0):
+    rng = np.random.default_rng(seed)
+    batch, queries, keys = shape.batch, shape.queries, shape.keys
+    return (
+        normal(rng, batch, queries, shape.index_heads, shape.index_dim),
+        normal(rng, batch, keys, shape.index_dim),
+        normal(rng, batch, queries, shape.index_heads),
+        normal(rng, batch, queries, shape.heads, shape.dim),
+        normal(rng, batch, keys, shape.groups, shape.dim),
+    )
+
+
+def run(implementation, sparse):
+    """(kl, gradients in all six arrays) of a weighted sum; the last positional array is the selection in sparse mode."""
+
+    def loss(q_index, k_index, weights, q, k, lse, d_kl, *indices, **visible):
+        kl = pk.indexer_kl(
+            q_index, k_index, weights, q, k, lse, softmax_scale=SCALE, topk_indices=indices[0] if sparse else None,
+            implementation=implementation, **visible
+        )  # fmt: skip
+        return (kl * d_kl).sum(), kl
+
+    return jax.value_and_grad(loss, tuple(range(6)), has_aux=True)
+
+
+def case(name, kind, sparse):
+    shape = TEST_SHAPES[name]
+    arrays, visible = inputs(shape), ranges(kind, shape.batch, shape.queries, shape.keys)
+    indices = selection(shape)
+    q, k = arrays[3:]
+    if sparse:
+        lse = pk.sparse_attention(q, k, None, indices, softmax_scale=SCALE, implementation="reference").lse
+    else:
+        lse = pk.dense_attention(q, k, None, softmax_scale=SCALE, implementation="reference", **visible).lse
+    d_kl = normal(np.random.default_rng(9), shape.batch, shape.queries)
+    return shape, (*arrays, lse, d_kl, *((indices,) if sparse else ())), visible
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("sparse", [False, True], ids=["visible", "selected"])
+def test_literal_case(implementation, sparse):
+    """Two keys attended 1 : 3 against index scores 0 and log 2, so 1/3 : 2/3."""
+    k_index, k = jnp.asarray([[[-1.0], [np.log(2.0)], [50.0]]]), jnp.log(jnp.asarray([1.0, 3.0, 9.0])).reshape(1, 3, 1, 1)
+    arrays = (
+        jnp.ones((1, 2, 1, 1)),
+        k_index,
+        jnp.ones((1, 2, 1)),
+        jnp.ones((1, 2, 1, 1)),
+        k,
+        jnp.log(jnp.full((1, 2, 1), 4.0)),
+    )
+    visible = {"visible_start": jnp.asarray([[0, 1]]), "visible_end": jnp.asarray([[3 if sparse else 2, 1]])}
+    indices = jnp.asarray([[[0, 1, -1], [0, 1, 2]]]) if sparse else None
+
+    def kl(q_index, k_index, weights):
+        return pk.indexer_kl(
+            q_index, k_index, weights, *arrays[3:], softmax_scale=1.0, topk_indices=indices, implementation=implementation,
+            **visible
+        )  # fmt: skip
+
+    expected = 0.25 * np.log(0.25 / (1 / 3)) + 0.75 * np.log(0.75 / (2 / 3))
+    np.testing.assert_allclose(kl(*arrays[:3]), [[expected, 0.0]], rtol=1e-5)
+    gradient = jax.grad(lambda *a: kl(*a).sum(), (0, 1, 2))(*arrays[:3])
+    # d/dscore = softmax - p = (1/12, -1/12); the ReLU is closed for key 0.
+    np.testing.assert_allclose(gradient[1], [[[0.0], [-1 / 12], [0.0]]], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(gradient[2], [[[-np.log(2.0) / 12], [0.0]]], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["visible", "selected"])
+@pytest.mark.parametrize("name", TEST_SHAPES)
+def test_matches_float64_with_gradients(name, sparse):
+    kind = {"latent": "random", "grouped": "packed"}.get(name, "causal")
+    _, arrays, visible = case(name, kind, sparse)
+    (_, expected), gradients = in_float64(run("reference", sparse), *arrays, **visible)
+    for implementation in IMPLEMENTATIONS if name == "latent" else IMPLEMENTATIONS[1:]:
+        (_, kl), actual = jax.jit(run(implementation, sparse))(*arrays, **visible)
+        assert kl.dtype == jnp.float32
+        assert_close(kl, expected, what=f"{implementation} kl")
+        assert np.all(np.asarray(kl) > -1e-5)
+        for what, got, want in zip(("q_index", "k_index", "weights"), actual, gradients, strict=False):
+            assert_close(got, want, what=f"{implementation} {what}")
+        for what, got in zip(("q", "k", "lse"), actual[3:], strict=True):
+            np.testing.assert_array_equal(got, np.zeros(got.shape), err_msg=f"{implementation} {what} is a constant")
+
+
+def test_reference_matches_numpy():
+    shape, arrays, visible = case("latent", "random", True)
+    q_index, k_index, weights, q, k, lse, _, indices = (np.asarray(x, np.float64) for x in arrays)
+    start, end = clipped(visible, shape.keys)
+    (_, kl), _ = in_float64(run("reference", True), *arrays, **visible)
+    for b, t in np.ndindex(*start.shape):
+        members = [int(s) for s in indices[b, t] if start[b, t] <= s < end[b, t]]
+        if not members:
+            assert kl[b, t] == 0
+            continue
+        scores = weights[b, t] @ np.maximum(q_index[b, t] @ k_index[b, members].T, 0)
+        p = np.exp(SCALE * q[b, t] @ k[b, members, 0].T - lse[b, t][:, None]).sum(0)
+        p, softmax = p / p.sum(), np.exp(scores) / np.exp(scores).sum()
+        np.testing.assert_allclose(kl[b, t], (p * np.log(p / softmax)).sum(), rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("sparse", [False, True], ids=["visible", "selected"])
+def test_what_lies_outside_every_set_may_hold_anything(implementation, sparse):
+    shape, arrays, visible = case("latent", "random", sparse)
+    visible = {name: jnp.clip(x, 6, 45) for name, x in visible.items()}
+    q_index, k_index, weights, q, k, lse, *rest = arrays
+    empty = jnp.asarray(np.equal(*clipped(visible, shape.keys)))
+    lse = jnp.where(empty[..., None], -jnp.inf, jnp.where(lse > -jnp.inf, lse, 0))
+    function = jax.jit(run(implementation, sparse))
+    (_, clean), clean_gradients = function(q_index, k_index, weights, q, k, lse, *rest, **visible)
+    assert np.all(np.isfinite(np.asarray(clean))) and all(np.all(np.isfinite(np.asarray(g))) for g in clean_gradients)
+    assert bool(empty.any()) and np.all(np.asarray(clean)[np.asarray(empty)] == 0)
+    for poison in (np.nan, 3e38):
+        rows = [jnp.where(empty.reshape(*empty.shape, *[1] * (x.ndim - 2)), poison, x) for x in (q_index, weights, q)]
+        keys = [x.at[:, :6].set(poison).at[:, 45:].set(poison) for x in (k_index, k)]
+        (_, dirty), gradients = function(rows[0], keys[0], rows[1], rows[2], keys[1], lse, *rest, **visible)
+        jax.tree.map(np.testing.assert_array_equal, (dirty, gradients), (clean, clean_gradients))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_selecting_everything_equals_the_visible_form(implementation):
+    shape, arrays, visible = case("grouped", "packed", False)
+    everything = jnp.broadcast_to(jnp.arange(shape.keys, dtype=jnp.int32), (shape.batch, shape.queries, shape.keys))
+    call = functools.partial(pk.indexer_kl, *arrays[:6], softmax_scale=SCALE, implementation=implementation, **visible)
+    assert_close(call(topk_indices=everything), call())
+
+
+def test_extreme_scores_stay_finite():
+    """Index scores of 1e4 and probabilities that underflow: finite KL and gradients, the same in both implementations."""
+    _, arrays, visible = case("grouped", "causal", False)
+    arrays = (arrays[0] * 1e4, *arrays[1:3], arrays[3] * 100, *arrays[4:])
+    lse = pk.dense_attention(*arrays[3:5], None, softmax_scale=SCALE, implementation="reference", **visible).lse
+    arrays = (*arrays[:5], lse, arrays[6])
+    (_, expected), _ = in_float64(run("reference", False), *arrays, **visible)
+    for implementation in IMPLEMENTATIONS:
+        (_, kl), gradients = jax.jit(run(implementation, False))(*arrays, **visible)
+        assert_close(kl, expected, what=implementation)
+        assert all(np.all(np.isfinite(np.asarray(g))) for g in gradients)

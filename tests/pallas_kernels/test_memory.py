@@ -1,0 +1,71 @@
+"""XLA's temporaries grow linearly with the length: compiled only, nothing runs."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import pallas_kernels as pk
+
+# Twice the length may take 2.2 times the memory; anything of size T x S would take 4 times.
+LENGTH, LIMIT = 8192, 2.2
+
+
+def shapes(length):
+    def array(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    return {
+        "q_index": array(1, length, 2, 16),
+        "k_index": array(1, length, 16),
+        "weights": array(1, length, 2),
+        "q": array(1, length, 4, 32),
+        "k": array(1, length, 1, 32),
+        "lse": array(1, length, 4),
+        "visible_start": array(1, length, dtype=jnp.int32),
+        "visible_end": array(1, length, dtype=jnp.int32),
+        "topk_indices": array(1, length, 64, dtype=jnp.int32),
+    }
+
+
+def topk(x, visible):
+    return pk.index_topk(x["q_index"], x["k_index"], x["weights"], topk=64, **visible, implementation="xla")
+
+
+def sparse(x, visible):
+    def loss(q, k):
+        return sum(y.sum() for y in pk.sparse_attention(q, k, None, x["topk_indices"], softmax_scale=1.0, implementation="xla"))
+
+    return jax.grad(loss, (0, 1))(x["q"], x["k"])
+
+
+def dense(x, visible):
+    def loss(q, k):
+        return sum(y.sum() for y in pk.dense_attention(q, k, None, softmax_scale=1.0, **visible, implementation="xla"))
+
+    return jax.grad(loss, (0, 1))(x["q"], x["k"])
+
+
+def kl(x, visible, indices=None):
+    def loss(*indexer):
+        target = x["q"], x["k"], x["lse"]
+        return pk.indexer_kl(*indexer, *target, softmax_scale=1.0, topk_indices=indices, **visible, implementation="xla").sum()
+
+    return jax.grad(loss, (0, 1, 2))(x["q_index"], x["k_index"], x["weights"])
+
+
+def kl_selected(x, visible):
+    return kl(x, visible, x["topk_indices"])
+
+
+@pytest.mark.parametrize("run", [topk, sparse, dense, kl, kl_selected], ids=lambda f: f.__name__)
+def test_temporaries_grow_linearly(run):
+    def temporaries(length):
+        def call(x):
+            return run(x, {name: x[name] for name in ("visible_start", "visible_end")})
+
+        return jax.jit(call).lower(shapes(length)).compile().memory_analysis().temp_size_in_bytes
+
+    short, long = temporaries(LENGTH), temporaries(2 * LENGTH)
+    assert long <= LIMIT * short, f"{short / 2**20:.1f} MiB at {LENGTH}, {long / 2**20:.1f} MiB at {2 * LENGTH}"
+    # A single T x S matrix in float32 would be 256 MiB here.
+    assert short < 128 * 2**20
