@@ -1,0 +1,20 @@
+"""The transformer: MLA or GQA, with a lightning indexer, dense or mixture-of-experts MLPs."""
+
+from dsa_jax.model.build import build_model, init_params
+from dsa_jax.model.layers import LayerStack, layer_stacks
+from dsa_jax.model.outputs import ModelOutput, MoEStatistics
+from dsa_jax.model.router import updated_score_bias
+from dsa_jax.model.selection import attention_modes
+from dsa_jax.model.transformer import Transformer
+
+__all__ = [
+    "LayerStack",
+    "MoEStatistics",
+    "ModelOutput",
+    "Transformer",
+    "attention_modes",
+    "build_model",
+    "init_params",
+    "layer_stacks",
+    "updated_score_bias",
+]

@@ -1,0 +1,168 @@
+"""The part that MLA and GQA share: attend densely or to a selection, and measure the indexer against it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from dsa_jax.model.outputs import AttentionRequest
+from dsa_jax.model.selection import DENSE, SELECTORS, Heads, IndexHeads, SelectionInputs, attention_modes
+from dsa_jax.model.visibility import Visibility, mean_over_valid
+from pallas_kernels import dense_attention, indexer_kl, sparse_attention
+
+TOPK_NAME = "topk_indices"
+"""Name under which rematerialisation saves the selection."""
+
+
+class AttentionOutput(NamedTuple):
+    """Output of one attention layer (or of its core, before the output projection) and what it measured on the way."""
+
+    out: Float[Array, "..."]
+    topk_indices: Int[Array, "B T K"] | None
+    indexer_kl: Float[Array, ""] | None
+    coverage: Float[Array, ""] | None
+    keys_per_query: Float[Array, ""]
+
+
+def check_request(request: AttentionRequest, *, has_indexer: bool, return_topk_indices: bool) -> None:
+    """Reject what no layer could answer.
+
+    Raises:
+        ValueError: for an unknown mode or loss, or a combination of them that this model cannot compute.
+    """
+    if request.attention not in attention_modes():
+        raise ValueError(f"attention is {request.attention!r}; expected one of {', '.join(attention_modes())}.")
+    if request.indexer_loss not in (None, "dense", "sparse"):
+        raise ValueError(f"indexer_loss is {request.indexer_loss!r}; expected None, 'dense' or 'sparse'.")
+    if request.indexer_loss and not has_indexer:
+        raise ValueError(
+            f"indexer_loss is {request.indexer_loss!r}, but the model has no indexer. Set attention.indexer.enabled=True."
+        )
+    if request.attention == DENSE:
+        if request.indexer_loss == "sparse":
+            raise ValueError(
+                "indexer_loss is 'sparse' with attention 'dense', which selects no keys; expected indexer_loss 'dense', or an "
+                "attention that selects, such as 'sparse'."
+            )
+        if return_topk_indices:
+            raise ValueError(
+                "return_topk_indices is True with attention 'dense', which selects no keys. Use attention='sparse' to see what "
+                "the indexer selects."
+            )
+    elif SELECTORS[request.attention].uses_indexer and not has_indexer:
+        raise ValueError(
+            f"attention is {request.attention!r}, but the model has no indexer. Set attention.indexer.enabled=True, or use "
+            "'dense' or 'window'."
+        )
+
+
+def needs_dense_heads(request: AttentionRequest, *, has_indexer: bool) -> bool:
+    """Whether a pass of dense attention is part of the answer."""
+    if request.attention == DENSE:
+        return True
+    dense_loss = request.indexer_loss == "dense" and has_indexer
+    return request.coverage or dense_loss or SELECTORS[request.attention].needs_dense_lse
+
+
+def needs_indexer(request: AttentionRequest) -> bool:
+    """Whether an indexer has anything to do: to select, or to be trained."""
+    selects = request.attention != DENSE and SELECTORS[request.attention].uses_indexer
+    return selects or request.indexer_loss is not None
+
+
+def attend(
+    dense: Heads | None,
+    selected: Heads | None,
+    index: IndexHeads | None,
+    previous_topk: Int[Array, "B T K"] | None,
+    *,
+    request: AttentionRequest,
+    topk: int,
+    softmax_scale: float,
+    visibility: Visibility,
+    implementation: str | None,
+) -> AttentionOutput:
+    """Attention as `request` asks, in the form of heads that suits it.
+
+    Args:
+        dense: heads for attention to all visible keys; needed where `needs_dense_heads` says so.
+        selected: heads for attention to a selection; needed unless the request is dense.
+        index: this layer's indexer; None for a layer that has none or shares.
+        previous_topk: selection of the previous layer, reused by a layer that shares.
+
+    Returns:
+        `out` [B, T, H, Dv] in the form of the heads used. A padding query gives 0.
+    """
+    visible: dict[str, Any] = {
+        "visible_start": visibility.start,
+        "visible_end": visibility.end,
+        "implementation": implementation,
+    }
+    everything = None
+    if dense is not None:
+        # Where dense attention is only the yardstick, no gradient may come back through it.
+        heads = dense if request.attention == DENSE else jax.lax.stop_gradient(dense)
+        everything = dense_attention(heads.q, heads.k, heads.v, softmax_scale=softmax_scale, d_v=heads.d_v, **visible)
+    if request.attention == DENSE:
+        assert everything is not None
+        out, indices, kept_lse = everything.out, None, None
+        n_keys = (visibility.end - visibility.start).astype(jnp.float32)
+    else:
+        assert selected is not None
+        selector = SELECTORS[request.attention]
+        if selector.uses_indexer and index is None:
+            assert previous_topk is not None
+            indices = previous_topk
+        else:
+            lse = None if everything is None else everything.lse
+            inputs = SelectionInputs(topk, visibility, selected, softmax_scale, index, lse, implementation)
+            indices = checkpoint_name(selector.select(inputs), TOPK_NAME)
+        kept = sparse_attention(
+            selected.q,
+            selected.k,
+            selected.v,
+            indices,
+            softmax_scale=softmax_scale,
+            d_v=selected.d_v,
+            implementation=implementation,
+        )
+        out, kept_lse = kept.out, kept.lse
+        n_keys = jnp.sum(indices >= 0, axis=-1).astype(jnp.float32)
+
+    kl = None
+    if request.indexer_loss is not None:
+        kl = jnp.zeros((), jnp.float32)
+        if index is not None:
+            sparse_loss = request.indexer_loss == "sparse"
+            target = selected if sparse_loss else dense
+            lse = kept_lse if sparse_loss else everything.lse if everything is not None else None
+            assert target is not None and lse is not None
+            divergence = indexer_kl(
+                *index,
+                target.q,
+                target.k,
+                lse,
+                softmax_scale=softmax_scale,
+                topk_indices=indices if sparse_loss else None,
+                **visible,
+            )
+            kl = mean_over_valid(divergence, visibility.valid)
+
+    coverage = None
+    if request.coverage:
+        if kept_lse is None:
+            coverage = jnp.ones((), jnp.float32)
+        else:
+            assert everything is not None
+            coverage = mean_over_valid(attention_mass(kept_lse, everything.lse), visibility.valid)
+    return AttentionOutput(out, indices, kl, coverage, mean_over_valid(n_keys, visibility.valid))
+
+
+def attention_mass(kept_lse: Float[Array, "B T H"], all_lse: Float[Array, "B T H"]) -> Float[Array, "B T"]:
+    """Share of the softmax mass held by the kept keys, mean over heads; 0 for a query that keeps none. No gradient."""
+    kept_lse, all_lse = jax.lax.stop_gradient((kept_lse, all_lse))
+    some = jnp.isfinite(kept_lse)
+    share = jnp.exp(jnp.where(some, kept_lse, 0.0) - jnp.where(some, all_lse, 0.0))
+    return jnp.mean(jnp.where(some, share, 0.0), axis=-1)

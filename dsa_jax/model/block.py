@@ -1,0 +1,48 @@
+"""One pre-norm transformer layer."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from dsa_jax.model.norm import RMSNorm
+from dsa_jax.model.outputs import AttentionRequest, LayerStatistics
+from dsa_jax.model.visibility import Visibility
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    `attention` is an `MLA` or a `GQA`, `mlp` an `MLP` or a `MoE`.
+    """
+
+    attention: nn.Module
+    mlp: nn.Module
+    hidden_dim: int
+    norm_eps: float
+    dtype: jnp.dtype
+
+    def setup(self) -> None:
+        """Create the norms; the two layers come as fields."""
+        self.attention_norm = RMSNorm(self.hidden_dim, self.norm_eps, self.dtype)
+        self.mlp_norm = RMSNorm(self.hidden_dim, self.norm_eps, self.dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        positions: Int[Array, "B T"],
+        visibility: Visibility,
+        previous_topk: Int[Array, "B T K"] | None,
+        request: AttentionRequest,
+    ) -> tuple[Float[Array, "B T E"], LayerStatistics]:
+        """The new residual stream and what the layer measured."""
+        attended = self.attention(self.attention_norm(x), positions, visibility, previous_topk, request)
+        x = x + attended.out
+        transformed = self.mlp(self.mlp_norm(x), visibility.valid)
+        statistics = LayerStatistics(
+            indexer_kl=attended.indexer_kl,
+            coverage=attended.coverage,
+            keys_per_query=attended.keys_per_query,
+            topk_indices=attended.topk_indices,
+            moe=transformed.statistics,
+        )
+        return x + transformed.out, statistics

@@ -1,0 +1,158 @@
+"""From a config to a model and its first parameters."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
+
+from dsa_jax.config import ModelConfig
+from dsa_jax.model.block import Block
+from dsa_jax.model.gqa import GQA
+from dsa_jax.model.indexer import Indexer
+from dsa_jax.model.layers import LayerStack, layer_stacks
+from dsa_jax.model.mla import MLA
+from dsa_jax.model.mlp import MLP
+from dsa_jax.model.moe import MoE
+from dsa_jax.model.rope import rope_from_config
+from dsa_jax.model.transformer import BlockStack, Transformer
+
+
+def build_model(config: ModelConfig) -> Transformer:
+    """The transformer that `config` describes. It holds no parameters; equal configs give equal (and hashable) models.
+
+    Raises:
+        ConfigError: from `config.validate()`.
+    """
+    config.validate()
+    stacks = tuple(
+        BlockStack(name=s.name, n_layers=s.n_layers, shares_topk=s.indexer == "shared", block=_block(config, s))
+        for s in layer_stacks(config)
+    )
+    return Transformer(
+        vocab_size=config.vocab_size,
+        hidden_dim=config.hidden_dim,
+        stacks=stacks,
+        topk=config.attention.indexer.topk,
+        has_indexer=config.attention.indexer.enabled,
+        default_attention=config.attention.mode,
+        tie_embeddings=config.tie_embeddings,
+        embedding_init_std=config.embedding_initializer_range,
+        init_std=config.initializer_range,
+        logits_scale=config.logits_scale,
+        norm_eps=config.norm_eps,
+        remat=config.remat,
+        scan_layers=config.scan_layers,
+        parent=None,
+        **_dtypes(config),
+    )
+
+
+def init_params(model: Transformer, key: PRNGKeyArray) -> dict[str, Any]:
+    """Random parameters, a nested dict of arrays; the same key gives the same bits. Works under `jax.eval_shape`."""
+    return _init_params(model, key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init_params(model: Transformer, key: PRNGKeyArray) -> dict[str, Any]:
+    return model.init(key, jnp.ones((1, 1), jnp.int32), attention="dense")["params"]
+
+
+def _dtypes(config: ModelConfig) -> dict[str, Any]:
+    return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
+
+
+def _init_stds(config: ModelConfig) -> dict[str, Any]:
+    # What adds to the residual stream starts smaller, so that its variance does not grow with depth.
+    return {
+        "init_std": config.initializer_range,
+        "out_init_std": config.initializer_range * (2 * config.n_layers) ** -0.5,
+    }
+
+
+def _block(config: ModelConfig, stack: LayerStack) -> Block:
+    return Block(
+        attention=_attention(config, with_indexer=stack.indexer == "full"),
+        mlp=_moe(config) if stack.mlp == "moe" else _mlp(config, config.mlp_dim),
+        hidden_dim=config.hidden_dim,
+        norm_eps=config.norm_eps,
+        dtype=jnp.dtype(config.dtype),
+        parent=None,
+    )
+
+
+def _attention(config: ModelConfig, *, with_indexer: bool) -> MLA | GQA:
+    attention = config.attention
+    common: dict[str, Any] = {
+        "hidden_dim": config.hidden_dim,
+        "n_heads": attention.n_heads,
+        "topk": attention.indexer.topk,
+        "indexer": _indexer(config) if with_indexer else None,
+        "implementation": None if attention.implementation == "auto" else attention.implementation,
+        "parent": None,
+        **_init_stds(config),
+        **_dtypes(config),
+    }
+    if attention.kind == "mla":
+        return MLA(
+            q_lora_rank=attention.q_lora_rank,
+            kv_lora_rank=attention.kv_lora_rank,
+            qk_nope_head_dim=attention.qk_nope_head_dim,
+            v_head_dim=attention.v_head_dim,
+            rope=rope_from_config(attention.rope, dim=attention.qk_rope_head_dim, layout=attention.rope_layout),
+            latent_norm_eps=attention.latent_norm_eps,
+            **common,
+        )
+    return GQA(
+        n_kv_heads=attention.n_kv_heads,
+        head_dim=attention.head_dim,
+        rope=rope_from_config(attention.rope, dim=attention.head_dim, layout=attention.rope_layout),
+        qk_norm=attention.qk_norm,
+        qk_norm_eps=config.norm_eps,
+        use_bias=attention.use_bias,
+        **common,
+    )
+
+
+def _indexer(config: ModelConfig) -> Indexer:
+    attention, indexer = config.attention, config.attention.indexer
+    has_query_latent = attention.kind == "mla" and attention.q_lora_rank > 0
+    return Indexer(
+        hidden_dim=config.hidden_dim,
+        q_input_dim=attention.q_lora_rank if has_query_latent else config.hidden_dim,
+        n_heads=indexer.n_heads,
+        head_dim=indexer.head_dim,
+        rope=rope_from_config(attention.rope, dim=indexer.rope_dim, layout=indexer.rope_layout),
+        norm_eps=indexer.norm_eps,
+        hadamard=indexer.hadamard,
+        fp8=indexer.fp8,
+        init_std=config.initializer_range,
+        parent=None,
+        **_dtypes(config),
+    )
+
+
+def _mlp(config: ModelConfig, mlp_dim: int) -> MLP:
+    return MLP(hidden_dim=config.hidden_dim, mlp_dim=mlp_dim, parent=None, **_init_stds(config), **_dtypes(config))
+
+
+def _moe(config: ModelConfig) -> MoE:
+    moe = config.moe
+    return MoE(
+        hidden_dim=config.hidden_dim,
+        expert_dim=moe.expert_dim,
+        n_experts=moe.n_routed_experts,
+        n_experts_per_token=moe.n_experts_per_token,
+        scoring=moe.scoring,
+        n_groups=moe.n_groups,
+        topk_groups=moe.topk_groups,
+        group_score=moe.group_score,
+        normalize_weights=moe.normalize_weights,
+        routed_scale=moe.routed_scale,
+        use_score_bias=moe.use_score_bias,
+        shared=_mlp(config, moe.n_shared_experts * moe.expert_dim) if moe.n_shared_experts else None,
+        parent=None,
+        **_init_stds(config),
+        **_dtypes(config),
+    )

@@ -1,0 +1,80 @@
+"""Grouped-query attention with an optional lightning indexer shared by all key-value groups."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from dsa_jax.model.attention import AttentionOutput, attend, needs_dense_heads, needs_indexer
+from dsa_jax.model.indexer import Indexer
+from dsa_jax.model.linear import Linear
+from dsa_jax.model.norm import RMSNorm
+from dsa_jax.model.outputs import AttentionRequest
+from dsa_jax.model.rope import Rope, rotary_magnitude, rotate
+from dsa_jax.model.selection import Heads
+from dsa_jax.model.visibility import Visibility
+
+
+class GQA(nn.Module):
+    """n_heads queries over n_kv_heads keys and values; one selection serves them all."""
+
+    hidden_dim: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    rope: Rope
+    qk_norm: bool
+    qk_norm_eps: float
+    use_bias: bool
+    topk: int
+    indexer: Indexer | None
+    implementation: str | None
+    init_std: float
+    out_init_std: float
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    def setup(self) -> None:
+        """Create the projections."""
+        kind: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        kv_dim = self.n_kv_heads * self.head_dim
+        self.wq = Linear(self.hidden_dim, self.n_heads * self.head_dim, self.init_std, use_bias=self.use_bias, **kind)
+        self.wk = Linear(self.hidden_dim, kv_dim, self.init_std, use_bias=self.use_bias, **kind)
+        self.wv = Linear(self.hidden_dim, kv_dim, self.init_std, use_bias=self.use_bias, **kind)
+        self.wo = Linear(self.n_heads * self.head_dim, self.hidden_dim, self.out_init_std, **kind)
+        if self.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, self.qk_norm_eps, self.dtype)
+            self.k_norm = RMSNorm(self.head_dim, self.qk_norm_eps, self.dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        positions: Int[Array, "B T"],
+        visibility: Visibility,
+        previous_topk: Int[Array, "B T K"] | None,
+        request: AttentionRequest,
+    ) -> AttentionOutput:
+        """Attend; `x` is normed, `previous_topk` the previous layer's selection for a layer that shares it."""
+        batch, length = x.shape[:2]
+        q = self.wq(x).reshape(batch, length, self.n_heads, self.head_dim)
+        k = self.wk(x).reshape(batch, length, self.n_kv_heads, self.head_dim)
+        v = self.wv(x).reshape(batch, length, self.n_kv_heads, self.head_dim)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        magnitude = rotary_magnitude(self.rope)
+        heads = Heads(
+            rotate(q, positions, self.rope, magnitude=magnitude), rotate(k, positions, self.rope, magnitude=magnitude), v, None
+        )
+        result = attend(
+            heads if needs_dense_heads(request, has_indexer=self.indexer is not None) else None,
+            heads,
+            self.indexer(x, x, positions) if self.indexer is not None and needs_indexer(request) else None,
+            previous_topk,
+            request=request,
+            topk=self.topk,
+            softmax_scale=self.head_dim**-0.5,
+            visibility=visibility,
+            implementation=self.implementation,
+        )
+        return result._replace(out=self.wo(result.out.reshape(batch, length, self.n_heads * self.head_dim)))

@@ -1,0 +1,134 @@
+"""Multi-head latent attention in both its forms, with an optional lightning indexer.
+
+Dense attention expands the latent to one key and value per head (MHA form). Attention to a selection absorbs the expansion
+into the query and the output, so that all heads read one latent per key (MQA form). Both compute the same function.
+
+Source: DeepSeek-V2 (arXiv 2405.04434) section 2.1; DeepSeek-V3.2-Exp inference/model.py, class MLA.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from dsa_jax.model.attention import AttentionOutput, attend, needs_dense_heads, needs_indexer
+from dsa_jax.model.indexer import Indexer
+from dsa_jax.model.linear import Linear
+from dsa_jax.model.norm import RMSNorm
+from dsa_jax.model.outputs import AttentionRequest
+from dsa_jax.model.rope import Rope, rotary_magnitude, rotate, softmax_scale_factor
+from dsa_jax.model.selection import DENSE, Heads
+from dsa_jax.model.visibility import Visibility
+
+
+class MLA(nn.Module):
+    """Latent attention; channels of a query or key are [not rotated | rotated], `q_lora_rank` 0 means no query latent."""
+
+    hidden_dim: int
+    n_heads: int
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    v_head_dim: int
+    rope: Rope
+    latent_norm_eps: float
+    topk: int
+    indexer: Indexer | None
+    implementation: str | None
+    init_std: float
+    out_init_std: float
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    def setup(self) -> None:
+        """Create the projections."""
+        kind: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        q_dim = self.n_heads * (self.qk_nope_head_dim + self.rope.dim)
+        if self.q_lora_rank:
+            self.wq_a = Linear(self.hidden_dim, self.q_lora_rank, self.init_std, **kind)
+            self.q_norm = RMSNorm(self.q_lora_rank, self.latent_norm_eps, self.dtype)
+            self.wq_b = Linear(self.q_lora_rank, q_dim, self.init_std, **kind)
+        else:
+            self.wq = Linear(self.hidden_dim, q_dim, self.init_std, **kind)
+        self.wkv_a = Linear(self.hidden_dim, self.kv_lora_rank + self.rope.dim, self.init_std, **kind)
+        self.kv_norm = RMSNorm(self.kv_lora_rank, self.latent_norm_eps, self.dtype)
+        kv_dim = self.n_heads * (self.qk_nope_head_dim + self.v_head_dim)
+        self.wkv_b = Linear(self.kv_lora_rank, kv_dim, self.init_std, **kind)
+        self.wo = Linear(self.n_heads * self.v_head_dim, self.hidden_dim, self.out_init_std, **kind)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        positions: Int[Array, "B T"],
+        visibility: Visibility,
+        previous_topk: Int[Array, "B T K"] | None,
+        request: AttentionRequest,
+    ) -> AttentionOutput:
+        """Attend; `x` is normed, `previous_topk` the previous layer's selection for a layer that shares it."""
+        batch, length = x.shape[:2]
+        q_input = self.q_norm(self.wq_a(x)) if self.q_lora_rank else x
+        q = self.wq_b(q_input) if self.q_lora_rank else self.wq(x)
+        q = q.reshape(batch, length, self.n_heads, self.qk_nope_head_dim + self.rope.dim)
+        magnitude = rotary_magnitude(self.rope)
+        q_nope = q[..., : self.qk_nope_head_dim]
+        q_rope = rotate(q[..., self.qk_nope_head_dim :], positions, self.rope, magnitude=magnitude)
+        latent_and_rope = self.wkv_a(x)
+        latent = self.kv_norm(latent_and_rope[..., : self.kv_lora_rank])
+        k_rope = rotate(latent_and_rope[:, :, None, self.kv_lora_rank :], positions, self.rope, magnitude=magnitude)
+
+        selects = request.attention != DENSE
+        wants_all = needs_dense_heads(request, has_indexer=self.indexer is not None)
+        result = attend(
+            self.mha_heads(q_nope, q_rope, latent, k_rope) if wants_all else None,
+            self.mqa_heads(q_nope, q_rope, latent, k_rope) if selects else None,
+            self.indexer(x, q_input, positions) if self.indexer is not None and needs_indexer(request) else None,
+            previous_topk,
+            request=request,
+            topk=self.topk,
+            softmax_scale=self.softmax_scale,
+            visibility=visibility,
+            implementation=self.implementation,
+        )
+        out = jnp.einsum("bthc,chv->bthv", result.out, self.expansion[1]) if selects else result.out
+        return result._replace(out=self.wo(out.reshape(batch, length, self.n_heads * self.v_head_dim)))
+
+    @property
+    def softmax_scale(self) -> float:
+        """Inverse root of the query dimension, times YaRN's squared temperature."""
+        return (self.qk_nope_head_dim + self.rope.dim) ** -0.5 * softmax_scale_factor(self.rope)
+
+    @property
+    def expansion(self) -> tuple[Float[Array, "C H N"], Float[Array, "C H V"]]:
+        """The two halves of wkv_b: latent to keys, latent to values."""
+        kernel = self.wkv_b.kernel.astype(self.dtype)
+        kernel = kernel.reshape(self.kv_lora_rank, self.n_heads, self.qk_nope_head_dim + self.v_head_dim)
+        return kernel[..., : self.qk_nope_head_dim], kernel[..., self.qk_nope_head_dim :]
+
+    def mha_heads(
+        self,
+        q_nope: Float[Array, "B T H N"],
+        q_rope: Float[Array, "B T H R"],
+        latent: Float[Array, "B T C"],
+        k_rope: Float[Array, "B T 1 R"],
+    ) -> Heads:
+        """One key and value per head."""
+        to_keys, to_values = self.expansion
+        k_nope = jnp.einsum("bsc,chn->bshn", latent, to_keys)
+        k_rope = jnp.broadcast_to(k_rope, (*k_nope.shape[:3], self.rope.dim))
+        q = jnp.concatenate([q_nope, q_rope], axis=-1)
+        k = jnp.concatenate([k_nope, k_rope], axis=-1)
+        return Heads(q, k, jnp.einsum("bsc,chv->bshv", latent, to_values), None)
+
+    def mqa_heads(
+        self,
+        q_nope: Float[Array, "B T H N"],
+        q_rope: Float[Array, "B T H R"],
+        latent: Float[Array, "B T C"],
+        k_rope: Float[Array, "B T 1 R"],
+    ) -> Heads:
+        """Absorbed: one key [latent | rotated] for all heads, whose first kv_lora_rank channels are the value."""
+        absorbed = jnp.einsum("bthn,chn->bthc", q_nope, self.expansion[0])
+        q = jnp.concatenate([absorbed, q_rope], axis=-1)
+        k = jnp.concatenate([latent[:, :, None, :], k_rope], axis=-1)
+        return Heads(q, k, None, self.kv_lora_rank)

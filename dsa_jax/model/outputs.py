@@ -1,0 +1,63 @@
+"""What a forward pass is asked for and what it returns."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jaxtyping import Array, Float, Int
+
+
+@dataclass(frozen=True)
+class AttentionRequest:
+    """What one forward pass wants of every attention layer; static, so it may steer Python control flow under jit.
+
+    Fields: `attention` is "dense" or a name in `selection.SELECTORS`; `indexer_loss` None, "dense" (over all visible keys) or
+    "sparse" (over the selection); `coverage` whether to measure the share of dense attention mass that the selection holds.
+    """
+
+    attention: str = "dense"
+    indexer_loss: str | None = None
+    coverage: bool = False
+
+
+class MoEStatistics(NamedTuple):
+    """Load of the experts, over valid tokens only. Stacked over the MoE layers in a `ModelOutput`.
+
+    Fields: `expert_counts` float32 [.., n_experts], tokens sent to each expert; `balance_loss` float32 [..], the sequence-wise
+    loss before its weight.
+    """
+
+    expert_counts: Float[Array, "*L X"]
+    balance_loss: Float[Array, "*L"]
+
+
+class LayerStatistics(NamedTuple):
+    """What one layer reports; all float32 scalars except `topk_indices` and `moe`."""
+
+    indexer_kl: Float[Array, "*L"] | None
+    coverage: Float[Array, "*L"] | None
+    keys_per_query: Float[Array, "*L"]
+    topk_indices: Int[Array, "*L B T K"] | None
+    moe: MoEStatistics | None
+
+
+class ModelOutput(NamedTuple):
+    """The result of a forward pass. What was not asked for is None.
+
+    Fields:
+        logits: float32 [B, T, V].
+        hidden: [B, T, E] after the final norm; `unembed` turns it into logits.
+        indexer_kl: float32 [n_layers], mean over valid query rows, nats; 0 for a layer without an indexer of its own.
+        topk_indices: int32 [n_layers, B, T, topk], canonical; a sharing layer repeats what it reuses.
+        coverage: float32 [n_layers], mean over valid queries and heads of the dense attention probability held by the attended
+            keys; 1 for dense attention.
+        keys_per_query: float32 [n_layers], mean number of keys attended to per valid query.
+        moe: `MoEStatistics` stacked over the MoE layers; None in a model without any.
+    """
+
+    logits: Float[Array, "B T V"] | None
+    hidden: Float[Array, "B T E"] | None
+    indexer_kl: Float[Array, " L"] | None
+    topk_indices: Int[Array, "L B T K"] | None
+    coverage: Float[Array, " L"] | None
+    keys_per_query: Float[Array, " L"]
+    moe: MoEStatistics | None
