@@ -1,0 +1,86 @@
+"""A tokenized corpus with its held-out part and where it came from."""
+
+import hashlib
+import platform
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int, UInt
+
+from dsa_jax.config import ConfigError, TextConfig
+from dsa_jax.data.documents import stdlib_documents, user_documents
+from dsa_jax.data.packing import TokenStream, make_stream
+from dsa_jax.data.split import digest, split_documents
+from dsa_jax.data.tokenizer import Tokenizer
+
+
+class Corpus(NamedTuple):
+    """Two streams of documents, the second never trained on, and their provenance."""
+
+    train: TokenStream
+    held_out: TokenStream
+    provenance: dict[str, Any]
+
+    def describe(self) -> dict[str, Any]:
+        """Where the text came from, for result files: JSON values.
+
+        `sha256` covers the token ids of every document in order, before the split; `split_unit` is "piece" where documents
+        had to be cut to fill both sides; `python` is there when the text is the standard library, which varies with it.
+        """
+        return {
+            **self.provenance,
+            "n_documents": {"train": self.train.starts.size, "held_out": self.held_out.starts.size},
+            "n_tokens": {"train": self.train.tokens.size, "held_out": self.held_out.tokens.size},
+        }
+
+
+def load_corpus(config: TextConfig, tokenizer: Tokenizer) -> Corpus:
+    """Read, tokenize and split the corpus that `config` names; the same files give the same arrays.
+
+    Token ids are held in memory, in two bytes each where the vocabulary allows it.
+
+    Args:
+        config: an empty `path` means the source of the running Python's standard library; `max_tokens` keeps that many tokens
+            from the start (end-of-text ids counted), cutting the last document short.
+        tokenizer: the one `config.tokenizer` names.
+
+    Raises:
+        ConfigError: for a corpus without text, and whatever `documents.user_documents` refuses.
+    """
+    documents = user_documents(config.path, tokenizer) if config.path else stdlib_documents(tokenizer)
+    width = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    kept = [document.astype(width) for document in _limited(documents, config.max_tokens, tokenizer.end_of_text_id)]
+    if not kept:
+        limit = f" within data.text.max_tokens ({config.max_tokens})" if config.max_tokens else ""
+        raise ConfigError(
+            f"data.text.path is {config.path!r} and holds no text{limit}; expected at least one document that is not empty."
+        )
+    digests = [digest(document) for document in kept]
+    split = split_documents(kept, digests, config.held_out_fraction)
+    provenance: dict[str, Any] = {
+        "source": config.path or "python-stdlib",
+        "tokenizer": tokenizer.name,
+        "sha256": hashlib.sha256(b"".join(digests)).hexdigest(),
+        "split_unit": split.unit,
+    }
+    if not config.path:
+        provenance["python"] = platform.python_version()
+    return Corpus(make_stream(split.train), make_stream(split.held_out), provenance)
+
+
+def _limited(
+    documents: Iterable[Int[np.ndarray, " _"] | UInt[np.ndarray, " _"]], max_tokens: int, end_of_text_id: int
+) -> Iterator[Int[np.ndarray, " _"] | UInt[np.ndarray, " _"]]:
+    """`documents` until `max_tokens` (0: all of them); the last is cut short and closed, or left out if one token is left."""
+    if not max_tokens:
+        yield from documents
+        return
+    left = max_tokens
+    for document in documents:
+        if document.size >= left:
+            if left > 1:
+                yield np.append(document[: left - 1], end_of_text_id)
+            return
+        yield document
+        left -= document.size

@@ -1,0 +1,67 @@
+"""Documents to a training and a held-out side, by a hash of their content."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import UInt
+
+Document = UInt[np.ndarray, " _"]  # lengths differ from one to the next
+
+MAX_PIECES = 1024
+
+
+class Split(NamedTuple):
+    """The two sides, each in corpus order, neither empty."""
+
+    train: list[Document]
+    held_out: list[Document]
+    unit: str  # "document", or "piece" where whole documents could not be divided
+
+
+def digest(document: Document) -> bytes:
+    """SHA-256 of the token ids, whatever width they are stored in."""
+    return hashlib.sha256(document.astype("<u4").tobytes()).digest()
+
+
+def split_documents(documents: Sequence[Document], digests: Sequence[bytes], held_out_fraction: float) -> Split:
+    """Hold out the documents whose hash, as a fraction of its range, is below `held_out_fraction`.
+
+    The side of a document depends on its content alone: it stays when others come or go, and copies stay together. Where
+    that leaves a side with less than a quarter of the tokens it should have (few documents, or one), documents are cut into
+    pieces of equal length instead, the pieces with the lowest hashes are held out, and neighbours on one side are joined again.
+    Equal pieces may then fall on both sides.
+
+    Args:
+        documents: each with at least one token, at least two tokens together.
+        digests: `digest` of each.
+        held_out_fraction: share of the tokens, between 0 and 1, exclusive.
+    """
+    is_held_out = [int.from_bytes(d[:8], "big") < held_out_fraction * 2.0**64 for d in digests]
+    n_tokens = sum(document.size for document in documents)
+    share = sum(d.size for d, out in zip(documents, is_held_out, strict=True) if out) / n_tokens
+    if share > 0.25 * held_out_fraction and 1.0 - share > 0.25 * (1.0 - held_out_fraction):
+        return Split(
+            train=[d for d, out in zip(documents, is_held_out, strict=True) if not out],
+            held_out=[d for d, out in zip(documents, is_held_out, strict=True) if out],
+            unit="document",
+        )
+    return _split_pieces(documents, held_out_fraction, n_tokens)
+
+
+def _split_pieces(documents: Sequence[Document], held_out_fraction: float, n_tokens: int) -> Split:
+    n_pieces = min(MAX_PIECES, math.ceil(4.0 / min(held_out_fraction, 1.0 - held_out_fraction)))
+    length = max(1, n_tokens // n_pieces)
+    pieces = [(i, d[start : start + length]) for i, d in enumerate(documents) for start in range(0, d.size, length)]
+    by_hash = sorted(range(len(pieces)), key=lambda i: (digest(pieces[i][1]), i))
+    reached = np.cumsum([pieces[i][1].size for i in by_hash])
+    n_held_out = int(np.searchsorted(reached, held_out_fraction * n_tokens)) + 1
+    held_out = frozenset(by_hash[: min(n_held_out, len(pieces) - 1)])
+
+    sides: tuple[list[Document], list[Document]] = ([], [])
+    for (_, out), run in groupby(range(len(pieces)), key=lambda i: (pieces[i][0], i in held_out)):
+        sides[out].append(np.concatenate([pieces[i][1] for i in run]))
+    return Split(train=sides[0], held_out=sides[1], unit="piece")

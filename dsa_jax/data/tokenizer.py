@@ -1,0 +1,133 @@
+"""Text to token ids and back: UTF-8 bytes, or a Hugging Face `tokenizer.json`."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int
+
+from dsa_jax.config import ConfigError
+
+# Names under which published tokenizers carry the end of a document, most specific first.
+_DEEPSEEK_END = "<\N{FULLWIDTH VERTICAL LINE}end\u2581of\u2581sentence\N{FULLWIDTH VERTICAL LINE}>"
+END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", _DEEPSEEK_END, "</s>", "<eos>", "[EOS]")
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What the data pipeline and generation need of a tokenizer."""
+
+    @property
+    def name(self) -> str:
+        """How results name it."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        ...
+
+    @property
+    def end_of_text_id(self) -> int:
+        """The id that closes every document."""
+        ...
+
+    def encode(self, text: str) -> Int[np.ndarray, " N"]:
+        """Token ids of `text`, without special tokens."""
+        ...
+
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, " N"]) -> str:
+        """Text of `ids`."""
+        ...
+
+
+class ByteTokenizer:
+    """The 256 byte values of UTF-8, and 256 for the end of a document."""
+
+    name = "bytes"
+    vocab_size = 257
+    end_of_text_id = 256
+
+    def encode(self, text: str) -> Int[np.ndarray, " N"]:
+        """The UTF-8 bytes of `text`."""
+        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, " N"]) -> str:
+        """Text of `ids`; the end of a document becomes nothing, invalid UTF-8 and ids that are no byte become U+FFFD."""
+        pieces = (
+            bytes((token,)) if 0 <= token < 256 else b"" if token == self.end_of_text_id else _REPLACEMENT
+            for token in np.asarray(ids, np.int64).tolist()
+        )
+        return b"".join(pieces).decode("utf-8", errors="replace")
+
+
+class JsonTokenizer:
+    """A `tokenizer.json`, read by the optional `tokenizers` package."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Read the file `path`, or `path`/tokenizer.json.
+
+        Raises:
+            ConfigError: if the file is missing or unreadable, or no token is known to end a document.
+            ImportError: if the `tokenizers` package is not installed, with the command that installs it.
+        """
+        file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+        if not file.is_file():
+            raise ConfigError(f"data.text.tokenizer is {str(path)!r}; expected 'bytes' or the path of a tokenizer.json.")
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise ImportError(
+                f"{file} needs the tokenizers package, which is not installed. Run: pip install 'dsa-jax[hf]'"
+            ) from error
+        try:
+            self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the package raises bare Exception
+            raise ConfigError(f"{file} is not a tokenizer.json: {error}") from error
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.name = file.name if file.name != "tokenizer.json" else f"{file.resolve().parent.name}/tokenizer.json"
+        self.vocab_size = max(ids.values(), default=-1) + 1
+        names = [*_configured_end_of_text(file.with_name("tokenizer_config.json")), *END_OF_TEXT_NAMES]
+        known = [ids[name] for name in names if name in ids]
+        if not known:
+            raise ConfigError(
+                f"{file} has no token that ends a document; expected one of {', '.join(END_OF_TEXT_NAMES)} or an eos_token in "
+                "a tokenizer_config.json beside it."
+            )
+        self.end_of_text_id = int(known[0])
+
+    def encode(self, text: str) -> Int[np.ndarray, " N"]:
+        """Token ids of `text`, without special tokens."""
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, " N"]) -> str:
+        """Text of `ids`; special tokens become nothing, ids beyond the vocabulary become U+FFFD."""
+        text, known = [], []
+        for token in np.asarray(ids, np.int64).tolist():
+            if 0 <= token < self.vocab_size:
+                known.append(token)
+            else:
+                text += [self._tokenizer.decode(known, skip_special_tokens=True), "\N{REPLACEMENT CHARACTER}"]
+                known = []
+        return "".join([*text, self._tokenizer.decode(known, skip_special_tokens=True)])
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer that `data.text.tokenizer` names: `bytes`, or the path of a tokenizer.json or its directory."""
+    return ByteTokenizer() if name == "bytes" else JsonTokenizer(name)
+
+
+def _configured_end_of_text(file: Path) -> list[str]:
+    """The `eos_token` of a tokenizer_config.json, written there as a string or as an object with `content`."""
+    if not file.is_file():
+        return []
+    try:
+        token = json.loads(file.read_text(encoding="utf-8")).get("eos_token")
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{file} is not a JSON object: {error}") from error
+    if isinstance(token, dict):
+        token = token.get("content")
+    return [token] if isinstance(token, str) else []

@@ -1,0 +1,177 @@
+"""Mixture: batches are a function of (seed, step), epochs lose nothing, evaluation is fixed and apart from training."""
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dsa_jax.config import ConfigError, DataConfig, TextConfig
+from dsa_jax.data import make_eval_data, make_train_data
+
+# Of steps 0, 1 and 2 of pure recall, seed 0, 16 rows of 256: changes only if the task, its random stream or numpy's do.
+RECALL_FINGERPRINT = "e711514926643b8a90a6eded9185d26d2702059fed1fdcab1c720491af436c3c"
+
+
+@pytest.fixture(scope="module")
+def corpus_file(tmp_path_factory):
+    """50 documents of 40 tokens with their end: 2000 tokens whose content names their place."""
+    file = tmp_path_factory.mktemp("corpus") / "numbers.jsonl"
+    texts = ("".join(f"{i:02d}{chr(97 + j)}" for j in range(13)) for i in range(50))
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return file
+
+
+@pytest.fixture(scope="module")
+def config(corpus_file):
+    return DataConfig(recall_fraction=0.5, text=TextConfig(path=str(corpus_file), held_out_fraction=0.25))
+
+
+def with_fraction(config, fraction, **text):
+    path = {"path": config.text.path, "held_out_fraction": 0.25, **text}
+    return DataConfig(recall_fraction=fraction, text=TextConfig(**path))
+
+
+def fingerprint(batches):
+    digest = hashlib.sha256()
+    for batch in batches:
+        for array in batch:
+            digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def test_rows_are_recall_first_then_text(config):
+    data = make_train_data(config, 0, 617)
+    assert data.vocab_size == 617
+    batch = data.batch(0, batch_size=6, seq_len=32)
+    assert [array.shape for array in batch] == [(6, 32)] * 4
+    assert [array.dtype.name for array in batch] == ["int32", "int32", "bool", "int32"]
+    assert np.all(batch.input_ids[:3] >= 257) and np.all(batch.input_ids[3:] <= 256)
+    assert batch.target_mask[:3].sum() == 3 * 8
+    assert not batch.targets[~batch.target_mask].any()
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_one_kind_of_rows_only(config, fraction):
+    only = with_fraction(config, fraction, **({"path": "/nowhere"} if fraction == 1.0 else {}))  # text that must not be read
+    data, evaluation = make_train_data(only, 0, 617), make_eval_data(only, 0, 617)
+    ids = data.batch(3, batch_size=5, seq_len=32).input_ids
+    assert np.all(ids >= 257) if fraction else np.all(ids <= 256)
+    assert (evaluation.has_recall, evaluation.has_text) == (fraction == 1.0, fraction == 0.0)
+    assert data.vocab_size == (617 if fraction else 257)
+    assert (data.describe()["text"] is None, data.describe()["recall"] is None) == (fraction == 1.0, fraction == 0.0)
+    with pytest.raises(ValueError, match="has no text" if fraction else "has no recall"):
+        (evaluation.text_batches if fraction else evaluation.recall_batches)(4, 32, 4)
+
+
+def test_batches_depend_on_seed_and_step_only(config):
+    sizes = {"batch_size": 6, "seq_len": 32}
+    one, two = make_train_data(config, 3, 640), make_train_data(config, 3, 640)
+    forwards = [one.batch(step, **sizes) for step in range(40)]
+    backwards = [two.batch(step, **sizes) for step in reversed(range(40))][::-1]
+    assert fingerprint(forwards) == fingerprint(backwards)
+    assert len({fingerprint([batch]) for batch in forwards}) == 40
+    assert fingerprint(forwards) != fingerprint([make_train_data(config, 4, 640).batch(s, **sizes) for s in range(40)])
+
+
+def test_batches_are_the_same_bits_in_another_process(config):
+    program = (
+        "import sys; from dsa_jax.config import DataConfig, TextConfig; from dsa_jax.data import make_train_data\n"
+        "text = TextConfig(path=sys.argv[1], held_out_fraction=0.25)\n"
+        "batch = make_train_data(DataConfig(text=text), 3, 640).batch(17, batch_size=6, seq_len=32)\n"
+        "import hashlib; print(hashlib.sha256(b''.join(a.tobytes() for a in batch)).hexdigest())"
+    )
+    run = subprocess.run([sys.executable, "-c", program, config.text.path], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == fingerprint([make_train_data(config, 3, 640).batch(17, batch_size=6, seq_len=32)])
+
+
+def test_recall_rows_are_the_same_bits_everywhere(config):
+    data = make_train_data(with_fraction(config, 1.0), 0, 640)
+    assert fingerprint(data.batch(step, batch_size=16, seq_len=256) for step in range(3)) == RECALL_FINGERPRINT
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7])
+def test_an_epoch_holds_every_row_once(config, batch_size):
+    data = make_train_data(with_fraction(config, 0.0), 0, 640)
+    n_rows = data.text.train.n_rows(16)
+    steps = -(-3 * n_rows // batch_size)
+    rows = np.concatenate([data.batch(step, batch_size=batch_size, seq_len=16).input_ids for step in range(steps)])
+    epochs = [rows[i * n_rows : (i + 1) * n_rows] for i in range(3)]
+    stream = np.pad(data.text.train.tokens, (0, -data.text.train.tokens.size % 16)).reshape(-1, 16)
+    for epoch in epochs:
+        assert sorted(epoch.tolist()) == sorted(stream.tolist())
+    assert not np.array_equal(epochs[0], epochs[1])
+
+
+def test_a_batch_may_be_longer_than_an_epoch(config):
+    data = make_train_data(with_fraction(config, 0.0), 0, 640)
+    n_rows = data.text.train.n_rows(64)
+    batch = data.batch(0, batch_size=2 * n_rows + 1, seq_len=64)
+    assert np.unique(batch.input_ids, axis=0).shape[0] == n_rows
+
+
+def test_evaluation_is_fixed_and_padded(config):
+    data = make_eval_data(config, 0, 640)
+    recall = list(data.recall_batches(10, 32, 4))
+    assert [batch.input_ids.shape for batch in recall] == [(4, 32)] * 3
+    assert not recall[2].segment_ids[2:].any() and recall[2].segment_ids[:2].all()
+    assert fingerprint(recall) == fingerprint(make_eval_data(config, 0, 640).recall_batches(10, 32, 4))
+    longer = np.concatenate([batch.input_ids for batch in data.recall_batches(12, 32, 6)])
+    np.testing.assert_array_equal(np.concatenate([batch.input_ids for batch in recall])[:10], longer[:10])
+    assert np.unique(longer, axis=0).shape[0] == 12
+
+    text = list(data.text_batches(5, 16, 4))
+    assert [batch.input_ids.shape for batch in text] == [(4, 16)] * 2
+    assert not text[1].segment_ids[1:].any() and text[1].segment_ids[0].all()
+    assert fingerprint(text) == fingerprint(make_eval_data(config, 9, 640).text_batches(5, 16, 4))
+    assert list(data.recall_batches(0, 32, 4)) == list(data.text_batches(0, 16, 4)) == []
+
+
+def test_held_out_text_is_not_repeated_to_reach_the_number_asked_for(config):
+    data = make_eval_data(config, 0, 640)
+    stream = data.text.held_out
+    batches = list(data.text_batches(10_000, 16, 8))
+    assert len(batches) == -(-stream.n_rows(16) // 8)
+    real = sum(int((batch.segment_ids > 0).sum()) for batch in batches)
+    assert real == stream.tokens.size
+    assert sum(int(batch.target_mask.sum()) for batch in batches) == stream.tokens.size - stream.starts.size
+
+
+def test_evaluation_shares_nothing_with_training(config):
+    train, held_out = make_train_data(config, 0, 640), make_eval_data(config, 0, 640)
+    assert train.describe() == held_out.describe()
+    seen = {row.tobytes() for step in range(50) for row in train.batch(step, batch_size=8, seq_len=32).input_ids}
+    fresh = [row for batch in held_out.recall_batches(50, 32, 8) for row in batch.input_ids if row.any()]
+    assert len(fresh) == 50
+    assert not any(row.tobytes() in seen for row in fresh)
+    split = held_out.text
+    in_train = {document.tobytes() for document in np.split(split.train.tokens, split.train.starts[1:])}
+    assert not any(d.tobytes() in in_train for d in np.split(split.held_out.tokens, split.held_out.starts[1:]))
+
+
+@pytest.mark.parametrize(("vocab_size", "fraction", "needed"), [(616, 0.5, 617), (100, 0.0, 257)])
+def test_a_vocabulary_too_small_is_refused(config, vocab_size, fraction, needed):
+    for make in (make_train_data, make_eval_data):
+        with pytest.raises(ConfigError, match=rf"model\.vocab_size is {vocab_size}.* at least {needed}"):
+            make(with_fraction(config, fraction), 0, vocab_size)
+
+
+def test_text_shorter_than_a_row_is_refused(config):
+    with pytest.raises(ConfigError, match=r"the training text has \d+ tokens, shorter than one sequence of 4000"):
+        make_train_data(with_fraction(config, 0.0), 0, 640).batch(0, batch_size=2, seq_len=4000)
+    with pytest.raises(ConfigError, match=r"the held-out text has \d+ tokens, shorter than one sequence of 4000"):
+        make_eval_data(config, 0, 640).text_batches(4, 4000, 2)
+
+
+@pytest.mark.parametrize("wrong", [{"step": -1}, {"batch_size": 0}, {"seq_len": 0}], ids=str)
+def test_impossible_batches_are_refused(config, wrong):
+    arguments = {"step": 0, "batch_size": 4, "seq_len": 32, **wrong}
+    with pytest.raises(ValueError, match="expected step >= 0 and positive sizes"):
+        make_train_data(with_fraction(config, 1.0), 0, 640).batch(arguments.pop("step"), **arguments)
+
+
+def test_the_config_is_validated():
+    with pytest.raises(ConfigError, match=r"data\.recall_fraction is 1\.5"):
+        make_train_data(DataConfig(recall_fraction=1.5), 0, 640)
