@@ -1,0 +1,1 @@
+"""Timings of ops and layers, one dict per measurement."""

@@ -1,0 +1,192 @@
+"""The parity table: the same weights under dense attention, under the indexer's selection and under the baselines."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsa_jax.config import Config, EvalConfig
+from dsa_jax.data import Batch, EvalData
+from dsa_jax.model import Transformer, init_params
+from dsa_jax.params import is_indexer_path, merge_parameters, split_parameters
+from dsa_jax.train.loss import forward_with_loss
+
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """How one row of the table runs the model."""
+
+    name: str
+    attention: str
+    has_fresh_indexer: bool = False
+
+
+ROWS = {
+    "dense": Row("dense", "dense"),
+    "sparse": Row("sparse", "sparse"),
+    "untrained": Row("sparse, untrained indexer", "sparse", has_fresh_indexer=True),
+    "window": Row("window of the same budget", "window"),
+    "oracle": Row("oracle top-k", "oracle"),
+}
+BEFORE = Row("dense, before sparse training", "dense")
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Means over the evaluated positions of one task.
+
+    Attributes:
+        loss: nats per target.
+        accuracy: share of targets that argmax over the vocabulary hits.
+        coverage: per layer, the share of dense attention mass that the attended keys hold, over queries and heads.
+        keys_per_query: keys attended, mean over queries and layers.
+        loss_by_position: nats per target in equal buckets of positions; nan where a bucket has no target.
+        n_targets: positions that counted.
+        n_queries: queries that coverage and keys_per_query are means over.
+    """
+
+    loss: float
+    accuracy: float
+    coverage: list[float]
+    keys_per_query: float
+    loss_by_position: list[float]
+    n_targets: int
+    n_queries: int
+
+
+@dataclass
+class Parity:
+    """Everything the report shows of an evaluation; `rows` is what report.json holds under that name."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    coverage_by_layer: dict[str, list[float]] = field(default_factory=dict)
+    loss_by_position: dict[str, list[float]] = field(default_factory=dict)
+    position_ends: list[int] = field(default_factory=list)
+
+
+def make_eval_step(model: Transformer, attention: str) -> Callable[[Params, Batch], dict[str, jax.Array]]:
+    """A jitted `(params, batch) -> sums`: of nll, hits and targets by position, of coverage and keys by layer."""
+
+    def eval_step(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        output, per_token = forward_with_loss(model, params, batch, attention=attention, return_coverage=True)
+        queries = jnp.sum(jnp.asarray(batch.segment_ids) > 0)
+        assert output.coverage is not None
+        return {
+            "nll": per_token.nll.sum(0),
+            "correct": per_token.correct.sum(0),
+            "targets": jnp.sum(jnp.asarray(batch.target_mask), axis=0),
+            "coverage": output.coverage * queries,
+            "keys": output.keys_per_query * queries,
+            "queries": queries,
+        }
+
+    return jax.jit(eval_step)
+
+
+def evaluate_task(
+    step: Callable[[Params, Batch], dict[str, jax.Array]], params: Params, batches: Iterable[Batch], n_buckets: int
+) -> TaskResult:
+    """Run `step` over the batches and reduce its sums to means."""
+    total: dict[str, np.ndarray] = {}
+    for batch in batches:
+        for name, value in jax.device_get(step(params, jax.tree.map(jnp.asarray, batch))).items():
+            total[name] = total.get(name, 0) + np.asarray(value, np.float64)
+    buckets = np.array_split(np.arange(len(total["nll"])), min(n_buckets, len(total["nll"])))
+    mean = lambda sums, counts: float(sums / counts) if counts else float("nan")
+    n_targets, n_queries = total["targets"].sum(), total["queries"]
+    return TaskResult(
+        loss=mean(total["nll"].sum(), n_targets),
+        accuracy=mean(total["correct"].sum(), n_targets),
+        coverage=[mean(x, n_queries) for x in total["coverage"]],
+        keys_per_query=mean(total["keys"].mean(), n_queries),
+        loss_by_position=[mean(total["nll"][b].sum(), total["targets"][b].sum()) for b in buckets],
+        n_targets=int(n_targets),
+        n_queries=int(n_queries),
+    )
+
+
+def with_fresh_indexer(params: Params, fresh: Params) -> Params:
+    """`params` with every indexer parameter taken from `fresh`."""
+    _, kept = split_parameters(params, is_indexer_path)
+    indexer, _ = split_parameters(fresh, is_indexer_path)
+    return merge_parameters(kept, indexer)
+
+
+def evaluate_parity(
+    model: Transformer,
+    params: Params,
+    data: EvalData,
+    config: Config,
+    *,
+    params_before: Params | None = None,
+    on_row: Callable[[dict[str, Any]], None] | None = None,
+) -> Parity:
+    """Fill the parity table.
+
+    Every row runs the same weights but `dense, before sparse training`, which runs `params_before` where given: it tells what
+    the extra training itself changed. `sparse, untrained indexer` has freshly initialised indexer weights (seed + 1).
+    `coverage` and `keys_per_query` are means over the queries of all evaluated sequences, recall and text.
+
+    Args:
+        model: the transformer.
+        params: its parameters.
+        data: held-out batches.
+        config: `eval` says which rows, how many sequences and how long; `seed` seeds the untrained indexer.
+        params_before: parameters of the dense model before the sparse stage.
+        on_row: called with each finished row.
+    """
+    settings = config.eval
+    table = Parity(position_ends=_bucket_ends(settings))
+    jobs: list[tuple[Row, Params]] = []
+    if params_before is not None:
+        jobs.append((BEFORE, params_before))
+    has_indexer = config.model.attention.indexer.enabled
+    for key in settings.rows:
+        row = ROWS[key]
+        if row.attention != "dense" and not has_indexer:
+            continue
+        own = params
+        if row.has_fresh_indexer:
+            fresh = init_params(model, jax.random.key(config.seed + 1))
+            own = with_fresh_indexer(params, fresh)
+        jobs.append((row, own))
+    steps: dict[str, Callable[[Params, Batch], dict[str, jax.Array]]] = {}
+    for row, own in jobs:
+        step = steps.setdefault(row.attention, make_eval_step(model, row.attention))
+        recall = text = None
+        if data.has_recall and settings.recall_sequences:
+            batches = data.recall_batches(settings.recall_sequences, settings.recall_len, settings.batch_size)
+            recall = evaluate_task(step, own, batches, settings.position_buckets)
+        if data.has_text and settings.text_sequences:
+            batches = data.text_batches(settings.text_sequences, settings.text_len, settings.batch_size)
+            text = evaluate_task(step, own, batches, settings.position_buckets)
+            table.loss_by_position[row.name] = text.loss_by_position
+        done = [task for task in (recall, text) if task is not None]
+        coverage = _weighted([np.asarray(t.coverage) for t in done], done)
+        table.coverage_by_layer[row.name] = coverage.tolist()
+        table.rows.append(
+            {
+                "name": row.name,
+                "recall_accuracy": recall.accuracy if recall else None,
+                "text_loss": text.loss if text else None,
+                "coverage": float(coverage.mean()),
+                "keys_per_query": float(_weighted([np.asarray(t.keys_per_query) for t in done], done)),
+            }
+        )
+        if on_row is not None:
+            on_row(table.rows[-1])
+    return table
+
+
+def _weighted(values: Sequence[np.ndarray], tasks: Sequence[TaskResult]) -> np.ndarray:
+    return np.asarray(np.average(np.stack(values), axis=0, weights=[t.n_queries for t in tasks]))
+
+
+def _bucket_ends(settings: EvalConfig) -> list[int]:
+    n_buckets = min(settings.position_buckets, settings.text_len)
+    return [int(b[-1]) + 1 for b in np.array_split(np.arange(settings.text_len), n_buckets)]

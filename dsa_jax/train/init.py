@@ -1,0 +1,86 @@
+"""Where parameters come from: random numbers, or another run with what it lacks initialised."""
+
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from dsa_jax.config import STAGES as STAGE_ORDER
+from dsa_jax.config import Config, ConfigError
+from dsa_jax.model import Transformer, build_model, init_params
+from dsa_jax.params import is_indexer_path, nested_parameters, parameter_paths
+from dsa_jax.train.checkpoint import CheckpointStore
+from dsa_jax.train.loop import restore_state
+from dsa_jax.train.rundir import RunError, find_run
+from dsa_jax.train.stages import STAGES
+
+_LOG = logging.getLogger(__name__)
+
+Params = dict[str, Any]
+
+
+class LoadedRun(NamedTuple):
+    """A run read back; `stage` is the one that the parameters are from."""
+
+    config: Config
+    model: Transformer
+    params: Params
+    stage: str
+
+
+def load_run(directory: Path, *, stage: str | None = None) -> LoadedRun:
+    """The configuration, model and newest parameters of a run directory.
+
+    Args:
+        directory: as `experiments.retrofit --workdir` wrote it.
+        stage: take this stage's newest checkpoint; None: the furthest stage that has one.
+
+    Raises:
+        RunError: where the directory is no run or holds no usable checkpoint.
+    """
+    run = find_run(directory)
+    config = run.config()
+    model = build_model(config.model)
+    abstract = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    for name in [stage] if stage else reversed(STAGE_ORDER):
+        folder = run.checkpoint_dir(name)
+        if not folder.is_dir():
+            continue
+        with CheckpointStore(folder, keep=config.train.keep_checkpoints) as store:
+            step = store.latest_valid()
+            if step is not None:
+                state, _ = restore_state(store, step, abstract, STAGES[name], getattr(config.train, name))
+                return LoadedRun(config, model, state.params, name)
+    wanted = f"of stage {stage} " if stage else ""
+    raise RunError(f"{directory} holds no usable checkpoint {wanted}under checkpoints/. Run experiments.retrofit there first.")
+
+
+def initial_params(config: Config, model: Transformer) -> Params:
+    """Parameters a run starts from.
+
+    With `init.checkpoint` every parameter comes from that run; only indexer parameters may be missing there, and those are
+    initialised from `seed` and listed.
+
+    Raises:
+        ConfigError: naming parameters that are missing, left over or of another shape, with both shapes.
+    """
+    fresh = init_params(model, jax.random.key(config.seed))
+    if not config.init.checkpoint:
+        return fresh
+    source = Path(config.init.checkpoint)
+    loaded = load_run(source)
+    target, have = parameter_paths(fresh), parameter_paths(loaded.params)
+    problems = [
+        f"{path}: here {tuple(target[path].shape)}, there {tuple(have[path].shape) if path in have else 'absent'}"
+        for path in target
+        if (path not in have and not is_indexer_path(path)) or (path in have and have[path].shape != target[path].shape)
+    ]
+    problems += [f"{path}: here absent, there {tuple(have[path].shape)}" for path in have if path not in target]
+    if problems:
+        raise ConfigError(
+            f"init.checkpoint {source} does not fit the model: {'; '.join(problems[:8])}. Set model.* as in its config.json."
+        )
+    new = [path for path in target if path not in have]
+    _LOG.info("parameters of stage %s taken from %s; newly initialised: %s", loaded.stage, source, ", ".join(new) or "none")
+    return nested_parameters({path: have[path].astype(target[path].dtype) if path in have else target[path] for path in target})

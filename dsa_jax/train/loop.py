@@ -1,0 +1,205 @@
+"""Running one stage: batches in, updates, logging, checkpoints, signals and the policy on losses that are not finite."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsa_jax.config import STAGES as STAGE_ORDER
+from dsa_jax.config import Config, StageConfig
+from dsa_jax.data import TrainData
+from dsa_jax.model import Transformer
+from dsa_jax.train.checkpoint import CheckpointStore
+from dsa_jax.train.metrics import MetricsLog
+from dsa_jax.train.progress import Progress
+from dsa_jax.train.rundir import RunDirectory, RunError
+from dsa_jax.train.signals import StopRequest
+from dsa_jax.train.stages import Stage
+from dsa_jax.train.step import TrainState, init_state, make_train_step
+
+_LOG = logging.getLogger(__name__)
+_SHOWN = ("loss", "kl")
+_COUNTERS = ("is_finite", "skipped_in_a_row")
+
+
+class NotFiniteError(RunError):
+    """A loss or gradient became NaN or infinite and the policy is to stop."""
+
+
+class StageResult(NamedTuple):
+    """What a stage leaves: parameters, the report's words on this and earlier stages, and whether all steps were taken."""
+
+    params: dict[str, Any]
+    summaries: dict[str, dict[str, Any]]
+    is_complete: bool
+
+
+def restore_state(
+    store: CheckpointStore, step: int, params: Any, stage: Stage, config: StageConfig
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state saved at `step`, bit for bit, and the notes saved with it. `params` gives the expected structure and shapes."""
+    abstract = jax.eval_shape(lambda p: init_state(p, stage, config), params)
+    restored = store.restore(step, abstract)
+    return restored.tree, restored.meta
+
+
+def latest_position(run: RunDirectory, config: Config) -> tuple[str, int] | None:
+    """The furthest stage of the recipe with a valid checkpoint, and that checkpoint's step."""
+    for name in reversed(STAGE_ORDER):
+        if getattr(config.train, name).steps and run.checkpoint_dir(name).is_dir():
+            with CheckpointStore(run.checkpoint_dir(name), keep=config.train.keep_checkpoints) as store:
+                step = store.latest_valid()
+            if step is not None:
+                return name, step
+    return None
+
+
+@dataclass
+class _Judge:
+    """Reads the metrics of finished steps: decides on values that are not finite, and logs."""
+
+    stage: Stage
+    config: Config
+    metrics: MetricsLog
+    store: CheckpointStore
+    saved_step: int | None
+    final: dict[str, float]
+
+    def take(self, step: int, values: dict[str, jax.Array]) -> dict[str, float]:
+        """Judge and log the 1-based `step`; returns what the progress line shows."""
+        read = jax.device_get(values)
+        if not read["is_finite"]:
+            self._not_finite(step, int(read["skipped_in_a_row"]))
+        record = {name: float(value) for name, value in sorted(read.items()) if not value.ndim and name not in _COUNTERS}
+        record |= {f"kl_layer_{i}": float(value) for i, value in enumerate(read.get("kl_layers", ()))}
+        settings: StageConfig = getattr(self.config.train, self.stage.name)
+        if step % settings.log_every == 0 or step == settings.steps:
+            self.metrics.log(self.stage.name, step, record)
+            self.final = record
+        return {name: record[name] for name in _SHOWN if name in record}
+
+    def _not_finite(self, step: int, in_a_row: int) -> None:
+        where = f"stage {self.stage.name}, step {step}"
+        saved = (
+            "no checkpoint of this stage exists"
+            if self.saved_step is None
+            else f"the last checkpoint is step {self.saved_step}"
+        )
+        advice = f"Lower train.{self.stage.name}.optimizer.learning_rate"
+        if self.config.train.nan_policy == "stop":
+            raise NotFiniteError(
+                f"loss or gradient is not finite in {where}; {saved} ({self.store.directory}). {advice}, or set "
+                "train.nan_policy=skip to drop such updates."
+            )
+        if in_a_row >= self.config.train.max_skipped_steps:
+            raise NotFiniteError(
+                f"{in_a_row} updates in a row were not finite up to {where}; {saved} ({self.store.directory}). {advice}."
+            )
+        _LOG.warning("%s: the update is not finite and was dropped (%d in a row)", where, in_a_row)
+
+
+def run_stage(
+    run: RunDirectory,
+    config: Config,
+    stage: Stage,
+    model: Transformer,
+    params: dict[str, Any],
+    data: TrainData,
+    stop: StopRequest,
+    metrics: MetricsLog,
+    *,
+    resume_step: int | None,
+    first_batch: int,
+    summaries: dict[str, dict[str, Any]],
+) -> StageResult:
+    """Take the steps of `stage` from its start, or from its checkpoint `resume_step`, to its end or a stop request.
+
+    Batches are a function of (seed, step) and the state is restored bit for bit, so an interrupted and resumed stage equals an
+    undisturbed one. On a stop request the step in progress is finished and saved.
+
+    Args:
+        run: the run directory.
+        config: the resolved configuration.
+        stage: which stage.
+        model: the transformer.
+        params: parameters at the start of the stage; with `resume_step` only their structure counts.
+        data: training batches.
+        stop: set by a signal.
+        metrics: the run's log; entries after the resumed step are dropped.
+        resume_step: a valid checkpoint of this stage, or None.
+        first_batch: number of the batch of step 0, so that a stage reads on where the one before stopped.
+        summaries: of the earlier stages: steps, seconds, compile_seconds, tokens and final metrics by stage name.
+
+    Raises:
+        NotFiniteError: by `train.nan_policy`.
+        CheckpointError: where saving or restoring fails.
+    """
+    settings: StageConfig = getattr(config.train, stage.name)
+    with CheckpointStore(run.checkpoint_dir(stage.name), keep=config.train.keep_checkpoints) as store:
+        step = 0
+        before: dict[str, Any] = {"steps": 0, "seconds": 0.0, "compile_seconds": 0.0, "tokens": 0, "final": {}}
+        if resume_step is None:
+            state = init_state(params, stage, settings)
+        else:
+            state, meta = restore_state(store, resume_step, params, stage, settings)
+            step, summaries = resume_step, meta["summaries"]
+            before = summaries[stage.name]
+            _LOG.info("stage %s continues at step %d of %d", stage.name, step, settings.steps)
+        metrics.truncate_after(STAGE_ORDER, stage.name, step)
+        state = jax.tree.map(jnp.array, state)  # own buffers, since the step donates its state
+        train_step = make_train_step(model, stage, config)
+        judge = _Judge(stage, config, metrics, store, resume_step, before["final"])
+        with Progress(stage.name, settings.steps, start_step=step) as progress:
+
+            def summary() -> dict[str, Any]:
+                timing = progress.timing()
+                return {
+                    "steps": step,
+                    "seconds": before["seconds"] + timing.seconds,
+                    "compile_seconds": before["compile_seconds"] + timing.compile_seconds,
+                    "tokens": before["tokens"] + timing.tokens,
+                    "final": judge.final,
+                }
+
+            def finish(pending: tuple[int, dict[str, jax.Array], int, bool] | None) -> None:
+                if pending is not None:
+                    number, values, tokens, compiled = pending
+                    progress.update(number, tokens=tokens, values=judge.take(number, values), compiled=compiled)
+                    if number % settings.log_every == 0:
+                        clock = {name: value for name, value in progress.timing()._asdict().items() if value is not None}
+                        metrics.log_timing(stage.name, number, clock)
+
+            def save() -> None:
+                metrics.sync()
+                notes = {"stage": stage.name, "step": step, "summaries": summaries | {stage.name: summary()}}
+                store.save(step, state, notes)
+                judge.saved_step = step
+                progress.pause()
+
+            lengths: set[int] = set()
+            pending = None
+            while step < settings.steps and not stop.requested:
+                seq_len = settings.seq_len_at(step)
+                batch = data.batch(first_batch + step, batch_size=settings.batch_size, seq_len=seq_len)
+                compiles = seq_len not in lengths
+                lengths.add(seq_len)
+                if compiles:
+                    finish(pending)
+                    pending = None
+                state, values = train_step(state, batch)
+                # Metrics are read a step late, so that the device need not wait for the host.
+                finish(pending)
+                step += 1
+                pending = (step, values, settings.batch_size * seq_len, compiles)
+                if step % settings.checkpoint_every == 0 or step == settings.steps:
+                    finish(pending)
+                    pending = None
+                    save()
+            finish(pending)
+            if stop.requested and judge.saved_step != step and step > 0:
+                save()
+            timing_totals = summary()
+        store.wait()
+    return StageResult(state.params, summaries | {stage.name: timing_totals}, step == settings.steps)

@@ -1,0 +1,82 @@
+"""Next-token cross-entropy that never holds the logits of a whole batch at once."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from dsa_jax.data import Batch
+from dsa_jax.model import ModelOutput, Transformer
+
+LOGITS_PER_CHUNK = 2**24  # elements; 64 MiB in float32
+
+
+class TokenLoss(NamedTuple):
+    """Per-position results, 0 where the mask is False: negative log-likelihood in nats, and whether argmax hit the target."""
+
+    nll: Float[Array, "B T"]
+    correct: Float[Array, "B T"]
+
+
+def token_loss(
+    unembed: Callable[[Float[Array, "B C E"]], Float[Array, "B C V"]],
+    hidden: Float[Array, "B T E"],
+    targets: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    vocab_size: int,
+) -> TokenLoss:
+    """Cross-entropy of `unembed(hidden)` against `targets`, in float32, by chunks of positions recomputed in the backward pass.
+
+    Args:
+        unembed: maps hidden states to logits.
+        hidden: final hidden states.
+        targets: token ids; those outside the mask are ignored and may be anything.
+        mask: positions that count.
+        vocab_size: width of the logits, which sets the chunk length.
+    """
+    n_rows, length = targets.shape
+    n_chunks = max(1, -(-n_rows * length * vocab_size // LOGITS_PER_CHUNK))
+    chunk = -(-length // n_chunks)
+    padded = chunk * n_chunks
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, padded - length)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(n_rows, n_chunks, chunk, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def one_chunk(args: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        hidden, targets, mask = args
+        logits = unembed(hidden).astype(jnp.float32)
+        safe = jnp.where(mask, targets, 0)
+        nll = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, safe[..., None], axis=-1)[..., 0]
+        correct = (jnp.argmax(logits, axis=-1) == safe).astype(jnp.float32)
+        return jnp.where(mask, nll, 0.0), jnp.where(mask, correct, 0.0)
+
+    if n_chunks == 1:
+        return TokenLoss(*one_chunk((hidden, targets, mask)))
+    results = jax.lax.map(one_chunk, (split(hidden), split(targets), split(mask)))
+    return TokenLoss(*(jnp.moveaxis(x, 0, 1).reshape(n_rows, padded)[:, :length] for x in results))
+
+
+def forward_without_head(model: Transformer, params: dict[str, Any], batch: Batch, **request: Any) -> ModelOutput:
+    """One forward pass that computes no logits; `request` goes to `Transformer.__call__`."""
+    output = model.apply({"params": params}, batch.input_ids, segment_ids=batch.segment_ids, return_logits=False, **request)
+    return cast(ModelOutput, output)
+
+
+def forward_with_loss(
+    model: Transformer, params: dict[str, Any], batch: Batch, **request: Any
+) -> tuple[ModelOutput, TokenLoss]:
+    """One forward pass and the cross-entropy of its batch; `request` goes to `Transformer.__call__`."""
+    output = forward_without_head(model, params, batch, return_hidden=True, **request)
+    loss = token_loss(
+        lambda hidden: cast(jax.Array, model.apply({"params": params}, hidden, method="unembed")),
+        cast(jax.Array, output.hidden),
+        jnp.asarray(batch.targets),
+        jnp.asarray(batch.target_mask),
+        vocab_size=model.vocab_size,
+    )
+    return output, loss

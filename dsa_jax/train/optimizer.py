@@ -1,0 +1,70 @@
+"""Optimizers and learning-rate schedules of a stage."""
+
+from typing import Any
+
+import jax
+import optax
+
+from dsa_jax.config import OptimizerConfig
+from dsa_jax.params import nested_parameters, parameter_paths
+
+MATRICES = ("kernel", "embedding")
+
+
+def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Learning rate by 0-based update: linear warm-up, then `config.schedule` down to `final_fraction` at the last step."""
+    peak, final = config.learning_rate, config.learning_rate * config.final_fraction
+    decay_steps = max(total_steps - config.warmup_steps, 1)
+    body = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "linear": lambda: optax.linear_schedule(peak, final, decay_steps),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, decay_steps, alpha=config.final_fraction),
+    }[config.schedule]()
+    if not config.warmup_steps:
+        return body
+    ramp = optax.linear_schedule(peak / config.warmup_steps, peak, max(config.warmup_steps - 1, 1))
+    return optax.join_schedules([ramp, body], [config.warmup_steps])
+
+
+def _by_path(tree: Any, rule: Any) -> Any:
+    return nested_parameters({path: rule(path, leaf) for path, leaf in parameter_paths(tree).items()})
+
+
+def _is_matrix(path: str) -> bool:
+    return path.rsplit("/", 1)[-1] in MATRICES
+
+
+def _muon_dimensions(path: str, leaf: jax.Array | optax.MaskedNode) -> optax.contrib.MuonDimensionNumbers | None:
+    """Hidden matrices `[..., in, out]` are orthogonalised, one by one where they are stacked; embedding and head are not."""
+    if isinstance(leaf, optax.MaskedNode):  # optax asks again with the leaves that are not Muon's masked
+        return None
+    hidden = path.endswith("/kernel") and not path.startswith("lm_head/")
+    return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) if hidden else None
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+    """Build the gradient transformation of a stage for a nested parameter dict.
+
+    Weight decay acts on matrices only. Muon (`optax.contrib.muon`, RMS matched to AdamW as in arXiv 2502.16982) orthogonalises
+    hidden matrices and leaves the embedding, the head, norms and biases to AdamW.
+    """
+    schedule = learning_rate_schedule(config, total_steps)
+    decay_mask = lambda params: _by_path(params, lambda path, _: _is_matrix(path))
+    if config.name == "adamw":
+        update = optax.adamw(
+            schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decay_mask
+        )
+    else:
+        update = optax.contrib.muon(
+            schedule,
+            beta=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            muon_weight_dimension_numbers=lambda params: _by_path(params, _muon_dimensions),
+            consistent_rms=0.2,
+        )
+    if not config.clip_norm:
+        return update
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)

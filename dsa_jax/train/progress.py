@@ -1,0 +1,197 @@
+"""The progress line: live on a terminal, plain lines now and then elsewhere."""
+
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+_LIVE_SECONDS = 0.2
+_WINDOW = 50
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """What is needed of a text stream."""
+
+    def write(self, text: str, /) -> Any:
+        """Take some text."""
+
+    def flush(self) -> None:
+        """Pass it on."""
+
+    def isatty(self) -> bool:
+        """Whether a person is watching."""
+
+
+class Timing(NamedTuple):
+    """What a stage took in this process; `seconds` and the rate leave out `compile_seconds`."""
+
+    steps: int
+    seconds: float
+    compile_seconds: float
+    tokens: int
+    tokens_per_second: float | None
+
+
+class Progress:
+    """Reports the steps of one stage.
+
+    Call `update` once per step, after its result has arrived (JAX returns before the work is done). The first step of the
+    process, and every step flagged `compiled`, count as compilation: they are kept out of the rate and reported apart. The rate
+    is that of the last 50 other steps. On a terminal one line is redrawn at most five times a second; elsewhere a plain line is
+    written after compilation, every `every_seconds`, and at the last step.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        total_steps: int,
+        *,
+        start_step: int = 0,
+        every_seconds: float | int = 10.0,
+        flops_per_token: float | int | None = None,
+        peak_flops: float | int | None = None,
+        stream: Stream | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        live: bool | None = None,
+    ) -> None:
+        """Start the clock.
+
+        Args:
+            stage: name shown first.
+            total_steps: steps of the whole stage.
+            start_step: steps done before this process.
+            every_seconds: pause between plain lines.
+            flops_per_token: floating-point operations of training on one token; with `peak_flops` gives MFU.
+            peak_flops: operations per second that all devices could do together.
+            stream: where to write, default stderr.
+            clock: seconds, never going back.
+            live: redraw one line; default: whether the stream is a terminal.
+        """
+        self._stage, self._total, self._step = stage, total_steps, start_step
+        self._every = every_seconds
+        self._flops_per_second_and_token = flops_per_token / peak_flops if flops_per_token and peak_flops else None
+        self._stream: Any = stream if stream is not None else sys.stderr
+        self._clock = clock
+        self._live = _is_terminal(self._stream) if live is None else live
+        self._display: Any = None
+        self._values: dict[str, float] = {}
+        self._recent: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
+        self._steps = self._tokens = self._timed_tokens = 0
+        self._seconds = self._compile_seconds = 0.0
+        self._before = self._clock()
+        self._written: float | None = None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def update(self, step: int, *, tokens: int, values: Mapping[str, Any] | None = None, compiled: bool = False) -> None:
+        """Report that `step` steps of the stage are done.
+
+        Args:
+            step: 1 after the first step of the stage.
+            tokens: processed by this step.
+            values: what to show (`loss`, `kl`, ...); kept until given again.
+            compiled: this step included a compilation, for instance because the sequence length changed.
+        """
+        now = self._clock()
+        elapsed, self._before = now - self._before, now
+        compiled = compiled or self._steps == 0
+        self._step, self._steps, self._tokens = step, self._steps + 1, self._tokens + tokens
+        if compiled:
+            self._compile_seconds += elapsed
+        else:
+            self._seconds += elapsed
+            self._timed_tokens += tokens
+            self._recent.append((elapsed, tokens))
+        self._values |= {name: float(value) for name, value in (values or {}).items()}
+        due = self._written is None or now - self._written >= (_LIVE_SECONDS if self._live else self._every)
+        if due or step >= self._total or (compiled and not self._live):
+            self._written = now
+            self._show(f"{self.line()}, compiled in {_duration(elapsed)}" if compiled else self.line())
+
+    def pause(self) -> None:
+        """Leave the time since the last step out of the rate: call it after a checkpoint or an evaluation."""
+        self._before = self._clock()
+
+    def message(self, text: str) -> None:
+        """Write a line of its own, above the live one."""
+        if self._display is not None:
+            self._display.console.print(text, markup=False, highlight=False)
+        else:
+            self._stream.write(text + "\n")
+            self._stream.flush()
+
+    def timing(self) -> Timing:
+        """Totals of this process so far."""
+        rate = self._timed_tokens / self._seconds if self._seconds > 0 else None
+        return Timing(self._steps, self._seconds, self._compile_seconds, self._tokens, rate)
+
+    def line(self) -> str:
+        """The text shown: stage, step, values, tokens/s, MFU where known, time left; what is unknown is left out."""
+        parts = [f"{self._stage} {self._step}/{self._total}"]
+        parts += [f"{name} {_number(value)}" for name, value in self._values.items()]
+        seconds, tokens = (sum(column) for column in zip(*self._recent, strict=True)) if self._recent else (0.0, 0)
+        if seconds > 0:
+            rate = tokens / seconds
+            parts.append(f"{_quantity(rate)} tokens/s")
+            if self._flops_per_second_and_token is not None:
+                parts.append(f"MFU {rate * self._flops_per_second_and_token:.1%}")
+            if self._step < self._total:
+                parts.append(f"{_duration((self._total - self._step) * seconds / len(self._recent))} left")
+        return ", ".join(parts)
+
+    def close(self) -> None:
+        """Leave the last line standing and give the terminal back."""
+        if self._display is not None:
+            self._display.update(self._text(self.line()), refresh=True)
+            self._display.stop()
+            self._display = None
+
+    def _show(self, text: str) -> None:
+        if not self._live:
+            self._stream.write(text + "\n")
+            self._stream.flush()
+            return
+        if self._display is None:
+            from rich.console import Console
+            from rich.live import Live
+
+            self._display = Live(console=Console(file=self._stream), auto_refresh=False)
+            self._display.start()
+        self._display.update(self._text(text), refresh=True)
+
+    def _text(self, text: str) -> Any:
+        from rich.text import Text
+
+        return Text(text, no_wrap=True, overflow="ellipsis")
+
+
+def _is_terminal(stream: Stream) -> bool:
+    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def _number(value: float) -> str:
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.2e}"
+
+
+def _quantity(value: float) -> str:
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if value >= limit:
+            return f"{value / (1e3 if unit == 'k' else limit):.1f}{unit}"
+    return f"{value:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, hours = int(seconds // 60), int(seconds // 3600)
+    return f"{minutes}:{int(seconds % 60):02d} min" if hours == 0 else f"{hours}:{minutes % 60:02d} h"

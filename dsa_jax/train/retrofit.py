@@ -1,0 +1,143 @@
+"""The retrofit end to end: initialise, pretrain if the recipe has it, warm the indexer up, train sparse, evaluate, report."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from dsa_jax.config import STAGES as STAGE_ORDER
+from dsa_jax.config import Config, to_dict
+from dsa_jax.data import EvalData, TrainData, make_eval_data, make_train_data
+from dsa_jax.evals.parity import Parity, evaluate_parity
+from dsa_jax.model import Transformer, build_model
+from dsa_jax.params import count_parameters, is_indexer_path, split_parameters
+from dsa_jax.train.init import initial_params, load_run
+from dsa_jax.train.loop import latest_position, run_stage
+from dsa_jax.train.metrics import MetricsLog
+from dsa_jax.train.report import format_table, write_report
+from dsa_jax.train.rundir import RunDirectory, RunError, open_run
+from dsa_jax.train.signals import StopRequest
+from dsa_jax.train.stages import STAGES
+from pallas_kernels import implementations_chosen
+
+_LOG = logging.getLogger(__name__)
+
+
+def retrofit(config: Config, workdir: Path, *, tensorboard: bool = False) -> dict[str, Any] | None:
+    """Run every stage with a positive number of steps, then the parity table; continue where an earlier call stopped.
+
+    Returns:
+        The report (also in report.json), or None if a signal stopped the run after saving.
+
+    Raises:
+        ConfigError, RunError: with one line that says what was wrong and what to do.
+    """
+    config.validate()
+    train_data = make_train_data(config.data, config.seed, config.model.vocab_size)
+    eval_data = make_eval_data(config.data, config.seed, config.model.vocab_size)
+    check_lengths(config, train_data, eval_data)
+    run = open_run(workdir, config)
+    model = build_model(config.model)
+    params = initial_params(config, model)
+    n_indexer = count_parameters(split_parameters(params, is_indexer_path)[0])
+    _LOG.info("%s: %d parameters, %d of them in indexers", config.name, count_parameters(params), n_indexer)
+    summaries: dict[str, dict[str, Any]] = {}
+    position = latest_position(run, config)
+    first_batch = 0
+    with StopRequest() as stop, MetricsLog(run.metrics_path, tensorboard=tensorboard) as metrics:
+        for name in STAGE_ORDER:
+            steps = getattr(config.train, name).steps
+            is_done = position is not None and STAGE_ORDER.index(name) < STAGE_ORDER.index(position[0])
+            if steps and not is_done:
+                resume_step = position[1] if position is not None and position[0] == name else None
+                params, summaries, is_complete = run_stage(
+                    run,
+                    config,
+                    STAGES[name],
+                    model,
+                    params,
+                    train_data,
+                    stop,
+                    metrics,
+                    resume_step=resume_step,
+                    first_batch=first_batch,
+                    summaries=summaries,
+                )
+                run.update_environment(implementations=implementations_chosen())
+                if not is_complete:
+                    _LOG.warning(
+                        "stopped by %s in stage %s, step %d of %d is saved; the same command continues",
+                        stop.signal_name,
+                        name,
+                        summaries[name]["steps"],
+                        steps,
+                    )
+                    return None
+            first_batch += steps
+    return evaluate_and_report(run, config, model, params, summaries, eval_data)
+
+
+def check_lengths(config: Config, train_data: TrainData, eval_data: EvalData) -> None:
+    """Make sure, before anything is trained, that every length the recipe will ask for can be made.
+
+    Raises:
+        ConfigError: naming the length and what stands in its way.
+    """
+    for name in STAGE_ORDER:
+        stage = getattr(config.train, name)
+        for seq_len in (
+            {stage.seq_len_at(step) for step in (0, *(until for until, _ in stage.curriculum))} if stage.steps else ()
+        ):
+            train_data.batch(0, batch_size=stage.batch_size, seq_len=seq_len)
+    if eval_data.has_recall:
+        eval_data.recall_batches(config.eval.recall_sequences, config.eval.recall_len, config.eval.batch_size)
+    if eval_data.has_text:
+        eval_data.text_batches(config.eval.text_sequences, config.eval.text_len, config.eval.batch_size)
+
+
+def _dense_params_before(run: RunDirectory, config: Config) -> dict[str, Any] | None:
+    """Parameters at the end of dense pretraining, where this run did it and trained on."""
+    if not (config.train.pretrain.steps and config.train.sparse.steps):
+        return None
+    try:
+        return load_run(run.path, stage="pretrain").params
+    except RunError as error:
+        _LOG.warning("the row of the dense model before sparse training is left out: %s", error)
+        return None
+
+
+def evaluate_and_report(
+    run: RunDirectory,
+    config: Config,
+    model: Transformer,
+    params: dict[str, Any],
+    summaries: dict[str, dict[str, Any]],
+    data: EvalData,
+) -> dict[str, Any]:
+    """Fill the parity table, write report.json and report.html, and return the report."""
+    started = time.perf_counter()
+    announce = lambda row: _LOG.info("evaluated %s", row["name"])
+    table = evaluate_parity(model, params, data, config, params_before=_dense_params_before(run, config), on_row=announce)
+    run.update_environment(implementations=implementations_chosen())
+    summaries = summaries | {"evaluate": {"seconds": time.perf_counter() - started}}
+    report = make_report(config, table, summaries, data.describe(), run.environment())
+    write_report(run.path, report)
+    print(format_table(table.rows))
+    print(f"report: {run.path / 'report.html'}")
+    return report
+
+
+def make_report(
+    config: Config, table: Parity, stages: dict[str, Any], corpus: dict[str, Any], environment: dict[str, Any]
+) -> dict[str, Any]:
+    """The content of report.json."""
+    return {
+        "name": config.name,
+        "rows": table.rows,
+        "stages": stages,
+        "coverage_by_layer": table.coverage_by_layer,
+        "loss_by_position": {"positions": table.position_ends, **table.loss_by_position},
+        "corpus": corpus,
+        "config": to_dict(config),
+        "environment": environment,
+    }

@@ -1,0 +1,281 @@
+"""The run directory: who owns it, what it holds, and files that are either whole or absent."""
+
+import dataclasses
+import json
+import logging
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dsa_jax.config import Config, ConfigError, from_dict, to_dict
+
+_LOG = logging.getLogger(__name__)
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_MOST_DIFFERENCES_SHOWN = 12
+
+
+class RunError(RuntimeError):
+    """A run cannot start or go on: the message says why and what to do. Commands print it as one line, without traceback."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDirectory:
+    """Where the files of one run lie. `resumed` tells whether the directory held the run already."""
+
+    path: Path
+    resumed: bool
+
+    @property
+    def config_path(self) -> Path:
+        """The resolved config."""
+        return self.path / "config.json"
+
+    @property
+    def environment_path(self) -> Path:
+        """Versions, device, git revision, implementations chosen."""
+        return self.path / "environment.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        """One JSON object per logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def report_path(self) -> Path:
+        """The parity table and the timings, for programs; `report.html` beside it is for readers."""
+        return self.path / "report.json"
+
+    def checkpoint_dir(self, stage: str) -> Path:
+        """The folder whose subfolders are the steps of `stage`."""
+        return self.path / "checkpoints" / stage
+
+    def config(self) -> Config:
+        """The resolved config of the run.
+
+        Raises:
+            RunError: when config.json is missing, is not JSON, or has fields that this version does not know.
+        """
+        try:
+            return from_dict(Config, _read_object(self.config_path))
+        except ConfigError as error:
+            raise RunError(f"{self.config_path} does not fit this version: {error}") from error
+
+    def environment(self) -> dict[str, Any]:
+        """The content of environment.json.
+
+        Raises:
+            RunError: when the file is missing or is not JSON.
+        """
+        return _read_object(self.environment_path)
+
+    def update_environment(self, **values: Any) -> None:
+        """Set top-level entries of environment.json, such as `implementations={"index_topk": "xla"}`.
+
+        When that changes an entry that was already filled in, the earlier environment moves to `history`.
+        """
+        current = self.environment()
+        updated = {**current, **json.loads(json.dumps(values))}
+        if any(current.get(name) and current[name] != updated[name] for name in values):
+            updated["history"] = [*current["history"], _without_history(current)]
+        if updated != current:
+            _write_object(self.environment_path, updated)
+
+
+def open_run(workdir: str | os.PathLike[str], config: Config) -> RunDirectory:
+    """Create the run directory of `config`, or return to it.
+
+    Writes config.json and environment.json. On return, an environment that differs from the recorded one takes its place and
+    the recorded one is appended to `history`, oldest first.
+
+    Raises:
+        RunError: when `workdir` cannot be written, is a file, or holds a run of another config (naming each differing field).
+    """
+    path = Path(workdir)
+    _make_writable_directory(path)
+    run = RunDirectory(path, resumed=(path / "config.json").exists())
+    wanted = to_dict(config)
+    if run.resumed:
+        _require_same_config(path, _read_object(run.config_path), wanted)
+    else:
+        _write_object(run.config_path, wanted)
+    _record_environment(run)
+    return run
+
+
+def find_run(directory: str | os.PathLike[str]) -> RunDirectory:
+    """The run that `directory` holds; nothing is written.
+
+    Raises:
+        RunError: when it holds none.
+    """
+    run = RunDirectory(Path(directory), resumed=True)
+    if not run.config_path.is_file():
+        raise RunError(
+            f"{directory} is not a run directory: it has no config.json. Give the --workdir of experiments.retrofit."
+        )
+    return run
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, device and source revision of this process; `implementations` is filled in once they are chosen."""
+    import jax
+
+    devices = jax.devices()
+    return {
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "platform": platform.platform(),
+        "device": {
+            "backend": jax.default_backend(),
+            "kind": devices[0].device_kind,
+            "count": len(devices),
+            "processes": jax.process_count(),
+        },
+        "git": git_revision(Path(__file__)),
+        "implementations": {},
+    }
+
+
+def git_revision(source_file: Path) -> dict[str, Any] | None:
+    """`{"revision", "dirty"}` of the checkout that tracks `source_file`; None when no git checkout does."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(source_file.parent), *arguments], capture_output=True, text=True, timeout=20, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # An installed copy may lie inside some other project's checkout; only a tracked file tells us about our own source.
+    if git("ls-files", "--error-unmatch", source_file.name) is None:
+        return None
+    revision, status = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    if revision is None or status is None:
+        return None
+    return {"revision": revision, "dirty": bool(status)}
+
+
+def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` so that `path` holds, whatever happens, either its former content or all of the new one.
+
+    Raises:
+        RunError: when the file system refuses (full, read-only, no permission); `path` is untouched then.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}. Its former content is intact; free space or fix permissions, "
+            "then run the same command again."
+        ) from error
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_writable_directory(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise RunError(f"workdir {path} is a file; expected a directory. Choose another --workdir.")
+    probe = path / f".probe.{os.getpid()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise RunError(
+            f"workdir {path} cannot be written: {error.strerror or error}. Choose another --workdir, or make it writable."
+        ) from error
+
+
+def _require_same_config(path: Path, recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    there, here = _flatten(recorded), _flatten(wanted)
+    names = sorted(name for name in there.keys() | here.keys() if there.get(name, "absent") != here.get(name, "absent"))
+    if not names:
+        return
+    shown = [
+        f"{name} is {json.dumps(there[name]) if name in there else 'absent'} there and "
+        f"{json.dumps(here[name]) if name in here else 'absent'} here"
+        for name in names[:_MOST_DIFFERENCES_SHOWN]
+    ]
+    if len(names) > len(shown):
+        shown.append(f"{len(names) - len(shown)} more fields differ")
+    raise RunError(
+        f"workdir {path} holds a run of another config: {'; '.join(shown)}. Choose another --workdir, or delete {path} to "
+        "start over."
+    )
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _record_environment(run: RunDirectory) -> None:
+    current = describe_environment()
+    if not run.environment_path.exists():
+        _write_object(run.environment_path, {**current, "history": []})
+        return
+    recorded = run.environment()
+    earlier = _without_history(recorded)
+    if {**earlier, "implementations": {}} == current:
+        return
+    changed = [name for name in current if name != "implementations" and earlier.get(name) != current[name]]
+    _LOG.warning(
+        "%s continues in another environment (%s differ from environment.json); the bits may differ from an undisturbed run",
+        run.path,
+        ", ".join(changed),
+    )
+    _write_object(run.environment_path, {**current, "history": [*recorded.get("history", []), earlier]})
+
+
+def _without_history(environment: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in environment.items() if name != "history"}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise RunError(f"{path} is not valid JSON ({error}). Restore it, or choose another --workdir.") from error
+    if not isinstance(values, dict):
+        raise RunError(
+            f"{path} holds a JSON {type(values).__name__}; expected an object. Restore it, or choose another --workdir."
+        )
+    return values
+
+
+def _write_object(path: Path, values: Mapping[str, Any]) -> None:
+    atomic_write_text(path, json.dumps(values, indent=2, sort_keys=True) + "\n")

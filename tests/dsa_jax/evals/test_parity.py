@@ -1,0 +1,74 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from dsa_jax.data import Batch, make_eval_data
+from dsa_jax.evals.parity import evaluate_parity, evaluate_task, make_eval_step, with_fresh_indexer
+from dsa_jax.model import build_model, init_params
+from dsa_jax.params import is_indexer_path, parameter_paths
+from tests.dsa_jax.train.tiny import tiny_config
+
+
+@pytest.fixture(scope="module")
+def setting():
+    config = tiny_config()
+    model = build_model(config.model)
+    return config, model, init_params(model, jax.random.key(0))
+
+
+def test_task_means_match_the_whole_logits(setting):
+    """Loss and accuracy against log_softmax of the full logits, on batches of which one is half padding."""
+    config, model, params = setting
+    data = make_eval_data(config.data, 0, config.model.vocab_size)
+    batches = list(data.recall_batches(6, 16, 4))
+    result = evaluate_task(make_eval_step(model, "dense"), params, batches, 4)
+    nll, hits = [], []
+    for batch in batches:
+        logits = model.apply({"params": params}, batch.input_ids, segment_ids=batch.segment_ids, attention="dense").logits
+        chosen = np.asarray(jax.nn.log_softmax(logits))[batch.target_mask]
+        target = batch.targets[batch.target_mask]
+        nll.append(-chosen[np.arange(len(target)), target])
+        hits.append(chosen.argmax(-1) == target)
+    assert result.n_targets == 6 * 4 and result.n_queries == 6 * 16
+    np.testing.assert_allclose(result.loss, np.concatenate(nll).mean(), rtol=1e-5)
+    np.testing.assert_allclose(result.accuracy, np.concatenate(hits).mean())
+    # Targets are in the last quarter only, which is the last of four buckets.
+    assert np.isnan(result.loss_by_position[:3]).all()
+    np.testing.assert_allclose(result.loss_by_position[3], result.loss, rtol=1e-6)
+
+
+def test_padding_rows_count_in_nothing(setting):
+    config, model, params = setting
+    data = make_eval_data(config.data, 0, config.model.vocab_size)
+    (batch,) = data.recall_batches(2, 16, 2)
+    padded = Batch(*(np.concatenate([x, np.zeros_like(x)]) for x in batch))
+    step = make_eval_step(model, "sparse")
+    one, other = (evaluate_task(step, params, [b], 2) for b in (batch, padded))
+    for name, value in dataclasses.asdict(one).items():
+        np.testing.assert_allclose(getattr(other, name), value, rtol=1e-5, err_msg=name)
+
+
+def test_fresh_indexer_replaces_the_indexer_only(setting):
+    _, model, params = setting
+    mixed = parameter_paths(with_fresh_indexer(params, init_params(model, jax.random.key(1))))
+    before = parameter_paths(params)
+    assert mixed.keys() == before.keys()
+    for path in before:
+        if path.endswith("kernel") and is_indexer_path(path):
+            assert not np.array_equal(mixed[path], before[path]), path
+        elif not is_indexer_path(path):
+            np.testing.assert_array_equal(mixed[path], before[path], err_msg=path)
+
+
+def test_a_budget_of_the_whole_context_makes_every_row_dense(setting):
+    config, _, params = setting
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model))
+    config.model.attention = dataclasses.replace(config.model.attention)
+    config.model.attention.indexer = dataclasses.replace(config.model.attention.indexer, topk=16)
+    data = make_eval_data(config.data, 0, config.model.vocab_size)
+    rows = evaluate_parity(build_model(config.model), params, data, config).rows
+    for row in rows:
+        assert row["recall_accuracy"] == rows[0]["recall_accuracy"]
+        np.testing.assert_allclose([row["coverage"], row["keys_per_query"]], [1.0, 8.5], rtol=1e-5)

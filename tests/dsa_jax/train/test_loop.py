@@ -1,0 +1,165 @@
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsa_jax.config import to_dict
+from dsa_jax.params import parameter_paths
+from dsa_jax.train import loop
+from dsa_jax.train.init import load_run
+from dsa_jax.train.loop import NotFiniteError
+from dsa_jax.train.metrics import read_metrics
+from dsa_jax.train.retrofit import retrofit
+from dsa_jax.train.rundir import RunError
+from tests.dsa_jax.train.tiny import tiny_config
+
+
+def final_params(workdir):
+    loaded = load_run(workdir)
+    assert loaded.stage == "sparse"
+    return parameter_paths(jax.device_get(loaded.params))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    report = retrofit(tiny_config(), workdir)
+    return workdir, report
+
+
+def test_a_run_directory_explains_itself(undisturbed):
+    workdir, report = undisturbed
+    assert json.loads((workdir / "config.json").read_text()) == to_dict(tiny_config())
+    assert json.loads((workdir / "report.json").read_text())["rows"] == report["rows"]
+    names = [row["name"] for row in report["rows"]]
+    assert names == [
+        "dense, before sparse training",
+        "dense",
+        "sparse",
+        "sparse, untrained indexer",
+        "window of the same budget",
+        "oracle top-k",
+    ]
+    assert set(report["stages"]) == {"pretrain", "warmup", "sparse", "evaluate"}
+    assert "implementations" in json.dumps(json.loads((workdir / "environment.json").read_text()))
+    assert "<html" in (workdir / "report.html").read_text()
+
+
+def test_table_values_are_possible(undisturbed):
+    rows = {row["name"]: row for row in undisturbed[1]["rows"]}
+    assert rows["dense"]["coverage"] == pytest.approx(1.0, abs=1e-5)
+    assert rows["dense"]["keys_per_query"] == pytest.approx(8.5)  # causal, 16 tokens
+    for name in ("sparse", "window of the same budget", "oracle top-k"):
+        # min(t + 1, 4) keys over 16 queries
+        assert rows[name]["keys_per_query"] == pytest.approx((1 + 2 + 3 + 13 * 4) / 16)
+        assert rows[name]["coverage"] <= rows["oracle top-k"]["coverage"] + 1e-6 <= 1.0 + 2e-6
+        assert rows[name]["text_loss"] is None
+
+
+def test_metrics_hold_every_step_once(undisturbed):
+    steps = [(m["stage"], m["step"]) for m in read_metrics(undisturbed[0] / "metrics.jsonl")]
+    assert steps == [(stage, step) for stage in ("pretrain", "warmup", "sparse") for step in range(1, 7)]
+
+
+@pytest.mark.parametrize("stop_at", [("pretrain", 3), ("warmup", 5), ("sparse", 6)], ids=lambda s: f"{s[0]}-{s[1]}")
+def test_interrupted_and_resumed_equals_undisturbed(undisturbed, tmp_path, monkeypatch, stop_at):
+    """A stop request during a step: the step is finished and saved, and the next call ends with the same bits."""
+    take = loop._Judge.take
+
+    def take_and_stop(self, step, values):
+        if (self.stage.name, step) == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(self, step, values)
+
+    monkeypatch.setattr(loop._Judge, "take", take_and_stop)
+    assert retrofit(tiny_config(), tmp_path) is None or stop_at == ("sparse", 6)
+    monkeypatch.undo()
+    retrofit(tiny_config(), tmp_path)
+    want, got = final_params(undisturbed[0]), final_params(tmp_path)
+    assert want.keys() == got.keys()
+    for path in want:
+        np.testing.assert_array_equal(got[path], want[path], err_msg=path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (undisturbed[0] / "metrics.jsonl").read_bytes()
+
+
+def test_damaged_checkpoint_is_skipped_and_retrained(undisturbed, tmp_path, caplog):
+    retrofit(tiny_config(), tmp_path)
+    newest = max((tmp_path / "checkpoints" / "sparse").glob("[0-9]*"), key=lambda p: int(p.name))
+    for file in newest.rglob("*"):
+        if file.is_file() and file.stat().st_size > 200:
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    retrofit(tiny_config(), tmp_path)
+    assert newest.name in caplog.text and "sparse" in caplog.text
+    want, got = final_params(undisturbed[0]), final_params(tmp_path)
+    for path in want:
+        np.testing.assert_array_equal(got[path], want[path], err_msg=path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (undisturbed[0] / "metrics.jsonl").read_bytes()
+
+
+def poisoned(monkeypatch, bad_steps):
+    """Make the update of the given 1-based steps see a NaN learning signal."""
+    make = loop.make_train_step
+
+    def wrapped(model, stage, config):
+        step_fn = make(model, stage, config)
+
+        def run(state, batch):
+            if int(state.step) + 1 not in bad_steps:
+                return step_fn(state, batch)
+            good = jax.tree.map(np.array, state)
+            bad = state._replace(params=jax.tree.map(lambda x: x * np.nan, state.params))
+            dropped, metrics = step_fn(bad, batch)
+            return dropped._replace(params=jax.tree.map(jnp.array, good.params)), metrics
+
+        return run
+
+    monkeypatch.setattr(loop, "make_train_step", wrapped)
+
+
+def test_nan_stops_with_stage_step_and_checkpoint(tmp_path, monkeypatch):
+    poisoned(monkeypatch, {5})
+    with pytest.raises(NotFiniteError, match=r"stage pretrain, step 5; the last checkpoint is step 4"):
+        retrofit(tiny_config(), tmp_path)
+
+
+def test_nan_can_be_skipped_and_counted(tmp_path, monkeypatch):
+    config = tiny_config()
+    config.train.nan_policy = "skip"
+    config.train.warmup.steps = config.train.sparse.steps = 0
+    poisoned(monkeypatch, {2, 3})
+    report = retrofit(config, tmp_path)
+    assert report["stages"]["pretrain"]["final"]["skipped"] == 2
+
+
+def test_too_many_skips_in_a_row_stop(tmp_path, monkeypatch):
+    config = tiny_config()
+    config.train.nan_policy, config.train.max_skipped_steps = "skip", 2
+    poisoned(monkeypatch, {2, 3, 4})
+    with pytest.raises(NotFiniteError, match="2 updates in a row"):
+        retrofit(config, tmp_path)
+
+
+def test_a_run_can_start_from_another(undisturbed, tmp_path, caplog):
+    config = tiny_config()
+    config.init.checkpoint = str(undisturbed[0])
+    config.train.pretrain.steps = 0
+    assert retrofit(config, tmp_path)["rows"][0]["name"] == "dense"
+
+
+def test_an_unusable_source_says_what_is_missing(tmp_path):
+    config = tiny_config()
+    config.init.checkpoint = str(tmp_path / "nowhere")
+    with pytest.raises(RunError, match="nowhere"):
+        retrofit(config, tmp_path / "run")
+
+
+def test_a_source_of_another_shape_names_both(undisturbed, tmp_path):
+    config = tiny_config()
+    config.init.checkpoint = str(undisturbed[0])
+    config.model.mlp_dim = 40
+    with pytest.raises(ValueError, match=r"mlp/.*kernel: here \(2, 32, 40\), there \(2, 32, 48\)"):
+        retrofit(config, tmp_path)

@@ -1,0 +1,131 @@
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dsa_jax.config import Config, to_dict
+from dsa_jax.train import rundir
+from dsa_jax.train.rundir import RunError, atomic_write_text, git_revision, open_run
+
+
+def test_new_run_writes_config_and_environment(tmp_path):
+    run = open_run(tmp_path / "a" / "b", Config(name="x"))
+    assert not run.resumed
+    text = run.config_path.read_text()
+    assert json.loads(text) == to_dict(Config(name="x"))
+    assert text == json.dumps(json.loads(text), indent=2, sort_keys=True) + "\n"
+    environment = run.environment()
+    assert set(environment["versions"]) == {"jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"}
+    assert all(environment["versions"].values())
+    assert environment["device"]["backend"] == "cpu" and environment["device"]["count"] >= 1
+    assert environment["history"] == [] and environment["implementations"] == {}
+    assert run.checkpoint_dir("warmup") == run.path / "checkpoints" / "warmup"
+
+
+def test_same_config_returns_to_the_run_and_changes_nothing(tmp_path):
+    first = open_run(tmp_path, Config())
+    first.update_environment(implementations={"index_topk": "xla"})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    second = open_run(tmp_path, Config())
+    assert second.resumed
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_other_config_is_refused_with_both_values(tmp_path):
+    open_run(tmp_path, Config())
+    other = Config(seed=7)
+    other.train.warmup.steps = 30
+    with pytest.raises(RunError, match=r"seed is 0 there and 7 here; train\.warmup\.steps is 0 there and 30 here.*--workdir"):
+        open_run(tmp_path, other)
+    assert json.loads((tmp_path / "config.json").read_text()) == to_dict(Config())
+
+
+def test_field_unknown_to_the_recorded_config_is_named(tmp_path):
+    run = open_run(tmp_path, Config())
+    recorded = to_dict(Config())
+    del recorded["seed"]
+    run.config_path.write_text(json.dumps(recorded))
+    with pytest.raises(RunError, match="seed is absent there and 0 here"):
+        open_run(tmp_path, Config())
+
+
+def test_another_environment_is_appended_to_the_history(tmp_path, monkeypatch, caplog):
+    run = open_run(tmp_path, Config())
+    run.update_environment(implementations={"index_topk": "xla"})
+    old = run.environment()["versions"]
+    monkeypatch.setattr(rundir, "_version", lambda package: "9.9")
+    open_run(tmp_path, Config())
+    environment = run.environment()
+    assert environment["versions"]["jax"] == "9.9" and environment["implementations"] == {}
+    assert [past["versions"] for past in environment["history"]] == [old]
+    assert environment["history"][0]["implementations"] == {"index_topk": "xla"}
+    assert "versions" in caplog.text
+
+
+def test_changed_implementation_keeps_the_former_one(tmp_path):
+    run = open_run(tmp_path, Config())
+    run.update_environment(implementations={"index_topk": "xla"})
+    assert run.environment()["history"] == []
+    run.update_environment(implementations={"index_topk": "pallas"})
+    assert run.environment()["implementations"] == {"index_topk": "pallas"}
+    assert run.environment()["history"][0]["implementations"] == {"index_topk": "xla"}
+
+
+def test_workdir_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="is a file; expected a directory"):
+        open_run(tmp_path / "file", Config())
+    with pytest.raises(RunError, match="cannot be written: Not a directory"):
+        open_run(tmp_path / "file" / "below", Config())
+
+
+def test_read_only_workdir(tmp_path, monkeypatch):
+    def refuse(self, data):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(RunError, match=r"cannot be written: Permission denied.*--workdir"):
+        open_run(tmp_path / "run", Config())
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"], ids=["cut", "list"])
+def test_damaged_config_is_an_error(tmp_path, text):
+    run = open_run(tmp_path, Config())
+    run.config_path.write_text(text)
+    with pytest.raises(RunError, match=r"config\.json"):
+        open_run(tmp_path, Config())
+
+
+def test_atomic_write_leaves_the_old_content_when_it_fails(tmp_path, monkeypatch):
+    path = tmp_path / "file.json"
+    atomic_write_text(path, "old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rundir.os, "fsync", full)
+        with pytest.raises(RunError, match="No space left on device"):
+            atomic_write_text(path, "new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    atomic_write_text(path, "zwölf\n")
+    assert path.read_bytes() == "zwölf\n".encode()
+
+
+def test_git_revision_needs_a_tracked_file(tmp_path):
+    def git(*arguments):
+        subprocess.run(
+            ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e", *arguments], check=True, capture_output=True
+        )
+
+    git("init")
+    source = tmp_path / "source.py"
+    source.write_text("1")
+    assert git_revision(source) is None
+    git("add", "source.py")
+    git("commit", "-m", "x")
+    clean = git_revision(source)
+    assert clean is not None and len(clean["revision"]) == 40 and clean["dirty"] is False
+    source.write_text("2")
+    assert git_revision(source) == {**clean, "dirty": True}
