@@ -1,0 +1,232 @@
+"""Command-line flags for a config file, and an entry point that turns expected errors into one line.
+
+Every field of `dsa_jax.config.Config` is an absl flag of its own: `--helpfull` lists them, both `--config.seed=3` and
+`--config.seed 3` work, and a misspelt one is an error with the nearest name. `ml_collections.config_flags` offers neither the
+list nor the suggestion, and its file loader calls an import function that Python has deprecated, hence this layer.
+"""
+
+import ast
+import dataclasses
+import difflib
+import functools
+import importlib.util
+import inspect
+import logging
+import math
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from absl import logging as absl_logging
+
+from dsa_jax.config import Config, ConfigError
+from dsa_jax.train.rundir import RunError
+
+_EXPECTED = (ConfigError, RunError)
+_KIND_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
+
+
+class ConfigFlag:
+    """The `--config` flag with its overrides."""
+
+    def __init__(self, default: str | None, flag_values: flags.FlagValues) -> None:
+        self._flag_values = flag_values
+        shown = default if default is not None else "none, it must be given"
+        self._file = flags.DEFINE_string(
+            "config", default, f"Recipe: a Python file with get_config(); FILE:ARG passes ARG to it. Default: {shown}.",
+            flag_values=flag_values,
+        )  # fmt: skip
+        self._fields = {f"config.{name}": kind for name, kind, *_ in _walk(Config)}
+        for name, kind, value, comment in _walk(Config):
+            text = f"{_kind_name(kind)}, {value!r} unless the recipe sets it. {comment}".strip()
+            flags.DEFINE_string(f"config.{name}", None, text, flag_values=flag_values)
+
+    @property
+    def value(self) -> Config:
+        """A new config: the recipe's, with the overrides of the command line. Not validated: `main` calls `validate()`.
+
+        Raises:
+            ConfigError: for a missing recipe or an override of the wrong kind.
+        """
+        config = load_config(self._file.value)
+        for name, kind in self._fields.items():
+            text = self._flag_values[name].value
+            if text is not None:
+                *parents, field = name.removeprefix("config.").split(".")
+                node = config
+                for parent in parents:
+                    node = getattr(node, parent)
+                setattr(node, field, parse_value(name, text, kind))
+        return config
+
+
+def define_config(default: str | None = None, *, flag_values: flags.FlagValues = flags.FLAGS) -> ConfigFlag:
+    """Define `--config` and one override flag per field; read `.value` of the result in `main`.
+
+    Args:
+        default: recipe used when `--config` is not given; None makes the flag required.
+        flag_values: where to define them; tests give their own.
+    """
+    return ConfigFlag(default, flag_values)
+
+
+def load_config(path: str | None) -> Config:
+    """The config of a recipe file; `FILE:ARG` calls `get_config(ARG)`.
+
+    Raises:
+        ConfigError: when the file is missing (listing those there are), has no get_config, or that returns no Config.
+    """
+    if not path:
+        raise ConfigError(f"--config is not given; expected a recipe.{_available(Path('configs'))}")
+    file, _, argument = path.partition(":")
+    if not Path(file).is_file():
+        raise ConfigError(f"--config={path}: there is no file {file}.{_available(Path(file).parent)}")
+    spec = importlib.util.spec_from_file_location("recipe", file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--config={path}: {file} is no Python file; expected a recipe with get_config().")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, "get_config", None)):
+        raise ConfigError(f"--config={path}: {file} has no function get_config(arg=''); expected one that returns a Config.")
+    config = module.get_config(argument) if argument else module.get_config()
+    if not isinstance(config, Config):
+        raise ConfigError(f"--config={path}: get_config returned a {type(config).__name__}; expected a dsa_jax.config.Config.")
+    return config
+
+
+def parse_value(name: str, text: str, kind: Any) -> Any:
+    """Text from the command line as a value of the field's annotation `kind`: int, float, bool, str or (nested) tuples.
+
+    Raises:
+        ConfigError: naming the field, the text and what was expected.
+    """
+    try:
+        if kind is str:
+            return text
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.strip().lower()]
+        if kind is int:
+            return int(text)
+        if kind is float:
+            return _checked(float(text), float)
+        return _checked(ast.literal_eval(text.strip()), kind)
+    except (ValueError, KeyError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise ConfigError(f"{name} is {text!r}; expected {_kind_name(kind)}.") from None
+
+
+def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
+    """Run an absl `main`; never returns.
+
+    A config, run or flag error ends as one line `error: ...` on stderr, with exit status 2 where the command line or the config
+    is at fault and 1 otherwise. Any other exception keeps its traceback.
+    """
+
+    def guarded(arguments: list[str]) -> int | None:
+        absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
+        if len(arguments) > 1:
+            _fail(f"unexpected argument {arguments[1]!r}; expected only flags such as --config=configs/quickstart.py.", 2)
+        try:
+            return main(arguments)
+        except flags.Error as error:
+            _fail(str(error), 2)
+        except _EXPECTED as error:
+            _fail(str(error), 2 if isinstance(error, ConfigError) else 1)
+
+    app.run(guarded, argv=argv, flags_parser=parse_flags)
+
+
+def parse_flags(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """Parse, and exit with status 2 and one line on a mistake."""
+    try:
+        return flag_values(argv)
+    except flags.UnrecognizedFlagError as error:
+        _fail(_unknown(error.flagname, flag_values), 2)
+    except flags.Error as error:
+        _fail(str(error), 2)
+
+
+def _fail(message: str, status: int) -> typing.NoReturn:
+    line = " ".join(message.split())
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def _unknown(name: str, flag_values: flags.FlagValues) -> str:
+    known = list(flag_values)
+    is_field = name.startswith("config.")
+    below = [other for other in known if other.startswith(f"{name}.")]
+    if below:
+        return f"{name} is a section; set one of its fields: {', '.join(below)}."
+    # Without the prefix that all fields share, which would make any two of them look alike.
+    candidates = [other for other in known if other.startswith("config.") == is_field]
+    bare = {other.removeprefix("config."): other for other in candidates}
+    near = [bare[match] for match in difflib.get_close_matches(name.removeprefix("config."), bare, n=1)]
+    kind, dashes = ("field ", "") if is_field else ("flag ", "--")
+    hint = f"; did you mean {dashes}{near[0]}?" if near else "; --helpfull lists all."
+    return f"unknown {kind}{dashes}{name}{hint}"
+
+
+def _walk(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
+    """(dotted name, annotation, default, comment beside it in the source) of every leaf field."""
+    kinds, comments = typing.get_type_hints(cls), _comments(cls.__module__)
+    defaults = cls()
+    for field in dataclasses.fields(cls):
+        kind, name = kinds[field.name], f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(kind):
+            yield from _walk(typing.cast(type, kind), f"{name}.")
+        else:
+            yield name, kind, getattr(defaults, field.name), comments.get((cls.__name__, field.name), "")
+
+
+@functools.cache
+def _comments(module_name: str) -> dict[tuple[str, str], str]:
+    """The comment beside each field of each class of a module, by (class, field)."""
+    found: dict[tuple[str, str], str] = {}
+    owner = ""
+    for line in inspect.getsource(sys.modules[module_name]).splitlines():
+        if heading := re.match(r"class (\w+)", line):
+            owner = heading[1]
+        elif field := re.match(r"    (\w+):[^#]*#\s*(.+)$", line):
+            found[owner, field[1]] = field[2][0].upper() + field[2][1:]
+    return found
+
+
+def _checked(value: Any, kind: Any) -> Any:
+    """`value`, a literal, as `kind`; lists count as tuples and whole numbers as floats, nothing else is converted."""
+    if isinstance(kind, types.GenericAlias):
+        inner = typing.get_args(kind)
+        if not isinstance(value, tuple | list):
+            raise ValueError
+        if inner[-1] is Ellipsis:
+            return tuple(_checked(item, inner[0]) for item in value)
+        return tuple(_checked(item, each) for item, each in zip(value, inner, strict=True))
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        raise ValueError
+    return value
+
+
+def _kind_name(kind: Any) -> str:
+    if not isinstance(kind, types.GenericAlias):
+        return _KIND_NAMES[kind]
+    return f"a tuple like {_example(kind)}"
+
+
+def _example(kind: Any) -> str:
+    if not isinstance(kind, types.GenericAlias):
+        return {int: "8", float: "0.5", bool: "True", str: "'name'"}[kind]
+    inner = [_example(each) for each in typing.get_args(kind) if each is not Ellipsis]
+    return f"({inner[0]},)" if len(inner) == 1 else f"({', '.join(inner)})"
+
+
+def _available(folder: Path) -> str:
+    found = sorted(str(path) for path in folder.glob("*.py") if path.name != "__init__.py")
+    if not found and folder != Path("configs"):
+        return _available(Path("configs"))
+    return f" Available: {', '.join(found)}." if found else " Run it in the folder that holds configs/, or give a full path."

@@ -1,0 +1,38 @@
+r"""Give a dense model sparse attention: pretraining if the recipe has it, indexer warm-up, sparse training, report.
+
+    python -m experiments.retrofit --config=configs/quickstart.py --workdir=runs/quickstart
+
+Any field can be overridden (`--config.train.warmup.steps=100`). The same command continues an interrupted run.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from experiments.flags import define_config, run_main
+
+_CONFIG = define_config("configs/quickstart.py")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", "runs/quickstart", "Run directory: created, or continued if it holds the same configuration."
+)
+_TENSORBOARD = flags.DEFINE_boolean("tensorboard", False, "Also write TensorBoard events (extra `tensorboard`).")
+
+
+def main(argv: list[str]) -> None:
+    """Run the retrofit."""
+    del argv
+    from dsa_jax.train.retrofit import retrofit
+    from dsa_jax.train.seeds import retrofit_seeds
+
+    config, workdir = _CONFIG.value, Path(_WORKDIR.value)
+    if config.seeds:
+        command = shlex.join(["python", "-m", "experiments.retrofit", *sys.argv[1:]])
+        retrofit_seeds(config, workdir, command=command, tensorboard=_TENSORBOARD.value)
+    else:
+        retrofit(config, workdir, tensorboard=_TENSORBOARD.value)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,27 @@
+"""The quickstart's claim at the size of a test: a retrofit keeps what dense attention learnt where simple selections fail."""
+
+import pytest
+
+from configs import quickstart
+from dsa_jax.train.retrofit import retrofit
+
+
+@pytest.mark.slow
+def test_retrofit_recovers_dense_recall(tmp_path):
+    """Recall over 64 tokens with 8 keys per query: one in eight, as text in the quickstart."""
+    config = quickstart.get_config()
+    config.data.recall_fraction = 1.0
+    config.model.attention.indexer.topk = 8
+    pretrain, warmup, sparse = config.train.pretrain, config.train.warmup, config.train.sparse
+    pretrain.steps, pretrain.curriculum = 1800, ()
+    warmup.steps, sparse.steps = 150, 100
+    pretrain.seq_len = warmup.seq_len = sparse.seq_len = config.eval.recall_len = 64
+    config.eval.recall_sequences = 256
+    rows = {row["name"]: row for row in retrofit(config, tmp_path)["rows"]}
+    recall = {name: row["recall_accuracy"] for name, row in rows.items()}
+    assert recall["dense"] >= 0.9
+    assert recall["sparse"] >= recall["dense"] - 0.03
+    assert recall["sparse, untrained indexer"] <= 0.5
+    assert recall["window of the same budget"] <= 0.35
+    assert rows["sparse"]["coverage"] > rows["sparse, untrained indexer"]["coverage"] + 0.2
+    assert rows["sparse"]["keys_per_query"] < 8 < rows["dense"]["keys_per_query"]
