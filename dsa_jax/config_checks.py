@@ -1,0 +1,29 @@
+"""What every part of the configuration checks with, and the error that all of them raise."""
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run: the message names the field, its value, what was expected and what to do."""
+
+
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Require `value` to be one of `allowed`."""
+    if value not in allowed:
+        raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(allowed)}.")
+
+
+def positive(name: str, value: int | float) -> None:
+    """Require `value` > 0."""
+    if not value > 0:
+        raise ConfigError(f"{name} is {value}; expected a positive number.")
+
+
+def not_negative(name: str, value: int | float) -> None:
+    """Require `value` >= 0."""
+    if not value >= 0:
+        raise ConfigError(f"{name} is {value}; expected zero or more.")
+
+
+def fraction(name: str, value: int | float) -> None:
+    """Require 0 <= `value` <= 1."""
+    if not 0.0 <= value <= 1.0:
+        raise ConfigError(f"{name} is {value}; expected a fraction from 0 to 1.")

@@ -1,0 +1,39 @@
+"""Configuration to nested dicts of JSON values, and back."""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from dsa_jax.config_checks import ConfigError
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as nested dicts of JSON values; tuples become lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
+    """Build the dataclass `cls` from nested dicts as `to_dict` writes them; missing fields keep their defaults.
+
+    Raises:
+        ConfigError: for a field that `cls` does not have, with the nearest name.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{cls.__name__} has no field {name!r}.{hint}")
+        kind = fields[name].type
+        if dataclasses.is_dataclass(kind):
+            arguments[name] = from_dict(kind, value)  # type: ignore[arg-type]
+        else:
+            arguments[name] = _tuples(value)
+    return cls(**arguments)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

@@ -1,0 +1,208 @@
+"""The shape of a model as nested dataclasses: attention, indexer, experts, rotary embedding."""
+
+from dataclasses import dataclass, field
+
+from dsa_jax.config_checks import ConfigError, one_of, positive
+
+
+@dataclass
+class RopeConfig:
+    """Rotary position embedding and its long-context scaling."""
+
+    theta: float = 10000.0
+    scaling: str = "none"  # none | yarn | llama3
+    factor: float = 1.0
+    original_max_positions: int = 4096
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    mscale: float = 1.0  # yarn: numerator of the cos/sin magnitude
+    mscale_all_dim: float = 0.0  # yarn: denominator of it; squared into the softmax scale
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+
+    def validate(self) -> None:
+        one_of("attention.rope.scaling", self.scaling, ("none", "yarn", "llama3"))
+        positive("attention.rope.theta", self.theta)
+        positive("attention.rope.factor", self.factor)
+
+
+@dataclass
+class IndexerConfig:
+    """The lightning indexer (DeepSeek-V3.2 report, section 1)."""
+
+    enabled: bool = False
+    n_heads: int = 64
+    head_dim: int = 128
+    rope_dim: int = 64  # leading channels of each head that are rotated
+    topk: int = 2048  # k in the paper
+    rope_layout: str = "half_split"  # half_split (V3.2) | interleaved (GLM-5)
+    norm_eps: float = 1e-6  # LayerNorm of the index key
+    hadamard: bool = False  # rotate q and k by the orthonormal Hadamard matrix
+    fp8: bool = False  # simulate e4m3 with power-of-two scales on q and k
+    layer_types: tuple[str, ...] = ()  # per layer "full" or "shared" (reuses the previous full layer); empty: all full
+
+    def validate(self, n_layers: int) -> None:
+        if not self.enabled:
+            return
+        for name in ("n_heads", "head_dim", "topk"):
+            positive(f"model.attention.indexer.{name}", getattr(self, name))
+        one_of("model.attention.indexer.rope_layout", self.rope_layout, ("half_split", "interleaved"))
+        if self.rope_dim % 2 or not 0 <= self.rope_dim <= self.head_dim:
+            raise ConfigError(
+                f"model.attention.indexer.rope_dim is {self.rope_dim}; expected an even number from 0 to head_dim "
+                f"({self.head_dim})."
+            )
+        if self.hadamard and self.head_dim & (self.head_dim - 1):
+            raise ConfigError(
+                f"model.attention.indexer.head_dim is {self.head_dim} with hadamard=True; expected a power of two. "
+                "Set model.attention.indexer.hadamard=False or change head_dim."
+            )
+        if self.layer_types:
+            if len(self.layer_types) != n_layers:
+                raise ConfigError(
+                    f"model.attention.indexer.layer_types has {len(self.layer_types)} entries; expected one per layer "
+                    f"({n_layers})."
+                )
+            for kind in self.layer_types:
+                one_of("model.attention.indexer.layer_types", kind, ("full", "shared"))
+            if self.layer_types[0] != "full":
+                raise ConfigError(
+                    "model.attention.indexer.layer_types starts with 'shared'; the first layer has no earlier one."
+                )
+
+
+@dataclass
+class AttentionConfig:
+    """Multi-head latent attention (`mla`) or grouped-query attention (`gqa`), with an optional indexer."""
+
+    kind: str = "gqa"  # mla | gqa
+    mode: str = "dense"  # how the checkpoint was trained: dense | sparse
+    n_heads: int = 4
+    n_kv_heads: int = 4  # gqa
+    head_dim: int = 32  # gqa
+    q_lora_rank: int = 0  # mla; 0: queries straight from the hidden state
+    kv_lora_rank: int = 64  # mla
+    qk_nope_head_dim: int = 32  # mla
+    qk_rope_head_dim: int = 16  # mla
+    v_head_dim: int = 32  # mla
+    rope_layout: str = "half_split"  # half_split (Llama, Qwen) | interleaved (DeepSeek, GLM)
+    qk_norm: bool = False  # gqa: RMSNorm on each head of q and k (Qwen3)
+    use_bias: bool = False  # gqa: bias on q, k and v
+    latent_norm_eps: float = 1e-6  # mla: norms of the query and the key-value latent
+    implementation: str = "auto"  # auto | reference | xla | pallas | triton | cute
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    indexer: IndexerConfig = field(default_factory=IndexerConfig)
+
+    def validate(self, n_layers: int) -> None:
+        one_of("model.attention.kind", self.kind, ("mla", "gqa"))
+        one_of("model.attention.mode", self.mode, ("dense", "sparse"))
+        one_of("model.attention.rope_layout", self.rope_layout, ("half_split", "interleaved"))
+        one_of("model.attention.implementation", self.implementation, ("auto", "reference", "xla", "pallas", "triton", "cute"))
+        positive("model.attention.n_heads", self.n_heads)
+        if self.kind == "gqa":
+            positive("model.attention.n_kv_heads", self.n_kv_heads)
+            positive("model.attention.head_dim", self.head_dim)
+            if self.n_heads % self.n_kv_heads:
+                raise ConfigError(
+                    f"model.attention.n_heads is {self.n_heads}; expected a multiple of n_kv_heads ({self.n_kv_heads})."
+                )
+            if self.head_dim % 2:
+                raise ConfigError(f"model.attention.head_dim is {self.head_dim}; expected an even number for rotation.")
+        else:
+            for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+                positive(f"model.attention.{name}", getattr(self, name))
+            if self.qk_rope_head_dim % 2:
+                raise ConfigError(
+                    f"model.attention.qk_rope_head_dim is {self.qk_rope_head_dim}; expected an even number for rotation."
+                )
+        self.rope.validate()
+        self.indexer.validate(n_layers)
+        if self.indexer.enabled:
+            available = self.qk_rope_head_dim if self.kind == "mla" else self.head_dim
+            if self.indexer.rope_dim > available and self.rope.scaling != "none":
+                raise ConfigError(
+                    f"model.attention.indexer.rope_dim is {self.indexer.rope_dim}; expected at most the {available} rotary "
+                    "channels of the attention when rope scaling is on."
+                )
+        if self.mode == "sparse" and not self.indexer.enabled:
+            raise ConfigError("model.attention.mode is 'sparse' without an indexer. Set model.attention.indexer.enabled=True.")
+
+
+@dataclass
+class MoEConfig:
+    """DeepSeek mixture of experts; `n_routed_experts` 0 means every MLP is dense."""
+
+    n_routed_experts: int = 0
+    n_experts_per_token: int = 2
+    n_shared_experts: int = 0
+    expert_dim: int = 64
+    n_dense_layers: int = 0  # first_k_dense_replace: leading layers that keep a dense MLP
+    scoring: str = "sigmoid"  # sigmoid (V3) | softmax (V2, Qwen3)
+    n_groups: int = 1
+    topk_groups: int = 1
+    group_score: str = "top2_sum"  # top2_sum (V3) | max (V2)
+    normalize_weights: bool = True
+    routed_scale: float = 1.0
+    use_score_bias: bool = True  # e_score_correction_bias, moved by load and not by gradient
+    bias_update_rate: float = 0.001
+    balance_loss_weight: float = 0.0  # sequence-wise
+
+    def validate(self, n_layers: int) -> None:
+        if self.n_routed_experts == 0:
+            return
+        positive("model.moe.n_routed_experts", self.n_routed_experts)
+        positive("model.moe.expert_dim", self.expert_dim)
+        one_of("model.moe.scoring", self.scoring, ("sigmoid", "softmax"))
+        one_of("model.moe.group_score", self.group_score, ("top2_sum", "max"))
+        if not 1 <= self.n_experts_per_token <= self.n_routed_experts:
+            raise ConfigError(
+                f"model.moe.n_experts_per_token is {self.n_experts_per_token}; expected 1 to n_routed_experts "
+                f"({self.n_routed_experts})."
+            )
+        if self.n_groups < 1 or self.n_routed_experts % self.n_groups:
+            raise ConfigError(
+                f"model.moe.n_routed_experts is {self.n_routed_experts}; expected a multiple of n_groups ({self.n_groups})."
+            )
+        if not 1 <= self.topk_groups <= self.n_groups:
+            raise ConfigError(f"model.moe.topk_groups is {self.topk_groups}; expected 1 to n_groups ({self.n_groups}).")
+        if self.topk_groups * (self.n_routed_experts // self.n_groups) < self.n_experts_per_token:
+            raise ConfigError(
+                f"model.moe.topk_groups is {self.topk_groups}: the kept groups hold fewer experts than n_experts_per_token "
+                f"({self.n_experts_per_token}). Keep more groups."
+            )
+        if not 0 <= self.n_dense_layers <= n_layers:
+            raise ConfigError(f"model.moe.n_dense_layers is {self.n_dense_layers}; expected 0 to n_layers ({n_layers}).")
+
+
+@dataclass
+class ModelConfig:
+    """A decoder-only transformer."""
+
+    vocab_size: int = 640
+    hidden_dim: int = 64
+    n_layers: int = 2
+    mlp_dim: int = 128
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = True
+    initializer_range: float = 0.02  # standard deviation of kernels; the embedding has its own
+    embedding_initializer_range: float = 1.0
+    logits_scale: float = 1.0  # multiplies the logits; hidden_dim ** -0.5 for a tied embedding of unit variance
+    max_positions: int = 4096
+    family: str = ""  # Hugging Face model_type that the weights came from; empty: trained here
+    bos_token_id: int = -1  # -1: none
+    eos_token_ids: tuple[int, ...] = ()  # tokens that end a generated text
+    param_dtype: str = "float32"
+    dtype: str = "float32"  # of activations and matrix products
+    scan_layers: bool = True  # False unrolls the layers over the same parameters
+    remat: str = "none"  # none | full | dots: what the backward pass recomputes; top-k indices never are
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+
+    def validate(self) -> None:
+        for name in ("vocab_size", "hidden_dim", "n_layers", "mlp_dim", "max_positions"):
+            positive(f"model.{name}", getattr(self, name))
+        one_of("model.param_dtype", self.param_dtype, ("float32", "bfloat16"))
+        one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+        one_of("model.remat", self.remat, ("none", "full", "dots"))
+        self.attention.validate(self.n_layers)
+        self.moe.validate(self.n_layers)
