@@ -1,0 +1,103 @@
+"""Tables and plot of what `dsa_jax.cost` computes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dsa_jax.config import ConfigError, ModelConfig
+from dsa_jax.cost import (
+    ATTENTIONS,
+    PHASES,
+    Rates,
+    cache_bytes_per_token,
+    dollars_per_million_tokens,
+    pays_from,
+    training_flops_per_token,
+)
+
+CACHE_DTYPES = ("bfloat16", "fp8")
+N_POINTS = 512
+_SHOWN = 8
+
+
+def cost_tables(config: ModelConfig, rates: Rates, max_length: int) -> dict[str, Any]:
+    """Everything the report shows, as JSON values: positions, dollars by phase and attention, cache bytes, training FLOPs.
+
+    Raises:
+        ConfigError: when the model has no indexer.
+    """
+    if not config.attention.indexer.enabled:
+        raise ConfigError("the model has no indexer, so there is no sparse cost. Set model.attention.indexer.enabled=True.")
+    positions = [round(i * max_length / N_POINTS) for i in range(N_POINTS + 1)]
+    dollars = {
+        phase: {
+            attention: dollars_per_million_tokens(config, positions, phase=phase, attention=attention, rates=rates)
+            for attention in ATTENTIONS
+        }
+        for phase in PHASES
+    }
+    lengths = positions[1:]
+    training = {a: [training_flops_per_token(config, length, a) for length in lengths] for a in ATTENTIONS}
+    return {
+        "positions": positions,
+        "dollars_per_million_tokens": dollars,
+        "cache_bytes_per_token": {
+            dtype: {attention: cache_bytes_per_token(config, dtype, attention) for attention in ATTENTIONS}
+            for dtype in CACHE_DTYPES
+        },
+        "training_flops_per_token": {"lengths": lengths, **training},
+        "pays_from": {
+            **{phase: pays_from(dollars[phase]["dense"], dollars[phase]["sparse"], positions) for phase in PHASES},
+            "training": pays_from(training["dense"], training["sparse"], lengths),
+        },
+    }
+
+
+def format_costs(tables: dict[str, Any]) -> str:
+    """The tables as aligned text at eight positions, doubling up to the longest."""
+    positions = tables["positions"]
+    shown = sorted({0, *(max(1, len(positions) - 1 >> i) for i in range(_SHOWN - 1))})
+    lines = [_row("position", [f"{positions[i]:,}" for i in shown])]
+    for phase, curves in tables["dollars_per_million_tokens"].items():
+        for attention, values in curves.items():
+            lines.append(_row(f"{phase}, {attention}, $ per million", [f"{values[i]:.4f}" for i in shown]))
+        ratios = [curves["dense"][i] / curves["sparse"][i] for i in shown]
+        lines.append(_row(f"{phase}, times cheaper", [f"{ratio:.2f}" for ratio in ratios]))
+    training = tables["training_flops_per_token"]
+    lines.append(_row("sequence length", [f"{positions[i]:,}" for i in shown[1:]], skip=1))
+    for attention in ATTENTIONS:
+        values = [training[attention][i - 1] for i in shown[1:]]
+        lines.append(_row(f"training, {attention}, GFLOP per token", [f"{value / 1e9:.1f}" for value in values], skip=1))
+    lines.append("")
+    for dtype, sizes in tables["cache_bytes_per_token"].items():
+        dense, sparse = sizes["dense"], sizes["sparse"]
+        lines.append(f"cache per token, {dtype}: {dense:,.0f} bytes dense, {sparse:,.0f} sparse ({sparse / dense - 1:+.0%})")
+    for name, position in tables["pays_from"].items():
+        where = "is never cheaper in this range" if position is None else f"is cheaper from {position:,} tokens on"
+        lines.append(f"{name}: sparse {where}")
+    return "\n".join(lines)
+
+
+def plot_costs(tables: dict[str, Any], title: str, path: Path) -> None:
+    """The two curves of the report, prefill and decode, as a PNG.
+
+    Raises:
+        ImportError: when matplotlib is not installed, with the command that installs it.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("the plot needs matplotlib. Run: pip install 'dsa-jax[plot]'") from error
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, phase in zip(figure.subplots(1, len(PHASES)), PHASES, strict=True):
+        for attention in ATTENTIONS:
+            thousands = [position / 1024 for position in tables["positions"]]
+            axes.plot(thousands, tables["dollars_per_million_tokens"][phase][attention], label=attention)
+        axes.set(title=f"{title}, {phase}", xlabel="token position, K", ylabel="dollars per million tokens", ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def _row(name: str, cells: Sequence[str], *, skip: int = 0) -> str:
+    return f"{name:34}" + " " * 10 * skip + "".join(f"{cell:>10}" for cell in cells)

@@ -1,0 +1,48 @@
+r"""What sparse attention saves: dollars per million tokens by position, cache bytes per token, training FLOPs by length.
+
+    python -m experiments.costs
+    python -m experiments.costs --config=configs/llama3_8b.py --dollars_per_hour=2.5 --output=runs/costs
+
+The default is DeepSeek-V3.2 on H800s at 2 dollars an hour, whose two curves are figure 3 of the V3.2-Exp report. The model is
+analytic, its speeds fitted to that figure (`dsa_jax.cost.H800_REPORT`); with other models it says what those speeds would give.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from absl import flags
+
+from experiments.flags import define_config, run_main
+
+_CONFIG = define_config("configs/deepseek_v32.py")
+_PRICE = flags.DEFINE_float("dollars_per_hour", 2.0, "Rent of one GPU.", lower_bound=0.0)
+_SPEED = flags.DEFINE_float(
+    "speed", 1.0, "Speed of the GPU relative to an H800, for every kind of work alike.", lower_bound=1e-6
+)
+_LENGTH = flags.DEFINE_integer("max_length", 131072, "Longest position, in tokens.", lower_bound=1024)
+_OUTPUT = flags.DEFINE_string("output", "", "Directory for costs.json and costs.png; empty: none, and no plot.")
+
+
+def main(argv: list[str]) -> None:
+    """Compute, print, plot."""
+    del argv
+    from dsa_jax.cost import H800_REPORT
+    from dsa_jax.cost_report import cost_tables, format_costs, plot_costs
+
+    config = _CONFIG.value
+    config.validate()
+    rates = dataclasses.replace(H800_REPORT.faster(_SPEED.value), dollars_per_hour=_PRICE.value)
+    tables = cost_tables(config.model, rates, _LENGTH.value)
+    print(f"{config.name}: {rates.dollars_per_hour:g} dollars per hour, {_SPEED.value:g} times the H800's speeds")
+    print(format_costs(tables))
+    if _OUTPUT.value:
+        directory = Path(_OUTPUT.value)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "costs.json").write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
+        plot_costs(tables, config.name, directory / "costs.png")
+        print(f"plot: {directory / 'costs.png'}")
+
+
+if __name__ == "__main__":
+    run_main(main)
