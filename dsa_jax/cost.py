@@ -6,7 +6,7 @@ absorbed in decode and wherever keys are selected. Nothing here is measured; `Ra
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -22,11 +22,11 @@ _BY_PHASE = ("linear", "dense", "index", "sparse")
 
 
 class KeyFlops(NamedTuple):
-    """FLOPs of one query and key in one layer: `expanded` and `absorbed` attention over all heads, and the `index` score."""
+    """FLOPs of one query and key in one layer: `expanded` and `absorbed` attention over all heads, and the index `score`."""
 
     expanded: float
     absorbed: float
-    index: float
+    score: float
 
 
 class Weights(NamedTuple):
@@ -52,7 +52,9 @@ class Rates:
 
     def faster(self, factor: float) -> "Rates":
         """The same, `factor` times as fast in everything."""
-        scaled = {name: {key: factor * value for key, value in getattr(self, name).items()} for name in _BY_PHASE}
+        scaled: dict[str, Any] = {
+            name: {key: factor * value for key, value in getattr(self, name).items()} for name in _BY_PHASE
+        }
         return replace(self, masked=factor * self.masked, **scaled)
 
 
@@ -150,7 +152,7 @@ def _attention_seconds(config: ModelConfig, position: int, phase: str, attention
     if attention == "dense":
         each = per_key.expanded if phase == "prefill" else per_key.absorbed
         return config.n_layers * position * each / (rates.dense[phase] * 1e12)
-    scores = n_indexers(config) * position * per_key.index
+    scores = n_indexers(config) * position * per_key.score
     selected = config.n_layers * min(position, config.attention.indexer.topk) * per_key.absorbed
     by_selection = scores / (rates.index[phase] * 1e12) + selected / (rates.sparse[phase] * 1e12)
     if phase == "decode":
@@ -171,8 +173,8 @@ def training_flops_per_token(config: ModelConfig, length: int, attention: str) -
         return 6.0 * weights.model + 3.5 * config.n_layers * visible * per_key.expanded
     topk = min(config.attention.indexer.topk, length)
     selected = topk * (length - (topk - 1) / 2) / length
-    target = n_indexers(config) * selected * (per_key.absorbed / 2 + 3.0 * per_key.index)
-    scores = n_indexers(config) * visible * per_key.index
+    target = n_indexers(config) * selected * (per_key.absorbed / 2 + 3.0 * per_key.score)
+    scores = n_indexers(config) * visible * per_key.score
     return 6.0 * (weights.model + weights.indexers) + 3.5 * config.n_layers * selected * per_key.absorbed + scores + target
 
 
