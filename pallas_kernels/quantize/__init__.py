@@ -1,5 +1,25 @@
-"""Hadamard rotation and fp8 quantisation of the indexer's queries and keys."""
+"""Hadamard rotation and fp8 quantisation of the indexer's queries and keys, and the fp8 layouts of cache rows."""
 
 from pallas_kernels.quantize.api import QuantizedVectors, dequantize, hadamard_transform, quantize_fp8, simulate_fp8
+from pallas_kernels.quantize.cache_layouts import (
+    latent_row_bytes,
+    pack_latent_fp8,
+    pack_vector_fp8,
+    unpack_latent_fp8,
+    unpack_vector_fp8,
+    vector_row_bytes,
+)
 
-__all__ = ["QuantizedVectors", "dequantize", "hadamard_transform", "quantize_fp8", "simulate_fp8"]
+__all__ = [
+    "QuantizedVectors",
+    "dequantize",
+    "hadamard_transform",
+    "latent_row_bytes",
+    "pack_latent_fp8",
+    "pack_vector_fp8",
+    "quantize_fp8",
+    "simulate_fp8",
+    "unpack_latent_fp8",
+    "unpack_vector_fp8",
+    "vector_row_bytes",
+]
