@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from dsa_jax.config_checks import ConfigError, one_of, positive
+from dsa_jax.config_checks import ConfigError, not_negative, one_of, positive
 
 
 @dataclass
@@ -17,6 +17,7 @@ class RopeConfig:
     beta_slow: float = 1.0  # yarn
     mscale: float = 1.0  # yarn: numerator of the cos/sin magnitude
     mscale_all_dim: float = 0.0  # yarn: denominator of it; squared into the softmax scale
+    attention_factor: float = 0.0  # yarn: the cos/sin magnitude itself; 0: mscale over mscale_all_dim
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
 
@@ -24,6 +25,7 @@ class RopeConfig:
         one_of("attention.rope.scaling", self.scaling, ("none", "yarn", "llama3"))
         positive("attention.rope.theta", self.theta)
         positive("attention.rope.factor", self.factor)
+        not_negative("attention.rope.attention_factor", self.attention_factor)
 
 
 @dataclass
@@ -88,6 +90,7 @@ class AttentionConfig:
     rope_layout: str = "half_split"  # half_split (Llama, Qwen) | interleaved (DeepSeek, GLM)
     qk_norm: bool = False  # gqa: RMSNorm on each head of q and k (Qwen3)
     use_bias: bool = False  # gqa: bias on q, k and v
+    use_out_bias: bool = False  # gqa: bias on the output projection
     latent_norm_eps: float = 1e-6  # mla: norms of the query and the key-value latent
     implementation: str = "auto"  # auto | reference | xla | pallas | triton | cute
     rope: RopeConfig = field(default_factory=RopeConfig)

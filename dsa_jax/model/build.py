@@ -111,6 +111,7 @@ def _attention(config: ModelConfig, *, with_indexer: bool) -> MLA | GQA:
         qk_norm=attention.qk_norm,
         qk_norm_eps=config.norm_eps,
         use_bias=attention.use_bias,
+        use_out_bias=attention.use_out_bias,
         **common,
     )
 

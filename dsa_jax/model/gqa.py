@@ -27,6 +27,7 @@ class GQA(nn.Module):
     qk_norm: bool
     qk_norm_eps: float
     use_bias: bool
+    use_out_bias: bool
     topk: int
     indexer: Indexer | None
     implementation: str | None
@@ -42,7 +43,8 @@ class GQA(nn.Module):
         self.wq = Linear(self.hidden_dim, self.n_heads * self.head_dim, self.init_std, use_bias=self.use_bias, **kind)
         self.wk = Linear(self.hidden_dim, kv_dim, self.init_std, use_bias=self.use_bias, **kind)
         self.wv = Linear(self.hidden_dim, kv_dim, self.init_std, use_bias=self.use_bias, **kind)
-        self.wo = Linear(self.n_heads * self.head_dim, self.hidden_dim, self.out_init_std, **kind)
+        out_dim = self.n_heads * self.head_dim
+        self.wo = Linear(out_dim, self.hidden_dim, self.out_init_std, use_bias=self.use_out_bias, **kind)
         if self.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, self.qk_norm_eps, self.dtype)
             self.k_norm = RMSNorm(self.head_dim, self.qk_norm_eps, self.dtype)

@@ -26,6 +26,7 @@ class Rope:
     beta_slow: float = 1.0
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
+    attention_factor: float = 0.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
 
@@ -77,9 +78,11 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 
 def rotary_magnitude(rope: Rope) -> float:
-    """Factor on cos and sin: YaRN's mscale over its mscale_all_dim, 1 for every other scaling."""
+    """Factor on cos and sin: YaRN's attention_factor, or else its mscale over mscale_all_dim; 1 for every other scaling."""
     if rope.scaling != "yarn":
         return 1.0
+    if rope.attention_factor:
+        return rope.attention_factor
     return yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(rope.factor, rope.mscale_all_dim)
 
 

@@ -22,7 +22,7 @@ def small_config(kind="gqa", *, moe=False, topk=5, layer_types=(), implementatio
     indexer = IndexerConfig(enabled=kind != "none", n_heads=2, head_dim=16, rope_dim=8, topk=topk, layer_types=layer_types)
     attention = AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=16, implementation=implementation, indexer=indexer)
     if kind == "gqa_qwen":
-        attention.qk_norm, attention.use_bias = True, True
+        attention.qk_norm, attention.use_bias, attention.use_out_bias = True, True, True
         attention.rope = RopeConfig(scaling="llama3", factor=8.0, original_max_positions=16)
         indexer.rope_layout, indexer.hadamard, indexer.rope_dim = "interleaved", True, 0
     if kind.startswith("mla"):

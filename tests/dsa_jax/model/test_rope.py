@@ -1,5 +1,7 @@
 """Frequencies by literal values, rotation by its defining properties."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +31,10 @@ def test_yarn_of_deepseek_v32_has_the_published_ramp_and_temperature():
     assert yarn_mscale(40.0, 1.0) == pytest.approx(1.36889, abs=1e-5)
     assert rotary_magnitude(V32) == 1.0
     assert 192**-0.5 * softmax_scale_factor(V32) == pytest.approx(0.135234, abs=1e-6)
+
+
+def test_an_attention_factor_replaces_the_temperature_of_the_rotation():
+    assert rotary_magnitude(dataclasses.replace(V32, attention_factor=1.25)) == 1.25
 
 
 def test_yarn_without_mscale_all_dim_puts_the_temperature_on_the_rotation():
