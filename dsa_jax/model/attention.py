@@ -68,8 +68,12 @@ def needs_dense_heads(request: AttentionRequest, *, has_indexer: bool) -> bool:
 
 def needs_indexer(request: AttentionRequest) -> bool:
     """Whether an indexer has anything to do: to select, or to be trained."""
-    selects = request.attention != DENSE and SELECTORS[request.attention].uses_indexer
-    return selects or request.indexer_loss is not None
+    return by_indexer(request) or request.indexer_loss is not None
+
+
+def by_indexer(request: AttentionRequest) -> bool:
+    """Whether the indexer's scores choose the keys."""
+    return request.attention != DENSE and SELECTORS[request.attention].uses_indexer
 
 
 def attend(

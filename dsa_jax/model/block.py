@@ -4,6 +4,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from dsa_jax.model.cache import LayerCache
+from dsa_jax.model.cached_attention import CachedAttentionOutput
 from dsa_jax.model.norm import RMSNorm
 from dsa_jax.model.outputs import AttentionRequest, LayerStatistics
 from dsa_jax.model.visibility import Visibility
@@ -46,3 +48,17 @@ class Block(nn.Module):
             moe=transformed.statistics,
         )
         return x + transformed.out, statistics
+
+    def extend(
+        self,
+        x: Float[Array, "B T E"],
+        positions: Int[Array, "B T"],
+        visibility: Visibility,
+        previous_topk: Int[Array, "B T K"] | None,
+        cache: LayerCache,
+        request: AttentionRequest,
+    ) -> CachedAttentionOutput:
+        """The same over a cache that gets the new tokens; `out` is the new residual stream."""
+        attended = self.attention.extend(self.attention_norm(x), positions, visibility, previous_topk, cache, request)
+        x = x + attended.out
+        return attended._replace(out=x + self.mlp(self.mlp_norm(x), visibility.valid).out)

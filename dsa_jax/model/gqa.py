@@ -7,6 +7,8 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.model.attention import AttentionOutput, attend, needs_dense_heads, needs_indexer
+from dsa_jax.model.cache import INDEX_KEYS, CacheEntry, LayerCache
+from dsa_jax.model.cached_attention import CachedAttentionOutput, attend_cached
 from dsa_jax.model.indexer import Indexer
 from dsa_jax.model.linear import Linear
 from dsa_jax.model.norm import RMSNorm
@@ -14,6 +16,9 @@ from dsa_jax.model.outputs import AttentionRequest
 from dsa_jax.model.rope import Rope, rotary_magnitude, rotate
 from dsa_jax.model.selection import Heads
 from dsa_jax.model.visibility import Visibility
+
+KEYS, VALUES = "keys", "values"
+"""Names of the cache entries."""
 
 
 class GQA(nn.Module):
@@ -58,16 +63,7 @@ class GQA(nn.Module):
         request: AttentionRequest,
     ) -> AttentionOutput:
         """Attend; `x` is normed, `previous_topk` the previous layer's selection for a layer that shares it."""
-        batch, length = x.shape[:2]
-        q = self.wq(x).reshape(batch, length, self.n_heads, self.head_dim)
-        k = self.wk(x).reshape(batch, length, self.n_kv_heads, self.head_dim)
-        v = self.wv(x).reshape(batch, length, self.n_kv_heads, self.head_dim)
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        magnitude = rotary_magnitude(self.rope)
-        heads = Heads(
-            rotate(q, positions, self.rope, magnitude=magnitude), rotate(k, positions, self.rope, magnitude=magnitude), v, None
-        )
+        heads = self._heads(x, positions)
         result = attend(
             heads if needs_dense_heads(request, has_indexer=self.indexer is not None) else None,
             heads,
@@ -79,4 +75,59 @@ class GQA(nn.Module):
             visibility=visibility,
             implementation=self.implementation,
         )
-        return result._replace(out=self.wo(result.out.reshape(batch, length, self.n_heads * self.head_dim)))
+        return result._replace(out=self._project_out(result.out))
+
+    def extend(
+        self,
+        x: Float[Array, "B T E"],
+        positions: Int[Array, "B T"],
+        visibility: Visibility,
+        previous_topk: Int[Array, "B T K"] | None,
+        cache: LayerCache,
+        request: AttentionRequest,
+    ) -> CachedAttentionOutput:
+        """Write the tokens of `x` to the cache and attend to it."""
+        heads = self._heads(x, positions)
+        assert heads.v is not None
+        cache = cache.write(KEYS, heads.k).write(VALUES, heads.v)
+        index = None
+        if self.indexer is not None and INDEX_KEYS in cache.pools:
+            index = self.indexer(x, x, positions)
+            cache = cache.write(INDEX_KEYS, index.k)
+        result = attend_cached(
+            heads.q,
+            index,
+            previous_topk,
+            cache,
+            attention=request.attention,
+            keys=KEYS,
+            values=VALUES,
+            d_v=None,
+            topk=self.topk,
+            softmax_scale=self.head_dim**-0.5,
+            visibility=visibility,
+            implementation=self.implementation,
+        )
+        return result._replace(out=self._project_out(result.out))
+
+    @property
+    def cache_entries(self) -> dict[str, CacheEntry]:
+        """What a token leaves in the cache of this layer."""
+        heads = CacheEntry((self.n_kv_heads, self.head_dim))
+        entries = {KEYS: heads, VALUES: heads}
+        return entries if self.indexer is None else entries | {INDEX_KEYS: CacheEntry((self.indexer.head_dim,))}
+
+    def _heads(self, x: Float[Array, "B T E"], positions: Int[Array, "B T"]) -> Heads:
+        batch, length = x.shape[:2]
+        q = self.wq(x).reshape(batch, length, self.n_heads, self.head_dim)
+        k = self.wk(x).reshape(batch, length, self.n_kv_heads, self.head_dim)
+        v = self.wv(x).reshape(batch, length, self.n_kv_heads, self.head_dim)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        magnitude = rotary_magnitude(self.rope)
+        return Heads(
+            rotate(q, positions, self.rope, magnitude=magnitude), rotate(k, positions, self.rope, magnitude=magnitude), v, None
+        )
+
+    def _project_out(self, out: Float[Array, "B T H D"]) -> Float[Array, "B T E"]:
+        return self.wo(out.reshape(*out.shape[:2], self.n_heads * self.head_dim))

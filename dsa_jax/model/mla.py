@@ -6,13 +6,15 @@ into the query and the output, so that all heads read one latent per key (MQA fo
 Source: DeepSeek-V2 (arXiv 2405.04434) section 2.1; DeepSeek-V3.2-Exp inference/model.py, class MLA.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.model.attention import AttentionOutput, attend, needs_dense_heads, needs_indexer
+from dsa_jax.model.cache import INDEX_KEYS, CacheEntry, LayerCache
+from dsa_jax.model.cached_attention import CachedAttentionOutput, attend_cached
 from dsa_jax.model.indexer import Indexer
 from dsa_jax.model.linear import Linear
 from dsa_jax.model.norm import RMSNorm
@@ -20,6 +22,19 @@ from dsa_jax.model.outputs import AttentionRequest
 from dsa_jax.model.rope import Rope, rotary_magnitude, rotate, softmax_scale_factor
 from dsa_jax.model.selection import DENSE, Heads
 from dsa_jax.model.visibility import Visibility
+
+LATENT = "latent"
+"""Name of the cache entry that holds [latent | rotated key]."""
+
+
+class _Parts(NamedTuple):
+    """The projections of one layer; `q_input` is what the queries and the indexer's are made from."""
+
+    q_input: Float[Array, "B T Q"]
+    q_nope: Float[Array, "B T H N"]
+    q_rope: Float[Array, "B T H R"]
+    latent: Float[Array, "B T C"]
+    k_rope: Float[Array, "B T 1 R"]
 
 
 class MLA(nn.Module):
@@ -66,6 +81,63 @@ class MLA(nn.Module):
         request: AttentionRequest,
     ) -> AttentionOutput:
         """Attend; `x` is normed, `previous_topk` the previous layer's selection for a layer that shares it."""
+        parts = self._project(x, positions)
+        heads = parts.q_nope, parts.q_rope, parts.latent, parts.k_rope
+        selects = request.attention != DENSE
+        wants_all = needs_dense_heads(request, has_indexer=self.indexer is not None)
+        result = attend(
+            self.mha_heads(*heads) if wants_all else None,
+            self.mqa_heads(*heads) if selects else None,
+            self.indexer(x, parts.q_input, positions) if self.indexer is not None and needs_indexer(request) else None,
+            previous_topk,
+            request=request,
+            topk=self.topk,
+            softmax_scale=self.softmax_scale,
+            visibility=visibility,
+            implementation=self.implementation,
+        )
+        return result._replace(out=self._project_out(self._expand_values(result.out) if selects else result.out))
+
+    def extend(
+        self,
+        x: Float[Array, "B T E"],
+        positions: Int[Array, "B T"],
+        visibility: Visibility,
+        previous_topk: Int[Array, "B T K"] | None,
+        cache: LayerCache,
+        request: AttentionRequest,
+    ) -> CachedAttentionOutput:
+        """Write the tokens of `x` to the cache and attend to it, absorbed whether dense or not."""
+        parts = self._project(x, positions)
+        heads = self.mqa_heads(parts.q_nope, parts.q_rope, parts.latent, parts.k_rope)
+        cache = cache.write(LATENT, heads.k[:, :, 0, :])
+        index = None
+        if self.indexer is not None and INDEX_KEYS in cache.pools:
+            index = self.indexer(x, parts.q_input, positions)
+            cache = cache.write(INDEX_KEYS, index.k)
+        result = attend_cached(
+            heads.q,
+            index,
+            previous_topk,
+            cache,
+            attention=request.attention,
+            keys=LATENT,
+            values=None,
+            d_v=self.kv_lora_rank,
+            topk=self.topk,
+            softmax_scale=self.softmax_scale,
+            visibility=visibility,
+            implementation=self.implementation,
+        )
+        return result._replace(out=self._project_out(self._expand_values(result.out)))
+
+    @property
+    def cache_entries(self) -> dict[str, CacheEntry]:
+        """What a token leaves in the cache of this layer."""
+        entries = {LATENT: CacheEntry((self.kv_lora_rank + self.rope.dim,), latent_dim=self.kv_lora_rank)}
+        return entries if self.indexer is None else entries | {INDEX_KEYS: CacheEntry((self.indexer.head_dim,))}
+
+    def _project(self, x: Float[Array, "B T E"], positions: Int[Array, "B T"]) -> _Parts:
         batch, length = x.shape[:2]
         q_input = self.q_norm(self.wq_a(x)) if self.q_lora_rank else x
         q = self.wq_b(q_input) if self.q_lora_rank else self.wq(x)
@@ -76,22 +148,13 @@ class MLA(nn.Module):
         latent_and_rope = self.wkv_a(x)
         latent = self.kv_norm(latent_and_rope[..., : self.kv_lora_rank])
         k_rope = rotate(latent_and_rope[:, :, None, self.kv_lora_rank :], positions, self.rope, magnitude=magnitude)
+        return _Parts(q_input, q_nope, q_rope, latent, k_rope)
 
-        selects = request.attention != DENSE
-        wants_all = needs_dense_heads(request, has_indexer=self.indexer is not None)
-        result = attend(
-            self.mha_heads(q_nope, q_rope, latent, k_rope) if wants_all else None,
-            self.mqa_heads(q_nope, q_rope, latent, k_rope) if selects else None,
-            self.indexer(x, q_input, positions) if self.indexer is not None and needs_indexer(request) else None,
-            previous_topk,
-            request=request,
-            topk=self.topk,
-            softmax_scale=self.softmax_scale,
-            visibility=visibility,
-            implementation=self.implementation,
-        )
-        out = jnp.einsum("bthc,chv->bthv", result.out, self.expansion[1]) if selects else result.out
-        return result._replace(out=self.wo(out.reshape(batch, length, self.n_heads * self.v_head_dim)))
+    def _expand_values(self, out: Float[Array, "B T H C"]) -> Float[Array, "B T H V"]:
+        return jnp.einsum("bthc,chv->bthv", out, self.expansion[1])
+
+    def _project_out(self, out: Float[Array, "B T H V"]) -> Float[Array, "B T E"]:
+        return self.wo(out.reshape(*out.shape[:2], self.n_heads * self.v_head_dim))
 
     @property
     def softmax_scale(self) -> float:

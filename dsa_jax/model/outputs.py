@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Float, Int
 
+from dsa_jax.model.cache import Cache
+
 
 @dataclass(frozen=True)
 class AttentionRequest:
@@ -61,3 +63,19 @@ class ModelOutput(NamedTuple):
     coverage: Float[Array, " L"] | None
     keys_per_query: Float[Array, " L"]
     moe: MoEStatistics | None
+
+
+class ExtendOutput(NamedTuple):
+    """The result of appending tokens to a cache. What was not asked for is None.
+
+    Fields:
+        logits: float32 [B, V] after the last new token of each row; without meaning for a row that got none.
+        all_logits: float32 [B, T, V]; without meaning at padding.
+        topk_indices: int32 [n_layers, B, T, topk] positions within the row, canonical, -1 throughout at padding.
+        cache: holds the new tokens.
+    """
+
+    logits: Float[Array, "B V"]
+    all_logits: Float[Array, "B T V"] | None
+    topk_indices: Int[Array, "L B T K"] | None
+    cache: Cache

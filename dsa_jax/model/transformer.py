@@ -10,11 +10,12 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from dsa_jax.model.attention import TOPK_NAME, check_request
+from dsa_jax.model.attention import TOPK_NAME, by_indexer, check_request
 from dsa_jax.model.block import Block
+from dsa_jax.model.cache import INDEX_KEYS, Cache, LayerCache, allocate_cache, token_slots
 from dsa_jax.model.norm import RMSNorm
-from dsa_jax.model.outputs import AttentionRequest, LayerStatistics, ModelOutput
-from dsa_jax.model.selection import DENSE, SELECTORS
+from dsa_jax.model.outputs import AttentionRequest, ExtendOutput, LayerStatistics, ModelOutput
+from dsa_jax.model.selection import DENSE
 from dsa_jax.model.visibility import Visibility, causal_visibility, segment_positions
 
 
@@ -107,6 +108,94 @@ class Transformer(nn.Module):
             moe=statistics.moe,
         )
 
+    @nn.nowrap
+    def init_cache(
+        self,
+        n_rows: int,
+        capacity: int,
+        *,
+        dtype: str | None = None,
+        page_size: int | None = None,
+        n_pages: int | None = None,
+        block_table: Int[Array | np.ndarray, "B P"] | None = None,
+        with_index_keys: bool = True,
+    ) -> Cache:
+        """An empty cache for `extend`; needs no parameters.
+
+        Args:
+            n_rows: sequences.
+            capacity: longest sequence in tokens.
+            dtype: "float32", "bfloat16" or "fp8"; None is the dtype of the activations.
+            page_size: tokens per page; None keeps each row in one piece of `capacity` tokens.
+            n_pages: pages in all; None is as many as all rows need at `capacity`.
+            block_table: int32 [n_rows, ceil(capacity / page_size)], the pages of each row in order, -1 where it owns none.
+                No page may have two owners. None gives every row its full number of consecutive pages.
+            with_index_keys: whether to keep the indexer's keys; False saves them where attention is always dense.
+
+        Raises:
+            ValueError: for an unknown dtype, or sizes that do not fit together.
+        """
+        stacks = {}
+        for stack in self.stacks:
+            entries = stack.block.attention.cache_entries
+            if not with_index_keys:
+                entries.pop(INDEX_KEYS, None)
+            stacks[stack.name] = stack.n_layers, entries
+        return allocate_cache(
+            stacks,
+            n_rows=n_rows,
+            capacity=capacity,
+            dtype=dtype or self.dtype.name,
+            page_size=page_size,
+            n_pages=n_pages,
+            block_table=None if block_table is None else jnp.asarray(block_table, jnp.int32),
+        )
+
+    def extend(
+        self,
+        input_ids: Int[Array | np.ndarray, "B T"],
+        n_new: Int[Array | np.ndarray, " B"],
+        cache: Cache,
+        *,
+        attention: str | None = None,
+        return_all_logits: bool = False,
+        return_topk_indices: bool = False,
+    ) -> ExtendOutput:
+        """Append tokens to the cache: a chunk of a prompt, or one token while decoding; rows may get different numbers.
+
+        Computes what `__call__` does for the same tokens after all those before them, up to rounding.
+
+        Args:
+            input_ids: the first `n_new[b]` of row b are appended, the rest is padding.
+            n_new: 0 to T per row. Tokens beyond the capacity of their row, or in a page that it does not own, are lost.
+            cache: of `init_cache`; donate it, so that it is updated in place.
+            attention: as in `__call__`.
+            return_all_logits: whether to return the logits of every position.
+            return_topk_indices: whether to return what each layer selected.
+
+        Raises:
+            ValueError: for an unknown mode, or one that needs an indexer or index keys that are not there.
+        """
+        request = AttentionRequest(attention or self.default_attention)
+        check_request(request, has_indexer=self.has_indexer, return_topk_indices=return_topk_indices)
+        if by_indexer(request) and not any(INDEX_KEYS in pools for pools in cache.pools.values()):
+            raise ValueError(
+                f"attention is {request.attention!r}, but the cache holds no index keys. Make it with with_index_keys=True."
+            )
+        input_ids, n_new = jnp.asarray(input_ids), jnp.asarray(n_new, jnp.int32)
+        steps = jnp.arange(input_ids.shape[1], dtype=jnp.int32)
+        positions = cache.lengths[:, None] + steps
+        valid = steps < n_new[:, None]
+        visibility = Visibility(jnp.zeros_like(positions), jnp.where(valid, positions + 1, 0), valid)
+        x, pools, indices = self._extend_layers(self.embed(input_ids), positions, visibility, cache, request)
+        last = jnp.take_along_axis(x, jnp.maximum(n_new - 1, 0)[:, None, None], axis=1)
+        return ExtendOutput(
+            logits=self.unembed(self.final_norm(last))[:, 0],
+            all_logits=self.unembed(self.final_norm(x)) if return_all_logits else None,
+            topk_indices=indices if return_topk_indices else None,
+            cache=cache._replace(pools=pools, lengths=cache.lengths + n_new),
+        )
+
     def unembed(self, hidden: Float[Array, "*N E"]) -> Float[Array, "*N V"]:
         """Logits of final hidden states, float32."""
         kernel = self.embed.embedding.T if self.tie_embeddings else self.lm_head.kernel
@@ -146,10 +235,8 @@ class Transformer(nn.Module):
         return_topk_indices: bool,
     ) -> tuple[Float[Array, "B T E"], LayerStatistics]:
         """Run every stack; statistics are stacked over all layers."""
-        by_indexer = request.attention != DENSE and SELECTORS[request.attention].uses_indexer
-        carries_topk = by_indexer and any(stack.shares_topk for stack in self.stacks)
-        carried = jnp.full((*x.shape[:2], self.topk), -1, jnp.int32) if carries_topk else None
-
+        carried = self._first_topk(x, request)
+        carries_topk = carried is not None
         collected = []
         for stack, params in zip(self.stacks, self.layer_params, strict=True):
 
@@ -170,6 +257,47 @@ class Transformer(nn.Module):
         plain = [s._replace(moe=None) for s in collected]
         joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *plain)
         return x, joined._replace(moe=jax.tree.map(lambda *parts: jnp.concatenate(parts), *moe) if moe else None)
+
+    def _extend_layers(
+        self,
+        x: Float[Array, "B T E"],
+        positions: Int[Array, "B T"],
+        visibility: Visibility,
+        cache: Cache,
+        request: AttentionRequest,
+    ) -> tuple[Float[Array, "B T E"], dict[str, Any], Int[Array, "L B T K"] | None]:
+        """Run every stack over its pools: (x, new pools, selections stacked over all layers)."""
+        layout = cache.layout
+        carried = self._first_topk(x, request)
+        carries_topk = carried is not None
+        new_pools, collected = {}, []
+        for stack, params in zip(self.stacks, self.layer_params, strict=True):
+            pools = cache.pools[stack.name]
+            n_slots = jax.tree.leaves(pools)[0].shape[1]
+            slots = token_slots(positions, visibility.valid, cache.block_table, layout.page_size, n_slots=n_slots)
+            entries = layout.stack_entries(stack.name)
+
+            # The pools travel in the carry, which is updated in place; as inputs and outputs of the loop they would be copied.
+            def layer(state: Any, inputs: Any, block: Any = stack.block, entries: Any = entries, slots: Any = slots) -> Any:
+                hidden, previous_topk, pools = state
+                layer_params, number = inputs
+                view = LayerCache(pools, number, entries, layout.dtype, layout.page_size, cache.block_table, slots)
+                result = block.apply(
+                    {"params": layer_params}, hidden, positions, visibility, previous_topk, view, request, method="extend"
+                )
+                return (result.out, result.topk_indices if carries_topk else None, result.cache.pools), result.topk_indices
+
+            inputs = params, jnp.arange(stack.n_layers, dtype=jnp.int32)
+            state, indices = run_stack(layer, (x, carried, pools), inputs, stack.n_layers, scan=self.scan_layers)
+            x, carried, new_pools[stack.name] = state
+            collected.append(indices)
+        return x, new_pools, None if collected[0] is None else jnp.concatenate(collected)
+
+    def _first_topk(self, x: Float[Array, "B T E"], request: AttentionRequest) -> Int[Array, "B T K"] | None:
+        """What the loop over the layers carries as the previous selection; None where no layer shares one."""
+        if by_indexer(request) and any(stack.shares_topk for stack in self.stacks):
+            return jnp.full((*x.shape[:2], self.topk), -1, jnp.int32)
+        return None
 
 
 def run_stack(layer: Callable, state: Any, params: Any, n_layers: int, *, scan: bool) -> tuple[Any, Any]:
