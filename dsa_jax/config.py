@@ -4,6 +4,7 @@ The dataclasses stay unfrozen because flag overrides are assigned after construc
 have been. Lengths are in tokens, learning rates are absolute, fractions lie in [0, 1].
 """
 
+import re
 from dataclasses import dataclass, field
 
 from dsa_jax.config_checks import ConfigError, fraction, not_negative, one_of, positive
@@ -11,6 +12,7 @@ from dsa_jax.config_io import from_dict, to_dict
 from dsa_jax.model_config import AttentionConfig, IndexerConfig, ModelConfig, MoEConfig, RopeConfig
 
 __all__ = [
+    "AXES",
     "STAGES",
     "AttentionConfig",
     "Config",
@@ -22,6 +24,7 @@ __all__ = [
     "MoEConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "ParallelConfig",
     "RecallConfig",
     "RopeConfig",
     "StageConfig",
@@ -32,6 +35,9 @@ __all__ = [
 ]
 
 STAGES = ("pretrain", "warmup", "sparse")
+AXES = ("data", "fsdp", "expert", "tensor", "context")
+"""Axes of the device mesh, outermost first."""
+_AXIS_OF = {"dp": "data", "fsdp": "fsdp", "ep": "expert", "tp": "tensor", "cp": "context"}
 
 
 @dataclass
@@ -49,7 +55,7 @@ class TextConfig:
     """A text corpus. Documents go to the held-out split by a hash of their content."""
 
     path: str = ""  # .txt, .jsonl, .npy or a directory of them; empty: the Python standard library's own source
-    tokenizer: str = "bytes"  # bytes | path of a tokenizer.json (extra `hf`)
+    tokenizer: str = "bytes"  # bytes | checkpoint (that of init.hf_dir) | path of a tokenizer.json (extra `hf`)
     held_out_fraction: float = 0.1
     max_tokens: int = 0  # 0: no limit
 
@@ -193,6 +199,43 @@ class InitConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """How many devices each mesh axis has. A preset names a layout; an axis that is not 0 overrides it."""
+
+    preset: str = "single"  # single, or axes with sizes joined by _: fsdp8, ep8, tp8, ep4_tp2, fsdp2_tp2_cp2, dp2_fsdp4
+    data: int = 0  # dp: batch rows split, parameters replicated
+    fsdp: int = 0  # batch rows and parameters split
+    expert: int = 0  # ep: batch rows and experts split
+    tensor: int = 0  # tp: heads, MLP columns and vocabulary split
+    context: int = 0  # cp: positions split
+
+    def validate(self) -> None:
+        for name in AXES:
+            not_negative(f"parallel.{name}", getattr(self, name))
+        self.sizes()
+
+    def sizes(self) -> dict[str, int]:
+        """Devices along each axis, in the order of the mesh."""
+        return {name: getattr(self, name) or size for name, size in _preset_sizes(self.preset).items()}
+
+
+def _preset_sizes(preset: str) -> dict[str, int]:
+    sizes = dict.fromkeys(AXES, 1)
+    if preset == "single":
+        return sizes
+    for part in preset.split("_"):
+        match = re.fullmatch(r"(dp|fsdp|ep|tp|cp)([1-9][0-9]*)", part)
+        name = _AXIS_OF[match[1]] if match else ""
+        if not match or sizes[name] != 1:
+            raise ConfigError(
+                f"parallel.preset is {preset!r}; expected 'single', or each of dp, fsdp, ep, tp and cp at most once with its "
+                "size, joined by _: such as fsdp8 or ep4_tp2."
+            )
+        sizes[name] = int(match[2])
+    return sizes
+
+
+@dataclass
 class Config:
     """Everything a run needs."""
 
@@ -204,6 +247,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     init: InitConfig = field(default_factory=InitConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def validate(self) -> None:
         """Check every field against the others.
@@ -216,6 +260,7 @@ class Config:
         self.train.validate()
         self.eval.validate()
         self.init.validate()
+        self.parallel.validate()
         for seed in (self.seed, *self.seeds):
             not_negative("seed", seed)
         if len(set(self.seeds)) != len(self.seeds):

@@ -21,7 +21,7 @@ def grouped_matmul(
     """out[m] = x[m] @ kernels[g], where row m belongs to group g: the first group_sizes[0] rows to group 0, and so on.
 
     Args:
-        group_sizes: int32, may hold zeros, must sum to M.
+        group_sizes: int32, may hold zeros, must sum to M or less; rows beyond the sum may come out as anything.
         implementation: "tiles", "ragged_dot", "reference" (gathers a kernel per row), or None for the device's default.
 
     Returns:

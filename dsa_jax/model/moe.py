@@ -1,16 +1,10 @@
-"""DeepSeek mixture of experts: routed experts without dropped tokens, plus shared ones.
+"""DeepSeek mixture of experts: routed experts without dropped tokens, plus shared ones."""
 
-Tokens are sorted by expert and multiplied group by group, so that nothing of size tokens x experts x dim is ever held.
-"""
-
-from typing import Any
-
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from dsa_jax.model.grouped_matmul import grouped_matmul
+from dsa_jax.model.experts import ExpertKernels, routed_sum
 from dsa_jax.model.mlp import MLP, FeedForwardOutput
 from dsa_jax.model.router import Router, expert_load, route
 
@@ -22,19 +16,16 @@ class ExpertLinear(nn.Module):
     in_dim: int
     out_dim: int
     init_std: float
-    dtype: jnp.dtype
     param_dtype: jnp.dtype
 
-    @nn.compact
-    def __call__(self, x: Float[Array, "M I"], group_sizes: Int[Array, " X"]) -> Float[Array, "M O"]:
-        """Apply to rows sorted by expert."""
+    def setup(self) -> None:
+        """Create the kernels."""
         shape = (self.n_experts, self.in_dim, self.out_dim)
-        kernel = self.param("kernel", nn.initializers.normal(self.init_std), shape, self.param_dtype)
-        return grouped_matmul(x.astype(self.dtype), kernel.astype(self.dtype), group_sizes)
+        self.kernel = self.param("kernel", nn.initializers.normal(self.init_std), shape, self.param_dtype)
 
 
 class Experts(nn.Module):
-    """The SwiGLU of every routed expert."""
+    """The weights of every routed expert; `routed_sum` applies them."""
 
     n_experts: int
     hidden_dim: int
@@ -46,14 +37,13 @@ class Experts(nn.Module):
 
     def setup(self) -> None:
         """Create the three projections."""
-        kind: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.gate = ExpertLinear(self.n_experts, self.hidden_dim, self.expert_dim, self.init_std, **kind)
-        self.up = ExpertLinear(self.n_experts, self.hidden_dim, self.expert_dim, self.init_std, **kind)
-        self.down = ExpertLinear(self.n_experts, self.expert_dim, self.hidden_dim, self.out_init_std, **kind)
+        self.gate = ExpertLinear(self.n_experts, self.hidden_dim, self.expert_dim, self.init_std, self.param_dtype)
+        self.up = ExpertLinear(self.n_experts, self.hidden_dim, self.expert_dim, self.init_std, self.param_dtype)
+        self.down = ExpertLinear(self.n_experts, self.expert_dim, self.hidden_dim, self.out_init_std, self.param_dtype)
 
-    def __call__(self, x: Float[Array, "M E"], group_sizes: Int[Array, " X"]) -> Float[Array, "M E"]:
-        """Apply to rows sorted by expert."""
-        return self.down(jax.nn.silu(self.gate(x, group_sizes)) * self.up(x, group_sizes), group_sizes)
+    def __call__(self) -> ExpertKernels:
+        """The kernels in the dtype of the products."""
+        return ExpertKernels(*(linear.kernel.astype(self.dtype) for linear in (self.gate, self.up, self.down)))
 
 
 class MoE(nn.Module):
@@ -91,9 +81,8 @@ class MoE(nn.Module):
 
     def __call__(self, x: Float[Array, "B T E"], valid: Bool[Array, "B T"]) -> FeedForwardOutput:
         """Apply to every position; only valid ones count towards the statistics."""
-        flat = x.reshape(-1, self.hidden_dim)
         routing = route(
-            *self.router(flat),
+            *self.router(x),
             n_experts_per_token=self.n_experts_per_token,
             scoring=self.scoring,
             n_groups=self.n_groups,
@@ -102,17 +91,8 @@ class MoE(nn.Module):
             normalize_weights=self.normalize_weights,
             routed_scale=self.routed_scale,
         )
-        assigned = routing.experts.reshape(-1)
-        order = jnp.argsort(assigned, stable=True)
-        group_sizes = jnp.zeros(self.n_experts, jnp.int32).at[assigned].add(1)
-        # A copy per choice, then permutations of unique rows: no scatter with collisions, so the backward is deterministic.
-        copies = jnp.repeat(flat, self.n_experts_per_token, axis=0)
-        by_expert = copies.at[order].get(unique_indices=True)
-        expert_out = self.experts(by_expert, group_sizes)
-        back = jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=order.dtype), unique_indices=True)
-        per_choice = expert_out.at[back].get(unique_indices=True).reshape(-1, self.n_experts_per_token, self.hidden_dim)
-        routed = jnp.sum(per_choice.astype(jnp.float32) * routing.weights[..., None], axis=1)
-        out = routed.astype(self.dtype).reshape(x.shape)
+        routed = routed_sum(x.astype(self.dtype), routing.experts, routing.weights, self.experts())
+        out = routed.astype(self.dtype)
         if self.shared is not None:
             out = out + self.shared(x, valid).out
         return FeedForwardOutput(out, expert_load(routing, valid))

@@ -14,11 +14,11 @@ from dsa_jax.model.outputs import MoEStatistics
 
 
 class Routing(NamedTuple):
-    """Where the tokens go: `experts` int32 [N, K] of each token, their gate `weights`, and all `scores`."""
+    """Where the tokens go: `experts` int32 of each token, their gate `weights`, and all `scores`."""
 
-    weights: Float[Array, "N K"]
-    experts: Int[Array, "N K"]
-    scores: Float[Array, "N X"]
+    weights: Float[Array, "*N K"]
+    experts: Int[Array, "*N K"]
+    scores: Float[Array, "*N X"]
 
 
 class Router(nn.Module):
@@ -30,7 +30,7 @@ class Router(nn.Module):
     use_score_bias: bool
 
     @nn.compact
-    def __call__(self, x: Float[Array, "N E"]) -> tuple[Float[Array, "N X"], Float[Array, " X"] | None]:
+    def __call__(self, x: Float[Array, "*N E"]) -> tuple[Float[Array, "*N X"], Float[Array, " X"] | None]:
         """Logits of every expert and the selection bias."""
         kernel = self.param("kernel", nn.initializers.normal(self.init_std), (self.hidden_dim, self.n_experts), jnp.float32)
         logits = jnp.matmul(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
@@ -40,7 +40,7 @@ class Router(nn.Module):
 
 
 def route(
-    logits: Float[Array, "N X"],
+    logits: Float[Array, "*N X"],
     score_bias: Float[Array, " X"] | None,
     *,
     n_experts_per_token: int,
@@ -59,11 +59,11 @@ def route(
     scores = jax.nn.sigmoid(logits) if scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
     ranking = jax.lax.stop_gradient(scores if score_bias is None else scores + score_bias)
     if topk_groups < n_groups:
-        grouped = ranking.reshape(len(ranking), n_groups, -1)
+        grouped = ranking.reshape(*ranking.shape[:-1], n_groups, -1)
         best = jax.lax.top_k(grouped, min(2 if group_score == "top2_sum" else 1, grouped.shape[-1]))[0].sum(axis=-1)
         kept = jax.lax.top_k(best, topk_groups)[1]
-        open_group = jnp.any(kept[:, :, None] == jnp.arange(n_groups), axis=1)
-        ranking = jnp.where(open_group[:, :, None], grouped, -jnp.inf).reshape(ranking.shape)
+        open_group = jnp.any(kept[..., None] == jnp.arange(n_groups), axis=-2)
+        ranking = jnp.where(open_group[..., None], grouped, -jnp.inf).reshape(ranking.shape)
     experts = jax.lax.top_k(ranking, n_experts_per_token)[1]
     weights = jnp.take_along_axis(scores, experts, axis=-1)
     if normalize_weights:
@@ -82,11 +82,10 @@ def expert_load(routing: Routing, valid: Bool[Array, "B T"]) -> MoEStatistics:
     n_experts, per_token = routing.scores.shape[-1], routing.experts.shape[-1]
     valid_f = valid.astype(jnp.float32)
     rows = jnp.broadcast_to(jnp.arange(batch)[:, None, None], (batch, length, per_token))
-    experts = routing.experts.reshape(batch, length, per_token)
-    counts = jnp.zeros((batch, n_experts), jnp.float32).at[rows, experts].add(valid_f[:, :, None])
+    counts = jnp.zeros((batch, n_experts), jnp.float32).at[rows, routing.experts].add(valid_f[:, :, None])
     shares = routing.scores / (routing.scores.sum(axis=-1, keepdims=True) + 1e-20)
     n_valid = jnp.maximum(valid_f.sum(axis=1, keepdims=True), 1.0)
-    mean_share = jnp.einsum("btx,bt->bx", shares.reshape(batch, length, n_experts), valid_f) / n_valid
+    mean_share = jnp.einsum("btx,bt->bx", shares, valid_f) / n_valid
     loss = jnp.sum(counts * n_experts / (per_token * n_valid) * mean_share, axis=-1)
     n_rows = jnp.maximum(jnp.sum(valid.any(axis=1)), 1).astype(jnp.float32)
     return MoEStatistics(counts.sum(axis=0), jnp.sum(loss) / n_rows)

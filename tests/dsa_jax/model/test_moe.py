@@ -80,7 +80,7 @@ def test_load_by_hand_ignores_padding_and_averages_rows():
     scores = jnp.array([[0.6, 0.2], [0.5, 0.5], [9.0, 0.0], [0.0, 9.0], [0.2, 0.6], [9.0, 0.0]])
     order = jnp.array([0, 1, 4, 2, 3, 5])
     valid = jnp.array([[True, True], [True, False], [False, False]])
-    load = expert_load(Routing(jnp.ones((6, 1)), experts[order], scores[order]), valid)
+    load = expert_load(Routing(jnp.ones((3, 2, 1)), experts[order].reshape(3, 2, 1), scores[order].reshape(3, 2, -1)), valid)
     assert load.expert_counts.tolist() == [2, 1]
     # f * P: row 0 has f = (2, 0) and P[0] = (0.75 + 0.5) / 2, row 1 has f = (0, 2) and P[1] = 0.75.
     np.testing.assert_allclose(load.balance_loss, (2 * 0.625 + 2 * 0.75) / 2, rtol=1e-6)

@@ -1,0 +1,76 @@
+"""The routed experts applied to their tokens: sorted by expert, multiplied group by group, weighted and summed.
+
+On a mesh, rows travel to the device that owns their expert and back; the experts' width is split over `tensor`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from dsa_jax.model.grouped_matmul import grouped_matmul
+from dsa_jax.parallel.ambient import ROWS, axis_size, per_device, sum_over
+from dsa_jax.parallel.expert_exchange import AXIS, to_owners, to_senders
+
+
+class ExpertKernels(NamedTuple):
+    """SwiGLU projections of all routed experts."""
+
+    gate: Float[Array, "X E F"]
+    up: Float[Array, "X E F"]
+    down: Float[Array, "X F E"]
+
+
+_KERNEL_SPECS = ExpertKernels(
+    PartitionSpec(AXIS, None, "tensor"), PartitionSpec(AXIS, None, "tensor"), PartitionSpec(AXIS, "tensor", None)
+)
+
+
+def routed_sum(
+    x: Float[Array, "B T E"], experts: Int[Array, "B T K"], weights: Float[Array, "B T K"], kernels: ExpertKernels
+) -> Float[Array, "B T E"]:
+    """sum_k weights[k] * swiglu(x; kernels of experts[k]) of every token, float32.
+
+    Dropless. Nothing of size tokens x experts x dim is held.
+    """
+    spread = per_device(_routed_sum, in_specs=(ROWS, ROWS, ROWS, _KERNEL_SPECS), out_specs=ROWS)
+    return spread(x, experts, weights, kernels)
+
+
+def _routed_sum(x: Array, experts: Array, weights: Array, kernels: ExpertKernels) -> Array:
+    dim, per_token = x.shape[-1], experts.shape[-1]
+    n_experts = len(kernels.gate) * axis_size(AXIS)
+    assigned = experts.reshape(-1)
+    order = jnp.argsort(assigned, stable=True)
+    counts = jnp.zeros(n_experts, jnp.int32).at[assigned].add(1)
+    # A copy per choice, then permutations of unique rows: no scatter with collisions, so the backward is deterministic.
+    copies = jnp.repeat(x.reshape(-1, dim), per_token, axis=0)
+    by_expert = copies.at[order].get(unique_indices=True)
+    apply = _at_owners if axis_size(AXIS) > 1 else _swiglu
+    out = apply(by_expert, counts, kernels)
+    per_choice = out.at[_inverse(order)].get(unique_indices=True).reshape(*experts.shape, dim)
+    routed = jnp.sum(per_choice.astype(jnp.float32) * weights[..., None], axis=-2)
+    return sum_over("tensor", routed)
+
+
+def _at_owners(rows: Array, counts: Array, kernels: ExpertKernels) -> Array:
+    """`_swiglu` where the experts live."""
+    received = to_owners(rows, counts)
+    ends = jnp.cumsum(received.counts, axis=1)
+    expert = jax.vmap(lambda end: jnp.searchsorted(end, jnp.arange(len(rows)), side="right"))(ends)
+    order = jnp.argsort(expert.reshape(-1), stable=True)  # rows that are none come last, in no group
+    flat = received.rows.reshape(-1, rows.shape[-1])
+    out = _swiglu(flat.at[order].get(unique_indices=True), received.counts.sum(axis=0), kernels)
+    placed = out.at[_inverse(order)].get(unique_indices=True).reshape(received.rows.shape)
+    return to_senders(placed, counts, received.counts)
+
+
+def _swiglu(rows: Array, group_sizes: Array, kernels: ExpertKernels) -> Array:
+    hidden = jax.nn.silu(grouped_matmul(rows, kernels.gate, group_sizes)) * grouped_matmul(rows, kernels.up, group_sizes)
+    return grouped_matmul(hidden, kernels.down, group_sizes)
+
+
+def _inverse(order: Array) -> Array:
+    return jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=order.dtype), unique_indices=True)

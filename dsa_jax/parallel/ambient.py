@@ -1,0 +1,43 @@
+"""The mesh that the model is being traced under: `with jax.set_mesh(mesh)` around the jitted call sets it.
+
+Model code asks here where an operation has to know that it is spread out; everything else is left to the compiler.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from dsa_jax.parallel.mesh import BATCH_AXES
+
+ROWS = PartitionSpec(BATCH_AXES, "context")
+"""Split of an array [B, T, ...]: rows over the batch axes, positions over `context`."""
+
+
+def axis_size(name: str) -> int:
+    """Devices along the axis `name`; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[name]
+
+
+def is_sharded() -> bool:
+    """Whether there is a mesh of more than one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
+
+
+def per_device(function: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`function` on each device's own part of the arguments; without a mesh, or on one device, `function` itself.
+
+    What it needs from other devices it fetches through the axis names; under no mesh `axis_size` is 1 and it needs nothing.
+    """
+    if not is_sharded():
+        return function
+    # Replication is not tracked: the ops' own gradients are written without its types.
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def sum_over(axis: str, x: Any) -> Any:
+    """Sum over the devices along `axis`; `x` itself where there is only one."""
+    return jax.lax.psum(x, axis) if axis_size(axis) > 1 else x

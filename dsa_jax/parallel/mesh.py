@@ -1,0 +1,32 @@
+"""The device mesh."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from dsa_jax.config import AXES, ConfigError, ParallelConfig
+
+BATCH_AXES = ("data", "fsdp", "expert")
+"""Axes that rows of a batch are split over."""
+
+
+def make_mesh(config: ParallelConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with the axes of `config.AXES`, sized as `config` says, over `devices` (None: all of them).
+
+    Raises:
+        ConfigError: when the sizes do not multiply to the number of devices.
+    """
+    sizes = config.sizes()
+    devices = jax.devices() if devices is None else devices
+    needed = 1
+    for size in sizes.values():
+        needed *= size
+    if needed != len(devices):
+        shown = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one device"
+        raise ConfigError(
+            f"parallel ({config.preset}) needs {needed} devices ({shown}); there are {len(devices)}. Change parallel.preset, "
+            "or show the process as many devices."
+        )
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

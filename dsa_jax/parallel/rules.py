@@ -1,0 +1,64 @@
+"""Which axis of the mesh splits which axis of a parameter: a table of path patterns, outside the model.
+
+Tensor parallelism splits columns on the way in (heads, MLP width) and rows on the way out, so that one sum over `tensor` per
+block suffices. The indexer, the latents and the norms are the same on every tensor rank, so that the selection is computed
+once and equal everywhere. `fsdp` splits whatever is large along an axis that `tensor` leaves free.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import PartitionSpec
+
+from dsa_jax.config import ConfigError
+from dsa_jax.params import parameter_paths
+
+# First match wins. Specs are those of one layer; a stack's leading layer axis is never split.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"embed/embedding", ("tensor", "fsdp")),
+    (r"lm_head/kernel", ("fsdp", "tensor")),
+    (r".*/indexer/(wq_b|wk|weights_proj)/kernel", ("fsdp", None)),
+    (r".*/attention/(wq|wk|wv|wq_b|wkv_b)/kernel", ("fsdp", "tensor")),
+    (r".*/attention/(wq|wk|wv)/bias", ("tensor",)),
+    (r".*/attention/(wq_a|wkv_a)/kernel", ("fsdp", None)),
+    (r".*/attention/wo/kernel", ("tensor", "fsdp")),
+    (r".*/experts/(gate|up)/kernel", ("expert", "fsdp", "tensor")),
+    (r".*/experts/down/kernel", ("expert", "tensor", "fsdp")),
+    (r".*/(gate|up)/kernel", ("fsdp", "tensor")),
+    (r".*/down/kernel", ("tensor", "fsdp")),
+    (r".*(scale|bias|score_bias|router/kernel)", ()),
+)
+_STACK = re.compile(r"(dense|moe)_layers")
+
+
+def parameter_spec(path: str) -> PartitionSpec:
+    """How the parameter at `path` is split.
+
+    Raises:
+        ValueError: for a path that no rule matches: a new parameter must say how it is split.
+    """
+    for pattern, axes in RULES:
+        if re.fullmatch(pattern, path):
+            return PartitionSpec(*((None, *axes) if _STACK.match(path) and axes else axes))
+    raise ValueError(f"no sharding rule matches {path!r}. Add one to dsa_jax/parallel/rules.py.")
+
+
+def parameter_specs(params: Mapping[str, Any]) -> dict[str, PartitionSpec]:
+    """`parameter_spec` of every leaf, by path."""
+    return {path: parameter_spec(path) for path in parameter_paths(params)}
+
+
+def check_divisible(params: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+    """Make sure that every split axis has a multiple of its number of devices. Leaves may be abstract.
+
+    Raises:
+        ConfigError: naming the first parameter that does not fit, its axis, and both numbers.
+    """
+    for path, leaf in parameter_paths(params).items():
+        for dim, axis in enumerate(parameter_spec(path)):
+            if axis is not None and leaf.shape[dim] % sizes[axis]:
+                raise ConfigError(
+                    f"parallel.{axis} is {sizes[axis]}, which does not divide axis {dim} of {path} with shape "
+                    f"{tuple(leaf.shape)}. Use a {axis} size that divides {leaf.shape[dim]}."
+                )
