@@ -83,3 +83,8 @@ def weighted_relu_sum(products: Float[Array, "B C H Sb"], weights: Float[Array, 
     for head in range(products.shape[2]):
         total = total + weights[:, :, head, None].astype(products.dtype) * jnp.maximum(products[:, :, head], 0)
     return total
+
+
+def sum_over_axis(x: Array, axis: str | None) -> Array:
+    """Sum over the devices along a mesh axis, inside `shard_map`; `x` itself for None."""
+    return x if axis is None else jax.lax.psum(x, axis)

@@ -33,6 +33,7 @@ def indexer_kl(
     visible_start: Int32[Array, "B T"],
     visible_end: Int32[Array, "B T"],
     topk_indices: Int32[Array, "B T K"] | None = None,
+    head_axis: str | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T"]:
     """KL(p || softmax(index score)) per query, in nats.
@@ -48,6 +49,8 @@ def indexer_kl(
             selection. It weighs the heads against each other; p sums to 1 in any case.
         visible_start, visible_end: bounds outside [0, S] are clamped, start == end is empty.
         topk_indices: any order; indices outside [0, S) count as absent; a row must not list a key twice.
+        head_axis: inside `shard_map`, the mesh axis over which the heads of q and lse are split; the sum over heads runs over
+            its devices too, so that all of them return the same. The index arguments must be equal on them.
         implementation: see `pallas_kernels.IMPLEMENTATIONS`; None is the default of the device.
 
     Returns:
@@ -62,5 +65,13 @@ def indexer_kl(
     run = _dispatch.choose("indexer_kl", implementation, _IMPLEMENTATIONS, platform=jax.default_backend())
     target = [jax.lax.stop_gradient(x) for x in (q, k, lse)]
     return run(
-        q_index, k_index, weights, *target, visible_start, visible_end, topk_indices=topk_indices, softmax_scale=softmax_scale
+        q_index,
+        k_index,
+        weights,
+        *target,
+        visible_start,
+        visible_end,
+        topk_indices=topk_indices,
+        softmax_scale=softmax_scale,
+        head_axis=head_axis,
     )

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels._numerics import constant_lse, visible_mask
+from pallas_kernels._numerics import constant_lse, sum_over_axis, visible_mask
 from pallas_kernels.dense_attention.reference import attention_logits
 from pallas_kernels.index_topk.reference import index_scores
 
@@ -29,6 +29,7 @@ def indexer_kl(
     *,
     softmax_scale: float,
     topk_indices: Int32[Array, "B T K"] | None,
+    head_axis: str | None = None,
 ) -> Float[Array, "B T"]:
     """sum_s p (log p - log_softmax(score)) over the set."""
     n_keys = k.shape[1]
@@ -44,9 +45,9 @@ def indexer_kl(
     logits = attention_logits(q, k, softmax_scale)
     log_p = logits - constant_lse(lse, logits.dtype).reshape(logits.shape[:-1])[..., None]
     log_p = jnp.where(members[:, :, None, None], log_p, -jnp.inf)
-    p = jnp.exp(log_p).sum((2, 3))
+    p = sum_over_axis(jnp.exp(jax.lax.stop_gradient(log_p)).sum((2, 3)), head_axis)
     total = p.sum(-1, keepdims=True)
-    p = jax.lax.stop_gradient(jnp.where(total > 0, p / jnp.where(total > 0, total, 1), 0))
+    p = jnp.where(total > 0, p / jnp.where(total > 0, total, 1), 0)
 
     scores = jnp.where(members, index_scores(q_index, k_index, weights, visible_start, visible_end), -jnp.inf)
     log_q = jax.nn.log_softmax(jnp.where(some, scores, 0), axis=-1)

@@ -21,16 +21,17 @@ def indexer_kl(
     *,
     softmax_scale: float,
     topk_indices: Int32[Array, "B T K"] | None,
+    head_axis: str | None = None,
 ) -> Float[Array, "B T"]:
     """KL over the visible keys, or over the selected visible keys."""
     if 0 in (q.size, k.shape[1]):
         return jnp.zeros(q.shape[:2], accumulation_dtype(q_index, k_index, weights))
     arrays = (q_index, k_index, weights, q, k, lse)
     if topk_indices is None:
-        return kl_over_visible(*arrays, visible_start, visible_end, float(softmax_scale))
+        return kl_over_visible(*arrays, visible_start, visible_end, float(softmax_scale), head_axis)
     n_keys = k.shape[1]
     first = n_keys * jnp.arange(k.shape[0], dtype=jnp.int32)[:, None]
     ranges = (jnp.clip(bound, 0, n_keys) + first for bound in (visible_start, visible_end))
     places = join_batch_indices(topk_indices, n_keys)
-    kl = kl_over_selected(*(join_batch(x) for x in (*arrays, *ranges)), places, float(softmax_scale))
+    kl = kl_over_selected(*(join_batch(x) for x in (*arrays, *ranges)), places, float(softmax_scale), head_axis)
     return kl.reshape(q.shape[:2])

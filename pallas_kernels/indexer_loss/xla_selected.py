@@ -11,7 +11,7 @@ from jax.scipy.special import xlogy
 from jaxtyping import Array
 
 from pallas_kernels._chunks import map_queries, rows_per_chunk, scan_queries
-from pallas_kernels._numerics import accumulation_dtype, constant_lse, dot, softmax_and_lse, weighted_relu_sum
+from pallas_kernels._numerics import accumulation_dtype, constant_lse, dot, softmax_and_lse, sum_over_axis, weighted_relu_sum
 from pallas_kernels.sparse_attention.xla import (
     CHUNKS_PER_STEP,
     GATHER_BUDGET,
@@ -40,13 +40,15 @@ def _indexer_side(
     return q_index, k_sel, products, weighted_relu_sum(products, weights)
 
 
-def _target(q: Array, padded_k: Array, lse: Array, members: Array, indices: Array, softmax_scale: float) -> Array:
+def _target(
+    q: Array, padded_k: Array, lse: Array, members: Array, indices: Array, softmax_scale: float, head_axis: str | None
+) -> Array:
     """Head-summed attention probability over the set, summing to 1, or 0 throughout where there is none; [B, C, K]."""
     dtype, groups = accumulation_dtype(q, padded_k), padded_k.shape[2]
     k_sel = gather_rows(padded_k, indices)[0]
     logits = softmax_scale * per_query_dot(grouped(q, groups), k_sel, dtype)
     mass = jnp.exp(logits - grouped(constant_lse(lse, dtype), groups)[..., None]).sum((2, 3))
-    mass = jnp.where(members, mass, 0)
+    mass = jnp.where(members, sum_over_axis(mass, head_axis), 0)
     total = mass.sum(-1, keepdims=True)
     return jnp.where(total > 0, mass / jnp.where(total > 0, total, 1), 0)
 
@@ -57,7 +59,7 @@ def _members(indices: Array, start: Array, end: Array, n_keys: int) -> tuple[Arr
     return inside, jnp.where(inside, indices, -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(9,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(9, 10))
 def kl_over_selected(
     q_index: Array,
     k_index: Array,
@@ -69,6 +71,7 @@ def kl_over_selected(
     visible_end: Array,
     topk_indices: Array,
     softmax_scale: float,
+    head_axis: str | None,
 ) -> Array:
     """KL(p || softmax(score)) over the selected visible keys, [B, T]; gradient in q_index, k_index and weights only."""
     padded_k_index, padded_k = with_zero_row(k_index), with_zero_row(k)
@@ -77,7 +80,7 @@ def kl_over_selected(
         q_index, weights, q, lse, start, end, indices = chunk
         members, indices = _members(indices, start, end, k.shape[1])
         scores = _indexer_side(q_index, padded_k_index, weights, members, indices)[3]
-        target = _target(q, padded_k, lse, members, indices, softmax_scale).astype(scores.dtype)
+        target = _target(q, padded_k, lse, members, indices, softmax_scale, head_axis).astype(scores.dtype)
         _, score_lse = softmax_and_lse(scores, members)
         cross = jnp.where(target > 0, target * (scores - score_lse[..., None]), 0)
         return (xlogy(target, target) - cross).sum(-1)
@@ -87,10 +90,10 @@ def kl_over_selected(
 
 
 def _forward(*arguments: Any) -> tuple[Array, tuple[Array, ...]]:
-    return kl_over_selected(*arguments), arguments[:-1]
+    return kl_over_selected(*arguments), arguments[:-2]
 
 
-def _backward(softmax_scale: float, residuals: tuple[Array, ...], d_kl: Array) -> tuple[Any, ...]:
+def _backward(softmax_scale: float, head_axis: str | None, residuals: tuple[Array, ...], d_kl: Array) -> tuple[Any, ...]:
     q_index, k_index, weights, q, k, lse, visible_start, visible_end, topk_indices = residuals
     dtype = accumulation_dtype(q_index, k_index, weights)
     padded_k_index, padded_k = with_zero_row(k_index), with_zero_row(k)
@@ -99,7 +102,7 @@ def _backward(softmax_scale: float, residuals: tuple[Array, ...], d_kl: Array) -
         q_index, weights, q, lse, start, end, indices, d_kl = chunk
         members, indices = _members(indices, start, end, k.shape[1])
         q_index, k_sel, products, scores = _indexer_side(q_index, padded_k_index, weights, members, indices)
-        target = _target(q, padded_k, lse, members, indices, softmax_scale).astype(dtype)
+        target = _target(q, padded_k, lse, members, indices, softmax_scale, head_axis).astype(dtype)
         learns = target.sum(-1, keepdims=True) > 0
         softmax, _ = softmax_and_lse(scores, members)
         d_scores = jnp.where(members & learns, d_kl[..., None] * (softmax - target), 0)[:, :, None].astype(dtype)

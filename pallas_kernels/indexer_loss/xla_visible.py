@@ -12,7 +12,13 @@ from jax.scipy.special import xlogy
 from jaxtyping import Array
 
 from pallas_kernels._chunks import KeyWalk, add_to_chunk, key_walk, map_queries, rows_per_chunk, scan_queries, slice_chunk
-from pallas_kernels._numerics import accumulation_dtype, head_products, head_products_transposed, weighted_relu_sum
+from pallas_kernels._numerics import (
+    accumulation_dtype,
+    head_products,
+    head_products_transposed,
+    sum_over_axis,
+    weighted_relu_sum,
+)
 from pallas_kernels.dense_attention.xla import BLOCK_K, LOGIT_BUDGET, as_rows, probability_mass
 
 
@@ -42,6 +48,7 @@ def _statistics(
     visible_start: Array,
     visible_end: Array,
     softmax_scale: float,
+    head_axis: str | None,
 ) -> tuple[Array, Array, Array]:
     """(kl, log-sum-exp of the scores, sum of the unnormalised target), each [B, T]."""
     n_keys = k.shape[1]
@@ -56,6 +63,7 @@ def _statistics(
             largest, total, mass, entropy, cross = state
             first, visible = walk.block(number)
             target = probability_mass(rows, slice_chunk(k, first, walk.block_k), lse, softmax_scale)
+            target = sum_over_axis(target, head_axis)
             target = jnp.where(visible, target, 0).astype(dtype)
             _, products = _products(q_index, k_index, walk, first, visible)
             scores = weighted_relu_sum(products, weights)
@@ -80,7 +88,7 @@ def _statistics(
     return map_queries(step, chunks, _block_q(q_index, q, n_keys))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
 def kl_over_visible(
     q_index: Array,
     k_index: Array,
@@ -91,17 +99,18 @@ def kl_over_visible(
     visible_start: Array,
     visible_end: Array,
     softmax_scale: float,
+    head_axis: str | None,
 ) -> Array:
     """KL(p || softmax(score)) over the visible keys, [B, T]; gradient in q_index, k_index and weights only."""
-    return _statistics(q_index, k_index, weights, q, k, lse, visible_start, visible_end, softmax_scale)[0]
+    return _statistics(q_index, k_index, weights, q, k, lse, visible_start, visible_end, softmax_scale, head_axis)[0]
 
 
 def _forward(*arguments: Any) -> tuple[Array, tuple[Array, ...]]:
     kl, score_lse, mass = _statistics(*arguments)
-    return kl, (*arguments[:-1], score_lse, mass)
+    return kl, (*arguments[:-2], score_lse, mass)
 
 
-def _backward(softmax_scale: float, residuals: tuple[Array, ...], d_kl: Array) -> tuple[Any, ...]:
+def _backward(softmax_scale: float, head_axis: str | None, residuals: tuple[Array, ...], d_kl: Array) -> tuple[Any, ...]:
     q_index, k_index, weights, q, k, lse, visible_start, visible_end, score_lse, mass = residuals
     dtype = accumulation_dtype(q_index, k_index, weights)
 
@@ -115,7 +124,8 @@ def _backward(softmax_scale: float, residuals: tuple[Array, ...], d_kl: Array) -
         def block_gradients(number: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             d_q, d_weights, d_k = state
             first, visible = walk.block(number)
-            target = inverse * probability_mass(rows, slice_chunk(k, first, walk.block_k), lse, softmax_scale)
+            target = probability_mass(rows, slice_chunk(k, first, walk.block_k), lse, softmax_scale)
+            target = inverse * sum_over_axis(target, head_axis)
             k_block, products = _products(q_index, k_index, walk, first, visible)
             scores = weighted_relu_sum(products, weights)
             d_scores = jnp.where(visible, d_kl * (jnp.exp(scores - score_lse) - target), 0).astype(dtype)
