@@ -1,10 +1,10 @@
-# make quickstart | test | lint | clean.  VENV and PYTHON choose another environment; PINS adds requirements, e.g. PINS="jax==0.11.2".
+# make quickstart | test | lint | aot | clean.  VENV and PYTHON choose another environment; PINS adds requirements, e.g. PINS="jax==0.11.2".
 VENV ?= .venv
 PYTHON ?= python3
 PINS ?=
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint aot clean
 
 quickstart: $(VENV)/.has-plot
 	$(BIN)/python -m experiments.retrofit --config=configs/quickstart.py --workdir=runs/quickstart
@@ -21,6 +21,12 @@ $(VENV)/.has-%: setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) --editable ".[$*]"
 	touch $@
+
+# Compiles every GPU kernel for an H200, on a machine without one; needs Python 3.12 and 3 GB for its own environment.
+AOT_PYTHON ?= $(firstword $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.12*/bin/python) python3.12)
+aot:
+	$(MAKE) .venv-aot/.has-aot VENV=.venv-aot PYTHON=$(AOT_PYTHON)
+	.venv-aot/bin/python -m benchmarks.aot $(AOT_ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

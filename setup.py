@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 HF = ["tokenizers>=0.23"]
 PLOT = ["matplotlib>=3.10"]
 LINT = ["ruff>=0.17", "mypy>=2.4"]
+# Compiles the GPU kernels for an H200 without one (make aot). Pinned: what spills depends on the compiler's version.
+AOT = ["jax==0.11.2", "jax-cuda13-plugin[with-cuda]==0.11.2", "jax-cuda13-pjrt==0.11.2"]
 TEST = ["pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6.170", "beartype>=0.22", *HF, *PLOT, *LINT]
 
 setup(
@@ -31,6 +33,7 @@ setup(
     ],
     extras_require={
         "cuda13": ["jax[cuda13]"],
+        "aot": AOT,
         "triton": ["jax-triton>=0.3.1"],
         "hf": HF,
         "plot": PLOT,

@@ -1,0 +1,1 @@
+"""What can be said about the GPU kernels: compiled for an H200 without one."""
