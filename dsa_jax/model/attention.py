@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Int
 from dsa_jax.model.outputs import AttentionRequest
 from dsa_jax.model.selection import DENSE, SELECTORS, Heads, IndexHeads, SelectionInputs, attention_modes
 from dsa_jax.model.visibility import Visibility, mean_over_valid
+from dsa_jax.parallel.ambient import ROWS, axis_if_split, mean_over, per_device
+from dsa_jax.parallel.sequence import HEADS, gather_keys, key_spec
 from pallas_kernels import dense_attention, indexer_kl, sparse_attention
 
 TOPK_NAME = "topk_indices"
@@ -76,6 +78,16 @@ def by_indexer(request: AttentionRequest) -> bool:
     return request.attention != DENSE and SELECTORS[request.attention].uses_indexer
 
 
+class _PerQuery(NamedTuple):
+    """Results by query, None where not asked for: `out` [B, T, H, Dv], `topk_indices` [B, T, K], the others [B, T]."""
+
+    out: Array
+    n_keys: Array
+    topk_indices: Array | None = None
+    indexer_kl: Array | None = None
+    coverage: Array | None = None
+
+
 def attend(
     dense: Heads | None,
     selected: Heads | None,
@@ -90,6 +102,9 @@ def attend(
 ) -> AttentionOutput:
     """Attention as `request` asks, in the form of heads that suits it.
 
+    On a mesh each device takes its rows, its heads and its positions; keys are gathered along `context`, the indexer is the
+    same on all devices of `tensor`.
+
     Args:
         dense: heads for attention to all visible keys; needed where `needs_dense_heads` says so.
         selected: heads for attention to a selection; needed unless the request is dense.
@@ -99,6 +114,55 @@ def attend(
     Returns:
         `out` [B, T, H, Dv] in the form of the heads used. A padding query gives 0.
     """
+    forms = (dense, selected)
+
+    def core(
+        arrays: list[tuple[Array, Array, Array | None] | None],
+        index: IndexHeads | None,
+        previous_topk: Array | None,
+        visibility: Visibility,
+    ) -> _PerQuery:
+        local = [form and _with_all_keys(form, *x) for form, x in zip(forms, arrays, strict=True)]
+        if index is not None:
+            index = index._replace(k=gather_keys(index.k))
+        return _attend(*local, index, previous_topk, request, topk, softmax_scale, visibility, implementation)
+
+    results = _PerQuery(
+        out=HEADS,
+        n_keys=ROWS,
+        topk_indices=None if request.attention == DENSE else ROWS,
+        indexer_kl=None if request.indexer_loss is None else ROWS,
+        coverage=ROWS if request.coverage else None,
+    )
+    arrays = [form and (form.q, form.k, form.v) for form in forms]
+    specs = [form and (HEADS, key_spec(form.k), form.v if form.v is None else key_spec(form.v)) for form in forms]
+    spread = per_device(core, in_specs=(specs, ROWS, ROWS, ROWS), out_specs=results)
+    per_query = spread(arrays, index, previous_topk, visibility)
+    mean = lambda x: None if x is None else mean_over_valid(x, visibility.valid)
+    return AttentionOutput(
+        out=per_query.out,
+        topk_indices=per_query.topk_indices,
+        indexer_kl=mean(per_query.indexer_kl),
+        coverage=mean(per_query.coverage),
+        keys_per_query=mean_over_valid(per_query.n_keys, visibility.valid),
+    )
+
+
+def _with_all_keys(form: Heads, q: Array, k: Array, v: Array | None) -> Heads:
+    return Heads(q, gather_keys(k), None if v is None else gather_keys(v), form.d_v)
+
+
+def _attend(
+    dense: Heads | None,
+    selected: Heads | None,
+    index: IndexHeads | None,
+    previous_topk: Array | None,
+    request: AttentionRequest,
+    topk: int,
+    softmax_scale: float,
+    visibility: Visibility,
+    implementation: str | None,
+) -> _PerQuery:
     visible: dict[str, Any] = {
         "visible_start": visibility.start,
         "visible_end": visibility.end,
@@ -137,31 +201,31 @@ def attend(
 
     kl = None
     if request.indexer_loss is not None:
-        kl = jnp.zeros((), jnp.float32)
+        kl = jnp.zeros(visibility.start.shape, jnp.float32)
         if index is not None:
             sparse_loss = request.indexer_loss == "sparse"
             target = selected if sparse_loss else dense
             lse = kept_lse if sparse_loss else everything.lse if everything is not None else None
             assert target is not None and lse is not None
-            divergence = indexer_kl(
+            kl = indexer_kl(
                 *index,
                 target.q,
                 target.k,
                 lse,
                 softmax_scale=softmax_scale,
                 topk_indices=indices if sparse_loss else None,
+                head_axis=axis_if_split("tensor"),
                 **visible,
             )
-            kl = mean_over_valid(divergence, visibility.valid)
 
     coverage = None
     if request.coverage:
         if kept_lse is None:
-            coverage = jnp.ones((), jnp.float32)
+            coverage = jnp.ones(visibility.start.shape, jnp.float32)
         else:
             assert everything is not None
-            coverage = mean_over_valid(attention_mass(kept_lse, everything.lse), visibility.valid)
-    return AttentionOutput(out, indices, kl, coverage, mean_over_valid(n_keys, visibility.valid))
+            coverage = mean_over("tensor", attention_mass(kept_lse, everything.lse))
+    return _PerQuery(out, n_keys, indices, kl, coverage)
 
 
 def attention_mass(kept_lse: Float[Array, "B T H"], all_lse: Float[Array, "B T H"]) -> Float[Array, "B T"]:

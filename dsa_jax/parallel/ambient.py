@@ -41,3 +41,13 @@ def per_device(function: Callable[..., Any], *, in_specs: Any, out_specs: Any) -
 def sum_over(axis: str, x: Any) -> Any:
     """Sum over the devices along `axis`; `x` itself where there is only one."""
     return jax.lax.psum(x, axis) if axis_size(axis) > 1 else x
+
+
+def mean_over(axis: str, x: Any) -> Any:
+    """Mean over the devices along `axis`."""
+    return jax.lax.pmean(x, axis) if axis_size(axis) > 1 else x
+
+
+def axis_if_split(name: str) -> str | None:
+    """`name` where the mesh has several devices along it, else None."""
+    return name if axis_size(name) > 1 else None

@@ -1,0 +1,62 @@
+"""Context parallelism: who holds which positions, and how every query gets at all keys.
+
+A causal query costs as much as its position, so device c of n holds chunk c and chunk 2n - 1 - c of 2n: all do equal work.
+Between `to_balanced` and `from_balanced` arrays are in that storage order; keys are gathered along `context` and put back
+into natural order before anything looks at them, so visible ranges and selected indices mean positions as everywhere else.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from dsa_jax.parallel.ambient import ROWS, axis_size, is_sharded
+from dsa_jax.parallel.mesh import BATCH_AXES
+
+AXIS = "context"
+HEADS = PartitionSpec(BATCH_AXES, AXIS, "tensor")
+"""Split of an array [B, T, H, D]."""
+
+
+def balanced_order(length: int, n_devices: int) -> np.ndarray:
+    """Positions in storage order: entry i is the position that is stored at i.
+
+    Raises:
+        ValueError: when `length` is not a multiple of 2 * n_devices.
+    """
+    if length % (2 * n_devices):
+        raise ValueError(
+            f"a sequence of {length} tokens cannot be split over parallel.context={n_devices}; expected a multiple of "
+            f"{2 * n_devices}. Pad it, or change the sequence length."
+        )
+    chunks = np.arange(length).reshape(2 * n_devices, -1)
+    return np.concatenate([np.concatenate([chunks[c], chunks[-1 - c]]) for c in range(n_devices)])
+
+
+def to_balanced(x: Any) -> Any:
+    """[B, T, ...] from natural into storage order; without context parallelism `x` itself."""
+    n_devices = axis_size(AXIS)
+    return x if n_devices == 1 else jnp.take(x, balanced_order(x.shape[1], n_devices), axis=1)
+
+
+def from_balanced(x: Any, axis: int = 1) -> Any:
+    """The reverse of `to_balanced`, with positions along `axis`."""
+    n_devices = axis_size(AXIS)
+    return x if n_devices == 1 else jnp.take(x, np.argsort(balanced_order(x.shape[axis], n_devices)), axis=axis)
+
+
+def gather_keys(x: Any) -> Any:
+    """Keys [b, S / n, ...] of this device to those of all, [b, S, ...] in natural order; called inside `shard_map`."""
+    return x if axis_size(AXIS) == 1 else from_balanced(jax.lax.all_gather(x, AXIS, axis=1, tiled=True))
+
+
+def key_spec(keys: Any) -> PartitionSpec:
+    """Split of keys or values [B, S, G, D]: over `tensor` by key head, unless one head serves all queries."""
+    return HEADS if keys.shape[2] > 1 else ROWS
+
+
+def constrain(x: Any, spec: PartitionSpec = ROWS) -> Any:
+    """`x` held as `spec` says; without a mesh, `x` itself."""
+    return jax.lax.with_sharding_constraint(x, spec) if is_sharded() else x
