@@ -7,14 +7,30 @@ import importlib
 from typing import Any
 
 _HOME = {
+    "Pretrained": "dsa_jax.pretrained",
+    "GenerateOutput": "dsa_jax.generation",
     "ModelOutput": "dsa_jax.model",
     "Transformer": "dsa_jax.model",
     "build_model": "dsa_jax.model",
+    "generate": "dsa_jax.generation",
     "init_params": "dsa_jax.model",
     "layer_stacks": "dsa_jax.model",
+    "load_pretrained": "dsa_jax.hf",
+    "save_pretrained": "dsa_jax.hf",
 }
 
-__all__ = ["ModelOutput", "Transformer", "build_model", "init_params", "layer_stacks"]
+__all__ = [
+    "GenerateOutput",
+    "ModelOutput",
+    "Pretrained",
+    "Transformer",
+    "build_model",
+    "generate",
+    "init_params",
+    "layer_stacks",
+    "load_pretrained",
+    "save_pretrained",
+]
 
 
 def __getattr__(name: str) -> Any:

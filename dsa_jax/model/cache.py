@@ -38,15 +38,20 @@ class CacheEntry(NamedTuple):
     latent_dim: int | None = None
 
     def storage(self, dtype: str) -> tuple[tuple[int, ...], Any]:
-        """Shape and dtype in which a token's numbers are kept."""
+        """Shape and dtype in which a token's numbers are kept.
+
+        bfloat16 as its bits: XLA on CPU has no bfloat16 scatter and would widen a whole pool to write one token.
+        """
         if dtype != "fp8":
-            return self.shape, jnp.dtype(dtype)
+            return self.shape, jnp.dtype("uint16" if dtype == "bfloat16" else dtype)
         if self.latent_dim is None:
             return (*self.shape[:-1], vector_row_bytes(self.shape[-1])), jnp.dtype("uint8")
         return (latent_row_bytes(self.latent_dim, self.shape[-1] - self.latent_dim),), jnp.dtype("uint8")
 
     def encode(self, x: Float[Array, "..."], dtype: str) -> Shaped[Array, "..."]:
         """Numbers [..., *shape] as they are kept."""
+        if dtype == "bfloat16":
+            return jax.lax.bitcast_convert_type(x.astype(dtype), jnp.uint16)
         if dtype != "fp8":
             return x.astype(dtype)
         if self.latent_dim is None:
@@ -55,6 +60,8 @@ class CacheEntry(NamedTuple):
 
     def decode(self, stored: Shaped[Array, "..."], dtype: str, out_dtype: Any) -> Float[Array, "..."]:
         """Inverse of `encode`, up to its rounding."""
+        if dtype == "bfloat16":
+            return jax.lax.bitcast_convert_type(stored, jnp.bfloat16).astype(out_dtype)
         if dtype != "fp8":
             return stored.astype(out_dtype)
         if self.latent_dim is None:

@@ -1,0 +1,253 @@
+"""Text from a model: prefill in chunks, then one token per step for all rows at once."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from dsa_jax.config import ModelConfig
+from dsa_jax.generation.pages import PageAllocator, make_block_table
+from dsa_jax.generation.programs import Mode, Sampling, State, compiled, decode, prefill
+from dsa_jax.model import Transformer
+from dsa_jax.model.attention import by_indexer, check_request
+from dsa_jax.model.cache import Cache
+from dsa_jax.model.outputs import AttentionRequest
+from dsa_jax.pretrained import Pretrained
+
+SMALLEST_CHUNK = 16
+
+
+class Timings(NamedTuple):
+    """Where the time of a generation went.
+
+    Fields: seconds of each phase, compilation apart; `prefill_tokens` all prompt tokens; `decode_tokens` new tokens except the
+    first of each row, which prefill yields; `decode_steps` steps for all rows together; `cache_bytes` of the cache.
+    """
+
+    compile_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    prefill_tokens: int = 0
+    decode_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_steps: int = 0
+    cache_bytes: int = 0
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """0 where nothing was run."""
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """0 where nothing was run."""
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+class GenerateOutput(NamedTuple):
+    """`token_ids` of each prompt's continuation, prompt excluded; a stop token that ended it is its last."""
+
+    token_ids: list[list[int]]
+    timings: Timings
+
+
+def generate(
+    pretrained: Pretrained,
+    prompts: Sequence[Sequence[int] | Int[np.ndarray, " N"]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    attention: str | None = None,
+    seed: int = 0,
+    stop_tokens: Sequence[int] | None = None,
+    cache_dtype: str | None = None,
+    page_size: int | None = None,
+    prefill_chunk: int = 512,
+    on_token: Callable[[int, int], None] | None = None,
+) -> GenerateOutput:
+    """Continue every prompt, all rows together.
+
+    Args:
+        pretrained: model and parameters; the tokenizer is not used.
+        prompts: token ids; lengths may differ. An empty prompt starts from the model's `bos_token_id`.
+        max_new_tokens: per row; 0 gives empty continuations.
+        temperature: 0 takes the most probable token (ties to the lower id), else the logits are divided by it.
+        top_p: draw from the smallest set of tokens that holds at least this probability.
+        attention: "dense", "sparse", ...; None is as the checkpoint was trained.
+        seed: of the draws. Row i draws from (seed, i, step), whatever the other rows hold.
+        stop_tokens: ids that end a row; None is the model's `eos_token_ids`.
+        cache_dtype: "float32", "bfloat16" or "fp8"; None is the dtype of the activations.
+        page_size: tokens per page of a paged cache, in which each row takes only the pages it needs; None is a contiguous one.
+        prefill_chunk: prompt tokens processed at a time; bounds the memory of prefill.
+        on_token: called with (row, token) as soon as a token is known.
+
+    Raises:
+        ValueError: for arguments that do not fit the model or make no sense.
+    """
+    config, model, params = pretrained.config, pretrained.model, pretrained.params
+    request = AttentionRequest(attention or model.default_attention)
+    check_request(request, has_indexer=model.has_indexer, return_topk_indices=False)
+    rows = _checked_prompts(prompts, config, max_new_tokens)
+    _check_numbers(temperature, top_p, seed, prefill_chunk)
+    if max_new_tokens == 0:
+        return GenerateOutput([[] for _ in rows], Timings())
+
+    place = _placement(params)
+    stop = config.eos_token_ids if stop_tokens is None else stop_tokens
+    sampling = _sampling(seed, temperature, top_p, stop)
+    # The last new token of a row is never read again, so it takes no slot.
+    needs = [len(row) + max_new_tokens - 1 for row in rows]
+    cache = _new_cache(model, needs, cache_dtype, page_size, with_index_keys=by_indexer(request))
+    state = State(cache, jnp.zeros(len(rows), jnp.int32), jnp.ones(len(rows), bool), jnp.zeros((), jnp.int32))
+    sampling, state = jax.device_put((sampling, state), place)
+    mode = Mode(request.attention, samples=temperature > 0.0, nucleus=top_p < 1.0)
+
+    chunks = [jax.device_put(chunk, place) for chunk in _chunks(rows, prefill_chunk)]
+    run_prefill, seconds = compiled(prefill, model, mode, params, sampling, state, *chunks[0])
+    run_decode, more_seconds = compiled(decode, model, mode, params, sampling, state)
+    timings = Timings(
+        compile_seconds=seconds + more_seconds, prefill_tokens=sum(map(len, rows)), cache_bytes=state.cache.n_bytes
+    )
+
+    begin = time.perf_counter()
+    for chunk in chunks:
+        state = run_prefill(params, sampling, state, *chunk)
+    record = _Record(len(rows), frozenset(stop), on_token)
+    record.add(np.asarray(state.tokens))
+    timings = timings._replace(prefill_seconds=time.perf_counter() - begin)
+
+    begin, steps = time.perf_counter(), 0
+    while record.open_rows and steps + 1 < max_new_tokens:
+        state = run_decode(params, sampling, state)
+        record.add(np.asarray(state.tokens))
+        steps += 1
+    timings = timings._replace(
+        decode_seconds=time.perf_counter() - begin,
+        decode_steps=steps,
+        decode_tokens=sum(map(len, record.tokens)) - len(rows),
+    )
+    return GenerateOutput(record.tokens, timings)
+
+
+class _Record:
+    """The tokens of each row so far, and which rows go on."""
+
+    def __init__(self, n_rows: int, stop: frozenset[int], on_token: Callable[[int, int], None] | None) -> None:
+        self.tokens: list[list[int]] = [[] for _ in range(n_rows)]
+        self.open_rows = list(range(n_rows))
+        self._stop = stop
+        self._on_token = on_token
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Take the next token of every open row."""
+        for row in self.open_rows:
+            token = int(tokens[row])
+            self.tokens[row].append(token)
+            if self._on_token is not None:
+                self._on_token(row, token)
+        self.open_rows = [row for row in self.open_rows if self.tokens[row][-1] not in self._stop]
+
+
+def _checked_prompts(prompts: Sequence[Any], config: ModelConfig, max_new_tokens: int) -> list[np.ndarray]:
+    if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("prompts hold text; expected lists of token ids. Encode them with pretrained.tokenizer.encode.")
+    if len(prompts) == 0:
+        raise ValueError("prompts is empty; expected at least one list of token ids.")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 0 or more.")
+    rows = []
+    for i, prompt in enumerate(prompts):
+        ids = np.asarray(prompt)
+        if ids.size == 0:
+            if config.bos_token_id < 0:
+                raise ValueError(f"prompts[{i}] is empty and the model has no bos_token_id to start from. Give it a token.")
+            ids = np.array([config.bos_token_id])
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"prompts[{i}] is no list of token ids: shape {list(ids.shape)}, dtype {ids.dtype}.")
+        wrong = ids[(ids < 0) | (ids >= config.vocab_size)]
+        if wrong.size:
+            raise ValueError(
+                f"prompts[{i}] holds token id {wrong[0]}; expected ids from 0 to {config.vocab_size - 1}. Check that the "
+                "tokenizer belongs to the model."
+            )
+        if len(ids) + max_new_tokens > config.max_positions:
+            raise ValueError(
+                f"prompts[{i}] has {len(ids)} tokens, which with max_new_tokens {max_new_tokens} is more than the model's "
+                f"max_positions ({config.max_positions}). Shorten the prompt or ask for fewer tokens."
+            )
+        rows.append(ids.astype(np.int32))
+    return rows
+
+
+def _check_numbers(temperature: float, top_p: float, seed: int, prefill_chunk: int) -> None:
+    if not (math.isfinite(temperature) and temperature >= 0.0):
+        raise ValueError(f"temperature is {temperature}; expected 0 (greedy) or a positive number.")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p is {top_p}; expected a probability above 0 and at most 1 (no limit).")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}; expected a whole number from 0 to 2**32 - 1.")
+    if prefill_chunk < 1:
+        raise ValueError(f"prefill_chunk is {prefill_chunk}; expected at least 1.")
+
+
+def _sampling(seed: int, temperature: float, top_p: float, stop: Sequence[int]) -> Sampling:
+    return Sampling(
+        seed=jnp.asarray(seed, jnp.uint32),
+        temperature=jnp.asarray(temperature, jnp.float32),
+        top_p=jnp.asarray(top_p, jnp.float32),
+        stop_tokens=jnp.asarray(stop, jnp.int32),
+    )
+
+
+def _placement(params: dict[str, Any]) -> Any:
+    """Where caches and tokens go: on every device of the parameters' mesh, or on their one device."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return sharding
+
+
+def _new_cache(
+    model: Transformer, needs: Sequence[int], dtype: str | None, page_size: int | None, *, with_index_keys: bool
+) -> Cache:
+    if page_size is None:
+        return model.init_cache(len(needs), _rounded(max(needs)), dtype=dtype, with_index_keys=with_index_keys)
+    if page_size < 1:
+        raise ValueError(f"page_size is {page_size}; expected at least 1, or None for a contiguous cache.")
+    width = _rounded(-(-max(needs) // page_size))
+    n_pages = _rounded(sum(-(-need // page_size) for need in needs))
+    allocator = PageAllocator(n_pages, page_size)
+    return model.init_cache(
+        len(needs),
+        width * page_size,
+        dtype=dtype,
+        page_size=page_size,
+        n_pages=n_pages,
+        block_table=make_block_table([allocator.allocate(need) for need in needs], width),
+        with_index_keys=with_index_keys,
+    )
+
+
+def _rounded(n: int) -> int:
+    """`n` rounded up by at most an eighth, so that requests of similar sizes share a compiled program."""
+    step = max(1, 1 << max(0, n.bit_length() - 4))
+    return -(-n // step) * step
+
+
+def _chunks(rows: Sequence[np.ndarray], prefill_chunk: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The prompts as chunks (input_ids [B, T], n_new [B]) of one shape, padding with token 0."""
+    lengths = np.array([len(row) for row in rows])
+    size = min(prefill_chunk, max(SMALLEST_CHUNK, 1 << (int(lengths.max()) - 1).bit_length()))
+    n_chunks = -(-int(lengths.max()) // size)
+    padded = np.zeros((len(rows), n_chunks * size), np.int32)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return [
+        (padded[:, first : first + size], np.clip(lengths - first, 0, size).astype(np.int32))
+        for first in range(0, n_chunks * size, size)
+    ]

@@ -1,0 +1,119 @@
+"""The two compiled programs of generation: append a chunk of prompt, and append the last token; both sample the next one.
+
+Each is compiled once per model, mode and set of shapes, ahead of its first use, so that compiling can be timed by itself and
+nothing is ever compiled between two tokens.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from dsa_jax.generation.sampling import greedy_token, row_keys, sample_token
+from dsa_jax.model import Transformer
+from dsa_jax.model.cache import Cache
+
+KEPT_PROGRAMS = 32
+"""Compiled programs kept for later calls with the same shapes."""
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What steers compilation: the attention, and whether tokens are drawn at all and from a nucleus."""
+
+    attention: str
+    samples: bool
+    nucleus: bool
+
+
+class State(NamedTuple):
+    """What one step hands to the next; donated.
+
+    Fields: `cache` without the last token; `tokens` last of each row; `live` rows that had not ended before their last token;
+    `step` number of tokens that each live row has.
+    """
+
+    cache: Cache
+    tokens: Int[Array, " B"]
+    live: Bool[Array, " B"]
+    step: Int[Array, ""]
+
+
+class Sampling(NamedTuple):
+    """What a user may change without compiling again."""
+
+    seed: UInt32[Array, ""]
+    temperature: Float[Array, ""]
+    top_p: Float[Array, ""]
+    stop_tokens: Int[Array, " N"]
+
+
+def prefill(
+    model: Transformer,
+    mode: Mode,
+    params: dict[str, Any],
+    sampling: Sampling,
+    state: State,
+    input_ids: Int[Array, "B T"],
+    n_new: Int[Array, " B"],
+) -> State:
+    """Append one chunk of the prompts; a row's token is the one that follows its last chunk."""
+    tokens, cache = _append(model, mode, params, sampling, state, input_ids, n_new)
+    return state._replace(cache=cache, tokens=tokens)
+
+
+def decode(model: Transformer, mode: Mode, params: dict[str, Any], sampling: Sampling, state: State) -> State:
+    """Append the last token of each row that it did not end, and sample the next."""
+    live = state.live & ~jnp.isin(state.tokens, sampling.stop_tokens)
+    state = state._replace(live=live, step=state.step + 1)
+    tokens, cache = _append(model, mode, params, sampling, state, state.tokens[:, None], live.astype(jnp.int32))
+    return state._replace(cache=cache, tokens=tokens)
+
+
+def _append(
+    model: Transformer,
+    mode: Mode,
+    params: dict[str, Any],
+    sampling: Sampling,
+    state: State,
+    input_ids: Int[Array, "B T"],
+    n_new: Int[Array, " B"],
+) -> tuple[Int[Array, " B"], Cache]:
+    result: Any = model.apply({"params": params}, input_ids, n_new, state.cache, attention=mode.attention, method="extend")
+    if mode.samples:
+        keys = row_keys(sampling.seed, state.step, len(n_new))
+        following = sample_token(result.logits, keys, sampling.temperature, sampling.top_p if mode.nucleus else None)
+    else:
+        following = greedy_token(result.logits)
+    return jnp.where(n_new > 0, following, state.tokens), result.cache
+
+
+def compiled(
+    program: Callable[..., State], model: Transformer, mode: Mode, *arguments: Any
+) -> tuple[Callable[..., State], float]:
+    """(`program` for the shapes and places of `arguments`, seconds spent compiling it now).
+
+    The `State` among the arguments is donated, and what comes back lies where it lay.
+    """
+    leaves, structure = jax.tree.flatten(arguments)
+    abstract = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves)
+    begin = time.perf_counter()
+    executable = _compile(program, model, mode, structure, abstract)
+    return executable, time.perf_counter() - begin
+
+
+@functools.lru_cache(maxsize=KEPT_PROGRAMS)
+def _compile(
+    program: Callable[..., State], model: Transformer, mode: Mode, structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]
+) -> Callable[..., State]:
+    arguments = jax.tree.unflatten(structure, leaves)
+    place = [i for i, argument in enumerate(arguments) if isinstance(argument, State)]
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, arguments[place[0]])
+    # A function of its own per program: `jax.jit` tells functions apart by identity.
+    step = functools.partial(program, model, mode)
+    return jax.jit(step, donate_argnums=tuple(place), out_shardings=shardings).lower(*arguments).compile()

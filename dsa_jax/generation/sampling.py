@@ -1,0 +1,49 @@
+"""Choosing the next token from logits."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+
+
+def row_keys(seed: UInt32[Array, ""], step: Int[Array, ""], n_rows: int) -> Key[Array, " B"]:
+    """One key per row from (seed, row, step), so that what a row draws depends on no other row."""
+    by_row = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), step))
+    return by_row(jnp.arange(n_rows, dtype=jnp.int32))
+
+
+def greedy_token(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """The most probable token; ties to the lower id."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def sample_token(
+    logits: Float[Array, "B V"],
+    keys: Key[Array, " B"],
+    temperature: Float[Array, ""],
+    top_p: Float[Array, ""] | None,
+) -> Int[Array, " B"]:
+    """One draw per row from softmax(logits / temperature), within the nucleus where `top_p` is given.
+
+    Args:
+        logits: float32.
+        keys: one per row.
+        temperature: above 0.
+        top_p: probability mass of the nucleus, in (0, 1]; None for no limit.
+    """
+    scaled = logits / temperature
+    if top_p is not None:
+        scaled = jnp.where(nucleus(jax.nn.softmax(scaled, axis=-1), top_p), scaled, -jnp.inf)
+    return jax.vmap(jax.random.categorical)(keys, scaled).astype(jnp.int32)
+
+
+def nucleus(probability: Float[Array, "B V"], top_p: Float[Array, ""]) -> Bool[Array, "B V"]:
+    """The smallest set of tokens that holds at least `top_p`: the most probable ones, ties to the lower id, never empty.
+
+    Source: Holtzman et al., The Curious Case of Neural Text Degeneration (arXiv 1904.09751), section 3.1.
+    """
+    order = jnp.argsort(-probability, axis=-1, stable=True)
+    ranked = jnp.take_along_axis(probability, order, axis=-1)
+    upto = jnp.cumsum(ranked, axis=-1)
+    before = jnp.concatenate([jnp.zeros_like(upto[:, :1]), upto[:, :-1]], axis=-1)
+    rows = jnp.arange(len(probability))[:, None]
+    return jnp.zeros(probability.shape, bool).at[rows, order].set(before < top_p, unique_indices=True)
