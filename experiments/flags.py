@@ -25,9 +25,10 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from dsa_jax.config import Config, ConfigError
+from dsa_jax.hf import CheckpointError
 from dsa_jax.train.rundir import RunError
 
-_EXPECTED = (ConfigError, RunError)
+_EXPECTED = (ConfigError, RunError, CheckpointError)
 _KIND_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
 
 

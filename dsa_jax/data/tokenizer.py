@@ -87,6 +87,7 @@ class JsonTokenizer:
             self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the package raises bare Exception
             raise ConfigError(f"{file} is not a tokenizer.json: {error}") from error
+        self.file = file
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         self.name = file.name if file.name != "tokenizer.json" else f"{file.resolve().parent.name}/tokenizer.json"
         self.vocab_size = max(ids.values(), default=-1) + 1

@@ -1,0 +1,156 @@
+"""Loading a Hugging Face checkpoint, one stacked parameter at a time."""
+
+import copy
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Shaped
+
+from dsa_jax.hf.errors import CheckpointError
+from dsa_jax.hf.families import FAMILIES
+from dsa_jax.hf.fp8 import block_size
+from dsa_jax.hf.plan import Source, count_mtp_layers, describe_rounding, plan_sources, read_source
+from dsa_jax.hf.read_config import read_model_config
+from dsa_jax.hf.tokenizer_files import load_checkpoint_tokenizer
+from dsa_jax.hf.weights import Weights, read_json
+from dsa_jax.model import Transformer, build_model, init_params
+from dsa_jax.model_config import IndexerConfig, ModelConfig
+from dsa_jax.params import is_indexer_path, nested_parameters, parameter_paths, split_parameters
+from dsa_jax.pretrained import Pretrained
+
+_LOG = logging.getLogger(__name__)
+_ALIGNMENT = 64  # what JAX needs to adopt an array of the host without a copy
+
+Placement = Callable[[str], jax.sharding.Sharding]
+
+
+def load_pretrained(
+    directory: str | Path,
+    *,
+    dtype: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
+    attention: str | None = None,
+    indexer: IndexerConfig | None = None,
+    seed: int = 0,
+    placement: Placement | None = None,
+) -> Pretrained:
+    """The model, parameters and tokenizer of a checkpoint directory.
+
+    Weights are read one tensor at a time into the stacked parameter they belong to, which is then placed on the devices: beside
+    the model itself the host holds one stacked parameter and one tensor. Quantised weights become `dtype`.
+
+    Args:
+        directory: holds config.json and model.safetensors, or model.safetensors.index.json with the files it names.
+        dtype: "float32" or "bfloat16", of parameters and activations; None is as stored, where float16 becomes float32 and
+            fp8 becomes bfloat16. Norms, routers and the indexer's key norm are float32 always.
+        mesh: every parameter is placed on it, replicated unless `placement` says otherwise.
+        attention: "dense" or "sparse"; None is as the checkpoint was trained.
+        indexer: added to a checkpoint without one, with new parameters drawn from `seed`, which are logged. The mode stays
+            dense unless `attention` says otherwise. A checkpoint that has indexers must have just these.
+        seed: the new indexer's parameters are those that `init_params` draws from `jax.random.key(seed)`.
+        placement: from a parameter's path to its sharding.
+
+    Raises:
+        CheckpointError: when the directory cannot be read or does not fit its config.json; nothing is ever made up for it.
+        ConfigError: when `attention`, `indexer` or `dtype` cannot work with the model.
+    """
+    directory = Path(directory)
+    config = read_model_config(directory)
+    content = read_json(directory / "config.json")
+    if dtype is not None:
+        config.param_dtype = config.dtype = jnp.dtype(dtype).name
+    _say_what_is_converted(directory, content, config)
+    brings_indexer = config.attention.indexer.enabled
+    if indexer is not None:
+        _attach(config, indexer, directory)
+    if attention is not None:
+        config.attention.mode = attention
+    model = build_model(config)
+    where = _placement(mesh, placement)
+    shapes = parameter_paths(jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0)))
+    added = [] if brings_indexer else [path for path in shapes if is_indexer_path(path)]
+    tokenizer = load_checkpoint_tokenizer(directory, content, config.vocab_size)
+    stored = {path: leaf for path, leaf in shapes.items() if path not in added}
+    loaded = _read_parameters(directory, content, config, stored, where)
+    if added:
+        loaded |= {path: _put(value, path, where) for path, value in _new_indexers(model, seed).items()}
+        _LOG.info("%s has no indexer; new parameters from seed %d: %s", directory, seed, ", ".join(added))
+    return Pretrained(config, model, nested_parameters({path: loaded[path] for path in shapes}), tokenizer)
+
+
+def _read_parameters(
+    directory: Path, content: dict[str, Any], config: ModelConfig, shapes: dict[str, Any], where: Placement | None
+) -> dict[str, jax.Array]:
+    block = block_size(content, directory / "config.json")
+    latent = config.family in FAMILIES and FAMILIES[config.family].kind == "mla"
+    n_mtp_layers = count_mtp_layers(content, directory / "config.json") if latent else 0
+    loaded = {}
+    with Weights(directory) as weights:
+        plan = plan_sources(config, shapes, weights, block=block, n_mtp_layers=n_mtp_layers)
+        describe_rounding(plan, shapes, weights)
+        for path, sources in plan.items():
+            loaded[path] = _put(_stacked(sources, shapes[path], weights, block), path, where)
+    return loaded
+
+
+def _stacked(sources: list[Source], leaf: Any, weights: Weights, block: tuple[int, int]) -> Shaped[np.ndarray, "..."]:
+    out = _aligned_empty(leaf.shape, np.dtype(leaf.dtype))
+    for source in sources:
+        value = read_source(source, weights, block, out.dtype)
+        target = out[source.place]
+        if value.dtype == out.dtype:
+            # As plain integers, which numpy copies several times as fast as bfloat16.
+            plain = np.dtype(f"u{out.dtype.itemsize}")
+            value, target = value.view(plain), target.view(plain)
+        target[...] = value.astype(target.dtype, copy=False)
+    return out
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
+    n_bytes = math.prod(shape) * dtype.itemsize
+    room = np.empty(n_bytes + _ALIGNMENT, np.uint8)
+    first = -room.ctypes.data % _ALIGNMENT
+    return room[first : first + n_bytes].view(dtype).reshape(shape)
+
+
+def _placement(mesh: jax.sharding.Mesh | None, placement: Placement | None) -> Placement | None:
+    if placement is not None or mesh is None:
+        return placement
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return lambda path: replicated
+
+
+def _put(value: Any, path: str, where: Placement | None) -> jax.Array:
+    return jax.device_put(value) if where is None else jax.device_put(value, where(path))
+
+
+def _attach(config: ModelConfig, indexer: IndexerConfig, directory: Path) -> None:
+    if config.attention.indexer.enabled:
+        if config.attention.indexer != indexer:
+            raise CheckpointError(
+                f"{directory} has indexers of its own, {config.attention.indexer}; expected just these, got {indexer}. Leave "
+                "`indexer` out."
+            )
+        return
+    config.attention.indexer = copy.deepcopy(indexer)
+    config.attention.indexer.enabled = True
+
+
+def _new_indexers(model: Transformer, seed: int) -> dict[str, jax.Array]:
+    """The indexer parameters that `init_params` would draw; compiled together, the others are never computed."""
+    draw = jax.jit(lambda key: split_parameters(init_params(model, key), is_indexer_path)[0])
+    return parameter_paths(draw(jax.random.key(seed)))
+
+
+def _say_what_is_converted(directory: Path, content: dict[str, Any], config: ModelConfig) -> None:
+    stated = str(content.get("torch_dtype") or content.get("dtype"))
+    if content.get("quantization_config"):
+        _LOG.info("%s: fp8 weights become %s; activations are not quantised", directory, config.param_dtype)
+    elif stated.endswith("float16") and not stated.endswith("bfloat16"):
+        _LOG.info("%s: float16 weights become %s", directory, config.param_dtype)

@@ -1,0 +1,54 @@
+"""The tokenizer of a checkpoint directory: reading it, and carrying its files over to another one."""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dsa_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
+from dsa_jax.hf.errors import CheckpointError
+
+_LOG = logging.getLogger(__name__)
+BYTES_FIELD = "dsa_tokenizer"
+"""Field of config.json that says "bytes" where the tokenizer is UTF-8, which needs no file."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+
+
+def load_checkpoint_tokenizer(directory: Path, content: dict[str, Any], vocab_size: int) -> Tokenizer | None:
+    """The tokenizer that the checkpoint brings, or None, which is logged.
+
+    Raises:
+        CheckpointError: when it has more tokens than the model.
+    """
+    tokenizer: Tokenizer
+    if (directory / "tokenizer.json").is_file():
+        try:
+            tokenizer = JsonTokenizer(directory)
+        except ImportError as error:
+            _LOG.warning("no tokenizer: %s", error)
+            return None
+    elif content.get(BYTES_FIELD) == "bytes":
+        tokenizer = ByteTokenizer()
+    elif content.get(BYTES_FIELD) is not None:
+        raise CheckpointError(f"{directory / 'config.json'}: {BYTES_FIELD} is {content[BYTES_FIELD]!r}; expected 'bytes'.")
+    else:
+        _LOG.info("%s brings no tokenizer.json: token ids only", directory)
+        return None
+    if tokenizer.vocab_size > vocab_size:
+        raise CheckpointError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, vocab_size of config.json is {vocab_size}; "
+            "expected at most that many tokens. The tokenizer is that of another model."
+        )
+    return tokenizer
+
+
+def copy_tokenizer_files(source: Path, target: Path) -> list[str]:
+    """Copy what `source` has of a tokenizer, and its generation settings; returns the names."""
+    copied = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    for name in copied:
+        shutil.copyfile(source / name, target / name)
+    return copied
