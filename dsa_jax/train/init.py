@@ -1,4 +1,4 @@
-"""Where parameters come from: random numbers, or another run with what it lacks initialised."""
+"""Where parameters come from: random numbers, a Hugging Face checkpoint, or another run with what it lacks initialised."""
 
 import logging
 from pathlib import Path
@@ -11,9 +11,8 @@ from dsa_jax.config import Config, ConfigError
 from dsa_jax.model import Transformer, build_model, init_params
 from dsa_jax.params import is_indexer_path, nested_parameters, parameter_paths
 from dsa_jax.train.checkpoint import CheckpointStore
-from dsa_jax.train.loop import restore_state
+from dsa_jax.train.from_hf import checkpoint_params
 from dsa_jax.train.rundir import RunError, find_run
-from dsa_jax.train.stages import STAGES
 
 _LOG = logging.getLogger(__name__)
 
@@ -21,7 +20,7 @@ Params = dict[str, Any]
 
 
 class LoadedRun(NamedTuple):
-    """A run read back; `stage` is the one that the parameters are from."""
+    """A run read back; `stage` is the one that the parameters are from. After sparse training the model's mode is "sparse"."""
 
     config: Config
     model: Transformer
@@ -50,21 +49,28 @@ def load_run(directory: Path, *, stage: str | None = None) -> LoadedRun:
         with CheckpointStore(folder, keep=config.train.keep_checkpoints) as store:
             step = store.latest_valid()
             if step is not None:
-                state, _ = restore_state(store, step, abstract, STAGES[name], getattr(config.train, name))
-                return LoadedRun(config, model, state.params, name)
+                params = store.restore(step, {"params": abstract}, subset=True).tree["params"]
+                if name == "sparse":
+                    config.model.attention.mode = "sparse"
+                    model = build_model(config.model)
+                return LoadedRun(config, model, params, name)
     wanted = f"of stage {stage} " if stage else ""
     raise RunError(f"{directory} holds no usable checkpoint {wanted}under checkpoints/. Run experiments.retrofit there first.")
 
 
-def initial_params(config: Config, model: Transformer) -> Params:
-    """Parameters a run starts from.
+def initial_params(config: Config, model: Transformer, *, abstract: bool = False) -> Params:
+    """Parameters a run starts from; `abstract` gives only their shapes, for a run that continues from its own checkpoint.
 
-    With `init.checkpoint` every parameter comes from that run; only indexer parameters may be missing there, and those are
-    initialised from `seed` and listed.
+    With `init.hf_dir` they are that checkpoint's, missing indexers initialised. With `init.checkpoint` every parameter comes
+    from that run; only indexer parameters may be missing there, and those are initialised from `seed` and listed.
 
     Raises:
         ConfigError: naming parameters that are missing, left over or of another shape, with both shapes.
     """
+    if abstract:
+        return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    if config.init.hf_dir:
+        return checkpoint_params(config)
     fresh = init_params(model, jax.random.key(config.seed))
     if not config.init.checkpoint:
         return fresh

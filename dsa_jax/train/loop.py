@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from dsa_jax.config import STAGES as STAGE_ORDER
 from dsa_jax.config import Config, StageConfig
@@ -124,7 +123,8 @@ def run_stage(
         config: the resolved configuration.
         stage: which stage.
         model: the transformer.
-        params: parameters at the start of the stage; with `resume_step` only their structure counts.
+        params: parameters at the start of the stage, which consumes them: a second copy would not fit beside a large model.
+            With `resume_step` only their structure counts.
         data: training batches.
         stop: set by a signal.
         metrics: the run's log; entries after the resumed step are dropped.
@@ -148,7 +148,6 @@ def run_stage(
             before = summaries[stage.name]
             _LOG.info("stage %s continues at step %d of %d", stage.name, step, settings.steps)
         metrics.truncate_after(STAGE_ORDER, stage.name, step)
-        state = jax.tree.map(jnp.array, state)  # own buffers, since the step donates its state
         train_step = make_train_step(model, stage, config)
         judge = _Judge(stage, config, metrics, store, resume_step, before["final"])
         with Progress(stage.name, settings.steps, start_step=step) as progress:

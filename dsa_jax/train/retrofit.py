@@ -11,6 +11,7 @@ from dsa_jax.data import EvalData, TrainData, make_eval_data, make_train_data
 from dsa_jax.evals.parity import Parity, evaluate_parity
 from dsa_jax.model import Transformer, build_model
 from dsa_jax.params import count_parameters, is_indexer_path, split_parameters
+from dsa_jax.train.from_hf import checkpoint_params, export_checkpoint, resolve_checkpoint
 from dsa_jax.train.init import initial_params, load_run
 from dsa_jax.train.loop import latest_position, run_stage
 from dsa_jax.train.metrics import MetricsLog
@@ -26,23 +27,26 @@ _LOG = logging.getLogger(__name__)
 def retrofit(config: Config, workdir: Path, *, tensorboard: bool = False) -> dict[str, Any] | None:
     """Run every stage with a positive number of steps, then the parity table; continue where an earlier call stopped.
 
+    A run that starts from a Hugging Face directory ends by writing one, `workdir`/hf.
+
     Returns:
         The report (also in report.json), or None if a signal stopped the run after saving.
 
     Raises:
         ConfigError, RunError: with one line that says what was wrong and what to do.
     """
+    config = resolve_checkpoint(config)
     config.validate()
     train_data = make_train_data(config.data, config.seed, config.model.vocab_size)
     eval_data = make_eval_data(config.data, config.seed, config.model.vocab_size)
     check_lengths(config, train_data, eval_data)
     run = open_run(workdir, config)
     model = build_model(config.model)
-    params = initial_params(config, model)
+    position = latest_position(run, config)
+    params = initial_params(config, model, abstract=position is not None)
     n_indexer = count_parameters(split_parameters(params, is_indexer_path)[0])
     _LOG.info("%s: %d parameters, %d of them in indexers", config.name, count_parameters(params), n_indexer)
     summaries: dict[str, dict[str, Any]] = {}
-    position = latest_position(run, config)
     first_batch = 0
     with StopRequest() as stop, MetricsLog(run.metrics_path, tensorboard=tensorboard) as metrics:
         for name in STAGE_ORDER:
@@ -74,7 +78,12 @@ def retrofit(config: Config, workdir: Path, *, tensorboard: bool = False) -> dic
                     )
                     return None
             first_batch += steps
-    return evaluate_and_report(run, config, model, params, summaries, eval_data)
+    report = evaluate_and_report(run, config, model, params, summaries, eval_data)
+    if config.init.hf_dir:
+        trained = [name for name in STAGE_ORDER if getattr(config.train, name).steps]
+        export_checkpoint(run.path / "hf", config, params, stage=trained[-1] if trained else "")
+        print(f"Hugging Face checkpoint: {run.path / 'hf'}")
+    return report
 
 
 def check_lengths(config: Config, train_data: TrainData, eval_data: EvalData) -> None:
@@ -96,9 +105,11 @@ def check_lengths(config: Config, train_data: TrainData, eval_data: EvalData) ->
 
 
 def _dense_params_before(run: RunDirectory, config: Config) -> dict[str, Any] | None:
-    """Parameters at the end of dense pretraining, where this run did it and trained on."""
-    if not (config.train.pretrain.steps and config.train.sparse.steps):
+    """Parameters of the dense model that the sparse stage started from, where this run still has them."""
+    if not config.train.sparse.steps:
         return None
+    if not config.train.pretrain.steps:
+        return checkpoint_params(config) if config.init.hf_dir else None
     try:
         return load_run(run.path, stage="pretrain").params
     except RunError as error:

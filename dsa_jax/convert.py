@@ -1,0 +1,45 @@
+"""Checkpoints from one layout to the other: run directory and Hugging Face directory."""
+
+from pathlib import Path
+
+from dsa_jax.config import Config, DataConfig, TextConfig
+from dsa_jax.hf import load_pretrained, save_pretrained
+from dsa_jax.open_checkpoint import is_hf_directory, open_checkpoint
+from dsa_jax.train.checkpoint import CheckpointStore
+from dsa_jax.train.rundir import RunError, open_run
+
+
+def to_hf(source: Path, target: Path) -> str:
+    """Write the newest parameters of `source` as a Hugging Face checkpoint; returns a line that says what was written.
+
+    Raises:
+        RunError, CheckpointError: where `source` cannot be read or `target` not be written.
+    """
+    loaded = open_checkpoint(source)
+    save_pretrained(target, loaded.config, loaded.params, tokenizer=loaded.tokenizer)
+    return f"{source} is now a Hugging Face checkpoint in {target}"
+
+
+def to_run(source: Path, target: Path) -> str:
+    """Write a Hugging Face checkpoint as a run directory, whose only step is number 0 of the stage that it is trained for.
+
+    The run can be evaluated, generated from and named as `init.checkpoint`; the text it is evaluated on is the default one,
+    with the checkpoint's tokenizer.
+
+    Raises:
+        RunError: where `source` is no Hugging Face directory or `target` holds another run.
+        CheckpointError: where the checkpoint cannot be read.
+    """
+    if not is_hf_directory(source):
+        raise RunError(f"{source} is not a Hugging Face directory: its config.json names no model_type.")
+    loaded = load_pretrained(source)
+    tokenizer = str(source.resolve()) if (source / "tokenizer.json").is_file() else "bytes"
+    data = DataConfig(recall_fraction=0.0, text=TextConfig(tokenizer=tokenizer))
+    config = Config(name=source.resolve().name, model=loaded.config, data=data)
+    config.eval.recall_sequences = 0
+    stage = "sparse" if loaded.config.attention.mode == "sparse" else "pretrain"
+    run = open_run(target, config)
+    with CheckpointStore(run.checkpoint_dir(stage), keep=1) as store:
+        store.save(0, {"params": loaded.params}, {"stage": stage, "step": 0, "source": str(source)})
+        store.wait()
+    return f"{source} is now the run {target}"

@@ -1,0 +1,31 @@
+"""A checkpoint of either kind, a run directory or a Hugging Face one, as the same `Pretrained`."""
+
+import json
+from pathlib import Path
+
+from dsa_jax.data import load_tokenizer
+from dsa_jax.hf import load_pretrained
+from dsa_jax.pretrained import Pretrained
+from dsa_jax.train.init import load_run
+
+
+def is_hf_directory(directory: str | Path) -> bool:
+    """Whether `directory` is a Hugging Face checkpoint: its config.json names a `model_type`."""
+    try:
+        content = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "model_type" in content
+
+
+def open_checkpoint(directory: str | Path) -> Pretrained:
+    """The newest parameters of a run directory, or a Hugging Face checkpoint, with the tokenizer they were trained with.
+
+    Raises:
+        RunError: when `directory` is neither, or a run without a usable checkpoint.
+        CheckpointError: when it is a Hugging Face directory that cannot be read.
+    """
+    if is_hf_directory(directory):
+        return load_pretrained(directory)
+    run = load_run(Path(directory))
+    return Pretrained(run.config.model, run.model, run.params, load_tokenizer(run.config.data.text.tokenizer))

@@ -1,0 +1,88 @@
+"""A retrofit that starts from a Hugging Face checkpoint: its model with the recipe's indexer, its tokenizer, its weights."""
+
+import copy
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+from dsa_jax.config import Config, ConfigError, ModelConfig, TrainConfig
+from dsa_jax.data import load_tokenizer
+from dsa_jax.hf import load_pretrained, read_model_config, save_pretrained
+from dsa_jax.model import Transformer
+from dsa_jax.params import parameter_paths
+
+_LOG = logging.getLogger(__name__)
+
+# How a run computes is the recipe's business, what it computes the checkpoint's.
+_OF_THE_RUN = ("param_dtype", "dtype", "scan_layers", "remat")
+CHECKPOINT_TOKENIZER = "checkpoint"
+
+
+def resolve_checkpoint(config: Config) -> Config:
+    """`config` with what `init.hf_dir` decides filled in; the same config where it is not set.
+
+    The model is the checkpoint's. From the recipe come `model.param_dtype`, `dtype`, `scan_layers`, `remat`,
+    `attention.implementation`, the experts' balance settings and, where the checkpoint has no indexer, `attention.indexer`.
+    `data.text.tokenizer` "checkpoint" becomes the directory.
+
+    Raises:
+        ConfigError: when the recipe asks for the tokenizer of a checkpoint that it does not name.
+        CheckpointError: when the directory holds no checkpoint that can be read.
+    """
+    config = copy.deepcopy(config)
+    if config.init.hf_dir:
+        theirs = read_model_config(config.init.hf_dir)
+        if theirs.attention.indexer.enabled and config.model.attention.indexer != theirs.attention.indexer:
+            _LOG.info("%s has indexers of its own: model.attention.indexer is taken from there", config.init.hf_dir)
+        config.model = _merged(config.model, theirs)
+    if config.data.text.tokenizer == CHECKPOINT_TOKENIZER:
+        if not config.init.hf_dir:
+            raise ConfigError(
+                "data.text.tokenizer is 'checkpoint', but init.hf_dir is not set. Give --config.init.hf_dir=DIR, or another "
+                "tokenizer."
+            )
+        config.data.text.tokenizer = config.init.hf_dir
+    return config
+
+
+def _merged(ours: ModelConfig, theirs: ModelConfig) -> ModelConfig:
+    """The checkpoint's model, computed as the recipe says."""
+    model = dataclasses.replace(theirs, **{name: getattr(ours, name) for name in _OF_THE_RUN})
+    model.attention = dataclasses.replace(theirs.attention, implementation=ours.attention.implementation)
+    if not theirs.attention.indexer.enabled:
+        model.attention.indexer = copy.deepcopy(ours.attention.indexer)
+    balance = {name: getattr(ours.moe, name) for name in ("bias_update_rate", "balance_loss_weight")}
+    model.moe = dataclasses.replace(theirs.moe, **balance)
+    return model
+
+
+def checkpoint_params(config: Config) -> dict[str, Any]:
+    """The weights of `init.hf_dir` for the resolved `config`; indexers that it lacks are initialised from `seed`."""
+    indexer = config.model.attention.indexer
+    loaded = load_pretrained(
+        config.init.hf_dir,
+        dtype=config.model.param_dtype,
+        indexer=indexer if indexer.enabled else None,
+        seed=config.seed,
+    )
+    return loaded.params
+
+
+def load_for_evaluation(config: Config) -> tuple[Config, Transformer, dict[str, Any]]:
+    """(config, model, params) of `init.hf_dir` as it is: a checkpoint without an indexer gets none, the stages are dropped."""
+    config = resolve_checkpoint(config)
+    loaded = load_pretrained(config.init.hf_dir, dtype=config.model.param_dtype)
+    config.model = loaded.config
+    config.train = TrainConfig()
+    return config, loaded.model, loaded.params
+
+
+def export_checkpoint(directory: Path, config: Config, params: dict[str, Any], *, stage: str) -> None:
+    """Write `params` as a Hugging Face checkpoint with the tokenizer of the text; `stage` "sparse" marks it as sparse."""
+    model = copy.deepcopy(config.model)
+    if stage == "sparse":
+        model.attention.mode = "sparse"
+    save_pretrained(directory, model, params, tokenizer=load_tokenizer(config.data.text.tokenizer))
+    n_tensors = len(parameter_paths(params))
+    _LOG.info("wrote %d parameters as a Hugging Face checkpoint to %s", n_tensors, directory)

@@ -1,0 +1,33 @@
+r"""A run's newest checkpoint as a Hugging Face directory, and a Hugging Face directory as a run.
+
+python -m experiments.convert --checkpoint=runs/quickstart --to_hf=exported
+python -m experiments.convert --checkpoint=exported --to_run=runs/imported
+"""
+
+from absl import flags
+
+from dsa_jax.config import ConfigError
+from experiments.flags import run_main
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory or Hugging Face directory to read.", required=True)
+_TO_HF = flags.DEFINE_string("to_hf", "", "Hugging Face directory to write.")
+_TO_RUN = flags.DEFINE_string("to_run", "", "Run directory to write.")
+
+
+def main(argv: list[str]) -> None:
+    """Convert."""
+    del argv
+    from pathlib import Path
+
+    from dsa_jax.convert import to_hf, to_run
+
+    if bool(_TO_HF.value) == bool(_TO_RUN.value):
+        raise ConfigError("give exactly one of --to_hf=DIR and --to_run=DIR.")
+    if _TO_HF.value:
+        print(to_hf(Path(_CHECKPOINT.value), Path(_TO_HF.value)))
+    else:
+        print(to_run(Path(_CHECKPOINT.value), Path(_TO_RUN.value)))
+
+
+if __name__ == "__main__":
+    run_main(main)
