@@ -1,10 +1,11 @@
-# make quickstart | test | lint | aot | clean.  VENV and PYTHON choose another environment; PINS adds requirements, e.g. PINS="jax==0.11.2".
+# make quickstart | test | lint | parity | aot | clean.  VENV and PYTHON choose another environment; PINS adds requirements, e.g. PINS="jax==0.11.2".
 VENV ?= .venv
 PYTHON ?= python3
 PINS ?=
+PARITY_VENV ?= .venv-parity
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint aot clean
+.PHONY: quickstart test lint parity aot clean
 
 quickstart: $(VENV)/.has-plot
 	$(BIN)/python -m experiments.retrofit --config=configs/quickstart.py --workdir=runs/quickstart
@@ -16,6 +17,16 @@ lint: $(VENV)/.has-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Against the installed transformers; torch comes first and alone, or pip looks for a build of its own choice.
+parity: $(PARITY_VENV)/.has-parity
+	$(PARITY_VENV)/bin/python -m pytest -n 2 tests/parity
+
+$(PARITY_VENV)/.has-parity: setup.py pyproject.toml
+	test -x $(PARITY_VENV)/bin/python || $(PYTHON) -m venv $(PARITY_VENV)
+	$(PARITY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(PARITY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[parity,test]"
+	touch $@
 
 $(VENV)/.has-%: setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -29,4 +40,4 @@ aot:
 	.venv-aot/bin/python -m benchmarks.aot $(AOT_ARGS)
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(PARITY_VENV) build *.egg-info

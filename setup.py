@@ -6,6 +6,8 @@ from setuptools import find_packages, setup
 
 HF = ["tokenizers>=0.23"]
 PLOT = ["matplotlib>=3.10"]
+# Exactly this torch: its CPU build is small, and the fixtures were made with it.
+PARITY = ["transformers>=5.23", "torch==2.13.0"]
 LINT = ["ruff>=0.17", "mypy>=2.4"]
 # Compiles the GPU kernels for an H200 without one (make aot). Pinned: what spills depends on the compiler's version.
 AOT = ["jax==0.11.2", "jax-cuda13-plugin[with-cuda]==0.11.2", "jax-cuda13-pjrt==0.11.2"]
@@ -39,6 +41,7 @@ setup(
         "plot": PLOT,
         "tensorboard": ["tensorboardX>=2.6.5"],
         "notebooks": ["jupytext>=1.19", "nbmake>=1.5.5", "ipykernel", *PLOT],
+        "parity": PARITY,
         "test": TEST,
         "dev": [*TEST, "tensorboardX>=2.6.5"],
     },
