@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
 
 from dsa_jax.config import ModelConfig
 from dsa_jax.generation.pages import PageAllocator, make_block_table
@@ -57,7 +56,7 @@ class GenerateOutput(NamedTuple):
 
 def generate(
     pretrained: Pretrained,
-    prompts: Sequence[Sequence[int] | Int[np.ndarray, " N"]],
+    prompts: Sequence[Sequence[int] | np.ndarray],
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
