@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.index_topk import pallas_gpu as index_topk
 from pallas_kernels.sparse_attention import pallas_gpu as sparse_attention
 from pallas_kernels.sparse_attention.pallas_gpu_tiles import Problem, default_options
 from pallas_kernels.sparse_attention.shapes import DEEPSEEK_V32, LLAMA3_8B, AttentionShape
@@ -16,13 +17,17 @@ SCALE = 0.125
 
 
 class KernelCase(NamedTuple):
-    """A function of arrays, the arrays it is compiled for, and the names of the kernels that must be in it."""
+    """A function of arrays, the arrays it is compiled for, and the names of the kernels that must be in it.
+
+    No array of the program, other than those given, may hold more than `most_numbers`.
+    """
 
     name: str
     shape: str
     function: Callable[..., Any]
     arrays: tuple[jax.ShapeDtypeStruct, ...]
     kernels: tuple[str, ...]
+    most_numbers: int
 
 
 ATTENTION = {
@@ -36,6 +41,7 @@ def cases() -> Iterator[KernelCase]:
     """All cases."""
     for name, shape in ATTENTION.items():
         yield from _sparse_attention(name, shape)
+    yield from _index_scores()
 
 
 def _bf16(*shape: int) -> jax.ShapeDtypeStruct:
@@ -73,4 +79,32 @@ def _sparse_attention(name: str, shape: AttentionShape) -> Iterator[KernelCase]:
         function = jax.grad(functools.partial(loss, options=options), tuple(range(1, 3 if shape.value_dim is None else 4)))
         ends = ("contributions", "ordered_sum") if deterministic else ("forward", "d_query", "d_key")
         kernels = tuple(f"sparse_attention_{end}" for end in ends)
-        yield KernelCase("sparse_attention", name, function, (indices, *_attention_arrays(shape)), kernels)
+        arrays = indices, *_attention_arrays(shape)
+        # Rows beyond the last key, and, when chunks of queries do not come out even, some queries.
+        spare = 8 * shape.groups * problem.dim + max(x.size for x in arrays) // 8
+        most = max(spare + max(x.size for x in arrays), options.budget_bytes // 4)
+        yield KernelCase("sparse_attention", name, function, arrays, kernels, most)
+
+
+def _index_scores() -> Iterator[KernelCase]:
+    for heads, batch, queries, keys in ((64, 1, 4096, 32768), (32, 1, 4096, 32768), (64, 32, 1, 131072)):
+        for dtype in (jnp.bfloat16, jnp.float8_e4m3fn):
+            arrays = (
+                jax.ShapeDtypeStruct((batch, queries, heads, 128), dtype),
+                jax.ShapeDtypeStruct((batch, keys, 128), dtype),
+                _f32(batch, queries, heads),
+                _i32(batch, queries),
+                _i32(batch, queries),
+                _f32(batch, keys),
+            )
+
+            def scores(q: Any, k: Any, w: Any, start: Any, end: Any, k_scale: Any) -> Any:
+                return index_topk.index_scores(q, k, w, start, end, k_scale=k_scale, interpret=False)
+
+            def selection(q: Any, k: Any, w: Any, start: Any, end: Any, k_scale: Any) -> Any:
+                return index_topk.index_topk(q, k, w, start, end, k_scale=k_scale, topk=2048, interpret=False)
+
+            name = f"{jnp.dtype(dtype).name}, {heads} heads, 128, {batch} x {queries} queries, {keys} keys"
+            kernels = ("head_sums_visible_scores",), ("head_sums_visible_ranked_scores",)
+            yield KernelCase("index_scores", name, scores, arrays, kernels[0], batch * queries * keys)
+            yield KernelCase("index_topk", name, selection, arrays, kernels[1], index_topk.SCORE_BUDGET)

@@ -58,15 +58,21 @@ def check_shape(op: str, name: str, array: Array, expected: tuple[int | None, ..
         )
 
 
-def check_index_arguments(op: str, q_index: Array, k_index: Array, weights: Array) -> None:
-    """Checks the indexer's queries, keys and head weights against each other."""
-    check_float(op, q_index=q_index, k_index=k_index)
+def check_index_arguments(
+    op: str, q_index: Array, k_index: Array, weights: Array, k_scale: Array | None = None, *, fp8: bool = False
+) -> None:
+    """Checks the indexer's queries, keys and head weights against each other; `fp8`: e4m3 queries and keys will do."""
+    if not (fp8 and q_index.dtype == k_index.dtype == jnp.float8_e4m3fn):
+        check_float(op, q_index=q_index, k_index=k_index)
     if weights.dtype.name not in ("float32", "float64"):
         raise ValueError(f"{op}: weights has dtype {weights.dtype}; expected float32. Cast with weights.astype(jnp.float32).")
     check_shape(op, "q_index", q_index, (None,) * 4, "[B, T, index heads, index head dim]")
     batch, length, heads, dim = q_index.shape
     check_shape(op, "k_index", k_index, (batch, None, dim), "[B, S, index head dim]")
     check_shape(op, "weights", weights, (batch, length, heads), "[B, T, index heads]")
+    if k_scale is not None:
+        check_float(op, k_scale=k_scale)
+        check_shape(op, "k_scale", k_scale, (batch, k_index.shape[1]), "[B, S]")
 
 
 def check_attention_arguments(op: str, q: Array, k: Array, v: Array | None = None, d_v: int | None = None) -> None:

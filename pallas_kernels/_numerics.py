@@ -10,6 +10,11 @@ def accumulation_dtype(*arrays: Array) -> jnp.dtype:
     return jnp.result_type(jnp.float32, *arrays)
 
 
+def widen_fp8(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """fp8 as bfloat16, which holds every e4m3 number; Triton multiplies fp8 on Hopper only after such a conversion, too."""
+    return x.astype(jnp.bfloat16) if x.dtype.itemsize == 1 else x
+
+
 def visible_mask(
     visible_start: Int32[Array, "*batch"], visible_end: Int32[Array, "*batch"], n_keys: int
 ) -> Bool[Array, "*batch {n_keys}"]:

@@ -4,14 +4,14 @@ import jax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import _checks, _dispatch
-from pallas_kernels.index_topk import reference, xla
+from pallas_kernels.index_topk import pallas_gpu, reference, xla
 
-_SCORES = {"reference": reference.index_scores, "xla": xla.index_scores}
-_TOPK = {"reference": reference.index_topk, "xla": xla.index_topk}
+_SCORES = {"reference": reference.index_scores, "xla": xla.index_scores, "pallas": pallas_gpu.index_scores}
+_TOPK = {"reference": reference.index_topk, "xla": xla.index_topk, "pallas": pallas_gpu.index_topk}
 
 
-def _check_scores(q_index, k_index, weights, visible_start, visible_end, **_):
-    _checks.check_index_arguments("index_scores", q_index, k_index, weights)
+def _check_scores(q_index, k_index, weights, visible_start, visible_end, k_scale, **_):
+    _checks.check_index_arguments("index_scores", q_index, k_index, weights, k_scale, fp8=True)
     _checks.check_ranges("index_scores", visible_start, visible_end, *q_index.shape[:2])
 
 
@@ -23,16 +23,20 @@ def index_scores(
     *,
     visible_start: Int32[Array, "B T"],
     visible_end: Int32[Array, "B T"],
+    k_scale: Float[Array, "B S"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T S"]:
     """Scores of the lightning indexer: how much query t wants key s.
 
-    `score[t, s] = sum_h weights[t, h] * relu(q_index[t, h] . k_index[s])`. The result holds T x S numbers: it is meant for
-    inspection and tests, `index_topk` never builds it.
+    `score[t, s] = k_scale[s] * sum_h weights[t, h] * relu(q_index[t, h] . k_index[s])`. The result holds T x S numbers: it is
+    meant for inspection and tests, `index_topk` never builds it.
 
     Args:
-        weights: float32, signed, the static scales `n_index_heads ** -0.5 * index_head_dim ** -0.5` folded in.
+        q_index, k_index: a float dtype, or both e4m3, as `quantize.quantize_fp8` makes them.
+        weights: float32, signed, the static scales `n_index_heads ** -0.5 * index_head_dim ** -0.5` folded in, and for e4m3
+            queries the scale of each.
         visible_start, visible_end: query t sees keys [start, end); bounds outside [0, S] are clamped, start == end is empty.
+        k_scale: positive scale of each key, 1 when left out; exact where it is a power of two.
         implementation: see `pallas_kernels.IMPLEMENTATIONS`; None is the default of the device.
 
     Returns:
@@ -45,11 +49,11 @@ def index_scores(
     Source: DeepSeek-V3.2-Exp report, section 1, equation 1.
     """
     run = _dispatch.choose("index_scores", implementation, _SCORES, platform=jax.default_backend())
-    return run(q_index, k_index, weights, visible_start, visible_end)
+    return run(q_index, k_index, weights, visible_start, visible_end, k_scale=k_scale)
 
 
-def _check_topk(q_index, k_index, weights, topk, visible_start, visible_end, **_):
-    _checks.check_index_arguments("index_topk", q_index, k_index, weights)
+def _check_topk(q_index, k_index, weights, topk, visible_start, visible_end, k_scale, **_):
+    _checks.check_index_arguments("index_topk", q_index, k_index, weights, k_scale, fp8=True)
     _checks.check_topk("index_topk", topk)
     _checks.check_ranges("index_topk", visible_start, visible_end, *q_index.shape[:2])
 
@@ -63,6 +67,7 @@ def index_topk(
     topk: int,
     visible_start: Int32[Array, "B T"],
     visible_end: Int32[Array, "B T"],
+    k_scale: Float[Array, "B S"] | None = None,
     implementation: str | None = None,
 ) -> Int32[Array, "B T {topk}"]:
     """The `topk` visible keys with the highest index score, per query; one selection shared by all attention heads.
@@ -73,6 +78,7 @@ def index_topk(
         weights: float32, signed, static scales folded in (a positive factor never changes the selection).
         topk: selected keys per query (k in the paper); may exceed S.
         visible_start, visible_end: query t sees keys [start, end); bounds outside [0, S] are clamped, start == end is empty.
+        k_scale: as in `index_scores`.
         implementation: see `pallas_kernels.IMPLEMENTATIONS`; None is the default of the device.
 
     Returns:
@@ -88,4 +94,5 @@ def index_topk(
     """
     run = _dispatch.choose("index_topk", implementation, _TOPK, platform=jax.default_backend())
     stopped = [jax.lax.stop_gradient(x) for x in (q_index, k_index, weights)]
-    return run(*stopped, visible_start, visible_end, topk=topk)
+    scale = None if k_scale is None else jax.lax.stop_gradient(k_scale)
+    return run(*stopped, visible_start, visible_end, topk=topk, k_scale=scale)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels._numerics import accumulation_dtype, rank_scores, visible_mask
+from pallas_kernels._numerics import accumulation_dtype, rank_scores, visible_mask, widen_fp8
 
 
 def index_scores(
@@ -13,15 +13,21 @@ def index_scores(
     weights: Float[Array, "B T Hi"],
     visible_start: Int32[Array, "B T"],
     visible_end: Int32[Array, "B T"],
+    *,
+    k_scale: Float[Array, "B S"] | None = None,
 ) -> Float[Array, "B T S"]:
-    """sum_h weights * relu(q . k), -inf where invisible."""
+    """k_scale * sum_h weights * relu(q . k), -inf where invisible."""
+    q_index, k_index = widen_fp8(q_index), widen_fp8(k_index)
     visible = visible_mask(visible_start, visible_end, k_index.shape[1])
     # A key nobody sees and a query that sees nothing may hold NaN, which a mask alone would let into the gradients.
-    k_index = jnp.where(visible.any(1)[..., None], k_index, 0)
+    seen = visible.any(1)
+    k_index = jnp.where(seen[..., None], k_index, 0)
     q_index = jnp.where(visible.any(2)[..., None, None], q_index, 0)
     dtype = accumulation_dtype(q_index, k_index, weights)
     products = jnp.einsum("bthd,bsd->bths", q_index.astype(dtype), k_index.astype(dtype), precision=jax.lax.Precision.HIGHEST)
     scores = (weights[..., None].astype(dtype) * jax.nn.relu(products)).sum(2)
+    if k_scale is not None:
+        scores = scores * jnp.where(seen, k_scale, 0)[:, None].astype(dtype)
     return jnp.where(visible, scores, -jnp.inf)
 
 
@@ -44,7 +50,8 @@ def index_topk(
     visible_end: Int32[Array, "B T"],
     *,
     topk: int,
+    k_scale: Float[Array, "B S"] | None = None,
 ) -> Int32[Array, "B T {topk}"]:
     """Canonical selection over the index scores."""
-    scores = index_scores(q_index, k_index, weights, visible_start, visible_end)
+    scores = index_scores(q_index, k_index, weights, visible_start, visible_end, k_scale=k_scale)
     return canonical_topk(scores, visible_mask(visible_start, visible_end, k_index.shape[1]), topk)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels._chunks import map_queries, rows_per_chunk, slice_chunk
-from pallas_kernels._numerics import accumulation_dtype, head_products, weighted_relu_sum
+from pallas_kernels._numerics import accumulation_dtype, head_products, weighted_relu_sum, widen_fp8
 from pallas_kernels._selection import all_visible, select_in_blocks
 from pallas_kernels.index_topk import reference
 
@@ -31,8 +31,11 @@ def index_scores(
     weights: Float[Array, "B T Hi"],
     visible_start: Int32[Array, "B T"],
     visible_end: Int32[Array, "B T"],
+    *,
+    k_scale: Float[Array, "B S"] | None = None,
 ) -> Float[Array, "B T S"]:
     """The whole score matrix, one query chunk after the other so that no head's products outlive their chunk."""
+    q_index, k_index = widen_fp8(q_index), widen_fp8(k_index)
     batch, _, heads, _ = q_index.shape
     if 0 in (q_index.size, k_index.shape[1]):
         return jnp.zeros((*q_index.shape[:2], k_index.shape[1]), accumulation_dtype(q_index, k_index, weights))
@@ -41,7 +44,7 @@ def index_scores(
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(chunk: tuple[Array, ...]) -> Array:
         q, w, start, end = chunk
-        return reference.index_scores(q, k_index, w, start, end)
+        return reference.index_scores(q, k_index, w, start, end, k_scale=k_scale)
 
     return map_queries(step, (q_index, weights, visible_start, visible_end), block_q)
 
@@ -54,8 +57,10 @@ def index_topk(
     visible_end: Int32[Array, "B T"],
     *,
     topk: int,
+    k_scale: Float[Array, "B S"] | None = None,
 ) -> Int32[Array, "B T {topk}"]:
     """Canonical selection; per chunk a score buffer of batch x queries x keys is all that is held."""
+    q_index, k_index = widen_fp8(q_index), widen_fp8(k_index)
     n_keys = k_index.shape[1]
     if topk >= n_keys or q_index.size == 0:
         return all_visible(jnp.maximum(visible_start, 0), jnp.minimum(visible_end, n_keys), topk)
@@ -66,8 +71,13 @@ def index_topk(
 
     def step(chunk: tuple[Array, ...]) -> Array:
         q, w, start, end = chunk
+
+        def block_scores(first: Array) -> Array:
+            scores = block_index_scores(q, slice_chunk(k_index, first, block_k), w)
+            return scores if k_scale is None else scores * slice_chunk(k_scale, first, block_k)[:, None].astype(scores.dtype)
+
         return select_in_blocks(
-            lambda first: block_index_scores(q, slice_chunk(k_index, first, block_k), w),
+            block_scores,
             start,
             end,
             n_keys=n_keys,

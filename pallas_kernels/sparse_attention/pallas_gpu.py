@@ -22,8 +22,6 @@ from pallas_kernels.sparse_attention import pallas_gpu_tiles as tiling
 from pallas_kernels.sparse_attention.pallas_gpu_tiles import LOG2_E, Options, Problem, Refs, Tiles
 from pallas_kernels.sparse_attention.xla import join_batch, join_batch_indices
 
-_DTYPES = ("bfloat16", "float16", "float32")
-
 
 def sparse_attention(
     q: Float[Array, "B T H Dk"],
@@ -46,20 +44,8 @@ def sparse_attention(
         NotImplementedError: a dtype, device or number of channels that the kernels do not cover.
     """
     width = values_of(k, v, d_v).shape[-1]
-    names = {x.dtype.name for x in (q, k, *(() if v is None else (v,)))}
-    if len(names) != 1 or not names <= set(_DTYPES):
-        raise NotImplementedError(
-            f"sparse_attention: pallas got {', '.join(sorted(names))}; it needs q, k and v of one dtype out of "
-            f"{', '.join(_DTYPES)}. Cast them, or pass implementation='xla'."
-        )
-    if interpret is None:
-        platform = jax.default_backend()
-        if platform not in ("cpu", "gpu"):
-            raise NotImplementedError(
-                f"sparse_attention: pallas runs on NVIDIA GPUs, and interpreted on CPU; this is {platform!r}. "
-                "Pass implementation='xla'."
-            )
-        interpret = platform == "cpu"
+    tiling.check_dtypes("sparse_attention", "q, k and v", q, k, v)
+    interpret = tiling.is_interpreted("sparse_attention") if interpret is None else interpret
     if 0 in (q.size, width, k.shape[1], topk_indices.shape[2]):
         return jnp.zeros((*q.shape[:3], width), q.dtype), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
     problem = Problem(q.shape[2], k.shape[2], q.shape[3], width, v is None, float(softmax_scale), interpret)
@@ -107,7 +93,7 @@ def _forward_kernel(refs: Refs, out_ref: Any, lse_ref: Any, *, problem: Problem,
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attend(q: Array, k: Array, v: Array | None, indices: Array, problem: Problem, options: Options) -> tuple[Array, Array]:
     tiles, length = options.forward, q.shape[0]
-    refs = backward.common_inputs(q, k, v, indices, tiles)
+    refs = tiling.common_inputs(q, k, v, indices, tiles)
     outputs = [
         jax.ShapeDtypeStruct((length, problem.heads, problem.width), q.dtype),
         jax.ShapeDtypeStruct((length, problem.heads), jnp.float32),
@@ -118,7 +104,7 @@ def _attend(q: Array, k: Array, v: Array | None, indices: Array, problem: Proble
         tiles,
         (refs,),
         grid=(length, problem.groups * problem.head_blocks(tiles)),
-        in_specs=[backward.specs(refs)],
+        in_specs=[tiling.specs(refs)],
         out_specs=[tiling.per_query(x) for x in outputs],
         out_shape=outputs,
         name="sparse_attention_forward",

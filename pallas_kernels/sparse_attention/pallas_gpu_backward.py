@@ -35,22 +35,8 @@ class Saved(NamedTuple):
     indices: Array
 
 
-def common_inputs(q: Array, k: Array, v: Array | None, indices: Array, tiles: Tiles) -> dict[str, Array]:
-    """Inputs of every kernel; `length` counts slots up to the last valid one, so that padding at the end costs nothing."""
-    topk = indices.shape[1]
-    length = jnp.where(indices >= 0, jnp.arange(1, topk + 1, dtype=jnp.int32), 0).max(1)
-    indices = jnp.pad(indices, ((0, 0), (0, -topk % tiles.block_k)), constant_values=-1)
-    refs = {"q": q, "k": k.reshape(k.shape[0], -1), "indices": indices, "length": length[:, None]}
-    return refs if v is None else {**refs, "v": v.reshape(v.shape[0], -1)}
-
-
-def specs(refs: dict[str, Array]) -> dict[str, pl.BlockSpec]:
-    """Keys and values whole, everything else one query at a time."""
-    return {name: tiling.whole(x) if name in ("k", "v") else tiling.per_query(x) for name, x in refs.items()}
-
-
 def _gradient_inputs(arrays: Saved, k: Array, v: Array | None, tiles: Tiles) -> dict[str, Array]:
-    refs = common_inputs(arrays.q, k, v, arrays.indices, tiles)
+    refs = tiling.common_inputs(arrays.q, k, v, arrays.indices, tiles)
     return {**refs, "d_out": arrays.d_out, "lse": arrays.lse, "delta": arrays.delta}
 
 
@@ -86,7 +72,7 @@ def query_gradient(arrays: Saved, k: Array, v: Array | None, problem: Problem, t
         tiles,
         (refs,),
         grid=(arrays.q.shape[0], problem.groups * problem.head_blocks(tiles)),
-        in_specs=[specs(refs)],
+        in_specs=[tiling.specs(refs)],
         out_specs=tiling.per_query(arrays.q),
         out_shape=jax.ShapeDtypeStruct(arrays.q.shape, arrays.q.dtype),
         name="sparse_attention_d_query",
@@ -187,7 +173,7 @@ def key_gradients_atomic(
         tiles,
         (refs, *zeros),
         grid=(arrays.q.shape[0], problem.groups, refs["indices"].shape[1] // tiles.block_k),
-        in_specs=[specs(refs), *map(tiling.whole, zeros)],
+        in_specs=[tiling.specs(refs), *map(tiling.whole, zeros)],
         out_specs=[tiling.whole(x) for x in zeros],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in zeros],
         input_output_aliases={len(refs) + i: i for i in range(len(zeros))},
@@ -262,7 +248,7 @@ def key_gradients_in_order(
             tiles,
             (refs,),
             grid=(size, problem.groups, slots // tiles.block_k),
-            in_specs=[specs(refs)],
+            in_specs=[tiling.specs(refs)],
             out_specs=[tiling.whole(x) for x in shapes],
             out_shape=shapes,
             name="sparse_attention_contributions",

@@ -19,6 +19,7 @@ SMALLEST_SIDE = 16
 # More pieces than this would cost more instructions per key than they save.
 MOST_PIECES = 4
 LOG2_E = math.log2(math.e)
+HALF_AND_SINGLE = ("bfloat16", "float16", "float32")
 
 Refs = dict[str, Any]
 
@@ -46,6 +47,13 @@ class Tiles:
             size = getattr(self, name)
             if size < SMALLEST_SIDE or size & (size - 1):
                 raise ValueError(f"Tiles: {name} is {size}; expected a power of two of at least {SMALLEST_SIDE}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryTiles(Tiles):
+    """As `Tiles`, for programs that hold a block of keys and walk over `block_q` queries."""
+
+    block_q: int = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +116,7 @@ def cut_columns(*bounds: int) -> tuple[Columns, ...]:
             start, place = start + width, place + size
     if len(pieces) > MOST_PIECES:
         raise NotImplementedError(
-            f"sparse_attention: pallas cuts channels into powers of two, and {bounds[-1]} channels need {len(pieces)} pieces; "
+            f"pallas cuts channels into powers of two, and {bounds[-1]} channels need {len(pieces)} pieces; "
             f"at most {MOST_PIECES} are supported. Pass implementation='xla'."
         )
     return tuple(pieces)
@@ -162,7 +170,7 @@ def load_rows(ref: Any, rows: Array, piece: Columns, *, offset: Array | int = 0,
     """[rows, piece.size] out of a matrix; zeros where a row is not valid or the channel does not exist."""
     index, exists = _address(rows, piece, offset)
     mask = _both(valid, exists, piece.size)
-    return plt.load(ref.at[index], mask=mask, other=None if mask is None else 0)
+    return plt.load(ref.at[index], mask=mask, other=None if mask is None else 0.0)
 
 
 def store_rows(ref: Any, rows: Array, piece: Columns, value: Array, *, valid: Array | None) -> None:
@@ -185,7 +193,7 @@ class KeyTile(NamedTuple):
     valid: Array
 
 
-def load_keys(refs: Refs, problem: Problem, group: Array, number: Array, block_k: int) -> KeyTile:
+def load_keys(refs: Refs, problem: Problem, group: Array | int, number: Array, block_k: int) -> KeyTile:
     """Gathers the keys that slots [number * block_k, ...) select; -1 is absent and reads nothing."""
     selected = refs["indices"][pl.ds(number * block_k, block_k)]
     valid = selected >= 0
@@ -205,7 +213,7 @@ class HeadBlock(NamedTuple):
     valid: Array | None
 
 
-def head_block(problem: Problem, group: Array, number: Array, block_h: int) -> HeadBlock:
+def head_block(problem: Problem, group: Array | int, number: Array, block_h: int) -> HeadBlock:
     """Block `number` of the heads of `group`."""
     within = number * block_h + jnp.arange(block_h, dtype=jnp.int32)
     is_full = problem.heads_per_group % block_h == 0
@@ -233,6 +241,30 @@ def sum_of_products(a: Sequence[Array], b: Sequence[Array]) -> Array:
     return functools.reduce(jnp.add, [multiply(x, y, trans_b=True) for x, y in zip(a, b, strict=True)])
 
 
+def is_interpreted(op: str) -> bool:
+    """Whether the kernels of `op` are interpreted here: on CPU; on an NVIDIA GPU they are compiled.
+
+    Raises:
+        NotImplementedError: on any other device.
+    """
+    platform = jax.default_backend()
+    if platform not in ("cpu", "gpu"):
+        raise NotImplementedError(
+            f"{op}: pallas runs on NVIDIA GPUs, and interpreted on CPU; this is {platform!r}. Pass implementation='xla'."
+        )
+    return platform == "cpu"
+
+
+def check_dtypes(op: str, names: str, *arrays: Array | None, allowed: Sequence[str] = HALF_AND_SINGLE) -> None:
+    """Raises NotImplementedError unless all arrays, called `names`, have one and the same of the allowed dtypes."""
+    found = {x.dtype.name for x in arrays if x is not None}
+    if len(found) != 1 or not found <= set(allowed):
+        raise NotImplementedError(
+            f"{op}: pallas got {', '.join(sorted(found))}; it needs {names} of one dtype out of {', '.join(allowed)}. "
+            "Cast them, or pass implementation='xla'."
+        )
+
+
 def call(kernel: Callable[..., None], problem: Problem, tiles: Tiles, arguments: tuple[Any, ...], **kwargs: Any) -> Any:
     """`pl.pallas_call` through Triton, or interpreted.
 
@@ -252,3 +284,17 @@ def whole(x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
 def per_query(x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
     """One query of [T, ...], T being the first axis of the grid."""
     return pl.BlockSpec((None, *x.shape[1:]), lambda t, *_: (t,) + (0,) * (len(x.shape) - 1))
+
+
+def common_inputs(q: Array, k: Array, v: Array | None, indices: Array, tiles: Tiles) -> dict[str, Array]:
+    """Inputs of every kernel; `length` counts slots up to the last valid one, so that padding at the end costs nothing."""
+    topk = indices.shape[1]
+    length = jnp.where(indices >= 0, jnp.arange(1, topk + 1, dtype=jnp.int32), 0).max(1)
+    indices = jnp.pad(indices, ((0, 0), (0, -topk % tiles.block_k)), constant_values=-1)
+    refs = {"q": q, "k": k.reshape(k.shape[0], -1), "indices": indices, "length": length[:, None]}
+    return refs if v is None else {**refs, "v": v.reshape(v.shape[0], -1)}
+
+
+def specs(refs: dict[str, Array]) -> dict[str, pl.BlockSpec]:
+    """Keys and values whole, everything else one query at a time."""
+    return {name: whole(x) if name in ("k", "v") else per_query(x) for name, x in refs.items()}

@@ -81,10 +81,13 @@ def test_wrong_arguments(name):
     assert str(caught.value).startswith(f"{op}: ") and "\n" not in str(caught.value)
 
 
+WITHOUT_PALLAS = ("dense_attention", "indexer_kl")
+
+
 @pytest.mark.parametrize("op", CALLS)
 def test_missing_implementations_raise_and_the_choice_is_recorded(op):
     function, arguments = CALLS[op]
-    for missing in ("triton", "cute") if op == "sparse_attention" else ("pallas", "triton", "cute"):
+    for missing in ("triton", "cute", "pallas") if op in WITHOUT_PALLAS else ("triton", "cute"):
         with pytest.raises(NotImplementedError, match=re.escape(f"{op}: there is no implementation '{missing}'")):
             function(**arguments, implementation=missing)
     function(**arguments)

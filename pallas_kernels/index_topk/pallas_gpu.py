@@ -1,0 +1,155 @@
+"""Index scores in Pallas for NVIDIA GPUs, and the selection over the scores of one chunk of queries at a time."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.dtypes import float0
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import _head_sums
+from pallas_kernels._chunks import map_queries, rows_per_chunk
+from pallas_kernels._head_sums import Kind
+from pallas_kernels._selection import all_visible, canonical
+from pallas_kernels._threshold import COUNT_GROUPS, largest_by_threshold
+from pallas_kernels.index_topk import xla
+from pallas_kernels.sparse_attention import pallas_gpu_tiles as tiling
+from pallas_kernels.sparse_attention.pallas_gpu_tiles import QueryTiles
+
+SCORE_BUDGET = 2**26
+"""Scores of one chunk: batch x queries x keys. A quarter of a GiB; the search reads them about as often again."""
+
+
+def _scores(
+    q_index: Array,
+    k_index: Array,
+    weights: Array,
+    visible_start: Array,
+    visible_end: Array,
+    k_scale: Array | None,
+    kind: Kind,
+    interpret: bool | None,
+    tiles: QueryTiles | None,
+) -> Array:
+    """Scores of all queries against keys padded to whole blocks."""
+    allowed = (*tiling.HALF_AND_SINGLE, "float8_e4m3fn")
+    tiling.check_dtypes("index_scores", "q_index and k_index", q_index, k_index, allowed=allowed)
+    tiling.check_dtypes("index_scores", "weights (and k_scale)", weights, k_scale, allowed=("float32",))
+    interpret = tiling.is_interpreted("index_scores") if interpret is None else interpret
+    return _head_sums.head_sums_visible(
+        q_index,
+        k_index[:, :, None],
+        weights,
+        visible_start,
+        visible_end,
+        kind=kind,
+        problem=_head_sums.index_problem(q_index, interpret),
+        k_scale=k_scale,
+        tiles=tiles,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _differentiable_scores(
+    q_index: Array,
+    k_index: Array,
+    weights: Array,
+    visible_start: Array,
+    visible_end: Array,
+    k_scale: Array | None,
+    interpret: bool | None,
+    tiles: QueryTiles | None,
+) -> Array:
+    ranges = visible_start, visible_end
+    return _scores(q_index, k_index, weights, *ranges, k_scale, "scores", interpret, tiles)[..., : k_index.shape[1]]
+
+
+def _forward(*arguments: Any) -> tuple[Array, tuple[Any, ...]]:
+    return _differentiable_scores(*arguments), arguments[:6]
+
+
+def _backward(interpret: bool | None, tiles: QueryTiles | None, residuals: tuple[Any, ...], d_scores: Array) -> tuple[Any, ...]:
+    q_index, k_index, weights, start, end, k_scale = residuals
+
+    def scores(q: Array, k: Array, w: Array, scale: Array | None) -> Array:
+        return xla.index_scores(q, k, w, start, end, k_scale=scale)
+
+    d_q, d_k, d_weights, d_scale = jax.vjp(scores, q_index, k_index, weights, k_scale)[1](d_scores)
+    no_gradient = np.zeros(start.shape, float0)
+    return d_q, d_k, d_weights, no_gradient, no_gradient, d_scale
+
+
+_differentiable_scores.defvjp(_forward, _backward)
+
+
+def index_scores(
+    q_index: Float[Array, "B T Hi Di"],
+    k_index: Float[Array, "B S Di"],
+    weights: Float[Array, "B T Hi"],
+    visible_start: Int32[Array, "B T"],
+    visible_end: Int32[Array, "B T"],
+    *,
+    k_scale: Float[Array, "B S"] | None = None,
+    interpret: bool | None = None,
+    tiles: QueryTiles | None = None,
+) -> Float[Array, "B T S"]:
+    """The whole score matrix; its gradient is computed by XLA.
+
+    Args:
+        interpret: run the kernel without a GPU; None does so on CPU.
+        tiles: block sizes; None takes `_head_sums.default_tiles`.
+
+    Raises:
+        NotImplementedError: a dtype, device or number of channels that the kernel does not cover.
+    """
+    if 0 in (q_index.size, k_index.shape[1]):
+        return jnp.zeros((*q_index.shape[:2], k_index.shape[1]), jnp.float32)
+    return _differentiable_scores(q_index, k_index, weights, visible_start, visible_end, k_scale, interpret, tiles)
+
+
+def index_topk(
+    q_index: Float[Array, "B T Hi Di"],
+    k_index: Float[Array, "B S Di"],
+    weights: Float[Array, "B T Hi"],
+    visible_start: Int32[Array, "B T"],
+    visible_end: Int32[Array, "B T"],
+    *,
+    topk: int,
+    k_scale: Float[Array, "B S"] | None = None,
+    score_budget: int = SCORE_BUDGET,
+    interpret: bool | None = None,
+    tiles: QueryTiles | None = None,
+) -> Int32[Array, "B T {topk}"]:
+    """Canonical selection: a kernel scores a chunk of queries, XLA searches each row's threshold by counting.
+
+    Args:
+        score_budget: scores held at a time.
+        interpret, tiles: as in `index_scores`.
+    """
+    batch, n_keys = k_index.shape[:2]
+    if topk >= n_keys or q_index.size == 0:
+        return all_visible(jnp.maximum(visible_start, 0), jnp.minimum(visible_end, n_keys), topk)
+    block_q = rows_per_chunk(score_budget, batch * n_keys, smallest=1, largest=q_index.shape[1])
+
+    def step(chunk: tuple[Array, ...]) -> Array:
+        q, w, start, end = chunk
+        start, end = jnp.maximum(start, 0), jnp.minimum(end, n_keys)
+
+        def select(_: None) -> Array:
+            scores = _scores(q, k_index, w, start, end, k_scale, "ranked_scores", interpret, tiles)
+            return canonical(_largest(scores, topk), n_keys, topk)
+
+        return lax.cond((end - start).max() > topk, select, lambda _: all_visible(start, end, topk), None)
+
+    return map_queries(step, (q_index, weights, visible_start, visible_end), block_q)
+
+
+def _largest(ranked: Float[Array, "B C W"], topk: int) -> Int32[Array, "B C {topk}"]:
+    """Positions of the largest entries above -inf, ascending; the padded width or more where there are fewer."""
+    batch, length, width = ranked.shape
+    wanted = max(-(-width // COUNT_GROUPS), -(-topk // COUNT_GROUPS)) * COUNT_GROUPS
+    padded = jnp.pad(ranked, ((0, 0), (0, 0), (0, wanted - width)), constant_values=-jnp.inf)
+    return largest_by_threshold(padded.reshape(batch * length, wanted), topk).reshape(batch, length, topk)

@@ -1,0 +1,22 @@
+"""Every GPU kernel lowered for an H200 at the shapes it is meant for; interpreting a kernel does not check any of that."""
+
+import math
+import re
+
+import pytest
+from lowering import lower_for_h200
+
+from benchmarks.kernel_cases import cases
+
+CASES = {f"{case.name}: {case.shape}: {case.kernels[0]}": case for case in cases()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_lowers_for_h200(name):
+    case = CASES[name]
+    text = lower_for_h200(case.function, *case.arrays)
+    for kernel in case.kernels:
+        assert f'"{kernel}"' in text
+    given = max(x.size for x in case.arrays)
+    largest = max(math.prod(map(int, x.split("x")[:-1])) for x in re.findall(r"tensor<((?:\d+x)+)[a-z]", text))
+    assert largest <= max(given, case.most_numbers)
