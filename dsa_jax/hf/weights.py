@@ -69,7 +69,6 @@ def _find_tensors(directory: Path) -> dict[str, TensorInfo]:
     listed: dict[str, set[str]] = {}
     for name, file in weight_map.items():
         listed.setdefault(file, set()).add(name)
-    tensors: dict[str, TensorInfo] = {}
     for file, names in sorted(listed.items()):
         if Path(file).name != file or file in ("", ".", ".."):
             raise CheckpointError(
@@ -78,6 +77,8 @@ def _find_tensors(directory: Path) -> dict[str, TensorInfo]:
             )
         if not (directory / file).is_file():
             raise CheckpointError(f"{index} names {file} for {min(names)}, but {directory} holds no such file. Download it.")
+    tensors: dict[str, TensorInfo] = {}
+    for file, names in sorted(listed.items()):
         present = read_header(directory / file)
         if absent := sorted(names - present.keys()):
             raise CheckpointError(
