@@ -39,6 +39,10 @@ class Tokenizer(Protocol):
         """Token ids of `text`, without special tokens."""
         ...
 
+    def encode_prompt(self, text: str) -> Int[np.ndarray, " N"]:
+        """Token ids of `text` after whatever the tokenizer puts before a text, such as a begin-of-text token."""
+        ...
+
     def decode(self, ids: Sequence[int] | Int[np.ndarray, " N"]) -> str:
         """Text of `ids`."""
         ...
@@ -54,6 +58,10 @@ class ByteTokenizer:
     def encode(self, text: str) -> Int[np.ndarray, " N"]:
         """The UTF-8 bytes of `text`."""
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+
+    def encode_prompt(self, text: str) -> Int[np.ndarray, " N"]:
+        """The UTF-8 bytes of `text`: nothing stands before a text."""
+        return self.encode(text)
 
     def decode(self, ids: Sequence[int] | Int[np.ndarray, " N"]) -> str:
         """Text of `ids`; the end of a document becomes nothing, invalid UTF-8 and ids that are no byte become U+FFFD."""
@@ -103,6 +111,14 @@ class JsonTokenizer:
     def encode(self, text: str) -> Int[np.ndarray, " N"]:
         """Token ids of `text`, without special tokens."""
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_prompt(self, text: str) -> Int[np.ndarray, " N"]:
+        """Token ids of `text` after what the file's post-processor puts before a text; what it puts after one is left out."""
+        # The mask marks what the post-processor added; without any text, what it adds before and after would look alike.
+        encoding = self._tokenizer.encode(text or "a", add_special_tokens=True)
+        added = np.append(np.asarray(encoding.special_tokens_mask, np.int32), 0)
+        before = encoding.ids[: int(np.argmin(added))]
+        return np.concatenate([np.asarray(before, np.int32), self.encode(text)])
 
     def decode(self, ids: Sequence[int] | Int[np.ndarray, " N"]) -> str:
         """Text of `ids`; special tokens become nothing, ids beyond the vocabulary become U+FFFD."""

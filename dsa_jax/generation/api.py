@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsa_jax.config import ModelConfig
+from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.generation.pages import PageAllocator, make_block_table
 from dsa_jax.generation.programs import Mode, Sampling, State, compiled, decode, prefill
 from dsa_jax.model import Transformer
@@ -86,11 +86,14 @@ def generate(
         on_token: called with (row, token) as soon as a token is known.
 
     Raises:
-        ValueError: for arguments that do not fit the model or make no sense.
+        ConfigError: (a ValueError) for arguments that do not fit the model or make no sense.
     """
     config, model, params = pretrained.config, pretrained.model, pretrained.params
     request = AttentionRequest(attention or model.default_attention)
-    check_request(request, has_indexer=model.has_indexer, return_topk_indices=False)
+    try:
+        check_request(request, has_indexer=model.has_indexer, return_topk_indices=False)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     rows = _checked_prompts(prompts, config, max_new_tokens)
     _check_numbers(temperature, top_p, seed, prefill_chunk)
     if max_new_tokens == 0:
@@ -154,28 +157,28 @@ class _Record:
 
 def _checked_prompts(prompts: Sequence[Any], config: ModelConfig, max_new_tokens: int) -> list[np.ndarray]:
     if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError("prompts hold text; expected lists of token ids. Encode them with pretrained.tokenizer.encode.")
+        raise ConfigError("prompts hold text; expected lists of token ids. Encode them with pretrained.tokenizer.encode.")
     if len(prompts) == 0:
-        raise ValueError("prompts is empty; expected at least one list of token ids.")
+        raise ConfigError("prompts is empty; expected at least one list of token ids.")
     if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 0 or more.")
+        raise ConfigError(f"max_new_tokens is {max_new_tokens}; expected 0 or more.")
     rows = []
     for i, prompt in enumerate(prompts):
         ids = np.asarray(prompt)
         if ids.size == 0:
             if config.bos_token_id < 0:
-                raise ValueError(f"prompts[{i}] is empty and the model has no bos_token_id to start from. Give it a token.")
+                raise ConfigError(f"prompts[{i}] is empty and the model has no bos_token_id to start from. Give it a token.")
             ids = np.array([config.bos_token_id])
         if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-            raise ValueError(f"prompts[{i}] is no list of token ids: shape {list(ids.shape)}, dtype {ids.dtype}.")
+            raise ConfigError(f"prompts[{i}] is no list of token ids: shape {list(ids.shape)}, dtype {ids.dtype}.")
         wrong = ids[(ids < 0) | (ids >= config.vocab_size)]
         if wrong.size:
-            raise ValueError(
+            raise ConfigError(
                 f"prompts[{i}] holds token id {wrong[0]}; expected ids from 0 to {config.vocab_size - 1}. Check that the "
                 "tokenizer belongs to the model."
             )
         if len(ids) + max_new_tokens > config.max_positions:
-            raise ValueError(
+            raise ConfigError(
                 f"prompts[{i}] has {len(ids)} tokens, which with max_new_tokens {max_new_tokens} is more than the model's "
                 f"max_positions ({config.max_positions}). Shorten the prompt or ask for fewer tokens."
             )
@@ -185,13 +188,13 @@ def _checked_prompts(prompts: Sequence[Any], config: ModelConfig, max_new_tokens
 
 def _check_numbers(temperature: float, top_p: float, seed: int, prefill_chunk: int) -> None:
     if not (math.isfinite(temperature) and temperature >= 0.0):
-        raise ValueError(f"temperature is {temperature}; expected 0 (greedy) or a positive number.")
+        raise ConfigError(f"temperature is {temperature}; expected 0 (greedy) or a positive number.")
     if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p is {top_p}; expected a probability above 0 and at most 1 (no limit).")
+        raise ConfigError(f"top_p is {top_p}; expected a probability above 0 and at most 1 (no limit).")
     if not 0 <= seed < 2**32:
-        raise ValueError(f"seed is {seed}; expected a whole number from 0 to 2**32 - 1.")
+        raise ConfigError(f"seed is {seed}; expected a whole number from 0 to 2**32 - 1.")
     if prefill_chunk < 1:
-        raise ValueError(f"prefill_chunk is {prefill_chunk}; expected at least 1.")
+        raise ConfigError(f"prefill_chunk is {prefill_chunk}; expected at least 1.")
 
 
 def _sampling(seed: int, temperature: float, top_p: float, stop: Sequence[int]) -> Sampling:
@@ -217,7 +220,7 @@ def _new_cache(
     if page_size is None:
         return model.init_cache(len(needs), _rounded(max(needs)), dtype=dtype, with_index_keys=with_index_keys)
     if page_size < 1:
-        raise ValueError(f"page_size is {page_size}; expected at least 1, or None for a contiguous cache.")
+        raise ConfigError(f"page_size is {page_size}; expected at least 1, or None for a contiguous cache.")
     width = _rounded(-(-max(needs) // page_size))
     n_pages = _rounded(sum(-(-need // page_size) for need in needs))
     allocator = PageAllocator(n_pages, page_size)

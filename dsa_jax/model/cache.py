@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from dsa_jax.config_checks import ConfigError
 from pallas_kernels.quantize import (
     latent_row_bytes,
     pack_latent_fp8,
@@ -124,28 +125,28 @@ def allocate_cache(
 ) -> Cache:
     """An empty cache; `stacks` gives the number of layers and the entries of each stack. Arguments as in `init_cache`."""
     if dtype not in CACHE_DTYPES:
-        raise ValueError(f"the cache dtype is {dtype!r}; expected one of {', '.join(CACHE_DTYPES)}.")
+        raise ConfigError(f"the cache dtype is {dtype!r}; expected one of {', '.join(CACHE_DTYPES)}.")
     if n_rows < 1 or capacity < 1:
-        raise ValueError(f"a cache of {n_rows} rows of {capacity} tokens holds nothing; expected at least one of each.")
+        raise ConfigError(f"a cache of {n_rows} rows of {capacity} tokens holds nothing; expected at least one of each.")
     if page_size is None:
         if n_pages is not None or block_table is not None:
-            raise ValueError("n_pages and block_table are for a paged cache; expected page_size with them. Pass page_size=64.")
+            raise ConfigError("n_pages and block_table are for a paged cache; expected page_size with them. Pass page_size=64.")
         tokens_per_page, n_pages = capacity, n_rows
     else:
         if page_size < 1:
-            raise ValueError(f"page_size is {page_size}; expected at least 1, or None for a contiguous cache.")
+            raise ConfigError(f"page_size is {page_size}; expected at least 1, or None for a contiguous cache.")
         tokens_per_page, pages_per_row = page_size, -(-capacity // page_size)
         if n_pages is None:
             n_pages = n_rows * pages_per_row
         if block_table is None:
             if n_pages < n_rows * pages_per_row:
-                raise ValueError(
+                raise ConfigError(
                     f"{n_pages} pages of {page_size} tokens are too few for {n_rows} rows of {capacity}; expected "
                     f"{n_rows * pages_per_row}, or a block_table that says which rows own fewer."
                 )
             block_table = jnp.arange(n_rows * pages_per_row, dtype=jnp.int32).reshape(n_rows, pages_per_row)
         if block_table.shape != (n_rows, pages_per_row):
-            raise ValueError(
+            raise ConfigError(
                 f"block_table has shape {list(block_table.shape)}; expected {[n_rows, pages_per_row]}, one row of pages for "
                 f"each of {n_rows} rows of {capacity} tokens."
             )

@@ -47,6 +47,19 @@ def test_tokenizer_json_round_trip(tmp_path):
         assert (tokenizer.vocab_size, tokenizer.end_of_text_id) == (6, 5)
 
 
+def test_a_prompt_starts_as_the_tokenizer_starts_a_text(tmp_path):
+    file = write_tokenizer(tmp_path)
+    assert load_tokenizer(str(file)).encode_prompt("to be").tolist() == [1, 2]
+    assert ByteTokenizer().encode_prompt("a").tolist() == [97]
+    tokenizers = pytest.importorskip("tokenizers", reason="the hf extra is not installed")
+    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    ends = [("[UNK]", 0), ("</s>", 5)]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="[UNK] $A </s>", special_tokens=ends)
+    tokenizer.save(str(file))
+    assert load_tokenizer(str(file)).encode_prompt("to be").tolist() == [0, 1, 2]
+    assert load_tokenizer(str(file)).encode_prompt("").tolist() == [0]
+
+
 @pytest.mark.parametrize("token", ["<end>", {"content": "<end>"}], ids=["string", "object"])
 def test_end_of_text_is_read_from_the_tokenizer_config(tmp_path, token):
     file = write_tokenizer(tmp_path, end_of_text="<end>")

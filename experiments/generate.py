@@ -1,0 +1,94 @@
+r"""Text from a checkpoint, as it comes, and how fast it came.
+
+    python -m experiments.generate --checkpoint=runs/quickstart --prompt='The sea was'
+    python -m experiments.generate --checkpoint=HF_DIR --prompt_file=FILE --temperature=0.8 --top_p=0.95 --attention=dense
+
+One prompt is streamed; several are generated together and printed one after the other.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from dsa_jax.config import ConfigError
+from experiments.flags import run_main
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory or Hugging Face directory.", required=True)
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
+_PROMPT_FILE = flags.DEFINE_string("prompt_file", "", "UTF-8 file that holds one prompt.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens to write at most.", lower_bound=0)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the most probable token; higher is more varied.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the most probable tokens that hold this probability together.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+_ATTENTION = flags.DEFINE_string("attention", "", "dense, sparse, window or oracle; empty: as the checkpoint was trained.")
+_CACHE_DTYPE = flags.DEFINE_string("cache_dtype", "", "float32, bfloat16 or fp8; empty: as the model computes.")
+_PAGE_SIZE = flags.DEFINE_integer("page_size", 0, "Tokens per page of a paged cache; 0: contiguous.", lower_bound=0)
+_PREFILL_CHUNK = flags.DEFINE_integer("prefill_chunk", 512, "Prompt tokens processed at a time.")
+
+
+def main(argv: list[str]) -> None:
+    """Generate and print."""
+    del argv
+    from dsa_jax.generation import generate
+    from dsa_jax.generation.text import TextStream
+    from dsa_jax.open_checkpoint import open_checkpoint
+
+    texts = [*_PROMPT.value, *([_read(Path(_PROMPT_FILE.value))] if _PROMPT_FILE.value else [])]
+    if not texts:
+        raise ConfigError("there is nothing to continue. Give --prompt=TEXT or --prompt_file=FILE.")
+    loaded = open_checkpoint(_CHECKPOINT.value)
+    tokenizer = loaded.tokenizer
+    if tokenizer is None:
+        raise ConfigError(f"{_CHECKPOINT.value} has no tokenizer; expected a tokenizer.json there, and the extra hf installed.")
+    prompts = [tokenizer.encode_prompt(text).tolist() for text in texts]
+    streams = [TextStream(tokenizer, prompt) for prompt in prompts]
+    written = ["" for _ in texts]
+
+    def show(row: int, text: str) -> None:
+        written[row] += text
+        if len(texts) == 1:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    show(0, texts[0] if len(texts) == 1 else "")
+    result = generate(
+        loaded,
+        prompts,
+        max_new_tokens=_MAX_NEW_TOKENS.value,
+        temperature=_TEMPERATURE.value,
+        top_p=_TOP_P.value,
+        attention=_ATTENTION.value or None,
+        seed=_SEED.value,
+        # A run trained here ends its documents with the tokenizer's own token.
+        stop_tokens=loaded.config.eos_token_ids or (tokenizer.end_of_text_id,),
+        cache_dtype=_CACHE_DTYPE.value or None,
+        page_size=_PAGE_SIZE.value or None,
+        prefill_chunk=_PREFILL_CHUNK.value,
+        on_token=lambda row, token: show(row, streams[row].add(token)),
+    )
+    for row, stream in enumerate(streams):
+        show(row, stream.finish())
+    if len(texts) == 1:
+        print()
+    else:
+        for text, continuation in zip(texts, written, strict=True):
+            print(f"{text}{continuation}\n")
+    timings = result.timings
+    print(
+        f"prefill {timings.prefill_tokens} tokens, {timings.prefill_tokens_per_second:.1f} tokens/s; "
+        f"decode {timings.decode_tokens} tokens, {timings.decode_tokens_per_second:.1f} tokens/s; "
+        f"compilation {timings.compile_seconds:.1f} s; cache {timings.cache_bytes / 2**20:.1f} MiB",
+        file=sys.stderr,
+    )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompt_file: cannot read {path} as UTF-8 text: {error}") from error
+
+
+if __name__ == "__main__":
+    run_main(main)
