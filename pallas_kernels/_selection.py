@@ -37,9 +37,10 @@ def largest_ascending(ranked: Float[Array, "*batch W"], topk: int) -> Int32[Arra
         per_pass = max(8, THRESHOLD_BUDGET // width)
         found = map_queries(lambda x: largest_by_threshold(x[0], topk)[None], rows, per_pass)
         return found.reshape(*ranked.shape[:-1], topk)
-    # The barrier keeps the values alive: with them unused XLA on CPU may turn the top_k into a full sort.
-    values, positions = lax.optimization_barrier(lax.top_k(ranked, topk))
-    return jnp.sort(jnp.where(values > -jnp.inf, positions, width), axis=-1)
+    values, positions = lax.top_k(ranked, topk)
+    # The barrier keeps the values alive: with them unused XLA on CPU may turn the top_k into a full sort. One on both results
+    # makes XLA's top-k decomposer abort in programs for several devices.
+    return jnp.sort(jnp.where(lax.optimization_barrier(values) > -jnp.inf, positions, width), axis=-1)
 
 
 def select_in_blocks(

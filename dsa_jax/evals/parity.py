@@ -11,6 +11,7 @@ import numpy as np
 from dsa_jax.config import Config, EvalConfig
 from dsa_jax.data import Batch, EvalData
 from dsa_jax.model import Transformer, init_params
+from dsa_jax.parallel.placement import place, place_batch
 from dsa_jax.params import is_indexer_path, merge_parameters, split_parameters
 from dsa_jax.train.loss import forward_with_loss
 
@@ -94,7 +95,7 @@ def evaluate_task(
     """Run `step` over the batches and reduce its sums to means."""
     total: dict[str, np.ndarray] = {}
     for batch in batches:
-        for name, value in jax.device_get(step(params, jax.tree.map(jnp.asarray, batch))).items():
+        for name, value in jax.device_get(step(params, place_batch(jax.tree.map(jnp.asarray, batch)))).items():
             total[name] = total.get(name, 0) + np.asarray(value, np.float64)
     buckets = np.array_split(np.arange(len(total["nll"])), min(n_buckets, len(total["nll"])))
     mean = lambda sums, counts: float(sums / counts) if counts else float("nan")
@@ -152,7 +153,7 @@ def evaluate_parity(
             continue
         own = params
         if row.has_fresh_indexer:
-            fresh = init_params(model, jax.random.key(config.seed + 1))
+            fresh = place(init_params(model, jax.random.key(config.seed + 1)))
             own = with_fresh_indexer(params, fresh)
         jobs.append((row, own))
     steps: dict[str, Callable[[Params, Batch], dict[str, jax.Array]]] = {}

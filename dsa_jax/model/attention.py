@@ -11,7 +11,7 @@ from dsa_jax.model.outputs import AttentionRequest
 from dsa_jax.model.selection import DENSE, SELECTORS, Heads, IndexHeads, SelectionInputs, attention_modes
 from dsa_jax.model.visibility import Visibility, mean_over_valid
 from dsa_jax.parallel.ambient import ROWS, axis_if_split, mean_over, per_device
-from dsa_jax.parallel.sequence import HEADS, gather_keys, key_spec
+from dsa_jax.parallel.sequence import HEADS, gather_heads, gather_keys, key_spec
 from pallas_kernels import dense_attention, indexer_kl, sparse_attention
 
 TOPK_NAME = "topk_indices"
@@ -81,11 +81,11 @@ def by_indexer(request: AttentionRequest) -> bool:
 class _PerQuery(NamedTuple):
     """Results by query, None where not asked for: `out` [B, T, H, Dv], `topk_indices` [B, T, K], the others [B, T]."""
 
-    out: Array
-    n_keys: Array
-    topk_indices: Array | None = None
-    indexer_kl: Array | None = None
-    coverage: Array | None = None
+    out: Any
+    n_keys: Any
+    topk_indices: Any = None
+    indexer_kl: Any = None
+    coverage: Any = None
 
 
 def attend(
@@ -114,18 +114,26 @@ def attend(
     Returns:
         `out` [B, T, H, Dv] in the form of the heads used. A padding query gives 0.
     """
-    forms = (dense, selected)
 
     def core(
-        arrays: list[tuple[Array, Array, Array | None] | None],
+        dense_arrays: Heads | None,
+        selected_arrays: Heads | None,
         index: IndexHeads | None,
         previous_topk: Array | None,
         visibility: Visibility,
     ) -> _PerQuery:
-        local = [form and _with_all_keys(form, *x) for form, x in zip(forms, arrays, strict=True)]
-        if index is not None:
-            index = index._replace(k=gather_keys(index.k))
-        return _attend(*local, index, previous_topk, request, topk, softmax_scale, visibility, implementation)
+        return _attend(
+            dense and _with_all_keys(dense_arrays, dense.d_v),
+            selected and _with_all_keys(selected_arrays, selected.d_v),
+            index and index._replace(k=gather_keys(index.k)),
+            previous_topk,
+            request,
+            topk,
+            softmax_scale,
+            visibility,
+            implementation,
+            has_shared_keys=selected is not None and selected.k.shape[2] == 1,
+        )
 
     results = _PerQuery(
         out=HEADS,
@@ -134,10 +142,11 @@ def attend(
         indexer_kl=None if request.indexer_loss is None else ROWS,
         coverage=ROWS if request.coverage else None,
     )
-    arrays = [form and (form.q, form.k, form.v) for form in forms]
-    specs = [form and (HEADS, key_spec(form.k), form.v if form.v is None else key_spec(form.v)) for form in forms]
-    spread = per_device(core, in_specs=(specs, ROWS, ROWS, ROWS), out_specs=results)
-    per_query = spread(arrays, index, previous_topk, visibility)
+    # The static width of the values is no array, so it stays behind.
+    arrays = [heads and heads._replace(d_v=None) for heads in (dense, selected)]
+    specs = [heads and Heads._make([HEADS, *(x if x is None else key_spec(x) for x in heads[1:])]) for heads in arrays]
+    spread = per_device(core, in_specs=(*specs, ROWS, ROWS, ROWS), out_specs=results)
+    per_query = spread(*arrays, index, previous_topk, visibility)
     mean = lambda x: None if x is None else mean_over_valid(x, visibility.valid)
     return AttentionOutput(
         out=per_query.out,
@@ -148,8 +157,8 @@ def attend(
     )
 
 
-def _with_all_keys(form: Heads, q: Array, k: Array, v: Array | None) -> Heads:
-    return Heads(q, gather_keys(k), None if v is None else gather_keys(v), form.d_v)
+def _with_all_keys(heads: Heads | None, d_v: int | None) -> Heads | None:
+    return heads and Heads(heads.q, gather_keys(heads.k), None if heads.v is None else gather_keys(heads.v), d_v)
 
 
 def _attend(
@@ -162,6 +171,8 @@ def _attend(
     softmax_scale: float,
     visibility: Visibility,
     implementation: str | None,
+    *,
+    has_shared_keys: bool,
 ) -> _PerQuery:
     visible: dict[str, Any] = {
         "visible_start": visibility.start,
@@ -184,8 +195,12 @@ def _attend(
             assert previous_topk is not None
             indices = previous_topk
         else:
-            lse = None if everything is None else everything.lse
-            inputs = SelectionInputs(topk, visibility, selected, softmax_scale, index, lse, implementation)
+            heads, lse = selected, None
+            if selector.needs_dense_lse:
+                assert everything is not None
+                lse = gather_heads(everything.lse)
+                heads = heads._replace(q=gather_heads(heads.q), k=heads.k if has_shared_keys else gather_heads(heads.k))
+            inputs = SelectionInputs(topk, visibility, heads, softmax_scale, index, lse, implementation)
             indices = checkpoint_name(selector.select(inputs), TOPK_NAME)
         kept = sparse_attention(
             selected.q,

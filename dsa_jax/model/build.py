@@ -17,6 +17,7 @@ from dsa_jax.model.mlp import MLP
 from dsa_jax.model.moe import MoE
 from dsa_jax.model.rope import rope_from_config
 from dsa_jax.model.transformer import BlockStack, Transformer
+from dsa_jax.parallel.ambient import no_mesh
 
 
 def build_model(config: ModelConfig) -> Transformer:
@@ -56,7 +57,8 @@ def init_params(model: Transformer, key: PRNGKeyArray) -> dict[str, Any]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _init_params(model: Transformer, key: PRNGKeyArray) -> dict[str, Any]:
-    return model.init(key, jnp.ones((1, 1), jnp.int32), attention="dense")["params"]
+    with no_mesh():  # the single token that shapes are drawn from cannot be split
+        return model.init(key, jnp.ones((1, 1), jnp.int32), attention="dense")["params"]
 
 
 def _dtypes(config: ModelConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.model.grouped_matmul import grouped_matmul
-from dsa_jax.parallel.ambient import ROWS, axis_size, per_device, sum_over
+from dsa_jax.parallel.ambient import ROWS, axis_size, per_device, splits_evenly, sum_over
 from dsa_jax.parallel.expert_exchange import AXIS, to_owners, to_senders
 
 
@@ -23,8 +23,8 @@ class ExpertKernels(NamedTuple):
     down: Float[Array, "X F E"]
 
 
-_KERNEL_SPECS = ExpertKernels(
-    PartitionSpec(AXIS, None, "tensor"), PartitionSpec(AXIS, None, "tensor"), PartitionSpec(AXIS, "tensor", None)
+_KERNEL_SPECS = ExpertKernels._make(
+    [PartitionSpec(AXIS, None, "tensor"), PartitionSpec(AXIS, None, "tensor"), PartitionSpec(AXIS, "tensor", None)]
 )
 
 
@@ -35,7 +35,8 @@ def routed_sum(
 
     Dropless. Nothing of size tokens x experts x dim is held.
     """
-    spread = per_device(_routed_sum, in_specs=(ROWS, ROWS, ROWS, _KERNEL_SPECS), out_specs=ROWS)
+    rows = ROWS if splits_evenly(x.shape) else PartitionSpec()  # a few decoded tokens are computed by every device
+    spread = per_device(_routed_sum, in_specs=(rows, rows, rows, _KERNEL_SPECS), out_specs=rows)
     return spread(x, experts, weights, kernels)
 
 

@@ -17,6 +17,7 @@ from dsa_jax.model.norm import RMSNorm
 from dsa_jax.model.outputs import AttentionRequest, ExtendOutput, LayerStatistics, ModelOutput
 from dsa_jax.model.selection import DENSE
 from dsa_jax.model.visibility import Visibility, causal_visibility, segment_positions
+from dsa_jax.parallel.sequence import check_rows, constrain, from_balanced, to_balanced
 
 
 @dataclass(frozen=True)
@@ -92,17 +93,18 @@ class Transformer(nn.Module):
         request = AttentionRequest(attention or self.default_attention, indexer_loss, return_coverage)
         check_request(request, has_indexer=self.has_indexer, return_topk_indices=return_topk_indices)
         input_ids = jnp.asarray(input_ids)
+        check_rows(input_ids.shape)
         segment_ids = jnp.ones_like(input_ids) if segment_ids is None else jnp.asarray(segment_ids)
-        visibility = causal_visibility(segment_ids)
+        visibility = jax.tree.map(to_balanced, causal_visibility(segment_ids))
         positions = segment_positions(segment_ids) if positions is None else jnp.asarray(positions)
-        x = self.embed(input_ids)
-        x, statistics = self._run_layers(x, positions, visibility, request, return_topk_indices)
-        hidden = self.final_norm(x)
+        x = self.embed(to_balanced(input_ids))
+        x, statistics = self._run_layers(x, to_balanced(positions), visibility, request, return_topk_indices)
+        hidden = from_balanced(self.final_norm(x))
         return ModelOutput(
             logits=self.unembed(hidden) if return_logits else None,
             hidden=hidden if return_hidden else None,
             indexer_kl=statistics.indexer_kl,
-            topk_indices=statistics.topk_indices,
+            topk_indices=None if statistics.topk_indices is None else from_balanced(statistics.topk_indices, axis=2),
             coverage=statistics.coverage,
             keys_per_query=statistics.keys_per_query,
             moe=statistics.moe,
@@ -243,7 +245,7 @@ class Transformer(nn.Module):
             def layer(state: Any, layer_params: Any, block: Any = stack.block) -> Any:
                 hidden, previous_topk = state
                 hidden, statistics = block.apply(
-                    {"params": layer_params}, hidden, positions, visibility, previous_topk, request
+                    {"params": layer_params}, constrain(hidden), positions, visibility, previous_topk, request
                 )
                 following = statistics.topk_indices if carries_topk else None
                 if not return_topk_indices:

@@ -3,6 +3,7 @@
 Model code asks here where an operation has to know that it is spread out; everything else is left to the compiler.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,11 @@ def is_sharded() -> bool:
     """Whether there is a mesh of more than one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1
+
+
+def splits_evenly(shape: tuple[int, ...]) -> bool:
+    """Whether an array [B, T, ...] can be split as `ROWS` says."""
+    return shape[0] % math.prod(axis_size(name) for name in BATCH_AXES) == 0 and shape[1] % axis_size("context") == 0
 
 
 def per_device(function: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
@@ -51,3 +57,8 @@ def mean_over(axis: str, x: Any) -> Any:
 def axis_if_split(name: str) -> str | None:
     """`name` where the mesh has several devices along it, else None."""
     return name if axis_size(name) > 1 else None
+
+
+def no_mesh() -> Any:
+    """A context in which code is traced as if there were no mesh."""
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))

@@ -5,6 +5,7 @@ Between `to_balanced` and `from_balanced` arrays are in that storage order; keys
 into natural order before anything looks at them, so visible ranges and selected indices mean positions as everywhere else.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -35,6 +36,22 @@ def balanced_order(length: int, n_devices: int) -> np.ndarray:
     return np.concatenate([np.concatenate([chunks[c], chunks[-1 - c]]) for c in range(n_devices)])
 
 
+def check_rows(shape: tuple[int, ...]) -> None:
+    """Make sure that [B, T] tokens split evenly over the mesh.
+
+    Raises:
+        ValueError: naming the number of rows or positions, and what divides them.
+    """
+    n_parts = math.prod(axis_size(name) for name in BATCH_AXES)
+    if shape[0] % n_parts:
+        raise ValueError(
+            f"a batch of {shape[0]} rows cannot be split over {n_parts} devices ({', '.join(BATCH_AXES)}); expected a multiple "
+            "of that. Change the batch size or the mesh."
+        )
+    if axis_size(AXIS) > 1:
+        balanced_order(shape[1], axis_size(AXIS))
+
+
 def to_balanced(x: Any) -> Any:
     """[B, T, ...] from natural into storage order; without context parallelism `x` itself."""
     n_devices = axis_size(AXIS)
@@ -50,6 +67,11 @@ def from_balanced(x: Any, axis: int = 1) -> Any:
 def gather_keys(x: Any) -> Any:
     """Keys [b, S / n, ...] of this device to those of all, [b, S, ...] in natural order; called inside `shard_map`."""
     return x if axis_size(AXIS) == 1 else from_balanced(jax.lax.all_gather(x, AXIS, axis=1, tiled=True))
+
+
+def gather_heads(x: Any) -> Any:
+    """[b, t, H / n, ...] of this device to all heads; called inside `shard_map`."""
+    return x if axis_size("tensor") == 1 else jax.lax.all_gather(x, "tensor", axis=2, tiled=True)
 
 
 def key_spec(keys: Any) -> PartitionSpec:

@@ -10,6 +10,7 @@ from dsa_jax.config import STAGES as STAGE_ORDER
 from dsa_jax.config import Config, StageConfig
 from dsa_jax.data import TrainData
 from dsa_jax.model import Transformer
+from dsa_jax.parallel.placement import place, place_batch, with_shardings
 from dsa_jax.train.checkpoint import CheckpointStore
 from dsa_jax.train.metrics import MetricsLog
 from dsa_jax.train.progress import Progress
@@ -39,7 +40,7 @@ def restore_state(
     store: CheckpointStore, step: int, params: Any, stage: Stage, config: StageConfig
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state saved at `step`, bit for bit, and the notes saved with it. `params` gives the expected structure and shapes."""
-    abstract = jax.eval_shape(lambda p: init_state(p, stage, config), params)
+    abstract = with_shardings(jax.eval_shape(lambda p: init_state(p, stage, config), params))
     restored = store.restore(step, abstract)
     return restored.tree, restored.meta
 
@@ -141,7 +142,7 @@ def run_stage(
         step = 0
         before: dict[str, Any] = {"steps": 0, "seconds": 0.0, "compile_seconds": 0.0, "tokens": 0, "final": {}}
         if resume_step is None:
-            state = init_state(params, stage, settings)
+            state = place(init_state(params, stage, settings))
         else:
             state, meta = restore_state(store, resume_step, params, stage, settings)
             step, summaries = resume_step, meta["summaries"]
@@ -187,7 +188,7 @@ def run_stage(
                 if compiles:
                     finish(pending)
                     pending = None
-                state, values = train_step(state, batch)
+                state, values = train_step(state, place_batch(batch))
                 # Metrics are read a step late, so that the device need not wait for the host.
                 finish(pending)
                 step += 1

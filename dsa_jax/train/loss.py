@@ -51,8 +51,13 @@ def token_loss(
         hidden, targets, mask = args
         logits = unembed(hidden).astype(jnp.float32)
         safe = jnp.where(mask, targets, 0)
-        nll = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, safe[..., None], axis=-1)[..., 0]
-        correct = (jnp.argmax(logits, axis=-1) == safe).astype(jnp.float32)
+        # Sums and minima over the vocabulary, no lookup in it: where it is split over devices, logits are never gathered.
+        token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+        at_target = jnp.sum(jnp.where(token == safe[..., None], logits, 0.0), axis=-1)
+        nll = jax.nn.logsumexp(logits, axis=-1) - at_target
+        largest = jnp.max(logits, axis=-1, keepdims=True)
+        first_largest = jnp.min(jnp.where(logits == largest, token, vocab_size), axis=-1)
+        correct = (first_largest == safe).astype(jnp.float32)
         return jnp.where(mask, nll, 0.0), jnp.where(mask, correct, 0.0)
 
     if n_chunks == 1:

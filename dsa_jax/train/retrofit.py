@@ -10,6 +10,8 @@ from dsa_jax.config import Config, to_dict
 from dsa_jax.data import EvalData, TrainData, make_eval_data, make_train_data
 from dsa_jax.evals.parity import Parity, evaluate_parity
 from dsa_jax.model import Transformer, build_model
+from dsa_jax.parallel.check import check_layout
+from dsa_jax.parallel.placement import on_mesh, place
 from dsa_jax.params import count_parameters, is_indexer_path, split_parameters
 from dsa_jax.train.from_hf import checkpoint_params, export_checkpoint, resolve_checkpoint
 from dsa_jax.train.init import initial_params, load_run
@@ -37,6 +39,12 @@ def retrofit(config: Config, workdir: Path, *, tensorboard: bool = False) -> dic
     """
     config = resolve_checkpoint(config)
     config.validate()
+    check_layout(config)
+    with on_mesh(config.parallel):
+        return _retrofit(config, workdir, tensorboard)
+
+
+def _retrofit(config: Config, workdir: Path, tensorboard: bool) -> dict[str, Any] | None:
     train_data = make_train_data(config.data, config.seed, config.model.vocab_size)
     eval_data = make_eval_data(config.data, config.seed, config.model.vocab_size)
     check_lengths(config, train_data, eval_data)
@@ -44,6 +52,8 @@ def retrofit(config: Config, workdir: Path, *, tensorboard: bool = False) -> dic
     model = build_model(config.model)
     position = latest_position(run, config)
     params = initial_params(config, model, abstract=position is not None)
+    if position is None:
+        params = place(params)
     n_indexer = count_parameters(split_parameters(params, is_indexer_path)[0])
     _LOG.info("%s: %d parameters, %d of them in indexers", config.name, count_parameters(params), n_indexer)
     summaries: dict[str, dict[str, Any]] = {}
@@ -109,9 +119,9 @@ def _dense_params_before(run: RunDirectory, config: Config) -> dict[str, Any] | 
     if not config.train.sparse.steps:
         return None
     if not config.train.pretrain.steps:
-        return checkpoint_params(config) if config.init.hf_dir else None
+        return place(checkpoint_params(config)) if config.init.hf_dir else None
     try:
-        return load_run(run.path, stage="pretrain").params
+        return place(load_run(run.path, stage="pretrain").params)
     except RunError as error:
         _LOG.warning("the row of the dense model before sparse training is left out: %s", error)
         return None

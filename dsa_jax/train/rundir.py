@@ -86,7 +86,7 @@ class RunDirectory:
 
 
 def open_run(workdir: str | os.PathLike[str], config: Config) -> RunDirectory:
-    """Create the run directory of `config`, or return to it.
+    """Create the run directory of `config`, or return to it; only `parallel` may have changed since.
 
     Writes config.json and environment.json. On return, an environment that differs from the recorded one takes its place and
     the recorded one is appended to `history`, oldest first.
@@ -99,7 +99,11 @@ def open_run(workdir: str | os.PathLike[str], config: Config) -> RunDirectory:
     run = RunDirectory(path, resumed=(path / "config.json").exists())
     wanted = to_dict(config)
     if run.resumed:
-        _require_same_config(path, _read_object(run.config_path), wanted)
+        recorded = _read_object(run.config_path)
+        _require_same_config(path, recorded, wanted)
+        if recorded != wanted:
+            _LOG.info("continuing on another layout of devices: %s", wanted["parallel"])
+            _write_object(run.config_path, wanted)
     else:
         _write_object(run.config_path, wanted)
     _record_environment(run)
@@ -210,7 +214,7 @@ def _make_writable_directory(path: Path) -> None:
 
 
 def _require_same_config(path: Path, recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    there, here = _flatten(recorded), _flatten(wanted)
+    there, here = (_flatten({k: v for k, v in values.items() if k != "parallel"}) for values in (recorded, wanted))
     names = sorted(name for name in there.keys() | here.keys() if there.get(name, "absent") != here.get(name, "absent"))
     if not names:
         return

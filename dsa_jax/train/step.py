@@ -10,6 +10,7 @@ import optax
 from dsa_jax.config import Config, StageConfig
 from dsa_jax.data import Batch
 from dsa_jax.model import Transformer, updated_score_bias
+from dsa_jax.parallel.placement import hold
 from dsa_jax.params import is_score_bias_path, merge_parameters, nested_parameters, parameter_paths, split_parameters
 from dsa_jax.train.loss import forward_with_loss, forward_without_head
 from dsa_jax.train.optimizer import make_optimizer
@@ -98,7 +99,8 @@ def make_train_step(model: Transformer, stage: Stage, config: Config) -> Callabl
         grad_fn = jax.grad(loss_fn, has_aux=True)
         if stage_config.accumulation == 1:
             return grad_fn(trainable, frozen, batch, totals)
-        micro = jax.tree.map(lambda x: x.reshape(stage_config.accumulation, -1, *x.shape[1:]), batch)
+        # Every n-th row, so that each micro-batch lies on all devices that the batch lies on.
+        micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, stage_config.accumulation, *x.shape[1:]), 1, 0), batch)
 
         def add(carry: Any, part: Batch) -> tuple[Any, None]:
             return jax.tree.map(lambda c, g: c + g.astype(c.dtype), carry, grad_fn(trainable, frozen, part, totals)), None
@@ -129,7 +131,7 @@ def make_train_step(model: Transformer, stage: Stage, config: Config) -> Callabl
         if "kl_layers" in metrics:
             metrics["kl"] = metrics["kl_layers"].sum()
         metrics |= {"grad_norm": grad_norm, "is_finite": is_finite, "skipped": skipped, "skipped_in_a_row": in_a_row}
-        return TrainState(params, opt_state, state.step + 1, skipped, in_a_row), metrics
+        return hold(TrainState(params, opt_state, state.step + 1, skipped, in_a_row)), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 

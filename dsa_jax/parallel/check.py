@@ -1,0 +1,51 @@
+"""Whether a recipe fits its mesh, found out before anything is allocated."""
+
+import math
+
+import jax
+
+from dsa_jax.config import STAGES, Config, ConfigError
+from dsa_jax.model import build_model, init_params
+from dsa_jax.parallel.mesh import BATCH_AXES
+from dsa_jax.parallel.rules import check_divisible
+
+
+def check_layout(config: Config) -> None:
+    """Make sure that heads, experts, parameters, batches and sequences split evenly.
+
+    Raises:
+        ConfigError: naming the first field that does not, its value and the axis size.
+    """
+    sizes = config.parallel.sizes()
+    if math.prod(sizes.values()) == 1:
+        return
+    attention, moe = config.model.attention, config.model.moe
+    heads = {"n_heads": attention.n_heads}
+    if attention.kind == "gqa" and attention.n_kv_heads > 1:
+        heads["n_kv_heads"] = attention.n_kv_heads
+    for name, count in heads.items():
+        _multiple(f"model.attention.{name}", count, "tensor", sizes["tensor"])
+    if sizes["expert"] > 1:
+        if not moe.n_routed_experts:
+            raise ConfigError(f"parallel.expert is {sizes['expert']}, but the model has no experts. Use fsdp or data instead.")
+        _multiple("model.moe.n_routed_experts", moe.n_routed_experts, "expert", sizes["expert"])
+    model = build_model(config.model)
+    check_divisible(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), sizes)
+
+    n_parts, rows = math.prod(sizes[name] for name in BATCH_AXES), " x ".join(BATCH_AXES)
+    for name in STAGES:
+        stage = getattr(config.train, name)
+        if stage.steps:
+            _multiple(f"train.{name}.batch_size / accumulation", stage.batch_size // stage.accumulation, rows, n_parts)
+            for length in {stage.seq_len, *(length for _, length in stage.curriculum)}:
+                _multiple(f"train.{name}.seq_len", length, "2 x context", 2 * sizes["context"], only_if=sizes["context"] > 1)
+    _multiple("eval.batch_size", config.eval.batch_size, rows, n_parts)
+    for name in ("recall", "text"):
+        if getattr(config.eval, f"{name}_sequences"):
+            length = getattr(config.eval, f"{name}_len")
+            _multiple(f"eval.{name}_len", length, "2 x context", 2 * sizes["context"], only_if=sizes["context"] > 1)
+
+
+def _multiple(name: str, value: int, axis: str, size: int, *, only_if: bool = True) -> None:
+    if only_if and value % size:
+        raise ConfigError(f"{name} is {value}; expected a multiple of {size} (parallel: {axis}).")
