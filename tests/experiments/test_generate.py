@@ -49,13 +49,14 @@ def test_text_on_stdout_rates_on_stderr_and_errors_in_one_line(tmp_path):
     loaded = saved_run(tmp_path / "run")
     (tmp_path / "prompt.txt").write_text(PROMPT, encoding="utf-8")
     run = f"--checkpoint={tmp_path / 'run'}"
+    limits = f"--max_new_tokens={NEW}", "--attention=sparse"
     processes = {
-        "one": start(run, f"--prompt={PROMPT}", f"--max_new_tokens={NEW}", "--attention=sparse", "--page_size=8"),
-        "two": start(run, "--prompt=b", f"--prompt_file={tmp_path}/prompt.txt", f"--max_new_tokens={NEW}", "--attention=sparse"),
+        "one": start(run, f"--prompt={PROMPT}", *limits, "--page_size=8"),
+        "two": start(run, "--prompt=b", f"--prompt_file={tmp_path}/prompt.txt", *limits),
         "nothing": start(run),
         "cold": start(run, "--prompt=a", "--temperature=-1"),
         "no-tokenizer": start(f"--checkpoint={ROOT / 'tests/fixtures/hf/llama'}", "--prompt=a"),
-    }  # fmt: skip
+    }
     results = {name: (*process.communicate(timeout=300), process.returncode) for name, process in processes.items()}
 
     prompts = [loaded.tokenizer.encode(text).tolist() for text in ("b", PROMPT)]

@@ -46,12 +46,18 @@ def by_full_passes(name, attention):
     return [ids[row, len(prompt) : len(prompt) + NEW].tolist() for row, prompt in enumerate(PROMPTS)]
 
 
-@pytest.mark.parametrize("options", [{}, {"page_size": 4, "prefill_chunk": 5}], ids=["contiguous", "paged-in-chunks"])
-@pytest.mark.parametrize("attention", ["dense", "sparse"])
+WAYS = {
+    "dense-contiguous": {"attention": "dense"},
+    "sparse-contiguous": {"attention": "sparse"},
+    "sparse-paged-in-chunks": {"attention": "sparse", "page_size": 4, "prefill_chunk": 5},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", MODELS)
-def test_greedy_text_equals_repeated_full_passes(name, attention, options):
-    result = generate(pretrained(name), PROMPTS, max_new_tokens=NEW, attention=attention, **options)
-    expected = by_full_passes(name, attention)
+def test_greedy_text_equals_repeated_full_passes(name, way):
+    result = generate(pretrained(name), PROMPTS, max_new_tokens=NEW, **WAYS[way])
+    expected = by_full_passes(name, WAYS[way]["attention"])
     assert result.token_ids == expected
     assert len({token for text in expected for token in text}) > NEW  # a text that says something
 

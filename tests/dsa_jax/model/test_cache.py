@@ -69,8 +69,10 @@ def feed(model, params, ids, cache, attention):
     return logits, indices
 
 
-@pytest.mark.parametrize("attention", ["dense", "sparse", "window"])
-@pytest.mark.parametrize("model_name", MODELS)
+@pytest.mark.parametrize(
+    ("model_name", "attention"),
+    [(name, attention) for name in MODELS for attention in ("dense", "sparse")] + [("mla-moe-shared", "window")],
+)
 def test_ragged_chunks_and_single_tokens_on_shuffled_pages_equal_the_full_pass(model_name, attention):
     model, params = built(**MODELS[model_name])
     ids = np.asarray(random_ids())
