@@ -42,8 +42,8 @@ def load_pretrained(
 ) -> Pretrained:
     """The model, parameters and tokenizer of a checkpoint directory.
 
-    Weights are read one tensor at a time into the stacked parameter they belong to, which is then placed on the devices: beside
-    the model itself the host holds one stacked parameter and one tensor. Quantised weights become `dtype`.
+    Weights are read piece by piece into the stacked parameter they belong to, which is then placed on the devices: beside the
+    model itself the host holds one stacked parameter and a few megabytes. Quantised weights become `dtype`.
 
     Args:
         directory: holds config.json and model.safetensors, or model.safetensors.index.json with the files it names.
@@ -102,13 +102,14 @@ def _read_parameters(
 def _stacked(sources: list[Source], leaf: Any, weights: Weights, block: tuple[int, int]) -> Shaped[np.ndarray, "..."]:
     out = _aligned_empty(leaf.shape, np.dtype(leaf.dtype))
     for source in sources:
-        value = read_source(source, weights, block, out.dtype)
-        target = out[source.place]
-        if value.dtype == out.dtype:
-            # As plain integers, which numpy copies several times as fast as bfloat16.
-            plain = np.dtype(f"u{out.dtype.itemsize}")
-            value, target = value.view(plain), target.view(plain)
-        target[...] = value.astype(target.dtype, copy=False)
+        place = out[source.place].T if source.transpose else out[source.place]
+        for rows, value in read_source(source, weights, block, out.dtype):
+            target = place[rows]
+            if value.dtype == out.dtype:
+                # As plain integers, which numpy copies several times as fast as bfloat16.
+                plain = np.dtype(f"u{out.dtype.itemsize}")
+                value, target = value.view(plain), target.view(plain)
+            target[...] = value.astype(target.dtype, copy=False)
     return out
 
 

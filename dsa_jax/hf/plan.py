@@ -1,8 +1,9 @@
 """Which tensors of a checkpoint fill which parameters: everything is checked here, before the first weight is read."""
 
 import logging
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ _LOG = logging.getLogger(__name__)
 _FLOATS = ("F64", "F32", "BF16", "F16")
 _FP8 = ("F8_E4M3",)
 _MOST_SHOWN = 5
+_PART_BYTES = 16 * 2**20
 
 
 class Source(NamedTuple):
@@ -57,16 +59,28 @@ def plan_sources(
     return plan
 
 
-def read_source(source: Source, weights: Weights, block: tuple[int, int], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
-    """What `source` names, in the layout of the parameter; of type `dtype` if it was quantised, else as stored."""
+def read_source(
+    source: Source, weights: Weights, block: tuple[int, int], dtype: np.dtype
+) -> Iterator[tuple[slice, Shaped[np.ndarray, "..."]]]:
+    """What `source` names, as stored, in parts that are small beside the model: (rows of the part, their values).
+
+    A quantised tensor comes whole, and of type `dtype`.
+    """
     scale_name = source.name + SCALE_SUFFIX
-    if scale_name not in weights.tensors:
-        value = weights.read(source.name, lead=source.lead, rows=source.rows)
-    else:
+    if scale_name in weights.tensors:
         quantized = weights.read(source.name, lead=source.lead)
         value = dequantize_blocks(quantized, weights.read(scale_name, lead=source.lead), block, dtype)
         value = value if source.rows is None else value[source.rows]
-    return value.T if source.transpose else value
+        yield slice(0, len(value)), value
+        return
+    info = weights.tensors[source.name]
+    shape = info.shape[len(source.lead) :]
+    first, stop, _ = (source.rows or slice(None)).indices(shape[0])
+    row_bytes = math.prod(shape[1:]) * DTYPES[info.dtype].itemsize
+    step = max(1, _PART_BYTES // max(row_bytes, 1))
+    for start in range(first, stop, step):
+        rows = slice(start, min(start + step, stop))
+        yield slice(rows.start - first, rows.stop - first), weights.read(source.name, lead=source.lead, rows=rows)
 
 
 def _source(
