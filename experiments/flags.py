@@ -129,6 +129,7 @@ def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = N
 
     def guarded(arguments: list[str]) -> int | None:
         absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
+        logging.getLogger("jax").setLevel(logging.WARNING)  # else it reports every backend that is not there
         if len(arguments) > 1:
             _fail(f"unexpected argument {arguments[1]!r}; expected only flags such as --config=configs/quickstart.py.", 2)
         try:
