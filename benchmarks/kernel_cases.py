@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.index_topk import pallas_gpu as index_topk
+from pallas_kernels.quantize import latent_row_bytes
 from pallas_kernels.sparse_attention import pallas_gpu as sparse_attention
+from pallas_kernels.sparse_attention import pallas_gpu_fp8 as sparse_attention_fp8
 from pallas_kernels.sparse_attention.pallas_gpu_tiles import Problem, default_options
 from pallas_kernels.sparse_attention.shapes import DEEPSEEK_V32, LLAMA3_8B, AttentionShape
 
@@ -41,6 +43,7 @@ def cases() -> Iterator[KernelCase]:
     """All cases."""
     for name, shape in ATTENTION.items():
         yield from _sparse_attention(name, shape)
+        yield from _decoding(name, shape)
     yield from _index_scores()
 
 
@@ -75,7 +78,10 @@ def _sparse_attention(name: str, shape: AttentionShape) -> Iterator[KernelCase]:
         return out.astype(jnp.float32).sum() + lse.sum()
 
     for deterministic in (False, True):
-        options = dataclasses.replace(default_options(problem, jnp.dtype(jnp.bfloat16)), deterministic=deterministic)
+        options = dataclasses.replace(
+            default_options(problem, jnp.dtype(jnp.bfloat16), queries=shape.queries, topk=shape.topk),
+            deterministic=deterministic,
+        )
         function = jax.grad(functools.partial(loss, options=options), tuple(range(1, 3 if shape.value_dim is None else 4)))
         ends = ("contributions", "ordered_sum") if deterministic else ("forward", "d_query", "d_key")
         kernels = tuple(f"sparse_attention_{end}" for end in ends)
@@ -84,6 +90,29 @@ def _sparse_attention(name: str, shape: AttentionShape) -> Iterator[KernelCase]:
         spare = 8 * shape.groups * problem.dim + max(x.size for x in arrays) // 8
         most = max(spare + max(x.size for x in arrays), options.budget_bytes // 4)
         yield KernelCase("sparse_attention", name, function, arrays, kernels, most)
+
+
+def _decoding(name: str, shape: AttentionShape) -> Iterator[KernelCase]:
+    """Few queries, each shared by several programs, over a pool of keys that all sequences share."""
+    rows, topk, row_bytes = 8 * 32768, 2048, latent_row_bytes(512, 64)
+    for batch in (1, 32):
+        keys = _attention_arrays(shape._replace(keys=rows))[1:]
+        queries, slots = _bf16(1, batch, shape.heads, shape.dim), _i32(1, batch, topk)
+
+        def attend(q: Any, slots: Any, k: Any, v: Any = None) -> Any:
+            call = functools.partial(sparse_attention.sparse_attention, d_v=shape.d_v, interpret=False)
+            return call(q, k, v, slots, softmax_scale=SCALE)
+
+        def attend_fp8(q: Any, slots: Any, pool: Any) -> Any:
+            call = functools.partial(sparse_attention_fp8.sparse_attention_fp8, latent_dim=512, interpret=False)
+            return call(q, pool, slots, softmax_scale=SCALE)
+
+        size = f"{name}, {batch} queries"
+        kernels = ("sparse_attention_forward",), ("sparse_attention_fp8_forward",)
+        yield KernelCase("decode", size, attend, (queries, slots, *keys), kernels[0], 0)
+        if shape.value_dim is None:
+            pool = jax.ShapeDtypeStruct((rows, row_bytes), jnp.uint8)
+            yield KernelCase("decode_fp8", size, attend_fp8, (queries, slots, pool), kernels[1], 0)
 
 
 def _index_scores() -> Iterator[KernelCase]:

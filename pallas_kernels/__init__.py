@@ -8,7 +8,7 @@ from pallas_kernels._dispatch import IMPLEMENTATIONS, implementations_chosen, re
 from pallas_kernels.dense_attention.api import DenseAttentionOutput, attention_topk, dense_attention
 from pallas_kernels.index_topk.api import index_scores, index_topk
 from pallas_kernels.indexer_loss.api import indexer_kl
-from pallas_kernels.sparse_attention.api import SparseAttentionOutput, sparse_attention
+from pallas_kernels.sparse_attention.api import SparseAttentionOutput, sparse_attention, sparse_attention_fp8
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -22,4 +22,5 @@ __all__ = [
     "indexer_kl",
     "resolve_implementation",
     "sparse_attention",
+    "sparse_attention_fp8",
 ]

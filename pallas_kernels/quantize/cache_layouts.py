@@ -61,7 +61,7 @@ def unpack_latent_fp8(rows: UInt8[Array, "*N bytes"], latent_dim: int) -> tuple[
         )
     values = _tiled(_from_bytes(rows[..., :latent_dim], jnp.float8_e4m3fn).astype(jnp.float32))
     scales = _from_bytes(rows[..., latent_dim : latent_dim + 4 * n_tiles], jnp.float32)
-    latent = (values * scales[..., None]).reshape(*rows.shape[:-1], -1)[..., :latent_dim]
+    latent = (values * scales[..., None]).reshape(*rows.shape[:-1], n_tiles * TILE)[..., :latent_dim]
     return latent, _from_bytes(rows[..., latent_dim + 4 * n_tiles :], jnp.bfloat16).astype(jnp.float32)
 
 
@@ -81,7 +81,7 @@ def _tiled(x: Float[Array, "*N C"]) -> Float[Array, "*N tiles D"]:
     """Tiles of 128 channels; zeros fill the last one."""
     padding = -x.shape[-1] % TILE
     padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)])
-    return padded.reshape(*x.shape[:-1], -1, TILE)
+    return padded.reshape(*x.shape[:-1], padded.shape[-1] // TILE, TILE)
 
 
 def _as_bytes(x: Float[Array, "*N D"]) -> UInt8[Array, "*N bytes"]:

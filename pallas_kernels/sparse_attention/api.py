@@ -1,17 +1,24 @@
-"""Public op: attention of each query over its own selected keys."""
+"""Public ops: attention of each query over its own selected keys, which are an array or rows of a packed fp8 cache."""
 
 from typing import NamedTuple
 
 import jax
-from jaxtyping import Array, Float, Int32
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, UInt8
 
 from pallas_kernels import _checks, _dispatch
-from pallas_kernels.sparse_attention import pallas_gpu, reference, xla
+from pallas_kernels.quantize.cache_layouts import latent_row_bytes
+from pallas_kernels.sparse_attention import pallas_gpu, pallas_gpu_fp8, reference, xla
 
 _IMPLEMENTATIONS = {
     "reference": reference.sparse_attention,
     "xla": xla.sparse_attention,
     "pallas": pallas_gpu.sparse_attention,
+}
+_FP8_IMPLEMENTATIONS = {
+    "reference": reference.sparse_attention_fp8,
+    "xla": xla.sparse_attention_fp8,
+    "pallas": pallas_gpu_fp8.sparse_attention_fp8,
 }
 
 
@@ -61,3 +68,51 @@ def sparse_attention(
     """
     run = _dispatch.choose("sparse_attention", implementation, _IMPLEMENTATIONS, platform=jax.default_backend())
     return SparseAttentionOutput(*run(q, k, v, topk_indices, softmax_scale=softmax_scale, d_v=d_v))
+
+
+def _check_sparse_fp8(q, pool, slots, latent_dim, **_):
+    op = "sparse_attention_fp8"
+    _checks.check_float(op, q=q)
+    _checks.check_shape(op, "q", q, (None,) * 4, "[B, T, heads, latent_dim + rotated channels]")
+    if not 0 < latent_dim <= q.shape[-1]:
+        raise ValueError(
+            f"{op}: latent_dim is {latent_dim}; expected 1 to {q.shape[-1]}, the head dim of q. Check kv_lora_rank."
+        )
+    if pool.dtype != jnp.uint8:
+        raise ValueError(f"{op}: pool has dtype {pool.dtype}; expected uint8 rows, as quantize.pack_latent_fp8 makes them.")
+    row_bytes = latent_row_bytes(latent_dim, q.shape[-1] - latent_dim)
+    _checks.check_shape(op, "pool", pool, (None, row_bytes), "[rows, bytes of a row], see quantize.pack_latent_fp8")
+    _checks.check_topk_indices(op, slots, *q.shape[:2])
+
+
+@_checks.checked(_check_sparse_fp8)
+def sparse_attention_fp8(
+    q: Float[Array, "B T H Dk"],
+    pool: UInt8[Array, "P bytes"],
+    slots: Int32[Array, "B T K"],
+    *,
+    softmax_scale: float,
+    latent_dim: int,
+    implementation: str | None = None,
+) -> SparseAttentionOutput:
+    """`sparse_attention` in its latent form over packed fp8 rows: the keys are dequantised where they are read.
+
+    The pool is shared by all batch rows: with a paged cache, `slots` are the selected positions translated through each
+    sequence's page table, `page * page_size + offset`. For inference: it has no gradient.
+
+    Args:
+        pool: rows of `quantize.latent_row_bytes(latent_dim, Dk - latent_dim)` bytes (656 for 512 + 64 channels), made by
+            `quantize.pack_latent_fp8`. Rows that nobody selects may hold anything.
+        slots: rows of the pool, any order; outside [0, P), such as -1, counts as absent. A row listed twice counts twice.
+        implementation: see `pallas_kernels.IMPLEMENTATIONS`; None is the default of the device. "reference" dequantises to
+            float32, the others to the dtype of q, which rounds unless the scales are powers of two.
+
+    Returns:
+        As `sparse_attention`: out [B, T, H, latent_dim] in the dtype of q, and lse.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+        NotImplementedError: what the implementation asked for does not cover.
+    """
+    run = _dispatch.choose("sparse_attention_fp8", implementation, _FP8_IMPLEMENTATIONS, platform=jax.default_backend())
+    return SparseAttentionOutput(*run(q, pool, slots, softmax_scale=softmax_scale, latent_dim=latent_dim))

@@ -49,14 +49,17 @@ def sparse_attention(
     if 0 in (q.size, width, k.shape[1], topk_indices.shape[2]):
         return jnp.zeros((*q.shape[:3], width), q.dtype), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
     problem = Problem(q.shape[2], k.shape[2], q.shape[3], width, v is None, float(softmax_scale), interpret)
-    options = tiling.default_options(problem, q.dtype) if options is None else options
+    if options is None:
+        options = tiling.default_options(problem, q.dtype, queries=q.shape[0] * q.shape[1], topk=topk_indices.shape[2])
     places = join_batch_indices(topk_indices, k.shape[1])[0]
     values = None if v is None else join_batch(v)[0]
     out, lse = _attend(join_batch(q)[0], join_batch(k)[0], values, places, problem, options)
     return out.reshape(*q.shape[:3], width), lse.reshape(q.shape[:3])
 
 
-def _forward_kernel(refs: Refs, out_ref: Any, lse_ref: Any, *, problem: Problem, tiles: Tiles) -> None:
+def _forward_kernel(
+    refs: Refs, out_ref: Any, lse_ref: Any, *, problem: Problem, tiles: Tiles, load: tiling.LoadKeys = tiling.load_keys
+) -> None:
     blocks = problem.head_blocks(tiles)
     group, number = lax.div(pl.program_id(1), blocks), lax.rem(pl.program_id(1), blocks)
     # Adds a zero that the compiler cannot see: with one block of heads it would compute addresses before the loop, and spill.
@@ -66,7 +69,7 @@ def _forward_kernel(refs: Refs, out_ref: Any, lse_ref: Any, *, problem: Problem,
 
     def body(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         largest, total, *sums = carry
-        tile = tiling.load_keys(refs, problem, group, i, tiles.block_k)
+        tile = load(refs, problem, group, i, tiles.block_k)
         logits = tiling.sum_of_products(q, tile.keys) * (problem.softmax_scale * LOG2_E)
         logits = jnp.where(tile.valid[None], logits, -jnp.inf)
         new = jnp.maximum(largest, logits.max(-1))
@@ -90,26 +93,56 @@ def _forward_kernel(refs: Refs, out_ref: Any, lse_ref: Any, *, problem: Problem,
     plt.store(lse_ref.at[heads.rows], lse, mask=heads.valid)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q: Array, k: Array, v: Array | None, indices: Array, problem: Problem, options: Options) -> tuple[Array, Array]:
-    tiles, length = options.forward, q.shape[0]
-    refs = tiling.common_inputs(q, k, v, indices, tiles)
+def forward(
+    q: Array,
+    keys: Refs,
+    indices: Array,
+    problem: Problem,
+    tiles: Tiles,
+    splits: int,
+    *,
+    load: tiling.LoadKeys = tiling.load_keys,
+    name: str = "sparse_attention_forward",
+) -> tuple[Array, Array]:
+    """(out, lse) of queries [T, H, D] over the keys in arrays that are handed to the kernel whole.
+
+    With `splits` the selection of a query is shared by as many programs, whose results are joined by their lse.
+    """
+    length, topk = indices.shape
+    per_split = pl.cdiv(pl.cdiv(topk, splits), tiles.block_k) * tiles.block_k
+    indices = jnp.pad(indices, ((0, 0), (0, splits * per_split - topk)), constant_values=-1).reshape(-1, per_split)
+    refs = {"q": q, **keys, **tiling.slot_inputs(indices, tiles)}
     outputs = [
-        jax.ShapeDtypeStruct((length, problem.heads, problem.width), q.dtype),
-        jax.ShapeDtypeStruct((length, problem.heads), jnp.float32),
+        jax.ShapeDtypeStruct((length * splits, problem.heads, problem.width), q.dtype if splits == 1 else jnp.float32),
+        jax.ShapeDtypeStruct((length * splits, problem.heads), jnp.float32),
     ]
+    specs = {name: tiling.whole(x) if name in keys else tiling.per_query(x) for name, x in refs.items()}
+    specs["q"] = pl.BlockSpec((None, *q.shape[1:]), lambda t, *_: (lax.div(t, splits), 0, 0))
     out, lse = tiling.call(
-        functools.partial(_forward_kernel, problem=problem, tiles=tiles),
+        functools.partial(_forward_kernel, problem=problem, tiles=tiles, load=load),
         problem,
         tiles,
         (refs,),
-        grid=(length, problem.groups * problem.head_blocks(tiles)),
-        in_specs=[tiling.specs(refs)],
+        grid=(length * splits, problem.groups * problem.head_blocks(tiles)),
+        in_specs=[specs],
         out_specs=[tiling.per_query(x) for x in outputs],
         out_shape=outputs,
-        name="sparse_attention_forward",
+        name=name,
     )
-    return out, lse
+    if splits == 1:
+        return out, lse
+    out, lse = (x.reshape(length, splits, *x.shape[1:]) for x in (out, lse))
+    largest = lse.max(1)
+    shift = jnp.where(largest == -jnp.inf, 0.0, largest)
+    weights = jnp.exp(lse - shift[:, None])
+    total = weights.sum(1)
+    out = (weights[..., None] * out).sum(1) / jnp.where(total == 0, 1.0, total)[..., None]
+    return out.astype(q.dtype), jnp.where(total == 0, -jnp.inf, shift + jnp.log(total))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(q: Array, k: Array, v: Array | None, indices: Array, problem: Problem, options: Options) -> tuple[Array, Array]:
+    return forward(q, tiling.key_inputs(k, v), indices, problem, options.forward, options.splits)
 
 
 def _attend_forward(

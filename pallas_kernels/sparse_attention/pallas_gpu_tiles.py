@@ -18,6 +18,8 @@ from jaxtyping import Array
 SMALLEST_SIDE = 16
 # More pieces than this would cost more instructions per key than they save.
 MOST_PIECES = 4
+# Of an H200.
+PROCESSORS = 132
 LOG2_E = math.log2(math.e)
 HALF_AND_SINGLE = ("bfloat16", "float16", "float32")
 
@@ -62,7 +64,8 @@ class Options:
 
     `deterministic` costs one write and one read of the gradient of every selected key, `budget_bytes` of them at a time.
     Otherwise they are added to memory as they come, in no fixed order. An interpreted kernel needs `deterministic` when a
-    query lists a key twice: the interpreter's atomic addition keeps one of the two.
+    query lists a key twice: the interpreter's atomic addition keeps one of the two. `splits` programs share the selection of a
+    query in the forward, see `default_splits`.
     """
 
     forward: Tiles
@@ -70,11 +73,15 @@ class Options:
     d_key: Tiles
     deterministic: bool = False
     budget_bytes: int = 2**28
+    splits: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """The static half of a call: sizes, scale, and how the channels are cut. `is_shared`: the values lead the keys."""
+    """The static half of a call: sizes, scale, and how the channels are cut.
+
+    `is_shared`: the values lead the keys; `piece`: they are cut at its multiples, too.
+    """
 
     heads: int
     groups: int
@@ -83,6 +90,7 @@ class Problem:
     is_shared: bool
     softmax_scale: float
     interpret: bool
+    piece: int | None = None
 
     @property
     def heads_per_group(self) -> int:
@@ -92,12 +100,16 @@ class Problem:
     @property
     def key_columns(self) -> tuple[Columns, ...]:
         """Pieces of a key; where it holds the value, the value's pieces come first."""
-        return cut_columns(0, self.width, self.dim) if self.is_shared else cut_columns(0, self.dim)
+        return cut_columns(*self._value_bounds, self.dim) if self.is_shared else cut_columns(0, self.dim)
 
     @property
     def value_columns(self) -> tuple[Columns, ...]:
         """Pieces of a value."""
-        return cut_columns(0, self.width)
+        return cut_columns(*self._value_bounds)
+
+    @property
+    def _value_bounds(self) -> tuple[int, ...]:
+        return (*range(0, self.width, self.piece or self.width), self.width)
 
     def head_blocks(self, tiles: Tiles) -> int:
         """Blocks of heads in a group."""
@@ -114,7 +126,7 @@ def cut_columns(*bounds: int) -> tuple[Columns, ...]:
             width = min(size, stop - start)
             pieces.append(Columns(start, width, size, place))
             start, place = start + width, place + size
-    if len(pieces) > MOST_PIECES:
+    if len(pieces) > max(MOST_PIECES, len(bounds) - 1):
         raise NotImplementedError(
             f"pallas cuts channels into powers of two, and {bounds[-1]} channels need {len(pieces)} pieces; "
             f"at most {MOST_PIECES} are supported. Pass implementation='xla'."
@@ -127,7 +139,17 @@ def padded_width(columns: Sequence[Columns]) -> int:
     return sum(piece.size for piece in columns)
 
 
-def default_options(problem: Problem, dtype: jnp.dtype) -> Options:
+def default_splits(problem: Problem, tiles: Tiles, queries: int, topk: int) -> int:
+    """Programs that share the selection of one query: so many that few queries, as in decoding, keep every processor busy.
+
+    At least 64 selected keys are left to each, and its partial result costs a write and a read.
+    """
+    programs = queries * problem.groups * problem.head_blocks(tiles)
+    most = min(PROCESSORS // max(1, programs), topk // max(64, tiles.block_k))
+    return 1 << (max(1, most).bit_length() - 1)
+
+
+def default_options(problem: Problem, dtype: jnp.dtype, *, queries: int, topk: int) -> Options:
     """Block sizes for an H200; deterministic where the kernels are interpreted.
 
     Compiled for sm_90a by jax 0.11.2, all fit its shared memory and none spills registers, except the gradients in float32
@@ -148,7 +170,8 @@ def default_options(problem: Problem, dtype: jnp.dtype) -> Options:
         chosen = tiles(64, 64, 4), tiles(64, 32, 4), tiles(32, 32, 4)
     else:
         chosen = tiles(32, 32, 4), tiles(16, 32, 4), tiles(16, 16, 4)
-    return Options(*chosen, deterministic=problem.interpret)
+    splits = default_splits(problem, chosen[0], queries, topk)
+    return Options(*chosen, deterministic=problem.interpret, splits=splits)
 
 
 def _address(rows: Array, piece: Columns, offset: Array | int) -> tuple[tuple[Array, Array], Array | None]:
@@ -193,17 +216,26 @@ class KeyTile(NamedTuple):
     valid: Array
 
 
-def load_keys(refs: Refs, problem: Problem, group: Array | int, number: Array, block_k: int) -> KeyTile:
-    """Gathers the keys that slots [number * block_k, ...) select; -1 is absent and reads nothing."""
+def load_slots(refs: Refs, number: Array, block_k: int) -> tuple[Array, Array]:
+    """(rows, valid) that slots [number * block_k, ...) select; row 0 where the slot is empty."""
     selected = refs["indices"][pl.ds(number * block_k, block_k)]
     valid = selected >= 0
-    rows = jnp.where(valid, selected, 0)
+    return jnp.where(valid, selected, 0), valid
+
+
+def load_keys(refs: Refs, problem: Problem, group: Array | int, number: Array, block_k: int) -> KeyTile:
+    """Gathers the keys of a tile of slots; an empty slot reads nothing and gets zeros."""
+    rows, valid = load_slots(refs, number, block_k)
     read = functools.partial(load_rows, rows=rows, valid=valid)
     keys = [read(refs["k"], piece=piece, offset=group * problem.dim) for piece in problem.key_columns]
     if problem.is_shared:
         return KeyTile(keys, keys[: len(problem.value_columns)], rows, valid)
     values = [read(refs["v"], piece=piece, offset=group * problem.width) for piece in problem.value_columns]
     return KeyTile(keys, values, rows, valid)
+
+
+LoadKeys = Callable[[Refs, Problem, Array | int, Array, int], KeyTile]
+"""`load_keys`, or another function that reads the keys of a tile."""
 
 
 class HeadBlock(NamedTuple):
@@ -286,13 +318,23 @@ def per_query(x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
     return pl.BlockSpec((None, *x.shape[1:]), lambda t, *_: (t,) + (0,) * (len(x.shape) - 1))
 
 
-def common_inputs(q: Array, k: Array, v: Array | None, indices: Array, tiles: Tiles) -> dict[str, Array]:
-    """Inputs of every kernel; `length` counts slots up to the last valid one, so that padding at the end costs nothing."""
+def key_inputs(k: Array, v: Array | None) -> dict[str, Array]:
+    """Keys and values as matrices, which kernels get whole."""
+    keys = {"k": k.reshape(k.shape[0], -1)}
+    return keys if v is None else {**keys, "v": v.reshape(v.shape[0], -1)}
+
+
+def slot_inputs(indices: Array, tiles: Tiles) -> dict[str, Array]:
+    """The selection, padded to whole tiles; `length` counts slots up to the last valid one, so that padding costs nothing."""
     topk = indices.shape[1]
     length = jnp.where(indices >= 0, jnp.arange(1, topk + 1, dtype=jnp.int32), 0).max(1)
     indices = jnp.pad(indices, ((0, 0), (0, -topk % tiles.block_k)), constant_values=-1)
-    refs = {"q": q, "k": k.reshape(k.shape[0], -1), "indices": indices, "length": length[:, None]}
-    return refs if v is None else {**refs, "v": v.reshape(v.shape[0], -1)}
+    return {"indices": indices, "length": length[:, None]}
+
+
+def common_inputs(q: Array, k: Array, v: Array | None, indices: Array, tiles: Tiles) -> dict[str, Array]:
+    """Inputs of every kernel that reads keys by index."""
+    return {"q": q, **key_inputs(k, v), **slot_inputs(indices, tiles)}
 
 
 def specs(refs: dict[str, Array]) -> dict[str, pl.BlockSpec]:

@@ -1,10 +1,11 @@
-"""Definition of sparse attention: gather every query's keys, attend, in plain jnp; T x K x D memory."""
+"""Definition of sparse attention, over keys and over packed fp8 rows: gather every query's keys, attend, in plain jnp."""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, UInt8
 
 from pallas_kernels._numerics import accumulation_dtype, softmax_and_lse, values_of
+from pallas_kernels.quantize.cache_layouts import unpack_latent_fp8
 
 
 def sparse_attention(
@@ -32,3 +33,19 @@ def sparse_attention(
     probability, lse = softmax_and_lse(logits, valid[:, :, None, None, :])
     out = jnp.einsum("btghk,btkgd->btghd", probability, v_sel, precision=precision)
     return out.reshape(batch, length, heads, v_sel.shape[-1]).astype(q.dtype), lse.reshape(batch, length, heads)
+
+
+def sparse_attention_fp8(
+    q: Float[Array, "B T H Dk"],
+    pool: UInt8[Array, "P bytes"],
+    slots: Int32[Array, "B T K"],
+    *,
+    softmax_scale: float,
+    latent_dim: int,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
+    """(out, lse) over the selected rows, dequantised to float32."""
+    (batch, length, heads, dim), topk = q.shape, slots.shape[2]
+    keys = jnp.concatenate(unpack_latent_fp8(pool, latent_dim), -1)[None, :, None]
+    arrays = q.reshape(1, batch * length, heads, dim), keys, None, slots.reshape(1, batch * length, topk)
+    out, lse = sparse_attention(*arrays, softmax_scale=softmax_scale, d_v=latent_dim)
+    return out.reshape(batch, length, heads, latent_dim), lse.reshape(q.shape[:3])

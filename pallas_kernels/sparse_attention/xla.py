@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.dtypes import float0
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32, Shaped, UInt8
 
 from pallas_kernels._chunks import map_queries, rows_per_chunk, scan_queries
 from pallas_kernels._numerics import accumulation_dtype, dot, softmax_and_lse, values_of
+from pallas_kernels.quantize.cache_layouts import unpack_latent_fp8
 
 # Numbers gathered per chunk: batch x queries x selected keys x channels. Half a MiB in float32, so that a chunk stays in
 # cache; one large query at a time also spares XLA's slow batched products on CPU.
@@ -39,6 +40,33 @@ def sparse_attention(
     return out.reshape(*q.shape[:3], width), lse.reshape(q.shape[:3])
 
 
+def sparse_attention_fp8(
+    q: Float[Array, "B T H Dk"],
+    pool: UInt8[Array, "P bytes"],
+    slots: Int32[Array, "B T K"],
+    *,
+    softmax_scale: float,
+    latent_dim: int,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
+    """(out, lse); the rows that a chunk of queries selects are all that is dequantised, to the dtype of q."""
+    (batch, length, heads, dim), topk = q.shape, slots.shape[2]
+    if 0 in (q.size, *pool.shape, topk):
+        dtype = accumulation_dtype(q)
+        return jnp.zeros((*q.shape[:3], latent_dim), q.dtype), jnp.full(q.shape[:3], -jnp.inf, dtype)
+    padded = with_zero_row(pool[None])
+
+    def step(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
+        q, slots = chunk
+        rows, valid = gather_rows(padded, slots)
+        keys = jnp.concatenate(unpack_latent_fp8(rows, latent_dim), -1).astype(q.dtype)
+        places = jnp.where(valid, jnp.arange(valid.size, dtype=jnp.int32).reshape(valid.shape), -1)
+        return sparse_attention(q, keys.reshape(1, -1, 1, dim), None, places, softmax_scale=softmax_scale, d_v=latent_dim)
+
+    block_q = rows_per_chunk(GATHER_BUDGET, topk * dim, smallest=1, largest=128)
+    out, lse = map_queries(step, (join_batch(q), join_batch(slots)), block_q)
+    return out.reshape(batch, length, heads, latent_dim), lse.reshape(q.shape[:3])
+
+
 def join_batch(x: Array) -> Array:
     """[B, N, ...] as one row [1, B * N, ...]: gathers without a batch are faster, and chunks may span rows."""
     return x.reshape(1, x.shape[0] * x.shape[1], *x.shape[2:])
@@ -50,14 +78,14 @@ def join_batch_indices(indices: Int32[Array, "B T K"], n_keys: int) -> Int32[Arr
     return join_batch(jnp.where((indices >= 0) & (indices < n_keys), indices + first, -1))
 
 
-def with_zero_row(keys: Float[Array, "B S *rest"]) -> Float[Array, "B P *rest"]:
+def with_zero_row(keys: Shaped[Array, "B S *rest"]) -> Shaped[Array, "B P *rest"]:
     """The keys and one row of zeros, which every invalid index reads: cheaper than masking what was gathered."""
     return jnp.pad(keys, ((0, 0), (0, 1)) + ((0, 0),) * (keys.ndim - 2))
 
 
 def gather_rows(
-    padded_keys: Float[Array, "B P *rest"], indices: Int32[Array, "B C K"]
-) -> tuple[Float[Array, "B C K *rest"], Bool[Array, "B C K"]]:
+    padded_keys: Shaped[Array, "B P *rest"], indices: Int32[Array, "B C K"]
+) -> tuple[Shaped[Array, "B C K *rest"], Bool[Array, "B C K"]]:
     """(rows, valid): the selected rows of `with_zero_row(keys)`, zeros where the index lies outside [0, S)."""
     n_keys = padded_keys.shape[1] - 1
     valid = (indices >= 0) & (indices < n_keys)

@@ -179,7 +179,9 @@ def lowered(shape, dtype, deterministic):
     """Forward and backward of one layer, lowered for an H200."""
     width = shape.value_dim or shape.d_v
     problem = Problem(shape.heads, shape.groups, shape.dim, width, shape.value_dim is None, SCALE, False)
-    options = dataclasses.replace(default_options(problem, jnp.dtype(dtype)), deterministic=deterministic)
+    options = dataclasses.replace(
+        default_options(problem, jnp.dtype(dtype), queries=shape.queries, topk=shape.topk), deterministic=deterministic
+    )
     function = functools.partial(pallas_gpu.sparse_attention, options=options, interpret=False)
     dims = [(shape.queries, shape.heads, shape.dim), (shape.keys, shape.groups, shape.dim)]
     dims += [] if shape.value_dim is None else [(shape.keys, shape.groups, width)]
