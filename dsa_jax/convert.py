@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from dsa_jax.config import Config, DataConfig, TextConfig
+from dsa_jax.data.tokenizer import NO_TOKENIZER
 from dsa_jax.hf import load_pretrained, save_pretrained
 from dsa_jax.open_checkpoint import is_hf_directory, open_checkpoint
 from dsa_jax.train.checkpoint import CheckpointStore
@@ -33,7 +34,9 @@ def to_run(source: Path, target: Path) -> str:
     if not is_hf_directory(source):
         raise RunError(f"{source} is not a Hugging Face directory: its config.json names no model_type.")
     loaded = load_pretrained(source)
-    tokenizer = str(source.resolve()) if (source / "tokenizer.json").is_file() else "bytes"
+    tokenizer = NO_TOKENIZER if loaded.tokenizer is None else "bytes"
+    if (source / "tokenizer.json").is_file():
+        tokenizer = str(source.resolve())
     data = DataConfig(recall_fraction=0.0, text=TextConfig(tokenizer=tokenizer))
     config = Config(name=source.resolve().name, model=loaded.config, data=data)
     config.eval.recall_sequences = 0

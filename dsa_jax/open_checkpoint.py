@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from dsa_jax.data import load_tokenizer
+from dsa_jax.data.tokenizer import NO_TOKENIZER
 from dsa_jax.hf import load_pretrained
 from dsa_jax.pretrained import Pretrained
 from dsa_jax.train.init import load_run
@@ -28,4 +29,5 @@ def open_checkpoint(directory: str | Path) -> Pretrained:
     if is_hf_directory(directory):
         return load_pretrained(directory)
     run = load_run(Path(directory))
-    return Pretrained(run.config.model, run.model, run.params, load_tokenizer(run.config.data.text.tokenizer))
+    name = run.config.data.text.tokenizer
+    return Pretrained(run.config.model, run.model, run.params, None if name == NO_TOKENIZER else load_tokenizer(name))

@@ -13,6 +13,7 @@ from dsa_jax.config import ConfigError
 # Names under which published tokenizers carry the end of a document, most specific first.
 _DEEPSEEK_END = "<\N{FULLWIDTH VERTICAL LINE}end\u2581of\u2581sentence\N{FULLWIDTH VERTICAL LINE}>"
 END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", _DEEPSEEK_END, "</s>", "<eos>", "[EOS]")
+NO_TOKENIZER = "none"
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 
 
@@ -133,7 +134,16 @@ class JsonTokenizer:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer that `data.text.tokenizer` names: `bytes`, or the path of a tokenizer.json or its directory."""
+    """The tokenizer that `data.text.tokenizer` names: `bytes`, or the path of a tokenizer.json or its directory.
+
+    Raises:
+        ConfigError: for "none", which marks weights that came without one, and where there is no usable file.
+    """
+    if name == NO_TOKENIZER:
+        raise ConfigError(
+            "data.text.tokenizer is 'none': the weights came without a tokenizer, so no text can be read. Name one: 'bytes', or "
+            "the path of a tokenizer.json."
+        )
     return ByteTokenizer() if name == "bytes" else JsonTokenizer(name)
 
 

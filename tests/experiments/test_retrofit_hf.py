@@ -106,6 +106,7 @@ def test_conversion_to_a_run_and_back_keeps_every_bit(tmp_path):
     to_run(tmp_path / "dense", tmp_path / "run")
     assert "again" in to_hf(tmp_path / "run", tmp_path / "again")
     again = load_pretrained(tmp_path / "again")
+    assert again.tokenizer is None  # as in the directory that it came from
     config.attention.indexer = again.config.attention.indexer  # disabled: its sizes are not stored
     assert again.config.attention == config.attention
     after = parameter_paths(jax.device_get(again.params))
