@@ -141,8 +141,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     if name == NO_TOKENIZER:
         raise ConfigError(
-            "data.text.tokenizer is 'none': the weights came without a tokenizer, so no text can be read. Name one: 'bytes', or "
-            "the path of a tokenizer.json."
+            "data.text.tokenizer is 'none': the weights came without a tokenizer, so no text can be read. Name one: 'bytes', "
+            "or the path of a tokenizer.json."
         )
     return ByteTokenizer() if name == "bytes" else JsonTokenizer(name)
 

@@ -6,10 +6,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import NamedSharding
+
 from dsa_jax.config import Config, ConfigError, ModelConfig, TrainConfig
 from dsa_jax.data import load_tokenizer
 from dsa_jax.hf import load_pretrained, read_model_config, save_pretrained
 from dsa_jax.model import Transformer
+from dsa_jax.parallel.placement import current_mesh
+from dsa_jax.parallel.rules import parameter_spec
 from dsa_jax.params import parameter_paths
 
 _LOG = logging.getLogger(__name__)
@@ -58,13 +62,17 @@ def _merged(ours: ModelConfig, theirs: ModelConfig) -> ModelConfig:
 
 
 def checkpoint_params(config: Config) -> dict[str, Any]:
-    """The weights of `init.hf_dir` for the resolved `config`; indexers that it lacks are initialised from `seed`."""
-    indexer = config.model.attention.indexer
+    """The weights of `init.hf_dir` for the resolved `config`, each put on the current mesh as it is read.
+
+    Indexers that the checkpoint lacks are initialised from `seed`.
+    """
+    indexer, mesh = config.model.attention.indexer, current_mesh()
     loaded = load_pretrained(
         config.init.hf_dir,
         dtype=config.model.param_dtype,
         indexer=indexer if indexer.enabled else None,
         seed=config.seed,
+        placement=None if mesh is None else lambda path: NamedSharding(mesh, parameter_spec(path)),
     )
     return loaded.params
 
