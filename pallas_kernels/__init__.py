@@ -4,7 +4,7 @@ Every op has one public function with an `implementation` argument; None takes t
 arrays only: no parameters, no model configuration.
 """
 
-from pallas_kernels._dispatch import IMPLEMENTATIONS, implementations_chosen, resolve_implementation
+from pallas_kernels._dispatch import IMPLEMENTATIONS, implementations_chosen, resolve_implementation, traced_platform
 from pallas_kernels.dense_attention.api import DenseAttentionOutput, attention_topk, dense_attention
 from pallas_kernels.index_topk.api import index_scores, index_topk
 from pallas_kernels.indexer_loss.api import indexer_kl
@@ -23,4 +23,5 @@ __all__ = [
     "resolve_implementation",
     "sparse_attention",
     "sparse_attention_fp8",
+    "traced_platform",
 ]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from absl import logging
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas", "triton", "cute")
@@ -14,6 +15,17 @@ _DEFAULT_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("xla", "reference"), "gpu"
 _chosen: dict[str, set[str]] = {}
 
 
+def traced_platform() -> str:
+    """Platform ("cpu", "gpu") that code is being traced for: of the surrounding mesh, else that of this process.
+
+    They differ where a program is compiled for devices that are not here.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.abstract_device is None or mesh.abstract_device.platform is None:
+        return jax.default_backend()
+    return "gpu" if mesh.abstract_device.platform in ("cuda", "rocm") else mesh.abstract_device.platform
+
+
 def resolve_implementation(op: str, implementation: str | None, available: Mapping[str, Any], *, platform: str) -> str:
     """Name of the implementation of `op` that runs on `platform` ("cpu", "gpu").
 
@@ -21,7 +33,7 @@ def resolve_implementation(op: str, implementation: str | None, available: Mappi
         op: name of the op, for messages.
         implementation: a name out of `IMPLEMENTATIONS`, or None for the default of the platform.
         available: the implementations this op has, by name.
-        platform: device kind as `jax.default_backend()` calls it.
+        platform: as `traced_platform()` calls it.
 
     Raises:
         ValueError: a name that is not an implementation's.

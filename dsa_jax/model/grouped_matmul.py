@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import traced_platform
+
 IMPLEMENTATIONS = ("reference", "tiles", "ragged_dot")
 
 
@@ -31,7 +33,7 @@ def grouped_matmul(
         ValueError: for an unknown implementation.
     """
     if implementation is None:
-        implementation = "tiles" if jax.default_backend() == "cpu" else "ragged_dot"
+        implementation = "tiles" if traced_platform() == "cpu" else "ragged_dot"
     if implementation == "reference":
         group = jnp.repeat(jnp.arange(len(kernels)), group_sizes, total_repeat_length=len(x))
         return jnp.einsum("mi,mio->mo", x, kernels[group])

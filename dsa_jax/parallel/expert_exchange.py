@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.parallel.ambient import axis_size
+from pallas_kernels import traced_platform
 
 AXIS = "expert"
 IMPLEMENTATIONS = ("ragged", "padded")
@@ -77,7 +78,7 @@ def _ragged(rows: Array, out: Array, starts: Array, sizes: Array, out_starts: Ar
 
 
 def _chosen(implementation: str | None) -> str:
-    implementation = implementation or ("padded" if jax.default_backend() == "cpu" else "ragged")
+    implementation = implementation or ("padded" if traced_platform() == "cpu" else "ragged")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation is {implementation!r}; expected one of {', '.join(IMPLEMENTATIONS)}.")
     return implementation

@@ -53,7 +53,7 @@ def dense_attention(
     Raises:
         ValueError: shapes or dtypes that do not fit, or a known start > end.
     """
-    run = _dispatch.choose("dense_attention", implementation, _DENSE, platform=jax.default_backend())
+    run = _dispatch.choose("dense_attention", implementation, _DENSE, platform=_dispatch.traced_platform())
     return DenseAttentionOutput(*run(q, k, v, visible_start, visible_end, softmax_scale=softmax_scale, d_v=d_v))
 
 
@@ -92,6 +92,6 @@ def attention_topk(
     Raises:
         ValueError: shapes or dtypes that do not fit, topk below 1, or a known start > end.
     """
-    run = _dispatch.choose("attention_topk", implementation, _TOPK, platform=jax.default_backend())
+    run = _dispatch.choose("attention_topk", implementation, _TOPK, platform=_dispatch.traced_platform())
     stopped = [jax.lax.stop_gradient(x) for x in (q, k, lse)]
     return run(*stopped, visible_start, visible_end, softmax_scale=softmax_scale, topk=topk)

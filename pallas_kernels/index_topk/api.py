@@ -48,7 +48,7 @@ def index_scores(
 
     Source: DeepSeek-V3.2-Exp report, section 1, equation 1.
     """
-    run = _dispatch.choose("index_scores", implementation, _SCORES, platform=jax.default_backend())
+    run = _dispatch.choose("index_scores", implementation, _SCORES, platform=_dispatch.traced_platform())
     return run(q_index, k_index, weights, visible_start, visible_end, k_scale=k_scale)
 
 
@@ -92,7 +92,7 @@ def index_topk(
 
     Source: DeepSeek-V3.2-Exp report, section 1, equation 2. The order and the tie rule are ours.
     """
-    run = _dispatch.choose("index_topk", implementation, _TOPK, platform=jax.default_backend())
+    run = _dispatch.choose("index_topk", implementation, _TOPK, platform=_dispatch.traced_platform())
     stopped = [jax.lax.stop_gradient(x) for x in (q_index, k_index, weights)]
     scale = None if k_scale is None else jax.lax.stop_gradient(k_scale)
     return run(*stopped, visible_start, visible_end, topk=topk, k_scale=scale)

@@ -62,7 +62,7 @@ def indexer_kl(
 
     Source: DeepSeek-V3.2-Exp report, section 2.1.
     """
-    run = _dispatch.choose("indexer_kl", implementation, _IMPLEMENTATIONS, platform=jax.default_backend())
+    run = _dispatch.choose("indexer_kl", implementation, _IMPLEMENTATIONS, platform=_dispatch.traced_platform())
     target = [jax.lax.stop_gradient(x) for x in (q, k, lse)]
     return run(
         q_index,

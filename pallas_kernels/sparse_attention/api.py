@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt8
 
@@ -66,7 +65,7 @@ def sparse_attention(
 
     Source: DeepSeek-V3.2-Exp report, section 1, MQA form of multi-head latent attention.
     """
-    run = _dispatch.choose("sparse_attention", implementation, _IMPLEMENTATIONS, platform=jax.default_backend())
+    run = _dispatch.choose("sparse_attention", implementation, _IMPLEMENTATIONS, platform=_dispatch.traced_platform())
     return SparseAttentionOutput(*run(q, k, v, topk_indices, softmax_scale=softmax_scale, d_v=d_v))
 
 
@@ -114,5 +113,5 @@ def sparse_attention_fp8(
         ValueError: shapes or dtypes that do not fit.
         NotImplementedError: what the implementation asked for does not cover.
     """
-    run = _dispatch.choose("sparse_attention_fp8", implementation, _FP8_IMPLEMENTATIONS, platform=jax.default_backend())
+    run = _dispatch.choose("sparse_attention_fp8", implementation, _FP8_IMPLEMENTATIONS, platform=_dispatch.traced_platform())
     return SparseAttentionOutput(*run(q, pool, slots, softmax_scale=softmax_scale, latent_dim=latent_dim))

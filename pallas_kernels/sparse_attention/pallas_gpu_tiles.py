@@ -14,6 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array
 
+from pallas_kernels._dispatch import traced_platform
+
 # Triton multiplies no matrix with a side below 16, and holds no array whose size is not a power of two.
 SMALLEST_SIDE = 16
 # More pieces than this would cost more instructions per key than they save.
@@ -279,7 +281,7 @@ def is_interpreted(op: str) -> bool:
     Raises:
         NotImplementedError: on any other device.
     """
-    platform = jax.default_backend()
+    platform = traced_platform()
     if platform not in ("cpu", "gpu"):
         raise NotImplementedError(
             f"{op}: pallas runs on NVIDIA GPUs, and interpreted on CPU; this is {platform!r}. Pass implementation='xla'."

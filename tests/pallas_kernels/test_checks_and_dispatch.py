@@ -101,6 +101,14 @@ def test_default_rule():
     assert resolve_implementation("op", "reference", {"reference": 1, "xla": 2}, platform="cpu") == "reference"
 
 
+@pytest.mark.parametrize("platform", ["gpu", "cuda"])
+def test_platform_of_a_mesh_that_is_not_here(platform):
+    device = jax.sharding.AbstractDevice("NVIDIA H200", 132, platform)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((8,), ("data",), abstract_device=device)):
+        assert pk.traced_platform() == "gpu"
+    assert pk.traced_platform() == "cpu"
+
+
 def test_unknown_range_values_are_not_checked_under_jit():
     function, arguments = CALLS["dense_attention"]
     start = jnp.asarray([[0, 2, 0]])
