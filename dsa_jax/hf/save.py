@@ -71,7 +71,7 @@ def save_pretrained(
     tensors = _tensors(config, leaves)
     if layout.model_type in FAMILIES:
         tensors += _zero_biases(config)
-    content = {**layout.content, "transformers_version": "5.23.0"}
+    content = dict(layout.content)
     if isinstance(tokenizer, ByteTokenizer):
         content[BYTES_FIELD] = "bytes"
     try:
