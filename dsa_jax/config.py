@@ -37,6 +37,7 @@ __all__ = [
 STAGES = ("pretrain", "warmup", "sparse")
 AXES = ("data", "fsdp", "expert", "tensor", "context")
 """Axes of the device mesh, outermost first."""
+EVAL_ROWS = ("dense", "sparse", "untrained", "window", "sink_window", "random", "blocks", "oracle")
 _AXIS_OF = {"dp": "data", "fsdp": "fsdp", "ep": "expert", "tp": "tensor", "cp": "context"}
 
 
@@ -172,7 +173,7 @@ class EvalConfig:
     text_len: int = 128
     text_sequences: int = 256
     batch_size: int = 16
-    rows: tuple[str, ...] = ("dense", "sparse", "untrained", "window", "oracle")
+    rows: tuple[str, ...] = ("dense", "sparse", "untrained", "window", "oracle")  # also sink_window, random and blocks
     position_buckets: int = 8
 
     def validate(self) -> None:
@@ -181,7 +182,7 @@ class EvalConfig:
         for name in ("recall_sequences", "text_sequences"):
             not_negative(f"eval.{name}", getattr(self, name))
         for row in self.rows:
-            one_of("eval.rows", row, ("dense", "sparse", "untrained", "window", "oracle"))
+            one_of("eval.rows", row, EVAL_ROWS)
 
 
 @dataclass

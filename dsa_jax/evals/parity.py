@@ -32,6 +32,9 @@ ROWS = {
     "sparse": Row("sparse", "sparse"),
     "untrained": Row("sparse, untrained indexer", "sparse", has_fresh_indexer=True),
     "window": Row("window of the same budget", "window"),
+    "sink_window": Row("sink and window of the same budget", "sink_window"),
+    "random": Row("random keys of the same budget", "random"),
+    "blocks": Row("blocks of the same budget", "blocks"),
     "oracle": Row("oracle top-k", "oracle"),
 }
 BEFORE = Row("dense, before sparse training", "dense")

@@ -97,9 +97,67 @@ def select_oracle(inputs: SelectionInputs) -> Int[Array, "B T K"]:
     )
 
 
+def select_window_with_sink(inputs: SelectionInputs) -> Int[Array, "B T K"]:
+    """The first `N_SINK` visible keys and the last ones, topk together (StreamingLLM, arXiv 2309.17453)."""
+    start, end = inputs.visibility.start[..., None], inputs.visibility.end[..., None]
+    n_sink = min(N_SINK, inputs.topk)
+    rank = jnp.arange(inputs.topk, dtype=jnp.int32)
+    place = start + rank + jnp.where(rank < n_sink, 0, jnp.maximum(end - start - inputs.topk, 0))
+    return jnp.where(place < end, place, -1)
+
+
+def select_random(inputs: SelectionInputs) -> Int[Array, "B T K"]:
+    """One key drawn from each of topk equal stretches of the visible range: what a budget is worth without any choice.
+
+    The same draw in every layer and call; every visible key is about as likely.
+    """
+    start, n_visible = inputs.visibility.start[..., None], (inputs.visibility.end - inputs.visibility.start)[..., None]
+    rank = jnp.arange(inputs.topk, dtype=jnp.int32)
+    # Whole stretches per key and the remainder spread over the first ones: products of large lengths would overflow.
+    length, longer = n_visible // inputs.topk, n_visible % inputs.topk
+    first = rank * length + jnp.minimum(rank, longer)
+    width = length + (rank < longer)
+    draw = jax.random.randint(jax.random.key(0), (*start.shape[:2], inputs.topk), 0, jnp.maximum(width, 1), jnp.int32)
+    return jnp.where(width > 0, start + first + draw, -1)
+
+
+def select_blocks(inputs: SelectionInputs) -> Int[Array, "B T K"]:
+    """Whole blocks of `BLOCK_KEYS` keys by the index score of their mean index key, the query's own block always, topk in all.
+
+    Blocks lie at multiples of `BLOCK_KEYS`, or of topk where that is less. Only blocks that are visible as a whole compete, since
+    the mean of another would tell of keys that the query may not see; of the query's own block the visible part is attended to.
+    """
+    assert inputs.index_heads is not None
+    q, k, weights = jax.lax.stop_gradient(inputs.index_heads)
+    size = min(BLOCK_KEYS, inputs.topk)
+    start, end = inputs.visibility.start, inputs.visibility.end
+    own = jnp.maximum(end - 1, 0) // size
+    n_others = inputs.topk // size - 1
+    chosen = own[..., None]
+    if n_others:
+        padded = jnp.pad(k, ((0, 0), (0, -k.shape[1] % size), (0, 0)))
+        pooled = padded.reshape(k.shape[0], -1, size, k.shape[2]).mean(axis=2)
+        first = jnp.minimum(-(-start // size), own)
+        others = index_topk(
+            q, pooled, weights, topk=n_others, visible_start=first, visible_end=own, implementation=inputs.implementation
+        )
+        chosen = jnp.concatenate([others, chosen], axis=-1)
+    keys = (chosen[..., None] * size + jnp.arange(size, dtype=jnp.int32)).reshape(*chosen.shape[:2], -1)
+    inside = (jnp.repeat(chosen, size, axis=-1) >= 0) & (keys >= start[..., None]) & (keys < end[..., None])
+    ascending = jnp.sort(jnp.where(inside, keys, jnp.iinfo(jnp.int32).max), axis=-1)
+    kept = jnp.where(ascending < end[..., None], ascending, -1)
+    return jnp.pad(kept, ((0, 0), (0, 0), (0, inputs.topk - kept.shape[-1])), constant_values=-1)
+
+
+N_SINK = 4
+BLOCK_KEYS = 16
+
 SELECTORS: dict[str, Selector] = {
     "sparse": Selector(select_by_indexer, uses_indexer=True),
     "window": Selector(select_window),
+    "sink_window": Selector(select_window_with_sink),
+    "random": Selector(select_random),
+    "blocks": Selector(select_blocks, uses_indexer=True),
     "oracle": Selector(select_oracle, needs_dense_lse=True),
 }
 

@@ -79,8 +79,8 @@ class Transformer(nn.Module):
             input_ids: token ids; one outside the vocabulary gives NaN.
             positions: for the rotary embedding; None counts from the start of each segment.
             segment_ids: runs of equal non-zero ids attend within themselves, 0 is padding; None is one segment per row.
-            attention: "dense", "sparse" (keys chosen by the indexer), "window" (the last topk keys) or "oracle" (keys chosen by
-                true attention probability); None is as the checkpoint was trained.
+            attention: "dense", "sparse" (keys chosen by the indexer), "window" (the last topk keys), "oracle" (keys chosen by
+                true attention probability) or another name in `selection.SELECTORS`; None is as the checkpoint was trained.
             indexer_loss: "dense" for the KL over all visible keys, "sparse" for that over the attended ones; None for neither.
             return_topk_indices: whether to return what each layer selected.
             return_coverage: whether to measure the dense attention mass of the selection; costs a pass of dense attention.
