@@ -124,8 +124,8 @@ def select_random(inputs: SelectionInputs) -> Int[Array, "B T K"]:
 def select_blocks(inputs: SelectionInputs) -> Int[Array, "B T K"]:
     """Whole blocks of `BLOCK_KEYS` keys by the index score of their mean index key, the query's own block always, topk in all.
 
-    Blocks lie at multiples of `BLOCK_KEYS`, or of topk where that is less. Only blocks that are visible as a whole compete, since
-    the mean of another would tell of keys that the query may not see; of the query's own block the visible part is attended to.
+    Blocks lie at multiples of `BLOCK_KEYS`, or of topk where that is less. Only blocks that are visible as a whole compete:
+    the mean of another would tell of keys that the query may not see. Of its own block a query attends to the visible part.
     """
     assert inputs.index_heads is not None
     q, k, weights = jax.lax.stop_gradient(inputs.index_heads)
