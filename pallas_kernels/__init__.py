@@ -7,6 +7,7 @@ arrays only: no parameters, no model configuration.
 from pallas_kernels._dispatch import IMPLEMENTATIONS, implementations_chosen, resolve_implementation, traced_platform
 from pallas_kernels.dense_attention.api import DenseAttentionOutput, attention_topk, dense_attention
 from pallas_kernels.index_topk.api import index_scores, index_topk
+from pallas_kernels.index_topk.coarse_to_fine import index_topk_coarse_to_fine
 from pallas_kernels.indexer_loss.api import indexer_kl
 from pallas_kernels.sparse_attention.api import SparseAttentionOutput, sparse_attention, sparse_attention_fp8
 
@@ -19,6 +20,7 @@ __all__ = [
     "implementations_chosen",
     "index_scores",
     "index_topk",
+    "index_topk_coarse_to_fine",
     "indexer_kl",
     "resolve_implementation",
     "sparse_attention",

@@ -1,0 +1,111 @@
+"""A cheaper selection: blocks of keys by their mean index key first, then the indexer on the keys inside them."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import _checks
+from pallas_kernels._chunks import map_queries, rows_per_chunk
+from pallas_kernels._numerics import accumulation_dtype, dot, rank_scores, weighted_relu_sum
+from pallas_kernels._selection import canonical, largest_ascending
+from pallas_kernels.index_topk.api import index_topk
+
+GATHER_BUDGET = 2**22
+"""Numbers of the candidates' index keys held at once: batch x queries x candidates x channels."""
+
+
+def _check(q_index, k_index, weights, topk, block_size, n_blocks, visible_start, visible_end, **_):
+    _checks.check_index_arguments("index_topk_coarse_to_fine", q_index, k_index, weights)
+    _checks.check_topk("index_topk_coarse_to_fine", topk)
+    _checks.check_ranges("index_topk_coarse_to_fine", visible_start, visible_end, *q_index.shape[:2])
+    if block_size < 1 or n_blocks < 1:
+        raise ValueError(
+            f"index_topk_coarse_to_fine: block_size is {block_size} and n_blocks {n_blocks}; expected positive numbers."
+        )
+
+
+@_checks.checked(_check)
+def index_topk_coarse_to_fine(
+    q_index: Float[Array, "B T Hi Di"],
+    k_index: Float[Array, "B S Di"],
+    weights: Float[Array, "B T Hi"],
+    *,
+    topk: int,
+    block_size: int,
+    n_blocks: int,
+    visible_start: Int32[Array, "B T"],
+    visible_end: Int32[Array, "B T"],
+    implementation: str | None = None,
+) -> Int32[Array, "B T {topk}"]:
+    """The `topk` keys of the highest index score among `n_blocks` blocks of keys, plus the first and the last visible block.
+
+    Blocks lie at multiples of `block_size`. Those that a query sees as a whole, its first and last one apart, compete by the
+    index score of their mean index key; the keys of the winners, of the first and of the last block are scored one by one. Per
+    query that scores S / block_size means and (n_blocks + 2) * block_size keys instead of S keys. Where these cover every
+    visible key, the result is that of `index_topk`.
+
+    Args:
+        topk: selected keys per query; more than the candidates hold are never selected.
+        block_size: keys per block, 128 in the source.
+        n_blocks: competing blocks that are kept, 64 in the source.
+        implementation: of `index_topk`, which ranks the blocks; the candidates are scored in XLA.
+
+    Returns:
+        int32, canonical as `index_topk`. No gradient.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, sizes below 1, or a known start > end.
+
+    Source: HISA (arXiv 2603.28458) section 3.
+    """
+    n_keys = k_index.shape[1]
+    whole = {"visible_start": visible_start, "visible_end": visible_end, "implementation": implementation}
+    if (n_blocks + 2) * block_size >= n_keys:
+        return index_topk(q_index, k_index, weights, topk=topk, **whole)
+    q_index, k_index, weights = (jax.lax.stop_gradient(x) for x in (q_index, k_index, weights))
+    start, end = jnp.clip(visible_start, 0, n_keys), jnp.clip(visible_end, 0, n_keys)
+    first, last = start // block_size, jnp.maximum(end - 1, 0) // block_size
+    blocks = _competing_blocks(q_index, k_index, weights, first, last, block_size, n_blocks, implementation)
+    chosen = jnp.concatenate([first[..., None], blocks, jnp.where(last > first, last, -1)[..., None]], axis=-1)
+    n_candidates = chosen.shape[-1] * block_size
+
+    def step(chunk: tuple[Array, ...]) -> Array:
+        q, w, chosen, start, end = chunk
+        keys = (chosen[..., None] * block_size + jnp.arange(block_size, dtype=jnp.int32)).reshape(*q.shape[:2], n_candidates)
+        is_candidate = jnp.repeat(chosen >= 0, block_size, axis=-1) & (keys >= start[..., None]) & (keys < end[..., None])
+        rows = jax.vmap(lambda x, i: x.at[i].get(mode="promise_in_bounds"))(k_index, jnp.where(is_candidate, keys, 0))
+        rows = jnp.where(is_candidate[..., None], rows, 0)
+        products = dot("bchd,bcnd->bchn", q, rows, dtype=accumulation_dtype(q, k_index))
+        scores = jnp.where(is_candidate, rank_scores(weighted_relu_sum(products, w)), -jnp.inf)
+        # Candidates are in ascending order, so the lower position wins ties here as everywhere.
+        place = largest_ascending(scores, min(topk, n_candidates))
+        found = jnp.take_along_axis(keys, jnp.minimum(place, n_candidates - 1), axis=-1)
+        return canonical(jnp.where(place < n_candidates, found, n_keys), n_keys, topk)
+
+    block_q = rows_per_chunk(GATHER_BUDGET, len(q_index) * n_candidates * q_index.shape[-1], smallest=1)
+    return map_queries(step, (q_index, weights, chosen, start, end), block_q)
+
+
+def _competing_blocks(
+    q_index: Array,
+    k_index: Array,
+    weights: Array,
+    first: Array,
+    last: Array,
+    block_size: int,
+    n_blocks: int,
+    implementation: str | None,
+) -> Array:
+    """The best blocks strictly between the first and the last, ascending, -1 after the last one."""
+    batch, n_keys, dim = k_index.shape
+    complete = n_keys // block_size
+    pooled = k_index[:, : complete * block_size].astype(jnp.float32).reshape(batch, complete, block_size, dim).mean(axis=2)
+    return index_topk(
+        q_index.astype(jnp.float32),
+        pooled,
+        weights,
+        topk=n_blocks,
+        visible_start=jnp.minimum(first + 1, last),
+        visible_end=last,
+        implementation=implementation,
+    )
