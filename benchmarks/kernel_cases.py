@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.index_topk import pallas_gpu as index_topk
+from pallas_kernels.indexer_loss import pallas_gpu as indexer_loss
 from pallas_kernels.quantize import latent_row_bytes
 from pallas_kernels.sparse_attention import pallas_gpu as sparse_attention
 from pallas_kernels.sparse_attention import pallas_gpu_fp8 as sparse_attention_fp8
@@ -44,6 +45,7 @@ def cases() -> Iterator[KernelCase]:
     for name, shape in ATTENTION.items():
         yield from _sparse_attention(name, shape)
         yield from _decoding(name, shape)
+        yield from _indexer_kl(name, shape)
     yield from _index_scores()
 
 
@@ -113,6 +115,41 @@ def _decoding(name: str, shape: AttentionShape) -> Iterator[KernelCase]:
         if shape.value_dim is None:
             pool = jax.ShapeDtypeStruct((rows, row_bytes), jnp.uint8)
             yield KernelCase("decode_fp8", size, attend_fp8, (queries, slots, pool), kernels[1], 0)
+
+
+def _indexer_kl(name: str, shape: AttentionShape) -> Iterator[KernelCase]:
+    """Both stages, forward and backward, with the indexer of DeepSeek-V3.2."""
+    rows, keys = (shape.batch, shape.queries), (shape.batch, shape.keys)
+    arrays = (
+        _bf16(*rows, 64, 128),
+        _bf16(*keys, 128),
+        _f32(*rows, 64),
+        *_attention_arrays(shape)[:2],
+        _f32(*rows, shape.heads),
+        _i32(*rows),
+        _i32(*rows),
+    )
+
+    def gradients(*arrays: Any, deterministic: bool) -> Any:
+        def loss(*learned: Any) -> Any:
+            call = functools.partial(indexer_loss.indexer_kl, softmax_scale=SCALE, interpret=False)
+            indices = arrays[8] if len(arrays) > 8 else None
+            return call(*learned, *arrays[3:8], topk_indices=indices, deterministic=deterministic).sum()
+
+        return jax.value_and_grad(loss, (0, 1, 2))(*arrays[:3])
+
+    most = max(*(x.size for x in arrays), indexer_loss.Settings.score_budget)
+    # The indexer's kernels do not depend on the attention's shape: their ordered sums are compiled once.
+    for deterministic in (False, True) if shape.heads == 128 else (False,):
+        kernels = "head_sums_selected_probability", "head_sums_selected_scores", "index_gradients_selected"
+        kernels += ("sparse_attention_ordered_sum",) if deterministic else ()
+        function = functools.partial(gradients, deterministic=deterministic)
+        kind = "ordered, " if deterministic else ""
+        selection = _i32(*rows, shape.topk)
+        yield KernelCase("indexer_kl_selected", f"{kind}{name}", function, (*arrays, selection), kernels, most)
+    kernels = tuple(f"head_sums_visible_{kind}" for kind in ("probability", "scores"))
+    kernels += tuple(f"index_gradients_visible_{side}" for side in ("query", "key"))
+    yield KernelCase("indexer_kl_visible", name, functools.partial(gradients, deterministic=False), arrays, kernels, most)
 
 
 def _index_scores() -> Iterator[KernelCase]:

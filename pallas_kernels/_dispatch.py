@@ -67,6 +67,24 @@ def choose(
     return available[name]
 
 
+def same_bits(
+    op: str, run: Callable[..., Any], pallas: Callable[..., Any], deterministic: bool, *, platform: str
+) -> dict[str, bool]:
+    """Arguments that make `run` give the same bits every run if asked to; only "pallas" has, and needs, any.
+
+    Raises:
+        NotImplementedError: for another implementation on a GPU, where XLA adds up gradients in no fixed order.
+    """
+    if run is pallas:
+        return {"deterministic": deterministic}
+    if deterministic and platform == "gpu":
+        raise NotImplementedError(
+            f"{op}: deterministic=True on a GPU needs the ordered sums of implementation='pallas'; XLA adds up gradients in "
+            "no fixed order there. Pass implementation='pallas', or deterministic=False."
+        )
+    return {}
+
+
 def implementations_chosen() -> dict[str, str]:
     """Implementations that ran in this process so far, by op; several for one op are joined by a comma."""
     return {op: ",".join(sorted(names)) for op, names in sorted(_chosen.items())}

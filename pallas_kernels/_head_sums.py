@@ -117,7 +117,9 @@ def _visible_kernel(
 
             @each(problem.groups - 1)
             def _(i: Array) -> None:
-                # A further group adds to what this program itself has written.
+                # A further group adds to what this program has written; the interpreter knows no barriers.
+                if not problem.interpret:
+                    plt.debug_barrier()
                 over_queries(i + 1, lambda t: plt.load(out_ref.at[jnp.full((tiles.block_k,), t, jnp.int32), position]))
 
     @pl.when(~is_seen)

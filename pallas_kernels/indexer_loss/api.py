@@ -4,9 +4,9 @@ import jax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import _checks, _dispatch
-from pallas_kernels.indexer_loss import reference, xla
+from pallas_kernels.indexer_loss import pallas_gpu, reference, xla
 
-_IMPLEMENTATIONS = {"reference": reference.indexer_kl, "xla": xla.indexer_kl}
+_IMPLEMENTATIONS = {"reference": reference.indexer_kl, "xla": xla.indexer_kl, "pallas": pallas_gpu.indexer_kl}
 
 
 def _check_kl(q_index, k_index, weights, q, k, lse, visible_start, visible_end, topk_indices, **_):
@@ -34,6 +34,7 @@ def indexer_kl(
     visible_end: Int32[Array, "B T"],
     topk_indices: Int32[Array, "B T K"] | None = None,
     head_axis: str | None = None,
+    deterministic: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "B T"]:
     """KL(p || softmax(index score)) per query, in nats.
@@ -51,6 +52,7 @@ def indexer_kl(
         topk_indices: any order; indices outside [0, S) count as absent; a row must not list a key twice.
         head_axis: inside `shard_map`, the mesh axis over which the heads of q and lse are split; the sum over heads runs over
             its devices too, so that all of them return the same. The index arguments must be equal on them.
+        deterministic: the same gradients, bit by bit, every run on a GPU, too; slower with a selection, see `sparse_attention`.
         implementation: see `pallas_kernels.IMPLEMENTATIONS`; None is the default of the device.
 
     Returns:
@@ -59,10 +61,13 @@ def indexer_kl(
 
     Raises:
         ValueError: shapes or dtypes that do not fit, or a known start > end.
+        NotImplementedError: what the implementation asked for does not cover.
 
     Source: DeepSeek-V3.2-Exp report, section 2.1.
     """
-    run = _dispatch.choose("indexer_kl", implementation, _IMPLEMENTATIONS, platform=_dispatch.traced_platform())
+    platform = _dispatch.traced_platform()
+    run = _dispatch.choose("indexer_kl", implementation, _IMPLEMENTATIONS, platform=platform)
+    options = _dispatch.same_bits("indexer_kl", run, pallas_gpu.indexer_kl, deterministic, platform=platform)
     target = [jax.lax.stop_gradient(x) for x in (q, k, lse)]
     return run(
         q_index,
@@ -74,4 +79,5 @@ def indexer_kl(
         topk_indices=topk_indices,
         softmax_scale=softmax_scale,
         head_axis=head_axis,
+        **options,
     )

@@ -53,8 +53,8 @@ def _target(
     return jnp.where(total > 0, mass / jnp.where(total > 0, total, 1), 0)
 
 
-def _members(indices: Array, start: Array, end: Array, n_keys: int) -> tuple[Array, Array]:
-    """(which slots belong to the set, the indices with all others at -1)."""
+def set_members(indices: Array, start: Array, end: Array, n_keys: int) -> tuple[Array, Array]:
+    """(which slots belong to a query's set, the indices with all others at -1)."""
     inside = (indices >= jnp.maximum(start, 0)[..., None]) & (indices < jnp.minimum(end, n_keys)[..., None])
     return inside, jnp.where(inside, indices, -1)
 
@@ -78,7 +78,7 @@ def kl_over_selected(
 
     def step(chunk: tuple[Array, ...]) -> Array:
         q_index, weights, q, lse, start, end, indices = chunk
-        members, indices = _members(indices, start, end, k.shape[1])
+        members, indices = set_members(indices, start, end, k.shape[1])
         scores = _indexer_side(q_index, padded_k_index, weights, members, indices)[3]
         target = _target(q, padded_k, lse, members, indices, softmax_scale, head_axis).astype(scores.dtype)
         _, score_lse = softmax_and_lse(scores, members)
@@ -100,7 +100,7 @@ def _backward(softmax_scale: float, head_axis: str | None, residuals: tuple[Arra
 
     def step(d_k: Array, chunk: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
         q_index, weights, q, lse, start, end, indices, d_kl = chunk
-        members, indices = _members(indices, start, end, k.shape[1])
+        members, indices = set_members(indices, start, end, k.shape[1])
         q_index, k_sel, products, scores = _indexer_side(q_index, padded_k_index, weights, members, indices)
         target = _target(q, padded_k, lse, members, indices, softmax_scale, head_axis).astype(dtype)
         learns = target.sum(-1, keepdims=True) > 0

@@ -42,6 +42,7 @@ def sparse_attention(
     *,
     softmax_scale: float,
     d_v: int | None = None,
+    deterministic: bool = False,
     implementation: str | None = None,
 ) -> SparseAttentionOutput:
     """Softmax attention of query t over the keys topk_indices[t], the same ones for every head.
@@ -52,8 +53,10 @@ def sparse_attention(
     Args:
         v: None for latent attention: the values are the leading `d_v` channels of the keys (all of them when d_v is None).
         topk_indices: any order; indices outside [0, S), such as -1, count as absent. A key listed twice counts twice.
-        implementation: see `pallas_kernels.IMPLEMENTATIONS`; None is the default of the device. "pallas" adds up the gradients
-            of k and v in no fixed order on a GPU; `pallas_gpu.sparse_attention` has an option for the same bits every run.
+        deterministic: the same gradients, bit by bit, every run. On a GPU the gradients of k and v are otherwise added to
+            memory in no fixed order; with it "pallas" sorts what each key gets, which costs a write and a read of the gradient
+            of every selected key. Outputs, the gradient of q and everything on CPU have the same bits in any case.
+        implementation: see `pallas_kernels.IMPLEMENTATIONS`; None is the default of the device.
 
     Returns:
         SparseAttentionOutput. A query with no valid index: out 0, lse -inf, gradients 0. Keys that nobody selected never
@@ -61,12 +64,15 @@ def sparse_attention(
 
     Raises:
         ValueError: shapes or dtypes that do not fit.
-        NotImplementedError: a dtype or number of channels that the implementation asked for does not cover.
+        NotImplementedError: a dtype or number of channels that the implementation asked for does not cover, or one other than
+            "pallas" asked to be deterministic on a GPU.
 
     Source: DeepSeek-V3.2-Exp report, section 1, MQA form of multi-head latent attention.
     """
-    run = _dispatch.choose("sparse_attention", implementation, _IMPLEMENTATIONS, platform=_dispatch.traced_platform())
-    return SparseAttentionOutput(*run(q, k, v, topk_indices, softmax_scale=softmax_scale, d_v=d_v))
+    platform = _dispatch.traced_platform()
+    run = _dispatch.choose("sparse_attention", implementation, _IMPLEMENTATIONS, platform=platform)
+    options = _dispatch.same_bits("sparse_attention", run, pallas_gpu.sparse_attention, deterministic, platform=platform)
+    return SparseAttentionOutput(*run(q, k, v, topk_indices, softmax_scale=softmax_scale, d_v=d_v, **options))
 
 
 def _check_sparse_fp8(q, pool, slots, latent_dim, **_):

@@ -4,6 +4,7 @@ Two query-parallel kernels (forward, gradient of q) hold a block of heads and wa
 k and v, in `pallas_gpu_backward`) holds a tile of selected keys and walks over the heads. On CPU the kernels are interpreted.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -31,12 +32,14 @@ def sparse_attention(
     *,
     softmax_scale: float,
     d_v: int | None,
+    deterministic: bool = False,
     options: Options | None = None,
     interpret: bool | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
     """(out, lse); differentiable in q, k and v. Products accumulate in float32.
 
     Args:
+        deterministic: sets it in the options.
         options: block sizes and determinism; None takes `pallas_gpu_tiles.default_options`.
         interpret: run the kernels without a GPU; None does so on CPU.
 
@@ -51,6 +54,7 @@ def sparse_attention(
     problem = Problem(q.shape[2], k.shape[2], q.shape[3], width, v is None, float(softmax_scale), interpret)
     if options is None:
         options = tiling.default_options(problem, q.dtype, queries=q.shape[0] * q.shape[1], topk=topk_indices.shape[2])
+    options = dataclasses.replace(options, deterministic=deterministic or options.deterministic)
     places = join_batch_indices(topk_indices, k.shape[1])[0]
     values = None if v is None else join_batch(v)[0]
     out, lse = _attend(join_batch(q)[0], join_batch(k)[0], values, places, problem, options)

@@ -150,7 +150,7 @@ def _widths(problem: Problem) -> list[int]:
     return [problem.groups * tiling.padded_width(pieces) for pieces in columns]
 
 
-def _unpad(totals: Sequence[Array], n_keys: int, problem: Problem) -> tuple[Array, Array | None]:
+def unpad(totals: Sequence[Array], n_keys: int, problem: Problem) -> tuple[Array, Array | None]:
     """(dk, dv) [keys, groups, channels] out of rows laid out by pieces."""
     parts = []
     for total, columns in _outputs(problem, totals):
@@ -179,7 +179,7 @@ def key_gradients_atomic(
         input_output_aliases={len(refs) + i: i for i in range(len(zeros))},
         name="sparse_attention_d_key",
     )
-    return _unpad(totals, k.shape[0], problem)
+    return unpad(totals, k.shape[0], problem)
 
 
 def _ordered_sum_kernel(
@@ -226,6 +226,19 @@ def _add_in_order(
     )
 
 
+def add_in_order(totals: Sequence[Array], parts: Sequence[Array], indices: Array, problem: Problem) -> tuple[Array, ...]:
+    """Adds to every key the rows of `parts`, one per slot of `indices` [T, K], that its slots hold: sorted, so always alike."""
+    n_keys, keys = totals[0].shape[0], indices.reshape(-1)
+    keys, order = lax.sort(
+        (jnp.where(keys < 0, n_keys, keys), jnp.arange(keys.shape[0], dtype=jnp.int32)), num_keys=1, is_stable=True
+    )
+    starts = jnp.searchsorted(keys, jnp.arange(n_keys + 1, dtype=jnp.int32)).astype(jnp.int32)
+    return tuple(
+        _add_in_order(total, part, order, starts, columns, problem)
+        for (total, columns), part in zip(_outputs(problem, totals), parts, strict=True)
+    )
+
+
 def key_gradients_in_order(
     arrays: Saved, k: Array, v: Array | None, problem: Problem, options: Options
 ) -> tuple[Array, Array | None]:
@@ -253,19 +266,10 @@ def key_gradients_in_order(
             out_shape=shapes,
             name="sparse_attention_contributions",
         )
-        keys = refs["indices"].reshape(-1)
-        keys, order = lax.sort(
-            (jnp.where(keys < 0, n_keys, keys), jnp.arange(keys.shape[0], dtype=jnp.int32)), num_keys=1, is_stable=True
-        )
-        starts = jnp.searchsorted(keys, jnp.arange(n_keys + 1, dtype=jnp.int32)).astype(jnp.int32)
-        summed = [
-            _add_in_order(total, part, order, starts, columns, problem)
-            for (total, columns), part in zip(_outputs(problem, totals), parts, strict=True)
-        ]
-        return tuple(summed), ()
+        return add_in_order(totals, parts, refs["indices"], problem), ()
 
     per_query = 4 * slots * sum(widths)
     block_q = rows_per_chunk(options.budget_bytes, per_query, smallest=1, largest=arrays.q.shape[0])
     zeros = tuple(jnp.zeros((n_keys, width), jnp.float32) for width in widths)
     totals, _ = scan_queries(step, zeros, jax.tree.map(lambda x: x[None], arrays), block_q)
-    return _unpad(totals, n_keys, problem)
+    return unpad(totals, n_keys, problem)

@@ -247,7 +247,7 @@ class HeadBlock(NamedTuple):
     valid: Array | None
 
 
-def head_block(problem: Problem, group: Array | int, number: Array, block_h: int) -> HeadBlock:
+def head_block(problem: Problem, group: Array | int, number: Array | int, block_h: int) -> HeadBlock:
     """Block `number` of the heads of `group`."""
     within = number * block_h + jnp.arange(block_h, dtype=jnp.int32)
     is_full = problem.heads_per_group % block_h == 0

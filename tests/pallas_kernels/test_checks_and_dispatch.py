@@ -81,7 +81,7 @@ def test_wrong_arguments(name):
     assert str(caught.value).startswith(f"{op}: ") and "\n" not in str(caught.value)
 
 
-WITHOUT_PALLAS = ("dense_attention", "indexer_kl")
+WITHOUT_PALLAS = ("dense_attention",)
 
 
 @pytest.mark.parametrize("op", CALLS)
@@ -114,3 +114,14 @@ def test_unknown_range_values_are_not_checked_under_jit():
     start = jnp.asarray([[0, 2, 0]])
     out, lse = jax.jit(lambda start: function(**{**arguments, "visible_start": start}))(start)
     assert bool((out[0, 1] == 0).all()) and bool((lse[0, 1] == -jnp.inf).all())  # start > end sees nothing
+
+
+@pytest.mark.parametrize("op", ["sparse_attention", "indexer_kl"])
+def test_same_bits_on_a_gpu_are_the_business_of_pallas(op):
+    function, arguments = CALLS[op]
+    function(**arguments, deterministic=True, implementation="pallas")
+    function(**arguments, deterministic=True)
+    device = jax.sharding.AbstractDevice("NVIDIA H200", 132, "cuda")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        with pytest.raises(NotImplementedError, match=f"{op}: deterministic=True on a GPU needs the ordered sums"):
+            function(**arguments, deterministic=True)

@@ -1,0 +1,203 @@
+"""The indexer's KL in Pallas for NVIDIA GPUs: kernels compute scores, target and gradients, XLA what lies between them.
+
+Over the selected keys everything between the kernels is T x topk numbers, once. Over the visible keys it is a chunk of queries
+x S numbers at a time, computed again in the backward.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.dtypes import float0
+from jax.scipy.special import xlogy
+from jaxtyping import Array, Bool, Float, Int32
+
+from pallas_kernels import _head_sums
+from pallas_kernels._chunks import map_queries, rows_per_chunk, scan_queries
+from pallas_kernels._numerics import constant_lse, softmax_and_lse, sum_over_axis, visible_mask
+from pallas_kernels.indexer_loss import pallas_gpu_gradients as gradients
+from pallas_kernels.indexer_loss.xla_selected import set_members
+from pallas_kernels.sparse_attention import pallas_gpu_tiles as tiling
+from pallas_kernels.sparse_attention.pallas_gpu_tiles import QueryTiles, Tiles
+from pallas_kernels.sparse_attention.xla import join_batch, join_batch_indices
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The static half of a call; None takes the default block sizes.
+
+    `head_axis` is a mesh axis that the attention's heads are split over; `score_budget` is the number of scores of one chunk,
+    batch x queries x keys, over the visible keys; `deterministic` and `budget_bytes` as in
+    `pallas_gpu_gradients.selected_gradients`.
+    """
+
+    softmax_scale: float
+    interpret: bool
+    head_axis: str | None = None
+    deterministic: bool = False
+    score_budget: int = 2**26
+    budget_bytes: int = 2**28
+    sum_tiles: QueryTiles | None = None
+    gradient_tiles: Tiles | None = None
+
+
+def indexer_kl(
+    q_index: Float[Array, "B T Hi Di"],
+    k_index: Float[Array, "B S Di"],
+    weights: Float[Array, "B T Hi"],
+    q: Float[Array, "B T H Dk"],
+    k: Float[Array, "B S G Dk"],
+    lse: Float[Array, "B T H"],
+    visible_start: Int32[Array, "B T"],
+    visible_end: Int32[Array, "B T"],
+    *,
+    softmax_scale: float,
+    topk_indices: Int32[Array, "B T K"] | None,
+    head_axis: str | None = None,
+    deterministic: bool = False,
+    interpret: bool | None = None,
+    **settings: Any,
+) -> Float[Array, "B T"]:
+    """KL over the visible keys, or over the selected visible keys.
+
+    Args:
+        interpret: run the kernels without a GPU; None does so on CPU.
+        settings: other fields of `Settings`.
+
+    Raises:
+        NotImplementedError: a dtype, device, or number of heads or channels that the kernels do not cover.
+    """
+    tiling.check_dtypes("indexer_kl", "q_index and k_index", q_index, k_index)
+    tiling.check_dtypes("indexer_kl", "q and k", q, k)
+    tiling.check_dtypes("indexer_kl", "weights and lse", weights, lse, allowed=("float32",))
+    interpret = tiling.is_interpreted("indexer_kl") if interpret is None else interpret
+    static = Settings(float(softmax_scale), interpret, head_axis, deterministic, **settings)
+    n_keys = k.shape[1]
+    if 0 in (q.size, n_keys):
+        return jnp.zeros(q.shape[:2], jnp.float32)
+    start, end = jnp.clip(visible_start, 0, n_keys), jnp.clip(visible_end, 0, n_keys)
+    lse = constant_lse(lse, jnp.dtype(jnp.float32))
+    if topk_indices is None:
+        return _kl_over_visible(q_index, k_index, weights, q, k, lse, start, end, static)
+    first = n_keys * jnp.arange(k.shape[0], dtype=jnp.int32)[:, None]
+    places = join_batch_indices(topk_indices, n_keys)
+    _, places = set_members(places, join_batch(start + first), join_batch(end + first), n_keys * k.shape[0])
+    arrays = (join_batch(x)[0] for x in (q_index, k_index, weights, q, k, lse))
+    return _kl_over_selected(*arrays, places[0], static).reshape(q.shape[:2])
+
+
+def _kl_and_gradient(
+    scores: Float[Array, "*N S"], mass: Float[Array, "*N S"], members: Bool[Array, "*N S"]
+) -> tuple[Float[Array, "*N"], Float[Array, "*N S"]]:
+    """(KL, its gradient in the scores) of the target `mass`, not yet normalised, over the members of each set."""
+    mass = jnp.where(members, mass, 0)
+    total = mass.sum(-1, keepdims=True)
+    target = jnp.where(total > 0, mass / jnp.where(total > 0, total, 1), 0)
+    softmax, score_lse = softmax_and_lse(scores, members)
+    cross = jnp.where(target > 0, target * (scores - score_lse[..., None]), 0)
+    return (xlogy(target, target) - cross).sum(-1), jnp.where(members & (total > 0), softmax - target, 0)
+
+
+def _times(d_kl: Array, d_scores: Array) -> Array:
+    """d_scores weighed by the cotangent of each query; one with nothing to learn may have any."""
+    return jnp.where(d_scores == 0, 0, d_scores * d_kl[..., None])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _kl_over_selected(
+    q_index: Array, k_index: Array, weights: Array, q: Array, k: Array, lse: Array, indices: Array, static: Settings
+) -> Array:
+    return _selected_forward(q_index, k_index, weights, q, k, lse, indices, static)[0]
+
+
+def _selected_forward(
+    q_index: Array, k_index: Array, weights: Array, q: Array, k: Array, lse: Array, indices: Array, static: Settings
+) -> tuple[Array, tuple[Array, ...]]:
+    sums = functools.partial(_head_sums.head_sums_selected, indices=indices, tiles=static.sum_tiles)
+    attention = _head_sums.attention_problem(q, k, static.softmax_scale, static.interpret)
+    index = _head_sums.index_problem(q_index, static.interpret)
+    mass = sum_over_axis(sums(q, k, lse, kind="probability", problem=attention), static.head_axis)
+    scores = sums(q_index, k_index[:, None], weights, kind="scores", problem=index)
+    kl, d_scores = _kl_and_gradient(scores, mass, indices >= 0)
+    return kl, (q_index, k_index, weights, indices, d_scores)
+
+
+def _selected_backward(static: Settings, residuals: tuple[Array, ...], d_kl: Array) -> tuple[Any, ...]:
+    q_index, k_index, weights, indices, d_scores = residuals
+    d_q, d_k, d_weights = gradients.selected_gradients(
+        q_index,
+        k_index,
+        weights,
+        indices,
+        _times(d_kl, d_scores),
+        problem=_head_sums.index_problem(q_index, static.interpret),
+        deterministic=static.deterministic,
+        budget_bytes=static.budget_bytes,
+        tiles=static.gradient_tiles,
+    )
+    return d_q, d_k.astype(k_index.dtype), d_weights, None, None, None, np.zeros(indices.shape, float0)
+
+
+_kl_over_selected.defvjp(_selected_forward, _selected_backward)
+
+
+def _visible_chunk(chunk: tuple[Array, ...], k_index: Array, k: Array, static: Settings) -> tuple[Array, Array]:
+    """(KL, its gradient in the scores) of one chunk of queries."""
+    q_index, weights, q, lse, start, end = chunk
+    n_keys = k.shape[1]
+    sums = functools.partial(_head_sums.head_sums_visible, start=start, end=end, tiles=static.sum_tiles)
+    attention = _head_sums.attention_problem(q, k, static.softmax_scale, static.interpret)
+    index = _head_sums.index_problem(q_index, static.interpret)
+    mass = sum_over_axis(sums(q, k, lse, kind="probability", problem=attention)[..., :n_keys], static.head_axis)
+    scores = sums(q_index, k_index[:, :, None], weights, kind="scores", problem=index)[..., :n_keys]
+    return _kl_and_gradient(scores, mass, visible_mask(start, end, n_keys))
+
+
+def _block_q(q: Array, k: Array, static: Settings) -> int:
+    return rows_per_chunk(static.score_budget, k.shape[0] * k.shape[1], smallest=1, largest=q.shape[1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
+def _kl_over_visible(
+    q_index: Array,
+    k_index: Array,
+    weights: Array,
+    q: Array,
+    k: Array,
+    lse: Array,
+    start: Array,
+    end: Array,
+    static: Settings,
+) -> Array:
+    step = lambda chunk: _visible_chunk(chunk, k_index, k, static)[0]
+    return map_queries(step, (q_index, weights, q, lse, start, end), _block_q(q, k, static))
+
+
+def _visible_forward(*arguments: Any) -> tuple[Array, tuple[Array, ...]]:
+    return _kl_over_visible(*arguments), arguments[:-1]
+
+
+def _visible_backward(static: Settings, residuals: tuple[Array, ...], d_kl: Array) -> tuple[Any, ...]:
+    q_index, k_index, weights, q, k, lse, start, end = residuals
+    problem = _head_sums.index_problem(q_index, static.interpret)
+
+    def step(total: Array, chunk: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+        q_index, weights, _, _, start, end, d_kl = chunk
+        start, end = jnp.maximum(start, 0), jnp.maximum(end, 0)  # padding is -1
+        d_scores = _times(d_kl, _visible_chunk(chunk[:-1], k_index, k, static)[1])
+        total, d_q, d_weights = gradients.visible_gradients(
+            total, q_index, k_index, weights, start, end, d_scores, problem=problem, tiles=static.gradient_tiles
+        )
+        return total, (d_q, d_weights)
+
+    chunks = (q_index, weights, q, lse, start, end, d_kl)
+    zeros = jnp.zeros(k_index.shape, jnp.float32)
+    d_k, (d_q, d_weights) = scan_queries(step, zeros, chunks, _block_q(q, k, static))
+    no_range = np.zeros(start.shape, float0)
+    return d_q, d_k.astype(k_index.dtype), d_weights, None, None, None, no_range, no_range
+
+
+_kl_over_visible.defvjp(_visible_forward, _visible_backward)

@@ -1,0 +1,151 @@
+"""The indexer's KL in Pallas, interpreted: the float64 reference with gradients, hostile inputs, repeated bits."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ops_helpers import assert_close, clipped, in_float64, normal, ranges
+from test_indexer_kl import SCALE, case, inputs
+from test_indexer_kl import run as run_public
+
+import pallas_kernels as pk
+from pallas_kernels.indexer_loss import pallas_gpu
+from pallas_kernels.indexer_loss.shapes import TEST_SHAPES, LossShape
+from pallas_kernels.sparse_attention.pallas_gpu_tiles import QueryTiles, Tiles
+
+NAMES = ("q_index", "k_index", "weights")
+# Several tiles of keys, blocks of heads and queries, and chunks of queries even at test sizes.
+SMALL = {
+    "sum_tiles": QueryTiles(16, 16, block_q=8),
+    "gradient_tiles": Tiles(32, 16),
+    "score_budget": 1500,
+    "budget_bytes": 20_000,
+}
+
+
+def run(sparse, **settings):
+    """(kl, gradients in the three arrays that learn) of a weighted sum, as `test_indexer_kl.run`."""
+
+    def loss(q_index, k_index, weights, q, k, lse, d_kl, *indices, visible_start, visible_end):
+        kl = pallas_gpu.indexer_kl(
+            q_index, k_index, weights, q, k, lse, visible_start, visible_end, softmax_scale=SCALE,
+            topk_indices=indices[0] if sparse else None, **settings
+        )  # fmt: skip
+        return jnp.where(kl != 0, kl * d_kl, 0).sum(), kl
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "sparse", "deterministic"),
+    [
+        ("one_query", True, False),
+        ("latent", True, True),
+        ("grouped", False, False),
+        ("grouped", True, False),
+    ],
+)
+def test_matches_float64_with_gradients(name, sparse, deterministic):
+    _, arrays, visible = case(name, {"latent": "random", "grouped": "packed"}.get(name, "causal"), sparse)
+    (_, expected), gradients = in_float64(run_public("reference", sparse), *arrays, **visible)
+    (_, kl), actual = run(sparse, deterministic=deterministic, **SMALL)(*arrays, **visible)
+    assert kl.dtype == jnp.float32
+    assert_close(kl, expected, what="kl")
+    for what, got, want in zip(NAMES, actual, gradients, strict=False):
+        assert_close(got, want, what=what)
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["visible", "selected"])
+def test_more_heads_and_keys_than_fit_a_tile(sparse):
+    shape = LossShape(1, 13, 213, 20, 24, 40, 2, 20, 62)
+    arrays, visible = inputs(shape), ranges("causal", 1, shape.queries, shape.keys)
+    q, k = arrays[3:]
+    rng = np.random.default_rng(3)
+    indices = np.stack([rng.permutation(shape.keys)[: shape.topk] for _ in range(shape.queries)])[None].astype(np.int32)
+    indices[0, :, ::5] = rng.choice((-1, shape.keys, np.iinfo(np.int32).min, np.iinfo(np.int32).max), indices[0, :, ::5].shape)
+    indices[0, 3:5, 16:48] = -1  # whole tiles without a valid slot
+    indices = jnp.asarray(indices)
+    if sparse:
+        lse = pk.sparse_attention(q, k, None, indices, softmax_scale=SCALE, implementation="reference").lse
+    else:
+        lse = pk.dense_attention(q, k, None, softmax_scale=SCALE, implementation="reference", **visible).lse
+    arrays = (*arrays, lse, normal(rng, 1, shape.queries), *((indices,) if sparse else ()))
+    (_, expected), gradients = in_float64(run_public("reference", sparse), *arrays, **visible)
+    (_, kl), actual = run(sparse, **SMALL)(*arrays, **visible)
+    assert_close(kl, expected, what="kl")
+    for what, got, want in zip(NAMES, actual, gradients, strict=False):
+        assert_close(got, want, what=what)
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["visible", "selected"])
+def test_what_lies_outside_every_set_may_hold_anything(sparse):
+    shape, arrays, visible = case("latent", "random", sparse)
+    visible = {name: jnp.clip(x, 6, 45) for name, x in visible.items()}
+    q_index, k_index, weights, q, k, lse, d_kl, *rest = arrays
+    empty = jnp.asarray(np.equal(*clipped(visible, shape.keys)))
+    lse = jnp.where(empty[..., None], -jnp.inf, jnp.where(lse > -jnp.inf, lse, 0))
+    function = run(sparse, **SMALL)
+    (_, clean), clean_gradients = function(q_index, k_index, weights, q, k, lse, d_kl, *rest, **visible)
+    assert np.all(np.isfinite(np.asarray(clean))) and all(np.all(np.isfinite(np.asarray(g))) for g in clean_gradients)
+    assert bool(empty.any()) and np.all(np.asarray(clean)[np.asarray(empty)] == 0)
+    for poison in (np.nan, 3e38):
+        rows = [
+            jnp.where(empty.reshape(*empty.shape, *[1] * (x.ndim - 2)), poison, x) for x in (q_index, weights, q, lse, d_kl)
+        ]
+        keys = [x.at[:, :6].set(poison).at[:, 45:].set(poison) for x in (k_index, k)]
+        (_, dirty), gradients = function(rows[0], keys[0], rows[1], rows[2], keys[1], *rows[3:], *rest, **visible)
+        jax.tree.map(np.testing.assert_array_equal, (dirty, gradients), (clean, clean_gradients))
+
+
+def test_ordered_sums_repeat_their_bits():
+    _, arrays, visible = case("grouped", "packed", True)
+    function = run(True, deterministic=True, **SMALL)
+    first, second = (function(*arrays, **visible) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["visible", "selected"])
+def test_bfloat16_and_default_tiles_through_the_public_op(sparse):
+    _, arrays, visible = case("latent", "causal", sparse)
+    half = [x.astype(jnp.bfloat16) for x in (arrays[0], arrays[1], arrays[3], arrays[4])]
+    arrays = (half[0], half[1], arrays[2], half[2], half[3], *arrays[5:])
+    (_, expected), gradients = in_float64(run_public("reference", sparse), *arrays, **visible)
+    (_, kl), actual = jax.jit(run_public("pallas", sparse))(*arrays, **visible)
+    assert [x.dtype.name for x in actual[:3]] == ["bfloat16", "bfloat16", "float32"]
+    # Scores are sums over few channels here, and exact in float32; only the gradients are rounded.
+    assert_close(kl, expected, what="kl")
+    for what, got, want in zip(NAMES, actual, gradients, strict=False):
+        assert_close(got, want, "bfloat16", what)
+    for what, got in zip(("q", "k", "lse"), actual[3:], strict=True):
+        np.testing.assert_array_equal(got, np.zeros(got.shape), err_msg=f"{what} is a constant")
+    assert "pallas" in pk.implementations_chosen()["indexer_kl"].split(",")
+
+
+def test_heads_split_over_a_mesh_axis_give_the_same():
+    """`vmap` stands in for the devices: it names an axis and sums over it as `shard_map` does."""
+    _, arrays, visible = case("latent", "causal", True)
+    q_index, k_index, weights, q, k, lse, _, indices = arrays
+
+    def kl(q, lse, head_axis=None):
+        call = functools.partial(pallas_gpu.indexer_kl, softmax_scale=SCALE, topk_indices=indices, head_axis=head_axis)
+        return call(q_index, k_index, weights, q, k, lse, **visible)
+
+    halves = (jnp.moveaxis(x.reshape(*x.shape[:2], 2, 2, *x.shape[3:]), 2, 0) for x in (q, lse))
+    split = jax.jit(jax.vmap(functools.partial(kl, head_axis="heads"), axis_name="heads"))(*halves)
+    for got in split:
+        assert_close(got, jax.jit(kl)(q, lse))
+
+
+def test_without_queries_or_keys_and_what_is_not_covered():
+    for name in ("no_queries", "no_keys"):
+        shape = TEST_SHAPES[name]
+        arrays, visible = inputs(shape), ranges("causal", 1, shape.queries, shape.keys)
+        lse = jnp.zeros((1, shape.queries, shape.heads))
+        call = functools.partial(pk.indexer_kl, softmax_scale=SCALE, implementation="pallas", **visible)
+        np.testing.assert_array_equal(call(*arrays, lse), np.zeros((1, shape.queries)))
+    _, arrays, visible = case("latent", "causal", False)
+    call = functools.partial(pk.indexer_kl, softmax_scale=SCALE, implementation="pallas", **visible)
+    with pytest.raises(NotImplementedError, match="pallas got bfloat16, float32; it needs q and k of one dtype"):
+        call(*arrays[:3], arrays[3].astype(jnp.bfloat16), *arrays[4:6])
