@@ -122,6 +122,7 @@ def test_same_bits_on_a_gpu_are_the_business_of_pallas(op):
     function(**arguments, deterministic=True, implementation="pallas")
     function(**arguments, deterministic=True)
     device = jax.sharding.AbstractDevice("NVIDIA H200", 132, "cuda")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        with pytest.raises(NotImplementedError, match=f"{op}: deterministic=True on a GPU needs the ordered sums"):
-            function(**arguments, deterministic=True)
+    mesh = jax.sharding.AbstractMesh((8,), ("data",), abstract_device=device)
+    message = f"{op}: deterministic=True on a GPU needs the ordered sums"
+    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(NotImplementedError, match=message):
+        function(**arguments, deterministic=True)
