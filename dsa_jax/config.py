@@ -37,7 +37,7 @@ __all__ = [
 STAGES = ("pretrain", "warmup", "sparse")
 AXES = ("data", "fsdp", "expert", "tensor", "context")
 """Axes of the device mesh, outermost first."""
-EVAL_ROWS = ("dense", "sparse", "untrained", "window", "sink_window", "random", "blocks", "oracle")
+EVAL_ROWS = ("dense", "sparse", "coarse_to_fine", "untrained", "window", "sink_window", "random", "blocks", "oracle")
 _AXIS_OF = {"dp": "data", "fsdp": "fsdp", "ep": "expert", "tp": "tensor", "cp": "context"}
 
 
@@ -173,7 +173,13 @@ class EvalConfig:
     text_len: int = 128
     text_sequences: int = 256
     batch_size: int = 16
-    rows: tuple[str, ...] = ("dense", "sparse", "untrained", "window", "oracle")  # also sink_window, random and blocks
+    rows: tuple[str, ...] = (
+        "dense",
+        "sparse",
+        "untrained",
+        "window",
+        "oracle",
+    )  # also coarse_to_fine, sink_window, random, blocks
     position_buckets: int = 8
 
     def validate(self) -> None:

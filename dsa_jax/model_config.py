@@ -41,12 +41,14 @@ class IndexerConfig:
     norm_eps: float = 1e-6  # LayerNorm of the index key
     hadamard: bool = False  # rotate q and k by the orthonormal Hadamard matrix
     fp8: bool = False  # simulate e4m3 with power-of-two scales on q and k
+    coarse_block_size: int = 128  # keys per block of the mode coarse_to_fine
+    coarse_blocks: int = 64  # blocks that it searches key by key, beside the first and the last visible one
     layer_types: tuple[str, ...] = ()  # per layer "full" or "shared" (reuses the previous full layer); empty: all full
 
     def validate(self, n_layers: int) -> None:
         if not self.enabled:
             return
-        for name in ("n_heads", "head_dim", "topk"):
+        for name in ("n_heads", "head_dim", "topk", "coarse_block_size", "coarse_blocks"):
             positive(f"model.attention.indexer.{name}", getattr(self, name))
         one_of("model.attention.indexer.rope_layout", self.rope_layout, ("half_split", "interleaved"))
         if self.rope_dim % 2 or not 0 <= self.rope_dim <= self.head_dim:

@@ -11,7 +11,7 @@ import numpy as np
 from dsa_jax.config import Config, EvalConfig
 from dsa_jax.data import Batch, EvalData
 from dsa_jax.model import Transformer, init_params
-from dsa_jax.parallel.placement import place, place_batch
+from dsa_jax.parallel.placement import place, place_batch, replicate
 from dsa_jax.params import is_indexer_path, merge_parameters, split_parameters
 from dsa_jax.train.loss import forward_with_loss
 
@@ -30,6 +30,7 @@ class Row:
 ROWS = {
     "dense": Row("dense", "dense"),
     "sparse": Row("sparse", "sparse"),
+    "coarse_to_fine": Row("sparse, coarse to fine", "coarse_to_fine"),
     "untrained": Row("sparse, untrained indexer", "sparse", has_fresh_indexer=True),
     "window": Row("window of the same budget", "window"),
     "sink_window": Row("sink and window of the same budget", "sink_window"),
@@ -80,7 +81,7 @@ def make_eval_step(model: Transformer, attention: str) -> Callable[[Params, Batc
         output, per_token = forward_with_loss(model, params, batch, attention=attention, return_coverage=True)
         queries = jnp.sum(jnp.asarray(batch.segment_ids) > 0)
         assert output.coverage is not None
-        return {
+        sums = {
             "nll": per_token.nll.sum(0),
             "correct": per_token.correct.sum(0),
             "targets": jnp.sum(jnp.asarray(batch.target_mask), axis=0),
@@ -88,6 +89,7 @@ def make_eval_step(model: Transformer, attention: str) -> Callable[[Params, Batc
             "keys": output.keys_per_query * queries,
             "queries": queries,
         }
+        return replicate(sums)
 
     return jax.jit(eval_step)
 
@@ -98,7 +100,7 @@ def evaluate_task(
     """Run `step` over the batches and reduce its sums to means."""
     total: dict[str, np.ndarray] = {}
     for batch in batches:
-        for name, value in jax.device_get(step(params, place_batch(jax.tree.map(jnp.asarray, batch)))).items():
+        for name, value in jax.device_get(step(params, place_batch(batch))).items():
             total[name] = total.get(name, 0) + np.asarray(value, np.float64)
     buckets = np.array_split(np.arange(len(total["nll"])), min(n_buckets, len(total["nll"])))
     mean = lambda sums, counts: float(sums / counts) if counts else float("nan")

@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.model.outputs import AttentionRequest
-from dsa_jax.model.selection import DENSE, SELECTORS, Heads, IndexHeads, SelectionInputs, attention_modes
+from dsa_jax.model.selection import DENSE, SELECTORS, Budget, Heads, IndexHeads, SelectionInputs, attention_modes
 from dsa_jax.model.visibility import Visibility, mean_over_valid
 from dsa_jax.parallel.ambient import ROWS, axis_if_split, mean_over, per_device
 from dsa_jax.parallel.sequence import HEADS, gather_heads, gather_keys, key_spec
@@ -95,7 +95,7 @@ def attend(
     previous_topk: Int[Array, "B T K"] | None,
     *,
     request: AttentionRequest,
-    topk: int,
+    budget: Budget,
     softmax_scale: float,
     visibility: Visibility,
     implementation: str | None,
@@ -128,7 +128,7 @@ def attend(
             index and index._replace(k=gather_keys(index.k)),
             previous_topk,
             request,
-            topk,
+            budget,
             softmax_scale,
             visibility,
             implementation,
@@ -167,7 +167,7 @@ def _attend(
     index: IndexHeads | None,
     previous_topk: Array | None,
     request: AttentionRequest,
-    topk: int,
+    budget: Budget,
     softmax_scale: float,
     visibility: Visibility,
     implementation: str | None,
@@ -200,7 +200,7 @@ def _attend(
                 assert everything is not None
                 lse = gather_heads(everything.lse)
                 heads = heads._replace(q=gather_heads(heads.q), k=heads.k if has_shared_keys else gather_heads(heads.k))
-            inputs = SelectionInputs(topk, visibility, heads, softmax_scale, index, lse, implementation)
+            inputs = SelectionInputs(budget, visibility, heads, softmax_scale, index, lse, implementation)
             indices = checkpoint_name(selector.select(inputs), TOPK_NAME)
         kept = sparse_attention(
             selected.q,

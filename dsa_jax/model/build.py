@@ -16,6 +16,7 @@ from dsa_jax.model.mla import MLA
 from dsa_jax.model.mlp import MLP
 from dsa_jax.model.moe import MoE
 from dsa_jax.model.rope import rope_from_config
+from dsa_jax.model.selection import Budget
 from dsa_jax.model.transformer import BlockStack, Transformer
 from dsa_jax.parallel.ambient import no_mesh
 
@@ -89,7 +90,7 @@ def _attention(config: ModelConfig, *, with_indexer: bool) -> MLA | GQA:
     common: dict[str, Any] = {
         "hidden_dim": config.hidden_dim,
         "n_heads": attention.n_heads,
-        "topk": attention.indexer.topk,
+        "budget": Budget(attention.indexer.topk, attention.indexer.coarse_block_size, attention.indexer.coarse_blocks),
         "indexer": _indexer(config) if with_indexer else None,
         "implementation": None if attention.implementation == "auto" else attention.implementation,
         "parent": None,

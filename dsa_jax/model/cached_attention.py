@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.model.cache import INDEX_KEYS, LayerCache
-from dsa_jax.model.selection import DENSE, SELECTORS, Heads, IndexHeads, SelectionInputs
+from dsa_jax.model.selection import DENSE, SELECTORS, Budget, Heads, IndexHeads, SelectionInputs
 from dsa_jax.model.visibility import Visibility
 from pallas_kernels import dense_attention, sparse_attention
 
@@ -29,7 +29,7 @@ def attend_cached(
     keys: str,
     values: str | None,
     d_v: int | None,
-    topk: int,
+    budget: Budget,
     softmax_scale: float,
     visibility: Visibility,
     implementation: str | None,
@@ -68,7 +68,8 @@ def attend_cached(
         if index is not None:
             index = index._replace(k=cache.read(INDEX_KEYS, index.q.dtype))
         lse = None if everything is None else everything.lse
-        indices = selector.select(SelectionInputs(topk, visibility, heads, softmax_scale, index, lse, implementation))
+        indices = selector.select(SelectionInputs(budget, visibility, heads, softmax_scale, index, lse, implementation))
+    topk = indices.shape[-1]
     settings: dict[str, Any] = {"softmax_scale": softmax_scale, "d_v": d_v, "implementation": implementation}
     if q.shape[1] * topk > cache.capacity:
         out = sparse_attention(heads.q, heads.k, heads.v, indices, **settings).out

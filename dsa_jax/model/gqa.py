@@ -14,7 +14,7 @@ from dsa_jax.model.linear import Linear
 from dsa_jax.model.norm import RMSNorm
 from dsa_jax.model.outputs import AttentionRequest
 from dsa_jax.model.rope import Rope, rotary_magnitude, rotate
-from dsa_jax.model.selection import Heads
+from dsa_jax.model.selection import Budget, Heads
 from dsa_jax.model.visibility import Visibility
 
 KEYS, VALUES = "keys", "values"
@@ -33,7 +33,7 @@ class GQA(nn.Module):
     qk_norm_eps: float
     use_bias: bool
     use_out_bias: bool
-    topk: int
+    budget: Budget
     indexer: Indexer | None
     implementation: str | None
     init_std: float
@@ -70,7 +70,7 @@ class GQA(nn.Module):
             self.indexer(x, x, positions) if self.indexer is not None and needs_indexer(request) else None,
             previous_topk,
             request=request,
-            topk=self.topk,
+            budget=self.budget,
             softmax_scale=self.head_dim**-0.5,
             visibility=visibility,
             implementation=self.implementation,
@@ -103,7 +103,7 @@ class GQA(nn.Module):
             keys=KEYS,
             values=VALUES,
             d_v=None,
-            topk=self.topk,
+            budget=self.budget,
             softmax_scale=self.head_dim**-0.5,
             visibility=visibility,
             implementation=self.implementation,

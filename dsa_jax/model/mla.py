@@ -20,7 +20,7 @@ from dsa_jax.model.linear import Linear
 from dsa_jax.model.norm import RMSNorm
 from dsa_jax.model.outputs import AttentionRequest
 from dsa_jax.model.rope import Rope, rotary_magnitude, rotate, softmax_scale_factor
-from dsa_jax.model.selection import DENSE, Heads
+from dsa_jax.model.selection import DENSE, Budget, Heads
 from dsa_jax.model.visibility import Visibility
 
 LATENT = "latent"
@@ -48,7 +48,7 @@ class MLA(nn.Module):
     v_head_dim: int
     rope: Rope
     latent_norm_eps: float
-    topk: int
+    budget: Budget
     indexer: Indexer | None
     implementation: str | None
     init_std: float
@@ -91,7 +91,7 @@ class MLA(nn.Module):
             self.indexer(x, parts.q_input, positions) if self.indexer is not None and needs_indexer(request) else None,
             previous_topk,
             request=request,
-            topk=self.topk,
+            budget=self.budget,
             softmax_scale=self.softmax_scale,
             visibility=visibility,
             implementation=self.implementation,
@@ -124,7 +124,7 @@ class MLA(nn.Module):
             keys=LATENT,
             values=None,
             d_v=self.kv_lora_rank,
-            topk=self.topk,
+            budget=self.budget,
             softmax_scale=self.softmax_scale,
             visibility=visibility,
             implementation=self.implementation,

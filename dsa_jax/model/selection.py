@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.model.visibility import Visibility
-from pallas_kernels import attention_topk, index_topk
+from pallas_kernels import attention_topk, index_topk, index_topk_coarse_to_fine
 
 DENSE = "dense"
 
@@ -35,16 +35,29 @@ class Heads(NamedTuple):
     d_v: int | None
 
 
+class Budget(NamedTuple):
+    """What a rule may keep, `topk` keys, and look at where it goes by blocks: `n_blocks` of `block_size` keys each."""
+
+    topk: int
+    block_size: int
+    n_blocks: int
+
+
 class SelectionInputs(NamedTuple):
     """Everything a rule may look at. `index_heads` is None without an indexer, `dense_lse` unless the rule asks for it."""
 
-    topk: int
+    budget: Budget
     visibility: Visibility
     heads: Heads
     softmax_scale: float
     index_heads: IndexHeads | None
     dense_lse: Float[Array, "B T H"] | None
     implementation: str | None
+
+    @property
+    def topk(self) -> int:
+        """Keys per query."""
+        return self.budget.topk
 
 
 class Selector(NamedTuple):
@@ -68,6 +81,18 @@ def select_by_indexer(inputs: SelectionInputs) -> Int[Array, "B T K"]:
         k,
         weights,
         topk=inputs.topk,
+        visible_start=inputs.visibility.start,
+        visible_end=inputs.visibility.end,
+        implementation=inputs.implementation,
+    )
+
+
+def select_coarse_to_fine(inputs: SelectionInputs) -> Int[Array, "B T K"]:
+    """The topk keys of the highest index score among the best blocks; as `select_by_indexer` where these cover the context."""
+    assert inputs.index_heads is not None
+    return index_topk_coarse_to_fine(
+        *inputs.index_heads,
+        **inputs.budget._asdict(),
         visible_start=inputs.visibility.start,
         visible_end=inputs.visibility.end,
         implementation=inputs.implementation,
@@ -154,6 +179,7 @@ BLOCK_KEYS = 16
 
 SELECTORS: dict[str, Selector] = {
     "sparse": Selector(select_by_indexer, uses_indexer=True),
+    "coarse_to_fine": Selector(select_coarse_to_fine, uses_indexer=True),
     "window": Selector(select_window),
     "sink_window": Selector(select_window_with_sink),
     "random": Selector(select_random),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsa_jax.model.selection import BLOCK_KEYS, SELECTORS, Heads, IndexHeads, SelectionInputs
+from dsa_jax.model.selection import BLOCK_KEYS, SELECTORS, Budget, Heads, IndexHeads, SelectionInputs
 from dsa_jax.model.visibility import Visibility
 
 LENGTH = 64
@@ -24,8 +24,9 @@ HEADS = Heads(_Q, _Q, _Q, None)
 def pick(name, start, end, topk):
     """Indices of every query; `start` and `end` are lists of LENGTH numbers."""
     start, end = (jnp.asarray([x], jnp.int32) for x in (start, end))
-    visibility = Visibility(start, end, end > start)
-    return np.asarray(SELECTORS[name].select(SelectionInputs(topk, visibility, HEADS, 1.0, INDEX, None, "reference"))[0])
+    visibility, budget = Visibility(start, end, end > start), Budget(topk, block_size=16, n_blocks=1)
+    inputs = SelectionInputs(budget, visibility, HEADS, 1.0, INDEX, None, "reference")
+    return np.asarray(SELECTORS[name].select(inputs)[0])
 
 
 def causal(start=0):
@@ -57,7 +58,7 @@ def test_blocks_follow_the_index_score_of_their_mean_key():
     assert pick("blocks", *causal(), 2 * BLOCK_KEYS)[t][0] == best * BLOCK_KEYS
 
 
-@pytest.mark.parametrize("name", ["window", "sink_window", "random", "blocks"])
+@pytest.mark.parametrize("name", ["window", "sink_window", "random", "blocks", "coarse_to_fine"])
 @settings(max_examples=15, deadline=None)
 @given(data=st.data(), topk=st.sampled_from([1, 5, 16, 40, 80]))
 def test_every_selection_is_canonical_and_within_its_budget(name, data, topk):
@@ -68,10 +69,10 @@ def test_every_selection_is_canonical_and_within_its_budget(name, data, topk):
         kept = row[row >= 0]
         assert row.shape == (topk,) and (row[: len(kept)] == kept).all()
         assert (np.diff(kept) > 0).all() and ((kept >= a) & (kept < b)).all()
-        if name != "blocks":
+        if name == "blocks":
+            assert b == a or b - 1 in kept
+        elif name != "coarse_to_fine" or b - a <= BLOCK_KEYS:
             assert len(kept) == min(topk, b - a)
-        elif b > a:
-            assert b - 1 in kept
 
 
 def test_random_keys_are_spread_over_the_range():
