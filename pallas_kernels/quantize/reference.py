@@ -27,9 +27,16 @@ def hadamard_transform(x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
 
 
 def fp8_scales(x: Float[Array, "*N D"], *, power_of_two: bool) -> Float[Array, "*N"]:
-    """max|x| / 448 per vector, with max|x| at least 1e-4; `power_of_two` rounds it up to the next power of two (ue8m0)."""
-    amax = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1)
-    scales = jnp.maximum(amax, SMALLEST_AMAX) / FP8_MAX
+    """`scales_of` the largest magnitude of each vector."""
+    return scales_of(jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1), power_of_two=power_of_two)
+
+
+def scales_of(amax: Float[Array, "*N"], *, power_of_two: bool) -> Float[Array, "*N"]:
+    """amax / 448, with amax at least 1e-4; `power_of_two` rounds it up to the next power of two (ue8m0).
+
+    As the published kernel does, it multiplies by the rounded 1 / 448; XLA turns a division by 448 into that, too.
+    """
+    scales = jnp.maximum(amax, SMALLEST_AMAX) * np.float32(1 / FP8_MAX)
     if power_of_two:
         # frexp is exact where ceil(log2) would round: scales = fraction * 2**exponent with fraction in [0.5, 1).
         fraction, exponent = jnp.frexp(scales)
