@@ -201,8 +201,7 @@ class Transformer(nn.Module):
     def unembed(self, hidden: Float[Array, "*N E"]) -> Float[Array, "*N V"]:
         """Logits of final hidden states, float32."""
         kernel = self.embed.embedding.T if self.tie_embeddings else self.lm_head.kernel
-        logits = jnp.matmul(hidden.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32)
-        return logits * self.logits_scale
+        return head_logits(hidden, kernel, dtype=self.dtype, scale=self.logits_scale)
 
     def _stack_params(self, stack: BlockStack) -> dict[str, Any]:
         # `self.param` would trace the initialiser on every call, only to compare shapes.
@@ -300,6 +299,11 @@ class Transformer(nn.Module):
         if by_indexer(request) and any(stack.shares_topk for stack in self.stacks):
             return jnp.full((*x.shape[:2], self.topk), -1, jnp.int32)
         return None
+
+
+def head_logits(hidden: Float[Array, "*N E"], kernel: Float[Array, "E V"], *, dtype: Any, scale: float) -> Float[Array, "*N V"]:
+    """scale * hidden @ kernel, multiplied in `dtype`, float32; `kernel` may be a part of the vocabulary."""
+    return jnp.matmul(hidden.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32) * scale
 
 
 def run_stack(layer: Callable, state: Any, params: Any, n_layers: int, *, scan: bool) -> tuple[Any, Any]:

@@ -54,6 +54,21 @@ def mean_over(axis: str, x: Any) -> Any:
     return jax.lax.pmean(x, axis) if axis_size(axis) > 1 else x
 
 
+def max_over(axis: str, x: Any) -> Any:
+    """Largest over the devices along `axis`."""
+    return jax.lax.pmax(x, axis) if axis_size(axis) > 1 else x
+
+
+def min_over(axis: str, x: Any) -> Any:
+    """Smallest over the devices along `axis`."""
+    return jax.lax.pmin(x, axis) if axis_size(axis) > 1 else x
+
+
+def axis_index(axis: str) -> Any:
+    """Place of this device along `axis`; 0 where there is only one."""
+    return jax.lax.axis_index(axis) if axis_size(axis) > 1 else 0
+
+
 def axis_if_split(name: str) -> str | None:
     """`name` where the mesh has several devices along it, else None."""
     return name if axis_size(name) > 1 else None

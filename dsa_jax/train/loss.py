@@ -5,12 +5,15 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from dsa_jax.data import Batch
 from dsa_jax.model import ModelOutput, Transformer
+from dsa_jax.model.transformer import head_logits
+from dsa_jax.parallel.ambient import ROWS, axis_index, max_over, min_over, per_device, sum_over
 
-LOGITS_PER_CHUNK = 2**24  # elements; 64 MiB in float32
+LOGITS_PER_CHUNK = 2**24  # elements on a device; 64 MiB in float32
 
 
 class TokenLoss(NamedTuple):
@@ -29,6 +32,9 @@ def token_loss(
     vocab_size: int,
 ) -> TokenLoss:
     """Cross-entropy of `unembed(hidden)` against `targets`, in float32, by chunks of positions recomputed in the backward pass.
+
+    Inside `per_device` all arguments are a device's own part: its rows, its positions, and of the vocabulary what it has along
+    `tensor`, from where only sums and maxima are fetched.
 
     Args:
         unembed: maps hidden states to logits.
@@ -52,11 +58,14 @@ def token_loss(
         logits = unembed(hidden).astype(jnp.float32)
         safe = jnp.where(mask, targets, 0)
         # Sums and minima over the vocabulary, no lookup in it: where it is split over devices, logits are never gathered.
-        token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
-        at_target = jnp.sum(jnp.where(token == safe[..., None], logits, 0.0), axis=-1)
-        nll = jax.nn.logsumexp(logits, axis=-1) - at_target
-        largest = jnp.max(logits, axis=-1, keepdims=True)
-        first_largest = jnp.min(jnp.where(logits == largest, token, vocab_size), axis=-1)
+        first = axis_index("tensor") * logits.shape[-1]
+        token = first + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+        at_target = sum_over("tensor", jnp.sum(jnp.where(token == safe[..., None], logits, 0.0), axis=-1))
+        largest = max_over("tensor", jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
+        mass = sum_over("tensor", jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1))
+        nll = largest + jnp.log(mass) - at_target
+        past_all = jnp.iinfo(jnp.int32).max
+        first_largest = min_over("tensor", jnp.min(jnp.where(logits == largest[..., None], token, past_all), axis=-1))
         correct = (first_largest == safe).astype(jnp.float32)
         return jnp.where(mask, nll, 0.0), jnp.where(mask, correct, 0.0)
 
@@ -77,11 +86,14 @@ def forward_with_loss(
 ) -> tuple[ModelOutput, TokenLoss]:
     """One forward pass and the cross-entropy of its batch; `request` goes to `Transformer.__call__`."""
     output = forward_without_head(model, params, batch, return_hidden=True, **request)
-    loss = token_loss(
-        lambda hidden: cast(jax.Array, model.apply({"params": params}, hidden, method="unembed")),
-        cast(jax.Array, output.hidden),
-        jnp.asarray(batch.targets),
-        jnp.asarray(batch.target_mask),
-        vocab_size=model.vocab_size,
-    )
-    return output, loss
+    kernel = params["embed"]["embedding"].T if model.tie_embeddings else params["lm_head"]["kernel"]
+
+    def loss(hidden: jax.Array, targets: jax.Array, mask: jax.Array, kernel: jax.Array) -> TokenLoss:
+        unembed = lambda x: head_logits(x, kernel, dtype=model.dtype, scale=model.logits_scale)
+        return token_loss(unembed, hidden, targets, mask, vocab_size=kernel.shape[1])
+
+    # The head is put together along `fsdp` once, and its gradient summed once, not for every chunk.
+    results = TokenLoss._make([ROWS, ROWS])
+    spread = per_device(loss, in_specs=(ROWS, ROWS, ROWS, PartitionSpec(None, "tensor")), out_specs=results)
+    targets, mask = jnp.asarray(batch.targets), jnp.asarray(batch.target_mask)
+    return output, spread(cast(jax.Array, output.hidden), targets, mask, kernel)
