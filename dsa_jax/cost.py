@@ -160,6 +160,22 @@ def _attention_seconds(config: ModelConfig, position: int, phase: str, attention
     return min(by_selection, (scores + config.n_layers * position * per_key.expanded) / (rates.masked * 1e12))
 
 
+def forward_flops_per_token(config: ModelConfig, length: int, attention: str) -> float:
+    """FLOPs of one token's forward pass in a causal sequence of `length` tokens, on average; keys are selected absorbed."""
+    weights, per_key = active_weights(config), key_flops(config)
+    if attention == "dense":
+        return 2.0 * weights.model + config.n_layers * (length + 1) / 2 * per_key.expanded
+    scores = n_indexers(config) * (length + 1) / 2 * per_key.score
+    selected = config.n_layers * mean_selected(config, length) * per_key.absorbed
+    return 2.0 * (weights.model + weights.indexers) + scores + selected
+
+
+def mean_selected(config: ModelConfig, length: int) -> float:
+    """Keys that a query attends to, on average over a causal sequence of `length` tokens."""
+    topk = min(config.attention.indexer.topk, length)
+    return topk * (length - (topk - 1) / 2) / length
+
+
 def training_flops_per_token(config: ModelConfig, length: int, attention: str) -> float:
     """FLOPs of one training token, forward and backward, in a causal sequence of `length` tokens, on average.
 
@@ -171,8 +187,7 @@ def training_flops_per_token(config: ModelConfig, length: int, attention: str) -
     visible = (length + 1) / 2
     if attention == "dense":
         return 6.0 * weights.model + 3.5 * config.n_layers * visible * per_key.expanded
-    topk = min(config.attention.indexer.topk, length)
-    selected = topk * (length - (topk - 1) / 2) / length
+    selected = mean_selected(config, length)
     target = n_indexers(config) * selected * (per_key.absorbed / 2 + 3.0 * per_key.score)
     scores = n_indexers(config) * visible * per_key.score
     return 6.0 * (weights.model + weights.indexers) + 3.5 * config.n_layers * selected * per_key.absorbed + scores + target

@@ -1,0 +1,127 @@
+"""An estimate of what a training step holds besides parameters, gradients and optimizer state.
+
+`jax.vjp` of one layer returns a function whose leaves are exactly what that layer keeps for its backward pass, so tracing it
+counts bytes without running anything. Under the recipe's rematerialisation that is what every layer keeps from the forward to
+the backward pass; without any, what one layer holds while its backward pass runs.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+
+from dsa_jax.config import Config
+from dsa_jax.dryrun.sizes import array_bytes, shard_bytes
+from dsa_jax.model import Transformer
+from dsa_jax.model.outputs import AttentionRequest
+from dsa_jax.model.transformer import BlockStack, rematerialised
+from dsa_jax.model.visibility import Visibility
+from dsa_jax.parallel.rules import parameter_spec
+from dsa_jax.params import merge_parameters, nested_parameters, parameter_paths, split_parameters
+from dsa_jax.train.loss import LOGITS_PER_CHUNK
+from dsa_jax.train.stages import Stage
+
+FLOAT32 = 4
+
+
+class Activations(NamedTuple):
+    """Estimated bytes on one device.
+
+    Fields:
+        saved: what all layers keep from the forward to the backward pass, and the final hidden state.
+        layer: what the backward pass of the costliest layer holds while it recomputes that layer, every intermediate result
+            counted although the compiler fuses some away, and padded expert buffers at their full length.
+        weights: a layer's weights gathered along `fsdp`, and their gradient before it is split again.
+        logits: one chunk of logits and its gradient, float32.
+    """
+
+    saved: int
+    layer: int
+    weights: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """Layers and logits are not live at the same time."""
+        return self.saved + max(self.layer + self.weights, self.logits)
+
+
+def estimate_activations(config: Config, model: Transformer, params: dict[str, Any], stage: Stage) -> Activations:
+    """`Activations` of one micro-batch of `stage`.
+
+    Tensor parallelism is left out of the activations, of which it splits only some: they are counted as without it, an upper
+    bound.
+    """
+    settings = getattr(config.train, stage.name)
+    sizes = config.parallel.sizes()
+    rows, length = settings.batch_size // settings.accumulation, settings.seq_len
+    n_parts = math.prod(sizes.values()) // sizes["tensor"]
+    trainable, frozen = split_parameters(params, stage.trains)
+    saved = layer = weights = 0
+    for stack in model.stacks:
+        parts = _one_layer(trainable.get(stack.name, {})), _one_layer(frozen.get(stack.name, {}))
+        kept, held = (
+            _residual_bytes(config, stack, parts, stage, rows, length, policy) for policy in (config.model.remat, "none")
+        )
+        saved += stack.n_layers * kept // n_parts
+        layer = max(layer, held // n_parts)
+        weights = max(
+            weights, _gathered_bytes(stack.name, parts[0], sizes) + _gathered_bytes(stack.name, merge_parameters(*parts), sizes)
+        )
+    hidden = rows * length * config.model.hidden_dim * jnp.dtype(config.model.dtype).itemsize // n_parts
+    logits = min(LOGITS_PER_CHUNK, rows * length * config.model.vocab_size) // n_parts if stage.has_lm_loss else 0
+    return Activations(saved + hidden, layer, weights if sizes["fsdp"] > 1 else 0, 2 * FLOAT32 * logits)
+
+
+def _one_layer(stacked: dict[str, Any]) -> dict[str, Any]:
+    one = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+    return nested_parameters({path: one(leaf) for path, leaf in parameter_paths(stacked).items()})
+
+
+def _gathered_bytes(stack: str, layer_params: dict[str, Any], sizes: dict[str, int]) -> int:
+    """Bytes of one layer's parameters on a device that has gathered them along `fsdp`."""
+    gathered = sizes | {"fsdp": 1}
+    return sum(
+        shard_bytes(leaf, jax.sharding.PartitionSpec(*parameter_spec(f"{stack}/{path}")[1:]), gathered)
+        for path, leaf in parameter_paths(layer_params).items()
+    )
+
+
+def _residual_bytes(
+    config: Config,
+    stack: BlockStack,
+    parts: tuple[dict[str, Any], dict[str, Any]],
+    stage: Stage,
+    rows: int,
+    length: int,
+    policy: str,
+) -> int:
+    """Bytes over all devices, parameters left out, that one layer keeps for its backward pass under `policy`."""
+    sizes = config.parallel.sizes() | {"tensor": 1}
+    request = AttentionRequest(stage.attention, stage.indexer_loss)
+
+    def kept(x: Any, trainable: Any, frozen: Any, positions: Any, visibility: Visibility, previous_topk: Any) -> list[Any]:
+        def layer(x: Any, trainable: Any) -> tuple[Any, Any]:
+            everything = {"params": merge_parameters(trainable, frozen)}
+            result: Any = stack.block.apply(everything, x, positions, visibility, previous_topk, request)
+            return result[0], result[1].indexer_kl
+
+        # In the warm-up only indexers learn, and no gradient reaches what goes in.
+        of = (x, trainable) if stage.has_lm_loss else (trainable,)
+        run = layer if stage.has_lm_loss else lambda trainable: layer(x, trainable)
+        _, pullback = jax.vjp(rematerialised(run, policy, in_scan=True), *of)
+        parameters = {id(leaf) for leaf in jax.tree.leaves((trainable, frozen))}
+        leaves = {id(leaf): leaf for leaf in jax.tree.leaves(pullback)}
+        return [leaf for key, leaf in leaves.items() if key not in parameters]
+
+    shape = (rows, length)
+    tokens: Any = lambda dtype: jax.ShapeDtypeStruct(shape, dtype)
+    visibility = Visibility(tokens(jnp.int32), tokens(jnp.int32), tokens(jnp.bool_))
+    x = jax.ShapeDtypeStruct((*shape, config.model.hidden_dim), jnp.dtype(config.model.dtype))
+    previous = jax.ShapeDtypeStruct((*shape, config.model.attention.indexer.topk), jnp.int32) if stack.shares_topk else None
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    with jax.sharding.use_abstract_mesh(mesh):
+        leaves = jax.eval_shape(kept, x, *parts, tokens(jnp.int32), visibility, previous)
+    return sum(map(array_bytes, leaves))

@@ -1,0 +1,85 @@
+r"""What a recipe needs, with nothing allocated: parameters, FLOPs, cache, bytes per device, sharding, compiled memory.
+
+    python -m experiments.dry_run --config=configs/h200x8_deepseek_v2_lite.py
+    python -m experiments.dry_run --config=configs/h200x8_deepseek_v2_lite.py --compile              # emulated devices
+    python -m experiments.dry_run --config=configs/h200x8_deepseek_v2_lite.py --target=h200x8        # GPUs that are not here
+    python -m experiments.dry_run --config=configs/deepseek_v32.py --config.parallel.preset=ep8 --step=decode --target=h200x8
+
+Without --compile or --target all of it follows from shapes, in seconds. Both compile the real step of --step, which also tells
+the collectives: --compile for emulated CPU devices, whose memory is not a GPU's, --target for the named GPUs, with the compiler
+of the extra `aot`.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+
+from absl import flags
+
+from experiments.flags import define_config, run_main
+
+_CONFIG = define_config()
+_COMPILE = flags.DEFINE_boolean("compile", False, "Compile the step for the recipe's mesh on emulated CPU devices.")
+_TARGET = flags.DEFINE_string("target", "", "Compile the step for GPUs that need not be here: h200x1, h200x8.")
+_STEP = flags.DEFINE_enum(
+    "step", "", ["", "pretrain", "warmup", "sparse", "decode"], "What to compile; empty: the recipe's last stage."
+)
+_ROWS = flags.DEFINE_integer("rows", 1, "decode: sequences.", lower_bound=1)
+_CONTEXT = flags.DEFINE_integer("context", 32768, "decode: tokens that the cache of a sequence holds.", lower_bound=1)
+_CACHE_DTYPE = flags.DEFINE_string("cache_dtype", "", "decode: float32, bfloat16 or fp8; empty: that of the activations.")
+_MEMORY = flags.DEFINE_float(
+    "device_gb", 141.0, "Memory of a device in GB (1e9 bytes), to say whether it fits.", lower_bound=1.0
+)
+_OUTPUT = flags.DEFINE_string("output", "", "JSON file for everything that is printed; empty: none.")
+
+
+def main(argv: list[str]) -> None:
+    """Compute, print, compile if asked to."""
+    del argv
+    # Nothing here may take hold of an accelerator.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
+    from dsa_jax.config import STAGES
+    from dsa_jax.dryrun import (
+        DecodeShape,
+        compile_step,
+        emulated_mesh,
+        format_compiled,
+        format_summary,
+        summarize,
+        target_mesh,
+    )
+    from dsa_jax.train.from_hf import resolve_checkpoint
+
+    config = _CONFIG.value
+    if config.init.hf_dir:
+        config = resolve_checkpoint(config)
+    config.validate()
+    jax.config.update("jax_platforms", "cpu")
+    n_devices = math.prod(config.parallel.sizes().values())
+    if _COMPILE.value and not _TARGET.value and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", n_devices)
+
+    device_bytes = 1e9 * _MEMORY.value
+    summary = summarize(config)
+    print(format_summary(summary, device_bytes), flush=True)
+    if _COMPILE.value or _TARGET.value:
+        stages = [name for name in STAGES if getattr(config.train, name).steps]
+        step = _STEP.value or (stages[-1] if stages else "decode")
+        if _TARGET.value:
+            mesh, device_bytes = target_mesh(config, _TARGET.value, Path(__file__).parents[1])
+        else:
+            mesh = emulated_mesh(config)
+        result = compile_step(config, step, mesh, DecodeShape(_ROWS.value, _CONTEXT.value, _CACHE_DTYPE.value))
+        print("\n" + format_compiled(result, device_bytes))
+        summary["compiled"] = {**result._asdict(), "peak": result.peak}
+    else:
+        print("\nCollectives per step and the compiler's own memory: --compile, or --target=h200x8.")
+    if _OUTPUT.value:
+        Path(_OUTPUT.value).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_main(main)
