@@ -26,9 +26,10 @@ from absl import logging as absl_logging
 
 from dsa_jax.config import Config, ConfigError
 from dsa_jax.hf import CheckpointError
+from dsa_jax.parallel.processes import ProcessError, is_main, start_processes
 from dsa_jax.train.rundir import RunError
 
-_EXPECTED = (ConfigError, RunError, CheckpointError)
+_EXPECTED = (ConfigError, RunError, CheckpointError, ProcessError)
 _KIND_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
 
 
@@ -118,6 +119,31 @@ def parse_value(name: str, text: str, kind: Any) -> Any:
         return _checked(ast.literal_eval(text.strip()), kind)
     except (ValueError, KeyError, SyntaxError, TypeError, MemoryError, RecursionError):
         raise ConfigError(f"{name} is {text!r}; expected {_kind_name(kind)}.") from None
+
+
+class ProcessFlags:
+    """The flags by which a process learns that it is one of several."""
+
+    def __init__(self, flag_values: flags.FlagValues) -> None:
+        self._coordinator = flags.DEFINE_string(
+            "coordinator", "", "HOST:PORT where process 0 of several can be reached. Under srun none of the three is needed.",
+            flag_values=flag_values,
+        )  # fmt: skip
+        self._num_processes = flags.DEFINE_integer(
+            "num_processes", None, "How many processes there are.", flag_values=flag_values
+        )
+        self._process_id = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", flag_values=flag_values)
+
+    def start(self) -> None:
+        """Join the other processes, if any; only the first goes on logging what is no warning. Call it first in `main`."""
+        start_processes(self._coordinator.value, self._num_processes.value, self._process_id.value)
+        if not is_main():
+            absl_logging.set_verbosity(absl_logging.WARNING)
+
+
+def define_processes(*, flag_values: flags.FlagValues = flags.FLAGS) -> ProcessFlags:
+    """Define `--coordinator`, `--num_processes` and `--process_id`; call `.start()` of the result in `main`."""
+    return ProcessFlags(flag_values)
 
 
 def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:

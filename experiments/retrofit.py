@@ -2,7 +2,8 @@ r"""Give a dense model sparse attention: pretraining if the recipe has it, index
 
     python -m experiments.retrofit --config=configs/quickstart.py --workdir=runs/quickstart
 
-Any field can be overridden (`--config.train.warmup.steps=100`). The same command continues an interrupted run.
+Any field can be overridden (`--config.train.warmup.steps=100`). The same command continues an interrupted run. Several
+processes make one run when launched by `srun`, or with --coordinator, --num_processes and --process_id: docs/multi_host.md.
 """
 
 import shlex
@@ -11,12 +12,13 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments.flags import define_config, run_main
+from experiments.flags import define_config, define_processes, run_main
 
 _CONFIG = define_config("configs/quickstart.py")
 _WORKDIR = flags.DEFINE_string(
     "workdir", "runs/quickstart", "Run directory: created, or continued if it holds the same configuration."
 )
+_PROCESSES = define_processes()
 _TENSORBOARD = flags.DEFINE_boolean("tensorboard", False, "Also write TensorBoard events (extra `tensorboard`).")
 
 
@@ -26,6 +28,7 @@ def main(argv: list[str]) -> None:
     from dsa_jax.train.retrofit import retrofit
     from dsa_jax.train.seeds import retrofit_seeds
 
+    _PROCESSES.start()
     config, workdir = _CONFIG.value, Path(_WORKDIR.value)
     if config.seeds:
         command = shlex.join(["python", "-m", "experiments.retrofit", *sys.argv[1:]])

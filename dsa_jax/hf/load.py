@@ -21,6 +21,7 @@ from dsa_jax.hf.tokenizer_files import load_checkpoint_tokenizer
 from dsa_jax.hf.weights import Weights, read_json
 from dsa_jax.model import Transformer, build_model, init_params
 from dsa_jax.model_config import IndexerConfig, ModelConfig
+from dsa_jax.parallel.placement import spread
 from dsa_jax.params import is_indexer_path, nested_parameters, parameter_paths, split_parameters
 from dsa_jax.pretrained import Pretrained
 
@@ -128,7 +129,7 @@ def _placement(mesh: jax.sharding.Mesh | None, placement: Placement | None) -> P
 
 
 def _put(value: Any, path: str, where: Placement | None) -> jax.Array:
-    return jax.device_put(value) if where is None else jax.device_put(value, where(path))
+    return jax.device_put(value) if where is None else spread(value, where(path))
 
 
 def _attach(config: ModelConfig, indexer: IndexerConfig, directory: Path) -> None:

@@ -2,12 +2,14 @@
 
 import contextlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsa_jax.config import ParallelConfig
+from dsa_jax.config import ConfigError, ParallelConfig
 from dsa_jax.parallel.ambient import ROWS, is_sharded
 from dsa_jax.parallel.mesh import make_mesh
 from dsa_jax.parallel.rules import parameter_spec
@@ -19,9 +21,14 @@ def on_mesh(config: ParallelConfig) -> contextlib.AbstractContextManager[Any]:
     """A context in which jitted code runs on the mesh of `config`; it does nothing where that is one device.
 
     Raises:
-        ConfigError: when there are not as many devices.
+        ConfigError: when there are not as many devices, or several processes and no mesh to join them.
     """
     if all(size == 1 for size in config.sizes().values()):
+        if jax.process_count() > 1:
+            raise ConfigError(
+                f"parallel ({config.preset}) needs one device, but there are {jax.process_count()} processes with "
+                f"{jax.device_count()} devices. Set parallel.preset, such as fsdp{jax.device_count()}, or run one process."
+            )
         return contextlib.nullcontext()
     return jax.set_mesh(make_mesh(config))
 
@@ -54,7 +61,25 @@ def shardings_of(tree: Any, mesh: Mesh) -> Any:
 def place(tree: Any) -> Any:
     """Parameters or training state on the current mesh, split by the rules; `tree` itself on one device."""
     mesh = current_mesh()
-    return tree if mesh is None else jax.device_put(tree, shardings_of(tree, mesh))
+    return tree if mesh is None else jax.tree.map(spread, tree, shardings_of(tree, mesh))
+
+
+def parameter_placement() -> Callable[[str], jax.sharding.Sharding] | None:
+    """From a parameter's path to its sharding on the current mesh; None on one device."""
+    mesh = current_mesh()
+    return None if mesh is None else lambda path: NamedSharding(mesh, parameter_spec(path))
+
+
+def spread(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array that every process holds whole, or that lies on a mesh already, split as `sharding` says.
+
+    With several processes each puts only its own parts on its devices; the values must be the same in all.
+    """
+    on_mesh_already = isinstance(value, jax.Array) and not value.is_fully_addressable
+    if sharding.is_fully_addressable or on_mesh_already:
+        return jax.device_put(value, sharding)
+    whole = np.asarray(value)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 def with_shardings(abstract: Any) -> Any:
@@ -71,10 +96,21 @@ def hold(tree: Any) -> Any:
     return jax.lax.with_sharding_constraint(tree, specs_of(tree)) if is_sharded() else tree
 
 
+def replicate(tree: Any) -> Any:
+    """Inside jit: results that are the same on all devices, so that every process can read them."""
+    return jax.lax.with_sharding_constraint(tree, PartitionSpec()) if is_sharded() else tree
+
+
 def place_batch(batch: Any) -> Any:
-    """A batch of [B, T] arrays on the current mesh; `batch` itself on one device."""
+    """A batch of [B, T] arrays on the current mesh; `batch` itself on one device.
+
+    Every process makes the whole batch, which is a function of the seed and the step, and keeps the rows of its own devices:
+    no row is lost or repeated, however many processes there are.
+    """
     mesh = current_mesh()
-    return batch if mesh is None else jax.device_put(batch, NamedSharding(mesh, ROWS))
+    if mesh is None:
+        return batch
+    return jax.tree.map(lambda rows: spread(rows, NamedSharding(mesh, ROWS)), batch)
 
 
 def _joined(keys: tuple[Any, ...]) -> str:

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from dsa_jax.parallel.processes import is_main, on_main
 from dsa_jax.train.rundir import RunError, atomic_write_text
 
 _LOG = logging.getLogger(__name__)
@@ -52,7 +53,8 @@ class CheckpointStore:
     A tree is any pytree of JAX arrays, numpy arrays and Python numbers; its leaves are stored under their key path
     (`params/layers/attention/indexer/wq_b/kernel`), so a NamedTuple and a dict with the same names are the same checkpoint.
     `save` returns once the arrays are copied; writing goes on in the background until `wait`, `close` or the next `save`, and
-    an error in it is raised there.
+    an error in it is raised there. Several processes write one checkpoint together, each its own part of every array, and must
+    call the same methods in the same order; the first one judges, seals and removes.
     """
 
     def __init__(self, directory: str | os.PathLike[str], keep: int) -> None:
@@ -82,7 +84,7 @@ class CheckpointStore:
             ValueError: for a tree without arrays or with a leaf that is no array.
         """
         self.wait()
-        if step in self._verified or self._is_valid(step):
+        if on_main(lambda: step in self._verified or self._is_valid(step)):
             return
         leaves = {path: _storable(path, leaf) for path, leaf in _named_leaves(tree).items()}
         if not leaves:
@@ -91,7 +93,8 @@ class CheckpointStore:
         target = self.directory / str(step)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            _set_aside(target)
+            if is_main():
+                _set_aside(target)
             self._pending = (step, specs)
             self._checkpointer.save(
                 target,
@@ -115,7 +118,7 @@ class CheckpointStore:
             raise self._failed(step, error) from error
         self._pending = None
         self._verified.add(step)
-        if jax.process_index() == 0:
+        if is_main():
             self._prune()
 
     def close(self) -> None:
@@ -134,15 +137,7 @@ class CheckpointStore:
     def latest_valid(self) -> int | None:
         """The newest step whose files are all as they were written; a warning names every newer directory passed over."""
         self.wait()
-        for unfinished in self._unfinished():
-            _LOG.warning("ignoring the half-written checkpoint %s", unfinished)
-        for step in reversed(self.steps()):
-            problem = self._problem(step)
-            if problem is None:
-                self._verified.add(step)
-                return step
-            _LOG.warning("ignoring checkpoint %s: %s", self.directory / str(step), problem)
-        return None
+        return on_main(self._find_valid)
 
     def describe(self, step: int) -> dict[str, LeafSpec]:
         """Shape and dtype of every leaf of a checkpoint, by path.
@@ -166,7 +161,7 @@ class CheckpointStore:
         self.wait()
         leaves = _named_leaves(abstract_tree)
         self._require_match(step, leaves, subset)
-        if step not in self._verified and (problem := self._problem(step)):
+        if problem := on_main(lambda: None if step in self._verified else self._problem(step)):
             raise CheckpointError(f"checkpoint {self.directory / str(step)} is damaged: {problem}.")
         self._verified.add(step)
         targets = _nest({path: _restore_target(leaf) for path, leaf in leaves.items()})
@@ -191,9 +186,20 @@ class CheckpointStore:
         step = self.latest_valid()
         return None if step is None else self.restore(step, abstract_tree, subset=subset)
 
+    def _find_valid(self) -> int | None:
+        for unfinished in self._unfinished():
+            _LOG.warning("ignoring the half-written checkpoint %s", unfinished)
+        for step in reversed(self.steps()):
+            problem = self._problem(step)
+            if problem is None:
+                self._verified.add(step)
+                return step
+            _LOG.warning("ignoring checkpoint %s: %s", self.directory / str(step), problem)
+        return None
+
     def _seal(self) -> None:
         """Runs in Orbax's background thread when all files are written, just before its rename makes the step visible."""
-        if self._pending is None or jax.process_index() != 0:
+        if self._pending is None or not is_main():
             return
         step, specs = self._pending
         (target,) = self.directory.glob(f"{step}{_UNFINISHED}*")
@@ -215,7 +221,7 @@ class CheckpointStore:
     def _failed(self, step: int, error: Exception) -> CheckpointError:
         self._pending = None
         target = self.directory / str(step)
-        for leftover in self._unfinished():
+        for leftover in self._unfinished() if is_main() else ():
             shutil.rmtree(leftover, ignore_errors=True)
         return CheckpointError(
             f"checkpoint {target} cannot be written: {_first_line(error)} Earlier checkpoints are intact. Check free space and "

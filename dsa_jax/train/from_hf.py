@@ -6,14 +6,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from jax.sharding import NamedSharding
-
 from dsa_jax.config import Config, ConfigError, ModelConfig, TrainConfig
 from dsa_jax.data import load_tokenizer
 from dsa_jax.hf import load_pretrained, read_model_config, save_pretrained
 from dsa_jax.model import Transformer
-from dsa_jax.parallel.placement import current_mesh
-from dsa_jax.parallel.rules import parameter_spec
+from dsa_jax.parallel.placement import parameter_placement
+from dsa_jax.parallel.processes import gather_to_main, on_main
 from dsa_jax.params import parameter_paths
 
 _LOG = logging.getLogger(__name__)
@@ -66,13 +64,13 @@ def checkpoint_params(config: Config) -> dict[str, Any]:
 
     Indexers that the checkpoint lacks are initialised from `seed`.
     """
-    indexer, mesh = config.model.attention.indexer, current_mesh()
+    indexer = config.model.attention.indexer
     loaded = load_pretrained(
         config.init.hf_dir,
         dtype=config.model.param_dtype,
         indexer=indexer if indexer.enabled else None,
         seed=config.seed,
-        placement=None if mesh is None else lambda path: NamedSharding(mesh, parameter_spec(path)),
+        placement=parameter_placement(),
     )
     return loaded.params
 
@@ -80,17 +78,22 @@ def checkpoint_params(config: Config) -> dict[str, Any]:
 def load_for_evaluation(config: Config) -> tuple[Config, Transformer, dict[str, Any]]:
     """(config, model, params) of `init.hf_dir` as it is: a checkpoint without an indexer gets none, the stages are dropped."""
     config = resolve_checkpoint(config)
-    loaded = load_pretrained(config.init.hf_dir, dtype=config.model.param_dtype)
+    loaded = load_pretrained(config.init.hf_dir, dtype=config.model.param_dtype, placement=parameter_placement())
     config.model = loaded.config
     config.train = TrainConfig()
     return config, loaded.model, loaded.params
 
 
 def export_checkpoint(directory: Path, config: Config, params: dict[str, Any], *, stage: str) -> None:
-    """Write `params` as a Hugging Face checkpoint with the tokenizer of the text; `stage` "sparse" marks it as sparse."""
+    """Write `params` as a Hugging Face checkpoint with the tokenizer of the text; `stage` "sparse" marks it as sparse.
+
+    With several processes the first writes; its host needs room for the whole model.
+    """
     model = copy.deepcopy(config.model)
     if stage == "sparse":
         model.attention.mode = "sparse"
-    save_pretrained(directory, model, params, tokenizer=load_tokenizer(config.data.text.tokenizer))
     n_tensors = len(parameter_paths(params))
+    whole = gather_to_main(params)
+    tokenizer = load_tokenizer(config.data.text.tokenizer)
+    on_main(lambda: save_pretrained(directory, model, whole, tokenizer=tokenizer))
     _LOG.info("wrote %d parameters as a Hugging Face checkpoint to %s", n_tensors, directory)

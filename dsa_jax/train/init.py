@@ -9,6 +9,8 @@ import jax
 from dsa_jax.config import STAGES as STAGE_ORDER
 from dsa_jax.config import Config, ConfigError
 from dsa_jax.model import Transformer, build_model, init_params
+from dsa_jax.parallel.placement import with_shardings
+from dsa_jax.parallel.processes import on_main
 from dsa_jax.params import is_indexer_path, nested_parameters, parameter_paths
 from dsa_jax.train.checkpoint import CheckpointStore
 from dsa_jax.train.from_hf import checkpoint_params
@@ -29,7 +31,7 @@ class LoadedRun(NamedTuple):
 
 
 def load_run(directory: Path, *, stage: str | None = None) -> LoadedRun:
-    """The configuration, model and newest parameters of a run directory.
+    """The configuration, model and newest parameters of a run directory, split by the rules where there is a mesh.
 
     Args:
         directory: as `experiments.retrofit --workdir` wrote it.
@@ -44,12 +46,12 @@ def load_run(directory: Path, *, stage: str | None = None) -> LoadedRun:
     abstract = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     for name in [stage] if stage else reversed(STAGE_ORDER):
         folder = run.checkpoint_dir(name)
-        if not folder.is_dir():
+        if not on_main(folder.is_dir):
             continue
         with CheckpointStore(folder, keep=config.train.keep_checkpoints) as store:
             step = store.latest_valid()
             if step is not None:
-                params = store.restore(step, {"params": abstract}, subset=True).tree["params"]
+                params = store.restore(step, with_shardings({"params": abstract}), subset=True).tree["params"]
                 if name == "sparse":
                     config.model.attention.mode = "sparse"
                     model = build_model(config.model)

@@ -11,9 +11,10 @@ from dsa_jax.config import Config, StageConfig
 from dsa_jax.data import TrainData
 from dsa_jax.model import Transformer
 from dsa_jax.parallel.placement import place, place_batch, with_shardings
+from dsa_jax.parallel.processes import is_main, with_votes
 from dsa_jax.train.checkpoint import CheckpointStore
 from dsa_jax.train.metrics import MetricsLog
-from dsa_jax.train.progress import Progress
+from dsa_jax.train.progress import Discard, Progress
 from dsa_jax.train.rundir import RunDirectory, RunError
 from dsa_jax.train.signals import StopRequest
 from dsa_jax.train.stages import Stage
@@ -21,7 +22,7 @@ from dsa_jax.train.step import TrainState, init_state, make_train_step
 
 _LOG = logging.getLogger(__name__)
 _SHOWN = ("loss", "kl")
-_COUNTERS = ("is_finite", "skipped_in_a_row")
+_COUNTERS = ("is_finite", "skipped_in_a_row", "stop")
 
 
 class NotFiniteError(RunError):
@@ -48,7 +49,7 @@ def restore_state(
 def latest_position(run: RunDirectory, config: Config) -> tuple[str, int] | None:
     """The furthest stage of the recipe with a valid checkpoint, and that checkpoint's step."""
     for name in reversed(STAGE_ORDER):
-        if getattr(config.train, name).steps and run.checkpoint_dir(name).is_dir():
+        if getattr(config.train, name).steps:
             with CheckpointStore(run.checkpoint_dir(name), keep=config.train.keep_checkpoints) as store:
                 step = store.latest_valid()
             if step is not None:
@@ -66,10 +67,12 @@ class _Judge:
     store: CheckpointStore
     saved_step: int | None
     final: dict[str, float]
+    stops: bool = False  # a process has voted to stop
 
     def take(self, step: int, values: dict[str, jax.Array]) -> dict[str, float]:
         """Judge and log the 1-based `step`; returns what the progress line shows."""
         read = jax.device_get(values)
+        self.stops |= bool(read.get("stop", False))
         if not read["is_finite"]:
             self._not_finite(step, int(read["skipped_in_a_row"]))
         record = {name: float(value) for name, value in sorted(read.items()) if not value.ndim and name not in _COUNTERS}
@@ -117,7 +120,8 @@ def run_stage(
     """Take the steps of `stage` from its start, or from its checkpoint `resume_step`, to its end or a stop request.
 
     Batches are a function of (seed, step) and the state is restored bit for bit, so an interrupted and resumed stage equals an
-    undisturbed one. On a stop request the step in progress is finished and saved.
+    undisturbed one. On a stop request the step in progress is finished and saved. With several processes a request to any one
+    stops all of them, one step later.
 
     Args:
         run: the run directory.
@@ -150,8 +154,10 @@ def run_stage(
             _LOG.info("stage %s continues at step %d of %d", stage.name, step, settings.steps)
         metrics.truncate_after(STAGE_ORDER, stage.name, step)
         train_step = make_train_step(model, stage, config)
+        voted_step = with_votes(train_step) if jax.process_count() > 1 else None
         judge = _Judge(stage, config, metrics, store, resume_step, before["final"])
-        with Progress(stage.name, settings.steps, start_step=step) as progress:
+        stream = None if is_main() else Discard()
+        with Progress(stage.name, settings.steps, start_step=step, stream=stream) as progress:
 
             def summary() -> dict[str, Any]:
                 timing = progress.timing()
@@ -180,7 +186,7 @@ def run_stage(
 
             lengths: set[int] = set()
             pending = None
-            while step < settings.steps and not stop.requested:
+            while step < settings.steps and not (judge.stops if voted_step else stop.requested):
                 seq_len = settings.seq_len_at(step)
                 batch = data.batch(first_batch + step, batch_size=settings.batch_size, seq_len=seq_len)
                 compiles = seq_len not in lengths
@@ -188,7 +194,8 @@ def run_stage(
                 if compiles:
                     finish(pending)
                     pending = None
-                state, values = train_step(state, place_batch(batch))
+                placed = place_batch(batch)
+                state, values = voted_step(state, placed, stop.requested) if voted_step else train_step(state, placed)
                 # Metrics are read a step late, so that the device need not wait for the host.
                 finish(pending)
                 step += 1
@@ -198,7 +205,7 @@ def run_stage(
                     pending = None
                     save()
             finish(pending)
-            if stop.requested and judge.saved_step != step and step > 0:
+            if step < settings.steps and judge.saved_step != step and step > 0:
                 save()
             timing_totals = summary()
         store.wait()

@@ -116,6 +116,22 @@ class MetricsLog:
         self._last[path] = (stage, step)
 
 
+class NoMetrics(MetricsLog):
+    """Logs nothing, for processes beside the one that writes the run's files."""
+
+    def __init__(self) -> None:
+        self._files, self._events = {}, None
+
+    def log(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def log_timing(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def truncate_after(self, stage_order: Sequence[str], stage: str | None, step: int) -> None:
+        """Do nothing."""
+
+
 class EventFiles:
     """TensorBoard events, one folder per stage so that each counts its own steps."""
 

@@ -26,6 +26,21 @@ class Stream(Protocol):
         """Whether a person is watching."""
 
 
+class Discard:
+    """A stream that shows nothing, for processes beside the one that reports."""
+
+    def write(self, text: str, /) -> int:
+        """Drop it."""
+        return len(text)
+
+    def flush(self) -> None:
+        """Do nothing."""
+
+    def isatty(self) -> bool:
+        """Nobody is watching."""
+        return False
+
+
 class Timing(NamedTuple):
     """What a stage took in this process; `seconds` and the rate leave out `compile_seconds`."""
 

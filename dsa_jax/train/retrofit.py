@@ -12,11 +12,12 @@ from dsa_jax.evals.parity import Parity, evaluate_parity
 from dsa_jax.model import Transformer, build_model
 from dsa_jax.parallel.check import check_layout
 from dsa_jax.parallel.placement import on_mesh, place
+from dsa_jax.parallel.processes import is_main, on_main
 from dsa_jax.params import count_parameters, is_indexer_path, split_parameters
 from dsa_jax.train.from_hf import checkpoint_params, export_checkpoint, resolve_checkpoint
 from dsa_jax.train.init import initial_params, load_run
 from dsa_jax.train.loop import latest_position, run_stage
-from dsa_jax.train.metrics import MetricsLog
+from dsa_jax.train.metrics import MetricsLog, NoMetrics
 from dsa_jax.train.report import format_table, write_report
 from dsa_jax.train.rundir import RunDirectory, RunError, open_run
 from dsa_jax.train.signals import StopRequest
@@ -48,7 +49,7 @@ def _retrofit(config: Config, workdir: Path, tensorboard: bool) -> dict[str, Any
     train_data = make_train_data(config.data, config.seed, config.model.vocab_size)
     eval_data = make_eval_data(config.data, config.seed, config.model.vocab_size)
     check_lengths(config, train_data, eval_data)
-    run = open_run(workdir, config)
+    run = RunDirectory(workdir, resumed=on_main(lambda: open_run(workdir, config).resumed))
     model = build_model(config.model)
     position = latest_position(run, config)
     params = initial_params(config, model, abstract=position is not None)
@@ -58,7 +59,8 @@ def _retrofit(config: Config, workdir: Path, tensorboard: bool) -> dict[str, Any
     _LOG.info("%s: %d parameters, %d of them in indexers", config.name, count_parameters(params), n_indexer)
     summaries: dict[str, dict[str, Any]] = {}
     first_batch = 0
-    with StopRequest() as stop, MetricsLog(run.metrics_path, tensorboard=tensorboard) as metrics:
+    log = MetricsLog(run.metrics_path, tensorboard=tensorboard) if is_main() else NoMetrics()
+    with StopRequest() as stop, log as metrics:
         for name in STAGE_ORDER:
             steps = getattr(config.train, name).steps
             is_done = position is not None and STAGE_ORDER.index(name) < STAGE_ORDER.index(position[0])
@@ -77,11 +79,11 @@ def _retrofit(config: Config, workdir: Path, tensorboard: bool) -> dict[str, Any
                     first_batch=first_batch,
                     summaries=summaries,
                 )
-                run.update_environment(implementations=implementations_chosen())
+                _record_implementations(run)
                 if not is_complete:
                     _LOG.warning(
                         "stopped by %s in stage %s, step %d of %d is saved; the same command continues",
-                        stop.signal_name,
+                        stop.signal_name or "a signal to another process",
                         name,
                         summaries[name]["steps"],
                         steps,
@@ -92,7 +94,8 @@ def _retrofit(config: Config, workdir: Path, tensorboard: bool) -> dict[str, Any
     if config.init.hf_dir:
         trained = [name for name in STAGE_ORDER if getattr(config.train, name).steps]
         export_checkpoint(run.path / "hf", config, params, stage=trained[-1] if trained else "")
-        print(f"Hugging Face checkpoint: {run.path / 'hf'}")
+        if is_main():
+            print(f"Hugging Face checkpoint: {run.path / 'hf'}")
     return report
 
 
@@ -135,17 +138,22 @@ def evaluate_and_report(
     summaries: dict[str, dict[str, Any]],
     data: EvalData,
 ) -> dict[str, Any]:
-    """Fill the parity table, write report.json and report.html, and return the report."""
+    """Fill the parity table, write report.json and report.html (the first process does), and return the report."""
     started = time.perf_counter()
     announce = lambda row: _LOG.info("evaluated %s", row["name"])
     table = evaluate_parity(model, params, data, config, params_before=_dense_params_before(run, config), on_row=announce)
-    run.update_environment(implementations=implementations_chosen())
+    _record_implementations(run)
     summaries = summaries | {"evaluate": {"seconds": time.perf_counter() - started}}
     report = make_report(config, table, summaries, data.describe(), run.environment())
-    write_report(run.path, report)
-    print(format_table(table.rows))
-    print(f"report: {run.path / 'report.html'}")
+    on_main(lambda: write_report(run.path, report))
+    if is_main():
+        print(format_table(table.rows))
+        print(f"report: {run.path / 'report.html'}")
     return report
+
+
+def _record_implementations(run: RunDirectory) -> None:
+    on_main(lambda: run.update_environment(implementations=implementations_chosen()))
 
 
 def make_report(

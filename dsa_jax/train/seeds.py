@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsa_jax.config import Config
+from dsa_jax.parallel.processes import is_main
 from dsa_jax.train.retrofit import retrofit
 from dsa_jax.train.rundir import RunError, atomic_write_text, describe_environment
 
@@ -52,9 +53,10 @@ def retrofit_seeds(config: Config, workdir: Path, *, command: str, tensorboard: 
         },
         "environment": describe_environment(),
     }
-    atomic_write_text(workdir / "seeds.json", json.dumps(summary, indent=1) + "\n")
-    atomic_write_text(workdir / "seeds.md", format_markdown(summary))
-    print(format_markdown(summary))
+    if is_main():
+        atomic_write_text(workdir / "seeds.json", json.dumps(summary, indent=1) + "\n")
+        atomic_write_text(workdir / "seeds.md", format_markdown(summary))
+        print(format_markdown(summary))
     return summary
 
 

@@ -10,7 +10,7 @@ import optax
 from dsa_jax.config import Config, StageConfig
 from dsa_jax.data import Batch
 from dsa_jax.model import Transformer, updated_score_bias
-from dsa_jax.parallel.placement import hold
+from dsa_jax.parallel.placement import hold, replicate
 from dsa_jax.params import is_score_bias_path, merge_parameters, nested_parameters, parameter_paths, split_parameters
 from dsa_jax.train.loss import forward_with_loss, forward_without_head
 from dsa_jax.train.optimizer import make_optimizer
@@ -131,7 +131,7 @@ def make_train_step(model: Transformer, stage: Stage, config: Config) -> Callabl
         if "kl_layers" in metrics:
             metrics["kl"] = metrics["kl_layers"].sum()
         metrics |= {"grad_norm": grad_norm, "is_finite": is_finite, "skipped": skipped, "skipped_in_a_row": in_a_row}
-        return hold(TrainState(params, opt_state, state.step + 1, skipped, in_a_row)), metrics
+        return hold(TrainState(params, opt_state, state.step + 1, skipped, in_a_row)), replicate(metrics)
 
     return jax.jit(train_step, donate_argnums=0)
 

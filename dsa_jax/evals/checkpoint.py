@@ -1,0 +1,54 @@
+"""The parity table of a checkpoint on disk, of a run or of Hugging Face."""
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from dsa_jax.config import Config, TrainConfig
+from dsa_jax.data import make_eval_data
+from dsa_jax.evals.parity import Parity, evaluate_parity
+from dsa_jax.open_checkpoint import is_hf_directory
+from dsa_jax.parallel.check import check_layout
+from dsa_jax.parallel.placement import on_mesh
+from dsa_jax.parallel.processes import on_main
+from dsa_jax.train.from_hf import load_for_evaluation, resolve_checkpoint
+from dsa_jax.train.init import load_run
+from dsa_jax.train.rundir import find_run
+
+
+def evaluate_checkpoint(directory: Path, config: Config, rows: Sequence[str] = ()) -> tuple[str, Parity]:
+    """(where the parameters are from, the table) of a run directory or a Hugging Face one.
+
+    Args:
+        directory: what to evaluate.
+        config: `parallel` is the layout of devices, whatever the run was trained on. A run brings everything else with it; of
+            a Hugging Face directory `config` says which data and how much.
+        rows: of the table; none: as the configuration has it.
+
+    Raises:
+        ConfigError: where the layout does not fit the model, the evaluation or the devices.
+        RunError, CheckpointError: when the directory cannot be used.
+    """
+    is_hf = on_main(lambda: is_hf_directory(directory))
+    own = copy.deepcopy(config)
+    if is_hf:
+        own.init.hf_dir = str(directory)
+        own = resolve_checkpoint(own)
+    else:
+        own = find_run(directory).config()
+    own.parallel = config.parallel
+    own.eval.rows = tuple(rows) or own.eval.rows
+    own.validate()
+    check_layout(dataclasses.replace(own, train=TrainConfig()))
+    with on_mesh(config.parallel):
+        if is_hf:
+            own, model, params = load_for_evaluation(own)
+            source = str(directory)
+        else:
+            run = load_run(directory)
+            run.config.parallel, run.config.eval = own.parallel, own.eval
+            own, model, params = run.config, run.model, run.params
+            source = f"{directory}, stage {run.stage}"
+        data = make_eval_data(own.data, own.seed, own.model.vocab_size)
+        return source, evaluate_parity(model, params, data, own)
