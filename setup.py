@@ -10,7 +10,7 @@ PLOT = ["matplotlib>=3.10"]
 PARITY = ["transformers>=5.23", "torch==2.13.0"]
 LINT = ["ruff>=0.17", "mypy>=2.4"]
 # Compiles the GPU kernels for an H200 without one (make aot). Pinned: what spills depends on the compiler's version.
-AOT = ["jax==0.11.2", "jax-cuda13-plugin[with-cuda]==0.11.2", "jax-cuda13-pjrt==0.11.2"]
+AOT = ["jax==0.11.2", "jax-cuda13-plugin[with-cuda]==0.11.2", "jax-cuda13-pjrt==0.11.2", "jax-triton==0.3.1", "triton==3.6.0"]
 TEST = ["pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6.170", "beartype>=0.22", *HF, *PLOT, *LINT]
 
 setup(

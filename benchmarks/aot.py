@@ -15,11 +15,13 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "0"
 os.environ["TF_CPP_VMODULE"] = "subprocess_compilation=5"
 
 import contextlib
+import functools
 import re
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +29,7 @@ DUMP = tempfile.mkdtemp(prefix="aot-")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={DUMP}"
 
 import jax  # noqa: E402
+import nvidia.cu13  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh  # noqa: E402
 
@@ -83,45 +86,74 @@ def compile_case(case: KernelCase, sharding: SingleDeviceSharding) -> list[Compi
     missing = [name for name in case.kernels if name not in reports or name not in sizes]
     if missing:
         raise RuntimeError(f"no report on {', '.join(missing)}; reports on {sorted(reports)}, launches of {sorted(sizes)}")
-    return [
-        Compiled(
-            name, int(reports[name]["registers"]), int(reports[name]["stores"]) + int(reports[name]["loads"]), *sizes[name]
-        )
-        for name in case.kernels
-    ]
+    return [Compiled(name, *_registers_and_spills(reports[name]), *sizes[name]) for name in case.kernels]
 
 
-def main(words: list[str]) -> int:
-    """Prints the table, one Markdown row per kernel and shape; the number of failures decides the exit status."""
+def _registers_and_spills(report: re.Match[str]) -> tuple[int, int]:
+    return int(report["registers"]), int(report["stores"]) + int(report["loads"])
+
+
+def rows() -> Iterator[tuple[str, str, Callable[[], list[Compiled]]]]:
+    """(kernels, shape, what compiles them) of every case."""
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name="h200", target_config=TARGET.read_text(), topology="1x1x1"
     )
     sharding = SingleDeviceSharding(topology.devices[0])
+    for case in cases():
+        yield ", ".join(case.kernels), f"{case.name}: {case.shape}", functools.partial(compile_case, case, sharding)
+    for width in (32768, 131072):
+        yield "radix_select", f"index_topk: {width} keys, topk 2048", functools.partial(compile_radix_select, width)
+
+
+def compile_radix_select(width: int) -> list[Compiled]:
+    """The Triton kernel, compiled by Triton for sm_90a and assembled by the ptxas that XLA uses.
+
+    Raises:
+        RuntimeError: when the assembler does not report on it.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from pallas_kernels.index_topk.triton_gpu import BLOCK, NUM_WARPS
+    from pallas_kernels.index_topk.triton_kernels import radix_select
+
+    os.environ["TRITON_CACHE_DIR"] = DUMP  # jax-triton empties it
+    constants = {"WIDTH": width, "TOPK": 2048, "BLOCK": BLOCK}
+    signature = {"ranked": "*fp32", "positions": "*i32", **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(fn=radix_select, signature=signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": NUM_WARPS})
+    ptx = Path(DUMP) / "radix_select.ptx"
+    ptx.write_text(compiled.asm["ptx"])
+    command = [str(Path(nvidia.cu13.__path__[0]) / "bin" / "ptxas"), "-arch=sm_90a", "-v", str(ptx), "-o", os.devnull]
+    report = PTXAS.search(subprocess.run(command, check=True, capture_output=True, text=True).stderr)
+    if report is None:
+        raise RuntimeError("no report of the assembler")
+    return [Compiled("radix_select", *_registers_and_spills(report), 32 * NUM_WARPS, compiled.metadata.shared)]
+
+
+def main(words: list[str]) -> int:
+    """Prints the table, one Markdown row per kernel and shape; the number of failures decides the exit status."""
     print(f"jax {jax.__version__}, sm_90a, compiled and not run\n")
-    print("| kernel | shape | registers | spilled bytes | threads | shared memory | seconds to compile |")
+    print("| kernel | case | registers | spilled bytes | threads | shared memory | seconds to compile |")
     print("|---|---|---|---|---|---|---|")
     failures = 0
-    for case in cases():
-        if not all(word in f"{case.name} {case.shape} {' '.join(case.kernels)}" for word in words):
+    for kernels, shape, compile_kernels in rows():
+        if not all(word in f"{kernels} {shape}" for word in words):
             continue
         start = time.monotonic()
         try:
-            rows = compile_case(case, sharding)
+            compiled = compile_kernels()
         except Exception as error:  # the table goes on; what failed is in it
             failures += 1
-            print(
-                f"| {', '.join(case.kernels)} | {case.shape} | FAILED: {str(error).splitlines()[0][:160]} | | | | |", flush=True
-            )
+            print(f"| {kernels} | {shape} | FAILED: {str(error).splitlines()[0][:160]} | | | | |", flush=True)
             continue
         seconds = time.monotonic() - start
-        for row in rows:
+        for row in compiled:
             failures += row.spilled_bytes > 0
             spilled = f"{row.spilled_bytes} SPILLED" if row.spilled_bytes else "0"
-            print(
-                f"| {row.kernel} | {case.shape} | {row.registers} | {spilled} | {row.threads} | {row.shared_bytes} | "
-                f"{seconds:.1f} |",
-                flush=True,
-            )
+            numbers = f"{row.registers} | {spilled} | {row.threads} | {row.shared_bytes} | {seconds:.1f}"
+            print(f"| {row.kernel} | {shape} | {numbers} |", flush=True)
     print(f"\n{failures} failures" if failures else "\nall kernels compile without a spill")
     return 1 if failures else 0
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.index_topk import pallas_gpu as index_topk
+from pallas_kernels.index_topk import triton_gpu as selection_by_radix
 from pallas_kernels.indexer_loss import pallas_gpu as indexer_loss
 from pallas_kernels.quantize import latent_row_bytes
 from pallas_kernels.sparse_attention import pallas_gpu as sparse_attention
@@ -172,5 +174,8 @@ def _index_scores() -> Iterator[KernelCase]:
 
             name = f"{jnp.dtype(dtype).name}, {heads} heads, 128, {batch} x {queries} queries, {keys} keys"
             kernels = ("head_sums_visible_scores",), ("head_sums_visible_ranked_scores",)
+            if dtype == jnp.bfloat16 and importlib.util.find_spec("jax_triton") is not None:
+                by_radix = functools.partial(selection_by_radix.index_topk, topk=2048, compute_capability=90, interpret=False)
+                yield KernelCase("index_topk, radix", name, by_radix, arrays[:5], kernels[1], index_topk.SCORE_BUDGET)
             yield KernelCase("index_scores", name, scores, arrays, kernels[0], batch * queries * keys)
             yield KernelCase("index_topk", name, selection, arrays, kernels[1], index_topk.SCORE_BUDGET)

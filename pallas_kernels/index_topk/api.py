@@ -4,10 +4,15 @@ import jax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import _checks, _dispatch
-from pallas_kernels.index_topk import pallas_gpu, reference, xla
+from pallas_kernels.index_topk import pallas_gpu, reference, triton_gpu, xla
 
 _SCORES = {"reference": reference.index_scores, "xla": xla.index_scores, "pallas": pallas_gpu.index_scores}
-_TOPK = {"reference": reference.index_topk, "xla": xla.index_topk, "pallas": pallas_gpu.index_topk}
+_TOPK = {
+    "reference": reference.index_topk,
+    "xla": xla.index_topk,
+    "pallas": pallas_gpu.index_topk,
+    "triton": triton_gpu.index_topk,
+}
 
 
 def _check_scores(q_index, k_index, weights, visible_start, visible_end, k_scale, **_):
@@ -89,6 +94,7 @@ def index_topk(
 
     Raises:
         ValueError: shapes or dtypes that do not fit, topk below 1, or a known start > end.
+        NotImplementedError: what the implementation asked for does not cover.
 
     Source: DeepSeek-V3.2-Exp report, section 1, equation 2. The order and the tie rule are ours.
     """

@@ -1,6 +1,7 @@
 """Index scores in Pallas for NVIDIA GPUs, and the selection over the scores of one chunk of queries at a time."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -110,6 +111,14 @@ def index_scores(
     return _differentiable_scores(q_index, k_index, weights, visible_start, visible_end, k_scale, interpret, tiles)
 
 
+def largest_by_counting(ranked: Float[Array, "B C W"], topk: int) -> Int32[Array, "B C {topk}"]:
+    """Positions of the largest entries above -inf, ascending; the padded width or more where there are fewer."""
+    batch, length, width = ranked.shape
+    wanted = max(-(-width // COUNT_GROUPS), -(-topk // COUNT_GROUPS)) * COUNT_GROUPS
+    padded = jnp.pad(ranked, ((0, 0), (0, 0), (0, wanted - width)), constant_values=-jnp.inf)
+    return largest_by_threshold(padded.reshape(batch * length, wanted), topk).reshape(batch, length, topk)
+
+
 def index_topk(
     q_index: Float[Array, "B T Hi Di"],
     k_index: Float[Array, "B S Di"],
@@ -120,13 +129,15 @@ def index_topk(
     topk: int,
     k_scale: Float[Array, "B S"] | None = None,
     score_budget: int = SCORE_BUDGET,
+    largest: Callable[[Array, int], Array] = largest_by_counting,
     interpret: bool | None = None,
     tiles: QueryTiles | None = None,
 ) -> Int32[Array, "B T {topk}"]:
-    """Canonical selection: a kernel scores a chunk of queries, XLA searches each row's threshold by counting.
+    """Canonical selection: a kernel scores a chunk of queries, XLA finds each row's threshold by counting.
 
     Args:
         score_budget: scores held at a time.
+        largest: selects the positions of the largest scores of rows, as `largest_by_counting` does.
         interpret, tiles: as in `index_scores`.
     """
     batch, n_keys = k_index.shape[:2]
@@ -140,16 +151,8 @@ def index_topk(
 
         def select(_: None) -> Array:
             scores = _scores(q, k_index, w, start, end, k_scale, "ranked_scores", interpret, tiles)
-            return canonical(_largest(scores, topk), n_keys, topk)
+            return canonical(largest(scores, topk), n_keys, topk)
 
         return lax.cond((end - start).max() > topk, select, lambda _: all_visible(start, end, topk), None)
 
     return map_queries(step, (q_index, weights, visible_start, visible_end), block_q)
-
-
-def _largest(ranked: Float[Array, "B C W"], topk: int) -> Int32[Array, "B C {topk}"]:
-    """Positions of the largest entries above -inf, ascending; the padded width or more where there are fewer."""
-    batch, length, width = ranked.shape
-    wanted = max(-(-width // COUNT_GROUPS), -(-topk // COUNT_GROUPS)) * COUNT_GROUPS
-    padded = jnp.pad(ranked, ((0, 0), (0, 0), (0, wanted - width)), constant_values=-jnp.inf)
-    return largest_by_threshold(padded.reshape(batch * length, wanted), topk).reshape(batch, length, topk)

@@ -81,13 +81,14 @@ def test_wrong_arguments(name):
     assert str(caught.value).startswith(f"{op}: ") and "\n" not in str(caught.value)
 
 
-WITHOUT_PALLAS = ("dense_attention",)
+HAS_TRITON, WITHOUT_PALLAS = ("index_topk",), ("dense_attention",)
 
 
 @pytest.mark.parametrize("op", CALLS)
 def test_missing_implementations_raise_and_the_choice_is_recorded(op):
     function, arguments = CALLS[op]
-    for missing in ("triton", "cute", "pallas") if op in WITHOUT_PALLAS else ("triton", "cute"):
+    absent = [("triton", op not in HAS_TRITON), ("cute", True), ("pallas", op in WITHOUT_PALLAS)]
+    for missing in (name for name, is_absent in absent if is_absent):
         with pytest.raises(NotImplementedError, match=re.escape(f"{op}: there is no implementation '{missing}'")):
             function(**arguments, implementation=missing)
     function(**arguments)

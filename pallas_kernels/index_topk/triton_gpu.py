@@ -1,0 +1,75 @@
+"""Selection by radix in Triton (through jax-triton), over scores that the Pallas kernel computes for a chunk of queries."""
+
+import functools
+import importlib.util
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels._dispatch import traced_platform
+from pallas_kernels.index_topk import pallas_gpu
+
+BLOCK = 4096
+NUM_WARPS = 8
+
+
+def index_topk(
+    q_index: Float[Array, "B T Hi Di"],
+    k_index: Float[Array, "B S Di"],
+    weights: Float[Array, "B T Hi"],
+    visible_start: Int32[Array, "B T"],
+    visible_end: Int32[Array, "B T"],
+    *,
+    topk: int,
+    k_scale: Float[Array, "B S"] | None = None,
+    compute_capability: int | None = None,
+    **options: Any,
+) -> Int32[Array, "B T {topk}"]:
+    """Canonical selection in five reads of the scores; the kernel itself is tested under Triton's interpreter.
+
+    Args:
+        compute_capability: 90 compiles for Hopper without a GPU; None asks the device.
+        options: as `pallas_gpu.index_topk` takes them.
+
+    Raises:
+        NotImplementedError: without jax-triton or an NVIDIA GPU, and where the Pallas kernel does not cover the call.
+    """
+    if importlib.util.find_spec("jax_triton") is None:
+        raise NotImplementedError(
+            "index_topk: triton needs jax-triton, which is not installed. Run pip install 'dsa-jax[triton]', or pass "
+            "implementation='pallas' or 'xla'."
+        )
+    if compute_capability is None and traced_platform() != "gpu":
+        raise NotImplementedError(
+            f"index_topk: triton runs on NVIDIA GPUs; this is {traced_platform()!r}. Pass implementation='xla'."
+        )
+    largest = functools.partial(_largest_by_radix, compute_capability=compute_capability)
+    return pallas_gpu.index_topk(
+        q_index, k_index, weights, visible_start, visible_end, topk=topk, k_scale=k_scale, largest=largest, **options
+    )
+
+
+def _largest_by_radix(
+    ranked: Float[Array, "B C W"], topk: int, *, compute_capability: int | None
+) -> Int32[Array, "B C {topk}"]:
+    """Positions of the largest entries above -inf, ascending, W where there are fewer."""
+    import jax_triton
+
+    from pallas_kernels.index_topk.triton_kernels import radix_select
+
+    batch, length, width = ranked.shape
+    capability = {} if compute_capability is None else {"compute_capability": compute_capability}
+    positions = jax_triton.triton_call(
+        ranked.reshape(batch * length, width),
+        kernel=radix_select,
+        out_shape=jax.ShapeDtypeStruct((batch * length, topk), jnp.int32),
+        grid=(batch * length,),
+        num_warps=NUM_WARPS,
+        WIDTH=width,
+        TOPK=topk,
+        BLOCK=BLOCK,
+        **capability,
+    )
+    return positions.reshape(batch, length, topk)
