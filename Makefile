@@ -33,7 +33,7 @@ $(VENV)/.has-%: setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) --editable ".[$*]"
 	touch $@
 
-# Compiles every GPU kernel for an H200, on a machine without one; needs Python 3.12 and 3 GB for its own environment.
+# Compiles every GPU kernel for an H200, on a machine without one; needs Python 3.12 and 5 GB for its own environment.
 AOT_PYTHON ?= $(firstword $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.12*/bin/python) python3.12)
 aot:
 	$(MAKE) .venv-aot/.has-aot VENV=.venv-aot PYTHON=$(AOT_PYTHON)
