@@ -29,29 +29,38 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def launch(workdir, *, n_processes=1, when=("never",), number="SIGTERM"):
+def launch(workdir, *, n_processes=1, when=("never",), number="SIGTERM", by_slurm=False):
     """Start the processes of a run; `when[i]` is when process i sends itself the signal."""
     port = free_port()
-    together = [f"--coordinator=localhost:{port}", f"--num_processes={n_processes}"] if n_processes > 1 else []
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // n_processes}",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": os.environ["DSA_TEST_CACHE"],
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "PYTHONPATH": str(ROOT),
     }
-    return [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", MAIN, when[i], number, f"--config={RECIPE}", f"--workdir={workdir}"]
-            + together
-            + ([f"--process_id={i}"] if together else []),
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+    command = [sys.executable, "-W", "error", MAIN]
+    processes = []
+    for i in range(n_processes):
+        flags = [f"--config={RECIPE}", f"--workdir={workdir}"]
+        own = {}
+        if by_slurm:
+            own = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_TASKS": f"{n_processes}"}
+            own |= {"SLURM_PROCID": f"{i}", "SLURM_LOCALID": f"{i}", "JAX_COORDINATOR_PORT": f"{port}"}
+        elif n_processes > 1:
+            flags += [f"--coordinator=localhost:{port}", f"--num_processes={n_processes}", f"--process_id={i}"]
+        processes.append(
+            subprocess.Popen(
+                [*command, when[i], number, *flags],
+                cwd=ROOT,
+                env=environment | own,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
         )
-        for i in range(n_processes)
-    ]
+    return processes
 
 
 def finish(processes):
@@ -140,7 +149,7 @@ def test_both_killed_while_saving_continue_from_the_last_whole_checkpoint(stoppe
     unfinished = list((workdir / "checkpoints" / "sparse").glob("8*"))
     assert unfinished and not (workdir / "checkpoints" / "sparse" / "8").exists()
 
-    (status0, out0, err0), (status1, _, err1) = finish(launch(workdir, n_processes=2, when=("never", "never")))
+    (status0, out0, err0), (status1, _, err1) = finish(launch(workdir, n_processes=2, when=("never", "never"), by_slurm=True))
     assert (status0, status1) == (0, 0), err0 + err1
     assert "ignoring the half-written checkpoint" in err0 and "stage sparse continues at step 6 of 8" in err0
     assert "report.html" in out0
