@@ -45,13 +45,14 @@ THUNK = re.compile(r"\]\s+(\S+) grid: \[[^\]]*\] threads: \[(\d+), 1, 1\]\s+shar
 
 
 class Compiled(NamedTuple):
-    """What the compiler says about one kernel."""
+    """What the compiler says about one kernel; `temporary_bytes` are those of the whole program it is in."""
 
     kernel: str
     registers: int
     spilled_bytes: int
     threads: int
     shared_bytes: int
+    temporary_bytes: int | None = None
 
 
 @contextlib.contextmanager
@@ -79,14 +80,14 @@ def compile_case(case: KernelCase, sharding: SingleDeviceSharding) -> list[Compi
     arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in case.arrays]
     mesh = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", 132, "cuda"))
     with captured_stderr() as log, use_abstract_mesh(mesh):
-        jax.jit(case.function).lower(*arrays).compile()
+        temporary = jax.jit(case.function).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
     reports = {match["name"]: match for match in PTXAS.finditer(log.read_text(errors="replace"))}
     thunks = "\n".join(path.read_text() for path in Path(DUMP).glob("*thunk_sequence.txt"))
     sizes = {name: (int(threads), int(shared)) for name, threads, shared in THUNK.findall(thunks)}
     missing = [name for name in case.kernels if name not in reports or name not in sizes]
     if missing:
         raise RuntimeError(f"no report on {', '.join(missing)}; reports on {sorted(reports)}, launches of {sorted(sizes)}")
-    return [Compiled(name, *_registers_and_spills(reports[name]), *sizes[name]) for name in case.kernels]
+    return [Compiled(name, *_registers_and_spills(reports[name]), *sizes[name], temporary) for name in case.kernels]
 
 
 def _registers_and_spills(report: re.Match[str]) -> tuple[int, int]:
@@ -135,8 +136,8 @@ def compile_radix_select(width: int) -> list[Compiled]:
 def main(words: list[str]) -> int:
     """Prints the table, one Markdown row per kernel and shape; the number of failures decides the exit status."""
     print(f"jax {jax.__version__}, sm_90a, compiled and not run\n")
-    print("| kernel | case | registers | spilled bytes | threads | shared memory | seconds to compile |")
-    print("|---|---|---|---|---|---|---|")
+    print("| kernel | case | registers | spilled bytes | threads | shared memory | seconds to compile | temporary MiB |")
+    print("|---|---|---|---|---|---|---|---|")
     failures = 0
     for kernels, shape, compile_kernels in rows():
         if not all(word in f"{kernels} {shape}" for word in words):
@@ -146,13 +147,14 @@ def main(words: list[str]) -> int:
             compiled = compile_kernels()
         except Exception as error:  # the table goes on; what failed is in it
             failures += 1
-            print(f"| {kernels} | {shape} | FAILED: {str(error).splitlines()[0][:160]} | | | | |", flush=True)
+            print(f"| {kernels} | {shape} | FAILED: {str(error).splitlines()[0][:160]} | | | | | |", flush=True)
             continue
         seconds = time.monotonic() - start
         for row in compiled:
             failures += row.spilled_bytes > 0
             spilled = f"{row.spilled_bytes} SPILLED" if row.spilled_bytes else "0"
             numbers = f"{row.registers} | {spilled} | {row.threads} | {row.shared_bytes} | {seconds:.1f}"
+            numbers += " | " if row.temporary_bytes is None else f" | {row.temporary_bytes / 2**20:.1f}"
             print(f"| {row.kernel} | {shape} | {numbers} |", flush=True)
     print(f"\n{failures} failures" if failures else "\nall kernels compile without a spill")
     return 1 if failures else 0
