@@ -1,5 +1,6 @@
 """Walking over query chunks and key blocks, so that an op touches only keys that some query of the chunk can see."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -94,13 +95,19 @@ def map_queries(step: Callable[[Any], Any], arrays: Any, block_q: int, *, per_st
 
 
 def scan_queries(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, arrays: Any, block_q: int) -> tuple[Any, Any]:
-    """`lax.scan` of `step(carry, chunk)` over chunks of queries: (carry, results joined along axis 1)."""
+    """`lax.scan` of `step(carry, chunk)` over chunks of queries: (carry, results joined along axis 1).
+
+    A backward pass through it recomputes the chunks.
+    """
     length = jax.tree.leaves(arrays)[0].shape[1]
     count, size = query_chunks(length, block_q)
     if count == 1:
         return step(carry, arrays)
     padded = pad_queries(arrays, count * size)
 
+    # Even where nothing is differentiated: in a scan over layers, JAX takes whatever depends on no data out of the layer, and
+    # would hold a copy of it for every chunk, which is several arrays of T x S numbers in a selection.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
     def body(carry: Any, number: Array) -> tuple[Any, Any]:
         return step(carry, jax.tree.map(lambda x: slice_chunk(x, number * size, size), padded))
 
