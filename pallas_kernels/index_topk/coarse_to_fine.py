@@ -59,9 +59,16 @@ def index_topk_coarse_to_fine(
     Source: HISA (arXiv 2603.28458) section 3.
     """
     n_keys = k_index.shape[1]
-    whole = {"visible_start": visible_start, "visible_end": visible_end, "implementation": implementation}
     if (n_blocks + 2) * block_size >= n_keys:
-        return index_topk(q_index, k_index, weights, topk=topk, **whole)
+        return index_topk(
+            q_index,
+            k_index,
+            weights,
+            topk=topk,
+            visible_start=visible_start,
+            visible_end=visible_end,
+            implementation=implementation,
+        )
     q_index, k_index, weights = (jax.lax.stop_gradient(x) for x in (q_index, k_index, weights))
     start, end = jnp.clip(visible_start, 0, n_keys), jnp.clip(visible_end, 0, n_keys)
     first, last = start // block_size, jnp.maximum(end - 1, 0) // block_size
