@@ -158,8 +158,9 @@ def evaluate_parity(
             continue
         own = params
         if row.has_fresh_indexer:
-            fresh = place(init_params(model, jax.random.key(config.seed + 1)))
-            own = with_fresh_indexer(params, fresh)
+            # Compiled together, so that the other parameters are never computed: one device could not hold them all.
+            draw = jax.jit(lambda key: split_parameters(init_params(model, key), is_indexer_path)[0])
+            own = with_fresh_indexer(params, place(draw(jax.random.key(config.seed + 1))))
         jobs.append((row, own))
     steps: dict[str, Callable[[Params, Batch], dict[str, jax.Array]]] = {}
     for row, own in jobs:
