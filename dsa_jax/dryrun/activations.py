@@ -62,17 +62,17 @@ def estimate_activations(config: Config, model: Transformer, params: dict[str, A
     saved = layer = weights = 0
     for stack in model.stacks:
         parts = _one_layer(trainable.get(stack.name, {})), _one_layer(frozen.get(stack.name, {}))
-        kept, held = (
-            _residual_bytes(config, stack, parts, stage, rows, length, policy) for policy in (config.model.remat, "none")
-        )
+        policies = {config.model.remat, "none"}
+        residuals = {policy: _residual_bytes(config, stack, parts, stage, rows, length, policy) for policy in policies}
+        kept, held = residuals[config.model.remat], residuals["none"]
         saved += stack.n_layers * kept // n_parts
         layer = max(layer, held // n_parts)
         weights = max(
             weights, _gathered_bytes(stack.name, parts[0], sizes) + _gathered_bytes(stack.name, merge_parameters(*parts), sizes)
         )
     hidden = rows * length * config.model.hidden_dim * jnp.dtype(config.model.dtype).itemsize // n_parts
-    logits = min(LOGITS_PER_CHUNK, rows * length * config.model.vocab_size) // n_parts if stage.has_lm_loss else 0
-    return Activations(saved + hidden, layer, weights if sizes["fsdp"] > 1 else 0, 2 * FLOAT32 * logits)
+    logits = min(LOGITS_PER_CHUNK, rows * length * config.model.vocab_size // math.prod(sizes.values()))
+    return Activations(saved + hidden, layer, weights if sizes["fsdp"] > 1 else 0, 2 * FLOAT32 * logits * stage.has_lm_loss)
 
 
 def _one_layer(stacked: dict[str, Any]) -> dict[str, Any]:
