@@ -5,7 +5,7 @@ PINS ?=
 PARITY_VENV ?= .venv-parity
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint parity aot clean
+.PHONY: quickstart test lint parity aot gpu-check clean
 
 quickstart: $(VENV)/.has-plot
 	$(BIN)/python -m experiments.retrofit --config=configs/quickstart.py --workdir=runs/quickstart
@@ -38,6 +38,11 @@ AOT_PYTHON ?= $(firstword $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions
 aot:
 	$(MAKE) .venv-aot/.has-aot VENV=.venv-aot PYTHON=$(AOT_PYTHON)
 	.venv-aot/bin/python -m benchmarks.aot $(AOT_ARGS)
+
+# On the GPU at hand: every kernel is checked, then timed. GPU_PYTHON has jax with CUDA; nothing is installed.
+GPU_PYTHON ?= $(PYTHON)
+gpu-check:
+	$(GPU_PYTHON) -m benchmarks.gpu_check --output=benchmarks/results/gpu_check.json
 
 clean:
 	rm -rf $(VENV) $(PARITY_VENV) build *.egg-info

@@ -2,6 +2,7 @@ r"""Measure an operation: one readable table on the terminal and one JSON row pe
 
 python -m experiments.benchmark --op=layer --lengths=4096,16384,32768
 python -m experiments.benchmark --op=train_step --lengths=8192,16384
+python -m experiments.benchmark --op=sparse_attention --shape=128_heads --implementation=xla,pallas
 """
 
 import json
@@ -9,33 +10,52 @@ from pathlib import Path
 
 from absl import flags
 
+from dsa_jax.benchmarks.op_shapes import OPS
 from experiments.flags import run_main
 
-_OP = flags.DEFINE_enum("op", "layer", ["layer", "train_step"], "What to measure.")
-_LENGTHS = flags.DEFINE_list("lengths", [], "Sequence lengths in tokens; empty: the operation's own list.")
+_OP = flags.DEFINE_enum("op", "layer", ["layer", "train_step", *OPS], "What to measure.")
+_LENGTHS = flags.DEFINE_list("lengths", [], "layer, train_step: sequence lengths in tokens; empty: the operation's own list.")
+_SHAPE = flags.DEFINE_list("shape", [], "Other ops: names of shapes; empty: laptop on CPU, all others on a GPU.")
+_IMPLEMENTATION = flags.DEFINE_list("implementation", [], "Other ops: implementations; empty: those of the platform.")
 _OUTPUT = flags.DEFINE_string("output", "", "JSON Lines file that rows are appended to; empty: none.")
 
 DEFAULT_LENGTHS = {"layer": [4096, 16384, 32768], "train_step": [8192, 16384]}
 
 
-def main(argv: list[str]) -> None:
-    """Measure; the module prints as it goes."""
+def main(argv: list[str]) -> int | None:
+    """Measure; the modules print as they go. A wrong result ends in one line and status 1, without any time."""
     del argv
-    from dsa_jax.benchmarks import layer, train_step
+    from dsa_jax.benchmarks import layer, ops, train_step
+    from dsa_jax.benchmarks.op_checks import CheckError
     from dsa_jax.train.rundir import describe_environment
 
-    try:
-        lengths = [int(x) for x in _LENGTHS.value] or DEFAULT_LENGTHS[_OP.value]
-    except ValueError as error:
-        raise flags.ValidationError(
-            f"--lengths is {','.join(_LENGTHS.value)}; expected integers such as 4096,16384."
-        ) from error
-    module = {"layer": layer, "train_step": train_step}[_OP.value]
-    rows = module.run(lengths)
+    is_op = _OP.value in OPS
+    if _LENGTHS.value if is_op else _SHAPE.value or _IMPLEMENTATION.value:
+        wrong, right = ("--lengths", "--shape") if is_op else ("--shape and --implementation", "--lengths")
+        raise flags.ValidationError(f"{wrong} do not apply to --op={_OP.value}; expected {right}.")
+    if is_op:
+        lines: list[str] = []
+        try:
+            rows = ops.run(_OP.value, _SHAPE.value, _IMPLEMENTATION.value, report=lines.append)
+        except CheckError as error:
+            print(f"wrong, nothing is timed: {error}")
+            return 1
+        except (ValueError, NotImplementedError) as error:
+            raise flags.ValidationError(str(error)) from error
+        print("\n".join(lines))
+    else:
+        try:
+            lengths = [int(x) for x in _LENGTHS.value] or DEFAULT_LENGTHS[_OP.value]
+        except ValueError as error:
+            raise flags.ValidationError(
+                f"--lengths is {','.join(_LENGTHS.value)}; expected integers such as 4096,16384."
+            ) from error
+        rows = {"layer": layer, "train_step": train_step}[_OP.value].run(lengths)
     if _OUTPUT.value:
         where = describe_environment()
         with Path(_OUTPUT.value).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({**row, "environment": where}) + "\n" for row in rows)
+    return None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,235 @@
+"""Runs every GPU kernel on the GPU at hand: is it right, then how fast is it. Results are on disk after every item.
+
+python -m benchmarks.gpu_check --output=benchmarks/results/gpu_check.json
+python -m benchmarks.gpu_check --table=benchmarks/results/gpu_check.json
+python -m benchmarks.gpu_check --dry_run --output=FILE     # on CPU, tiny sizes, kernels interpreted
+
+Items run in a process of their own; one that crashes, or overruns, takes down that process, and the rest go on in a new one.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dsa_jax.benchmarks.op_calls import IMPLEMENTATIONS
+from dsa_jax.benchmarks.op_shapes import OPS, SHAPES, OpShape
+
+TOTAL_SECONDS = 450.0
+ITEM_SECONDS = 60.0
+START_SECONDS = 60.0
+SMALL = OpShape(3, 40, 12, heads=2, dim=48, d_v=32, index_heads=2, index_dim=16, dtype="float32")
+
+
+class Item(NamedTuple):
+    """One thing to do: kind is "check_reduced", "check_real" or "time"."""
+
+    kind: str
+    op: str
+    shape: str
+    implementation: str
+
+
+def items(*, dry_run: bool, words: Sequence[str] = ()) -> list[Item]:
+    """All checks, the reduced ones first, then all timings; `words` keeps the ops that contain one of them."""
+
+    def of(kind: str) -> Iterator[Item]:
+        for op in OPS:
+            if words and not any(word in op for word in words):
+                continue
+            shapes = ["laptop"] if dry_run else [name for name in SHAPES[op] if name != "laptop"]
+            # XLA is timed for comparison; the CPU tests are its checks.
+            wanted = [name for name in IMPLEMENTATIONS[op] if name not in ("reference", *(() if kind == "time" else ("xla",)))]
+            wanted = [name for name in wanted if not (dry_run and name in ("xla", "triton"))]
+            yield from (Item(kind, op, shape, implementation) for shape in shapes for implementation in wanted)
+
+    kinds = ("check_reduced", "check_real", "time")
+    return [item for kind in kinds for item in of(kind)]
+
+
+def perform(item: Item, *, dry_run: bool) -> dict[str, Any]:
+    """Does one item in this process; {status: "passed" or "timed", ...}, or "left out" for what is not covered here."""
+    from dsa_jax.benchmarks import op_checks, ops
+
+    shape = SMALL if dry_run else SHAPES[item.op][item.shape]
+    try:
+        if item.kind == "check_reduced":
+            compared = op_checks.check_reduced(item.op, shape, item.implementation, small=dry_run)
+            return {"status": "passed", "compared": compared}
+        if item.kind == "check_real":
+            return {"status": "passed", "compared": op_checks.check_real(item.op, shape, item.implementation)}
+        row = ops.measure(item.op, item.shape, shape, item.implementation, repeats=2 if dry_run else 20)
+        return {"status": "timed", "row": row}
+    except NotImplementedError as error:
+        return {"status": "left out", "reason": str(error)}
+
+
+def _worker(connection: Any, dry_run: bool) -> None:
+    if dry_run:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
+    from dsa_jax.train.rundir import describe_environment
+
+    connection.send({"backend": jax.default_backend(), "environment": describe_environment()})
+    while (item := connection.recv()) is not None:
+        try:
+            result = perform(item, dry_run=dry_run)
+        except Exception as error:
+            result = {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:2000]}
+        connection.send(result)
+
+
+class NoGpuError(RuntimeError):
+    """There is no GPU here."""
+
+
+class Worker:
+    """A process that does items, replaced where it has died or run too long."""
+
+    def __init__(self, *, dry_run: bool) -> None:
+        self._context, self._dry_run = multiprocessing.get_context("spawn"), dry_run
+        self.environment = self._start()
+
+    def _start(self) -> dict[str, Any]:
+        self._connection, theirs = self._context.Pipe()
+        self._process = self._context.Process(target=_worker, args=(theirs, self._dry_run), daemon=True)
+        self._process.start()
+        theirs.close()
+        if not self._connection.poll(START_SECONDS):
+            self.stop()
+            raise RuntimeError(f"the process that runs the items did not start within {START_SECONDS:.0f} s.")
+        hello = self._connection.recv()
+        if hello["backend"] != "gpu" and not self._dry_run:
+            self.stop()
+            raise NoGpuError(
+                f"this is {hello['backend']!r}, not a GPU that jax can use; expected one. Install jax[cuda13] where there is "
+                "one, or pass --dry_run to go through everything on CPU at tiny sizes."
+            )
+        return hello["environment"]
+
+    def do(self, item: Item, seconds: float) -> dict[str, Any]:
+        """What `perform` returns, or {status: "failed", reason}."""
+        self._connection.send(item)
+        try:
+            if self._connection.poll(seconds):
+                result = self._connection.recv()
+                if result["status"] == "failed" and "CheckError" not in result["reason"]:
+                    self._restart()  # an error of the device outlives the call that made it
+                return result
+            reason = f"took more than {seconds:.0f} s"
+        except EOFError:
+            self._process.join(5)
+            reason = f"its process died with exit code {self._process.exitcode}"
+        self._restart()
+        return {"status": "failed", "reason": reason}
+
+    def _restart(self) -> None:
+        self.stop()
+        self._start()
+
+    def stop(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+
+def run(output: Path, *, dry_run: bool = False, words: Sequence[str] = (), total_seconds: float = TOTAL_SECONDS) -> int:
+    """Does all items and keeps `output` up to date; 1 if any failed or was not reached, else 0.
+
+    An op whose check failed at a shape, with an implementation, is not timed there.
+    """
+    started = time.monotonic()
+    worker = Worker(dry_run=dry_run)
+    todo = items(dry_run=dry_run, words=words)
+    record: dict[str, Any] = {"dry_run": dry_run, "environment": worker.environment, "items": []}
+    wrong: set[Item] = set()
+    try:
+        for number, item in enumerate(todo, 1):
+            left = total_seconds - (time.monotonic() - started)
+            began = time.monotonic()
+            if item._replace(kind="") in wrong:
+                result = {"status": "left out", "reason": "a check of it failed"}
+            elif left <= 0:
+                result = {"status": "not reached", "reason": f"{total_seconds:.0f} s were over"}
+            else:
+                result = worker.do(item, min(ITEM_SECONDS, max(left, 1.0)))
+            if result["status"] == "failed" and item.kind != "time":
+                wrong.add(item._replace(kind=""))
+            entry = {**item._asdict(), **result, "wall_seconds": time.monotonic() - began}
+            record["items"].append(entry)
+            _write(output, record)
+            note = result.get("reason", "")
+            print(f"{number}/{len(todo)} {' '.join(item)}: {result['status']} {note}".rstrip(), flush=True)
+    finally:
+        worker.stop()
+    bad = [entry for entry in record["items"] if entry["status"] in ("failed", "not reached")]
+    record["finished"] = True
+    _write(output, record)
+    print(f"{len(todo) - len(bad)} of {len(todo)} done, {len(bad)} failed or not reached: {output}")
+    return 1 if bad else 0
+
+
+def _write(output: Path, record: dict[str, Any]) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.with_name(output.name + ".part")
+    unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(output)
+
+
+def table(record: dict[str, Any]) -> str:
+    """The Markdown of a result file: what failed, then the timings."""
+    entries, where = record["items"], record["environment"]
+    checks = [entry for entry in entries if entry["kind"].startswith("check")]
+    passed = sum(entry["status"] == "passed" for entry in checks)
+    kind = "Dry run on CPU, no measurement of a GPU" if record["dry_run"] else where["device"]["kind"]
+    lines = [f"{kind}, jax {where['versions']['jax']}: {passed} of {len(checks)} checks passed.", ""]
+    if not record.get("finished"):
+        lines[0] += " The run was cut off."
+    for entry in entries:
+        if entry["status"] not in ("passed", "timed"):
+            name = f"{entry['kind']} {entry['op']}, {entry['shape']}, {entry['implementation']}"
+            lines.append(f"- {name}: {entry['status']}, {entry['reason']}")
+    lines += [
+        "",
+        "| op | shape | implementation | ms | p10 | p90 | TFLOP/s | TB/s | share of floor | timing |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in (entry["row"] for entry in entries if entry["status"] == "timed"):
+        times = " | ".join(f"{row[name] * 1e3:.3f}" for name in ("seconds", "p10", "p90"))
+        share = "" if row["share_of_floor"] is None else f"{row['share_of_floor']:.0%}"
+        lines.append(
+            f"| {row['op']} | {row['shape']} | {row['implementation']} | {times} | {row['tflops_per_second']:.1f} | "
+            f"{row['terabytes_per_second']:.2f} | {share} | {row['timing']} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu_check.json"))
+    parser.add_argument("--dry_run", action="store_true", help="on CPU, at tiny sizes, kernels interpreted")
+    parser.add_argument("--only", default="", help="words, with commas: only ops that contain one")
+    parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="no item starts later than this")
+    parser.add_argument("--table", type=Path, help="print the Markdown of a result file, and do nothing else")
+    given = parser.parse_args(arguments)
+    if given.table:
+        print(table(json.loads(given.table.read_text(encoding="utf-8"))))
+        return 0
+    try:
+        words = [word for word in given.only.split(",") if word]
+        return run(given.output, dry_run=given.dry_run, words=words, total_seconds=given.seconds)
+    except NoGpuError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

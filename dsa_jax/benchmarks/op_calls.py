@@ -1,0 +1,152 @@
+"""The benchmarked ops as functions of arrays, and inputs for them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int32
+
+from dsa_jax.benchmarks.op_shapes import OpShape
+from pallas_kernels import index_scores, index_topk, indexer_kl, sparse_attention, sparse_attention_fp8
+from pallas_kernels.quantize import pack_latent_fp8
+
+# "pallas_ordered" is pallas asked for the same gradients, bit by bit, every run.
+_PLAIN = ("reference", "xla", "pallas")
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
+    "index_scores": _PLAIN,
+    "index_topk": (*_PLAIN, "triton"),
+    "sparse_attention": _PLAIN,
+    "sparse_attention_backward": (*_PLAIN, "pallas_ordered"),
+    "decode": _PLAIN,
+    "decode_fp8": _PLAIN,
+    "indexer_kl_selected": (*_PLAIN, "pallas_ordered"),
+    "indexer_kl_visible": (*_PLAIN, "pallas_ordered"),
+}
+
+Arrays = dict[str, Array]
+
+
+def make_inputs(op: str, shape: OpShape, seed: int = 0) -> Arrays:
+    """Random arrays, made on the device, with logits of variance 1.
+
+    Those of `index_topk` are small whole numbers, whose scores are exact in any order. Keys and values of attention have a
+    standard deviation of 0.1, which the absolute tolerance of its result belongs to.
+    """
+    s, dtype = shape, jnp.dtype(shape.dtype)
+    keys = iter(jax.random.split(jax.random.key(seed), 12))
+
+    def normal(*size: int, dtype: jnp.dtype = dtype) -> Array:
+        if op == "index_topk":
+            return jax.random.randint(next(keys), size, -2, 3).astype(dtype)
+        return jax.random.normal(next(keys), size, jnp.float32 if dtype.itemsize == 1 else dtype).astype(dtype)
+
+    arrays: Arrays = {}
+    if op.startswith("index"):
+        arrays["q_index"] = normal(s.batch, s.queries, s.index_heads, s.index_dim)
+        arrays["k_index"] = normal(s.batch, s.keys, s.index_dim)
+        weights = normal(s.batch, s.queries, s.index_heads, dtype=jnp.dtype(jnp.float32))
+        arrays["weights"] = weights if op == "index_topk" else weights * (s.index_heads * s.index_dim) ** -0.5
+        arrays["visible_start"] = jnp.zeros((s.batch, s.queries), jnp.int32)
+        arrays["visible_end"] = jnp.full((s.batch, s.queries), s.keys, jnp.int32)
+        if dtype.itemsize == 1:
+            arrays["k_scale"] = jnp.exp2(jax.random.randint(next(keys), (s.batch, s.keys), -3, 2).astype(jnp.float32))
+    if op in ("index_scores", "index_topk"):
+        return arrays
+    arrays["q"] = normal(s.batch, s.queries, s.heads, s.dim) * 10
+    if op == "decode_fp8":
+        latent = normal(s.keys, s.width) / 10
+        arrays["pool"] = pack_latent_fp8(latent, normal(s.keys, s.dim - s.width) / 10)
+    else:
+        arrays["k"] = normal(s.batch, s.keys, s.groups, s.dim) / 10
+    if s.value_dim is not None and not op.startswith("index"):
+        arrays["v"] = normal(s.batch, s.keys, s.groups, s.value_dim) / 10
+    if op != "indexer_kl_visible":
+        arrays["topk_indices"] = _selection(shape, next(keys))
+    if op == "sparse_attention_backward":
+        arrays["d_out"] = normal(s.batch, s.queries, s.heads, s.width)
+        arrays["d_lse"] = normal(s.batch, s.queries, s.heads, dtype=jnp.dtype(jnp.float32))
+    if op.startswith("index"):
+        # Any lse gives a target: only the weight of each head in it depends on it.
+        lse = normal(s.batch, s.queries, s.heads, dtype=jnp.dtype(jnp.float32))
+        arrays["lse"] = lse + jnp.log(jnp.float32(s.topk if "topk_indices" in arrays else s.keys)) + 0.5
+        arrays["d_kl"] = jax.random.uniform(next(keys), (s.batch, s.queries), minval=0.5)
+    return arrays
+
+
+def _selection(shape: OpShape, key: Array) -> Int32[Array, "B T K"]:
+    """Distinct keys, ascending, -1 last."""
+    count = min(shape.topk, shape.keys)
+    if shape.selection == "local":
+        chosen = jnp.broadcast_to(jnp.arange(shape.keys - count, shape.keys), (shape.batch, shape.queries, count))
+    else:
+        part = shape.keys // count
+        offset = jax.random.randint(key, (shape.batch, shape.queries, count), 0, part)
+        chosen = jnp.arange(count) * part + offset
+    missing = ((0, 0), (0, 0), (0, shape.topk - count))
+    return jnp.pad(chosen.astype(jnp.int32), missing, constant_values=-1)
+
+
+def make_call(op: str, shape: OpShape, implementation: str) -> Callable[..., dict[str, Array]]:
+    """A function of the arrays of `make_inputs`, by name, that returns the op's results by name."""
+    run, options = implementation.removesuffix("_ordered"), {}
+    if implementation.endswith("_ordered"):
+        options = {"deterministic": True}
+    scale = shape.dim**-0.5
+
+    def scores(q_index: Array, k_index: Array, weights: Array, **rest: Array) -> dict[str, Array]:
+        return {"scores": index_scores(q_index, k_index, weights, **rest, implementation=run)}
+
+    def selection(q_index: Array, k_index: Array, weights: Array, **rest: Array) -> dict[str, Array]:
+        return {"selection": index_topk(q_index, k_index, weights, topk=shape.topk, **rest, implementation=run)}
+
+    def attend(q: Array, k: Array, topk_indices: Array, v: Array | None = None) -> dict[str, Array]:
+        keywords = {"softmax_scale": scale, "d_v": shape.d_v, "implementation": run, **options}
+        return dict(sparse_attention(q, k, v, topk_indices, **keywords)._asdict())
+
+    def attend_fp8(q: Array, pool: Array, topk_indices: Array) -> dict[str, Array]:
+        keywords = {"softmax_scale": scale, "latent_dim": shape.width, "implementation": run}
+        return dict(sparse_attention_fp8(q, pool, topk_indices, **keywords)._asdict())
+
+    def backward(d_out: Array, d_lse: Array, topk_indices: Array, **learned: Array) -> dict[str, Array]:
+        _, pull = jax.vjp(lambda learned: attend(topk_indices=topk_indices, **learned), learned)
+        (gradients,) = pull({"out": d_out, "lse": d_lse})
+        return {f"d_{name}": x for name, x in gradients.items()}
+
+    def divergence(d_kl: Array, q: Array, k: Array, lse: Array, **arrays: Array) -> dict[str, Array]:
+        learned: dict[str, Any] = {name: arrays.pop(name) for name in ("q_index", "k_index", "weights")}
+
+        def kl(learned: dict[str, Any]) -> Array:
+            keywords: dict[str, Any] = {**arrays, "softmax_scale": scale, "implementation": run, **options}
+            return indexer_kl(**learned, q=q, k=k, lse=lse, **keywords)
+
+        value, pull = jax.vjp(kl, learned)
+        (gradients,) = pull(d_kl)
+        return {"kl": value, **{f"d_{name}": x for name, x in gradients.items()}}
+
+    calls: dict[str, Callable[..., dict[str, Array]]] = {
+        "index_scores": scores,
+        "index_topk": selection,
+        "sparse_attention": attend,
+        "sparse_attention_backward": backward,
+        "decode": attend,
+        "decode_fp8": attend_fp8,
+        "indexer_kl_selected": divergence,
+        "indexer_kl_visible": divergence,
+    }
+    return calls[op]
+
+
+def timed_call(op: str, shape: OpShape, implementation: str, arrays: Arrays) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """What is timed, and its arguments: the whole call, but of `sparse_attention_backward` only what follows the forward."""
+    if op != "sparse_attention_backward":
+        call = make_call(op, shape, implementation)
+        return lambda given: call(**given), (arrays,)
+    learned = {name: arrays[name] for name in ("q", "k", "v") if name in arrays}
+    attend = make_call("sparse_attention", shape, implementation)
+
+    def forward(learned: Arrays, topk_indices: Array) -> Any:
+        return jax.vjp(lambda learned: attend(topk_indices=topk_indices, **learned), learned)[1]
+
+    pull = jax.jit(forward)(learned, arrays["topk_indices"])
+    return lambda given, pull: pull(given), ({"out": arrays["d_out"], "lse": arrays["d_lse"]}, pull)

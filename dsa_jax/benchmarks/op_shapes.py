@@ -1,0 +1,91 @@
+"""Named shapes of the op benchmarks: one that a laptop finishes in seconds, and those that the GPU kernels are meant for."""
+
+from typing import NamedTuple
+
+
+class OpShape(NamedTuple):
+    """Sizes of one call; an op reads the fields it has. Every query of an indexer op sees all keys: no mask.
+
+    `value_dim` None means that the values are the leading `d_v` channels of the keys. `dtype` is that of queries and keys,
+    `selection` where the selected keys lie: "random", one from each of topk equal parts of the context, or "local", its end.
+    """
+
+    queries: int
+    keys: int
+    topk: int = 1
+    batch: int = 1
+    heads: int = 1
+    groups: int = 1
+    dim: int = 1
+    value_dim: int | None = None
+    d_v: int | None = None
+    index_heads: int = 1
+    index_dim: int = 1
+    dtype: str = "bfloat16"
+    selection: str = "random"
+
+    @property
+    def width(self) -> int:
+        """Channels of one value."""
+        return self.value_dim or self.d_v or self.dim
+
+    def reduced(self, queries: int, keys: int, topk: int) -> "OpShape":
+        """The same geometry with at most so many queries, keys and selected keys."""
+        return self._replace(
+            queries=min(self.queries, queries),
+            keys=min(self.keys, keys),
+            topk=min(self.topk, topk),
+            batch=min(self.batch, 2),
+        )
+
+
+OPS = (
+    "index_scores",
+    "index_topk",
+    "sparse_attention",
+    "sparse_attention_backward",
+    "decode",
+    "decode_fp8",
+    "indexer_kl_selected",
+    "indexer_kl_visible",
+)
+
+_LATENT = OpShape(4096, 32768, 2048, heads=128, dim=576, d_v=512, index_heads=64, index_dim=128)
+_GROUPED = _LATENT._replace(heads=32, groups=8, dim=128, value_dim=128, d_v=None)
+_POOL = _LATENT._replace(keys=8 * 32768)
+_LAPTOP = OpShape(512, 2048, 256, heads=8, dim=160, d_v=128, index_heads=8, index_dim=32, dtype="float32")
+_PREFILL = {
+    "128_heads": _LATENT,
+    "64_heads": _LATENT._replace(heads=64),
+    "16_heads": _LATENT._replace(heads=16),
+    "8_heads": _LATENT._replace(heads=8),
+    "32_heads_8_groups": _GROUPED,
+    "32_heads_8_groups_of_64": _GROUPED._replace(dim=64, value_dim=64),
+}
+_INDEX = {
+    "prefill_32k": _LATENT,
+    "prefill_32k_fp8": _LATENT._replace(dtype="float8_e4m3fn"),
+    "prefill_128k": _LATENT._replace(keys=131072),
+    "decode_128k": _LATENT._replace(batch=32, queries=1, keys=131072),
+    "decode_128k_fp8": _LATENT._replace(batch=32, queries=1, keys=131072, dtype="float8_e4m3fn"),
+}
+_DECODE = {f"batch_{queries}": _POOL._replace(queries=queries) for queries in (1, 8, 32, 128)}
+
+# By op, then name; "laptop" is the default on CPU, all others together on a GPU.
+SHAPES: dict[str, dict[str, OpShape]] = {
+    "index_scores": _INDEX,
+    "index_topk": _INDEX,
+    "sparse_attention": {
+        **_PREFILL,
+        "128_heads_local": _LATENT._replace(selection="local"),
+        "128_heads_128k": _LATENT._replace(keys=131072),
+    },
+    "sparse_attention_backward": _PREFILL,
+    "decode": {**_DECODE, "batch_32_8_groups": _GROUPED._replace(queries=32, keys=_POOL.keys)},
+    "decode_fp8": _DECODE,
+    "indexer_kl_selected": {name: _PREFILL[name] for name in ("128_heads", "64_heads", "32_heads_8_groups")},
+    "indexer_kl_visible": {name: _PREFILL[name] for name in ("128_heads", "64_heads", "32_heads_8_groups")},
+}
+SHAPES = {op: {"laptop": _LAPTOP, **shapes} for op, shapes in SHAPES.items()}
+SHAPES["decode"]["laptop"] = _LAPTOP._replace(queries=4)
+SHAPES["decode_fp8"]["laptop"] = _LAPTOP._replace(queries=4)

@@ -1,0 +1,137 @@
+"""Times one op at named shapes, after it has been found right on the same device; a wrong one gets no time."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from dsa_jax.benchmarks import op_checks, timing
+from dsa_jax.benchmarks.costs import cost, floor_seconds
+from dsa_jax.benchmarks.op_calls import IMPLEMENTATIONS, make_inputs, timed_call
+from dsa_jax.benchmarks.op_shapes import SHAPES, OpShape
+
+Row = dict[str, Any]
+
+
+def run(
+    op: str,
+    shapes: Sequence[str] = (),
+    implementations: Sequence[str] = (),
+    *,
+    small: bool = False,
+    report: Callable[[str], None] = print,
+) -> list[Row]:
+    """Checks, then measures, every given shape with every given implementation.
+
+    Args:
+        op: a key of `SHAPES`.
+        shapes: names out of `SHAPES[op]`; none: "laptop" on CPU, all others on a GPU.
+        implementations: none: "reference" and "xla" on CPU, all but "reference" on a GPU, leaving out what is not there.
+        small: check at the sizes for interpreted kernels, and time two repeats.
+        report: receives one line per row, and the reason for each that is left out.
+
+    Returns:
+        The rows of `measure`.
+
+    Raises:
+        ValueError: an op, shape or implementation that does not exist.
+        NotImplementedError: a given implementation does not cover the call.
+        CheckError: a result was wrong; nothing is returned, then.
+    """
+    if op not in SHAPES:
+        raise ValueError(f"op is {op!r}; expected one of {', '.join(SHAPES)}.")
+    names = list(shapes) or default_shapes(op)
+    for kind, given, known in (("shape", names, SHAPES[op]), ("implementation", implementations, IMPLEMENTATIONS[op])):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise ValueError(f"{op}: {kind} is {unknown[0]!r}; expected one of {', '.join(known)}.")
+    rows: list[Row] = []
+    report(format_header())
+    for name in names:
+        for implementation in implementations or default_implementations(op):
+            try:
+                op_checks.check_reduced(op, SHAPES[op][name], implementation, small=small)
+            except NotImplementedError as error:
+                if implementations:
+                    raise
+                report(f"{op}, {name}, {implementation} left out: {error}")
+                continue
+            rows.append(measure(op, name, SHAPES[op][name], implementation, repeats=2 if small else 20))
+            report(format_row(rows[-1]))
+    return rows
+
+
+def default_shapes(op: str) -> list[str]:
+    """The shapes that are measured on this device unless others are asked for."""
+    on_gpu = jax.default_backend() == "gpu"
+    return [name for name in SHAPES[op] if (name != "laptop") == on_gpu]
+
+
+def default_implementations(op: str) -> list[str]:
+    """The implementations that are measured on this device unless others are asked for."""
+    if jax.default_backend() == "gpu":
+        return [name for name in IMPLEMENTATIONS[op] if name != "reference"]
+    return ["reference", "xla"]
+
+
+def measure(
+    op: str, name: str, shape: OpShape, implementation: str, *, repeats: int = 20, warm_seconds: float | None = None
+) -> Row:
+    """Times `op`, without any check.
+
+    Args:
+        name: of the shape, for the row.
+        repeats: fewer are made of a call that takes over a second.
+        warm_seconds: of calls before the first that counts; None is 0.3 s, and none for fewer than ten repeats.
+
+    Returns:
+        {op, shape, sizes, dtype, implementation, interpreted, device, seconds, p10, p90, repeats, timing, flops, bytes,
+        tflops_per_second, terabytes_per_second, floor_seconds, share_of_floor}: `seconds` is the median; floor and share are
+        None on devices whose peaks are not known.
+    """
+    arrays = make_inputs(op, shape)
+    function, given = timed_call(op, shape, implementation, arrays)
+    if warm_seconds is None:
+        warm_seconds = 0.3 if repeats >= 10 else 0.0
+    timed = timing.measure(function, given, repeats=repeats, warm_seconds=warm_seconds)
+    device = jax.devices()[0].device_kind
+    needed, floor = cost(op, shape), floor_seconds(op, shape, device)
+    return {
+        "op": op,
+        "shape": name,
+        "sizes": shape._asdict(),
+        "dtype": shape.dtype,
+        "implementation": implementation,
+        "interpreted": implementation.startswith("pallas") and jax.default_backend() == "cpu",
+        "device": device,
+        "seconds": timed.seconds,
+        "p10": timed.p10,
+        "p90": timed.p90,
+        "repeats": timed.repeats,
+        "timing": timed.method,
+        "flops": needed.flops,
+        "bytes": needed.bytes,
+        "tflops_per_second": needed.flops / timed.seconds / 1e12,
+        "terabytes_per_second": needed.bytes / timed.seconds / 1e12,
+        "floor_seconds": floor,
+        "share_of_floor": None if floor is None else floor / timed.seconds,
+    }
+
+
+def format_header() -> str:
+    """The heading over lines of `format_row`."""
+    return (
+        f"{'op':26} {'shape':24} {'implementation':16} {'ms':>10} {'p10':>10} {'p90':>10} {'TFLOP/s':>9} {'TB/s':>8} "
+        f"{'floor':>7}  timing"
+    )
+
+
+def format_row(row: Row) -> str:
+    """One row as aligned text, times in milliseconds."""
+    times = " ".join(f"{row[name] * 1e3:10.3f}" for name in ("seconds", "p10", "p90"))
+    share = "-" if row["share_of_floor"] is None else f"{row['share_of_floor']:.0%}"
+    note = ", interpreted" if row["interpreted"] else ""
+    return (
+        f"{row['op']:26} {row['shape']:24} {row['implementation']:16} {times} {row['tflops_per_second']:9.3f} "
+        f"{row['terabytes_per_second']:8.4f} {share:>7}  {row['timing']}{note}"
+    )

@@ -1,0 +1,88 @@
+"""The GPU check, gone through on CPU at tiny sizes: what it records, what a failure does, and the table it prints."""
+
+import json
+import os
+
+import pytest
+
+from benchmarks import gpu_check
+from dsa_jax.benchmarks.op_shapes import OPS
+
+
+@pytest.mark.slow
+def test_dry_run_end_to_end(tmp_path, capsys):
+    output = tmp_path / "new" / "check.json"
+    assert gpu_check.main(["--dry_run", "--only=index_scores", f"--output={output}"]) == 0
+    record = json.loads(output.read_text())
+    assert record["finished"] and record["environment"]["device"]["backend"] == "cpu"
+    assert [(entry["kind"], entry["status"]) for entry in record["items"]] == [
+        ("check_reduced", "passed"),
+        ("check_real", "passed"),
+        ("time", "timed"),
+    ]
+    assert record["items"][-1]["row"]["interpreted"]
+    assert "3 of 3 done" in capsys.readouterr().out
+
+
+class FailingWorker:
+    """Stands in for the process: one check is wrong, all else is right."""
+
+    environment = {"device": {"kind": "made up"}, "versions": {"jax": "0"}}  # noqa: RUF012
+
+    def __init__(self, *, dry_run):
+        self.done = []
+
+    def do(self, item, seconds):
+        if item.kind == "check_real" and item.op == "decode":
+            return {"status": "failed", "reason": "CheckError: wrong"}
+        return {"status": "passed"}
+
+    def stop(self):
+        pass
+
+
+def test_one_failure_stops_only_its_own_timing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "Worker", FailingWorker)
+    output = tmp_path / "check.json"
+    assert gpu_check.run(output, dry_run=True) == 1
+    entries = json.loads(output.read_text())["items"]
+    statuses = {(entry["kind"], entry["op"], entry["implementation"]): entry["status"] for entry in entries}
+    assert statuses.pop(("check_real", "decode", "pallas")) == "failed"
+    assert statuses.pop(("time", "decode", "pallas")) == "left out"
+    assert set(statuses.values()) == {"passed"}
+    assert gpu_check.run(output, dry_run=True, total_seconds=0.0) == 1
+    assert {entry["status"] for entry in json.loads(output.read_text())["items"]} == {"not reached"}
+    assert "CheckError: wrong" in capsys.readouterr().out
+
+
+def test_every_op_and_kernel_implementation_is_an_item():
+    todo = gpu_check.items(dry_run=False)
+    assert {item.op for item in todo} == set(OPS)
+    kinds = [item.kind for item in todo]
+    assert kinds == sorted(kinds, key=("check_reduced", "check_real", "time").index)
+    assert {item.implementation for item in todo if item.op == "index_topk"} == {"xla", "pallas", "triton"}
+
+
+def test_table():
+    row = {"op": "decode", "shape": "batch_1", "implementation": "pallas", "seconds": 2e-3, "p10": 1e-3, "p90": 3e-3}
+    row |= {"tflops_per_second": 4.0, "terabytes_per_second": 0.5, "share_of_floor": 0.25, "timing": "chain of 9"}
+    common = {"op": "decode", "shape": "batch_1", "implementation": "pallas"}
+    record = {
+        "dry_run": False,
+        "environment": {"device": {"kind": "Made-up GPU"}, "versions": {"jax": "9.9"}},
+        "items": [
+            {"kind": "check_real", "status": "passed", **common},
+            {"kind": "check_real", "status": "failed", "reason": "wrong", **common},
+            {"kind": "time", "status": "timed", "row": row, **common},
+        ],
+    }
+    lines = gpu_check.table(record).splitlines()
+    assert lines[0] == "Made-up GPU, jax 9.9: 1 of 2 checks passed. The run was cut off."
+    assert "- check_real decode, batch_1, pallas: failed, wrong" in lines
+    assert lines[-1] == "| decode | batch_1 | pallas | 2.000 | 1.000 | 3.000 | 4.0 | 0.50 | 25% | chain of 9 |"
+
+
+@pytest.mark.skipif(os.environ.get("JAX_PLATFORMS") != "cpu", reason="there may be a GPU")
+def test_without_a_gpu(tmp_path, capsys):
+    assert gpu_check.main([f"--output={tmp_path / 'check.json'}"]) == 2
+    assert "pass --dry_run" in capsys.readouterr().err and not (tmp_path / "check.json").exists()
