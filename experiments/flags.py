@@ -26,10 +26,9 @@ from absl import logging as absl_logging
 
 from dsa_jax.config import Config, ConfigError
 from dsa_jax.hf import CheckpointError
-from dsa_jax.parallel.processes import ProcessError, is_main, start_processes
 from dsa_jax.train.rundir import RunError
 
-_EXPECTED = (ConfigError, RunError, CheckpointError, ProcessError)
+_EXPECTED = (ConfigError, RunError, CheckpointError)
 _KIND_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
 
 
@@ -136,6 +135,8 @@ class ProcessFlags:
 
     def start(self) -> None:
         """Join the other processes, if any; only the first goes on logging what is no warning. Call it first in `main`."""
+        from dsa_jax.parallel.processes import is_main, start_processes
+
         start_processes(self._coordinator.value, self._num_processes.value, self._process_id.value)
         if not is_main():
             absl_logging.set_verbosity(absl_logging.WARNING)

@@ -17,13 +17,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsa_jax.config import ConfigError
+from dsa_jax.train.rundir import RunError
 
 _BLOCK = 4096  # messages are padded to multiples of it, so that few lengths are compiled
 _SHUTDOWN_SECONDS = 60
 _FLAGS = "--coordinator, --num_processes and --process_id"
 
 
-class ProcessError(RuntimeError):
+class ProcessError(RunError):
     """Another process of the run failed: the message is its own."""
 
 
