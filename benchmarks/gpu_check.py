@@ -23,6 +23,18 @@ from dsa_jax.benchmarks.op_shapes import OPS, SHAPES, OpShape
 TOTAL_SECONDS = 450.0
 ITEM_SECONDS = 60.0
 START_SECONDS = 60.0
+# What is done unless --all asks for every shape: each kernel at its most telling ones.
+_ATTENTION = ("128_heads", "32_heads_8_groups")
+MAIN_SHAPES: dict[str, tuple[str, ...]] = {
+    "index_scores": ("prefill_32k", "decode_128k_fp8"),
+    "index_topk": ("prefill_128k", "decode_128k"),
+    "sparse_attention": _ATTENTION,
+    "sparse_attention_backward": _ATTENTION,
+    "decode": ("batch_1", "batch_32"),
+    "decode_fp8": ("batch_1", "batch_32"),
+    "indexer_kl_selected": ("128_heads",),
+    "indexer_kl_visible": ("128_heads",),
+}
 SMALL = OpShape(3, 40, 12, heads=2, dim=48, d_v=32, index_heads=2, index_dim=16, dtype="float32")
 
 
@@ -35,14 +47,21 @@ class Item(NamedTuple):
     implementation: str
 
 
-def items(*, dry_run: bool, words: Sequence[str] = ()) -> list[Item]:
-    """All checks, the reduced ones first, then all timings; `words` keeps the ops that contain one of them."""
+def items(*, dry_run: bool, words: Sequence[str] = (), every_shape: bool = False) -> list[Item]:
+    """All checks, the reduced ones first, then all timings.
+
+    Args:
+        dry_run: one tiny shape per op, Pallas only.
+        words: keeps the ops that contain one of them; none keeps all.
+        every_shape: all of `SHAPES` rather than `MAIN_SHAPES`.
+    """
 
     def of(kind: str) -> Iterator[Item]:
         for op in OPS:
             if words and not any(word in op for word in words):
                 continue
-            shapes = ["laptop"] if dry_run else [name for name in SHAPES[op] if name != "laptop"]
+            shapes = [name for name in SHAPES[op] if (name == "laptop" if dry_run else name != "laptop")]
+            shapes = [name for name in shapes if dry_run or every_shape or name in MAIN_SHAPES[op]]
             # XLA is timed for comparison; the CPU tests are its checks.
             wanted = [name for name in IMPLEMENTATIONS[op] if name not in ("reference", *(() if kind == "time" else ("xla",)))]
             wanted = [name for name in wanted if not (dry_run and name in ("xla", "triton"))]
@@ -140,14 +159,21 @@ class Worker:
         self._connection.close()
 
 
-def run(output: Path, *, dry_run: bool = False, words: Sequence[str] = (), total_seconds: float = TOTAL_SECONDS) -> int:
-    """Does all items and keeps `output` up to date; 1 if any failed or was not reached, else 0.
+def run(
+    output: Path,
+    *,
+    dry_run: bool = False,
+    words: Sequence[str] = (),
+    every_shape: bool = False,
+    total_seconds: float = TOTAL_SECONDS,
+) -> int:
+    """Does the `items` and keeps `output` up to date; 1 if any failed or was not reached, else 0.
 
     An op whose check failed at a shape, with an implementation, is not timed there.
     """
     started = time.monotonic()
     worker = Worker(dry_run=dry_run)
-    todo = items(dry_run=dry_run, words=words)
+    todo = items(dry_run=dry_run, words=words, every_shape=every_shape)
     record: dict[str, Any] = {"dry_run": dry_run, "environment": worker.environment, "items": []}
     wrong: set[Item] = set()
     try:
@@ -217,6 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu_check.json"))
     parser.add_argument("--dry_run", action="store_true", help="on CPU, at tiny sizes, kernels interpreted")
     parser.add_argument("--only", default="", help="words, with commas: only ops that contain one")
+    parser.add_argument("--all", action="store_true", help="every shape; give it more --seconds")
     parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="no item starts later than this")
     parser.add_argument("--table", type=Path, help="print the Markdown of a result file, and do nothing else")
     given = parser.parse_args(arguments)
@@ -225,7 +252,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         words = [word for word in given.only.split(",") if word]
-        return run(given.output, dry_run=given.dry_run, words=words, total_seconds=given.seconds)
+        options = {"dry_run": given.dry_run, "every_shape": given.all, "total_seconds": given.seconds}
+        return run(given.output, words=words, **options)
     except NoGpuError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -57,6 +57,10 @@ def test_one_failure_stops_only_its_own_timing(tmp_path, monkeypatch, capsys):
 
 def test_every_op_and_kernel_implementation_is_an_item():
     todo = gpu_check.items(dry_run=False)
+    every = gpu_check.items(dry_run=False, every_shape=True)
+    assert set(todo) < set(every)
+    # A shape that was renamed would be left out silently.
+    assert {(op, shape) for op, shapes in gpu_check.MAIN_SHAPES.items() for shape in shapes} == {x[1:3] for x in todo}
     assert {item.op for item in todo} == set(OPS)
     kinds = [item.kind for item in todo]
     assert kinds == sorted(kinds, key=("check_reduced", "check_real", "time").index)
