@@ -19,8 +19,12 @@ _ROW_MEANINGS = {
     "dense": "every query attends to all keys before it; what sparse attention must match",
     "dense, before sparse training": "the dense model as it was before the sparse stage; tells what the extra training changed",
     "sparse": "each query attends only to the top-k keys that the trained indexer picked",
+    "sparse, coarse to fine": "the same indexer on the best blocks of keys only, chosen by their mean index key",
     "sparse, untrained indexer": "the same model with a freshly initialised indexer; shows what training the indexer is worth",
     "window of the same budget": "the most recent keys, as many as sparse reads; shows what a selection by content is worth",
+    "sink and window of the same budget": "the first four keys and the most recent ones",
+    "random keys of the same budget": "one key from each of as many equal stretches; what the budget is worth without a choice",
+    "blocks of the same budget": "whole blocks by their mean index key, the query's own block always",
     "oracle top-k": "the top-k keys by true attention mass; the best any indexer could do",
 }
 _COLUMN_MEANINGS = (
