@@ -1,0 +1,45 @@
+r"""DeepSeek-V2-Lite (16B) made sparse on eight GPUs at 128K tokens, from its Hugging Face directory.
+
+Command:   python -m experiments.retrofit --config=configs/h200x8_deepseek_v2_lite.py --config.init.hf_dir=DIR \
+               --config.data.text.path=TEXT --workdir=runs/v2_lite
+           TEXT is a .txt, .jsonl or .npy file or a directory of them. The result is runs/v2_lite/hf.
+           configs/h200x8_deepseek_v2_lite.py:ep8 spreads the experts instead, at 32K tokens.
+Hardware:  eight H200 of 141 GB in one machine. Set XLA_PYTHON_CLIENT_MEM_FRACTION=0.97: without it JAX takes three quarters.
+Memory:    per GPU, warm-up 30.2 GB estimated, 51.7 by the compiler; sparse training 131.2 and 135.1, which is tight; with ep8
+           117.2 by the compiler (experiments.dry_run --target=h200x8, experiments/results/dry_run.md).
+Not measured: time, and the quality that comes out. Nothing here has run on a GPU yet.
+
+fsdp8 gives each GPU one row and gathers a layer's experts as it comes to them. Expert parallelism moves the rows instead, but
+its buffers have room for every row going to one GPU: at 128K tokens that alone is 312 GB per GPU with ep8, hence 32K.
+Parameters are float32 and products bfloat16: at these learning rates most updates are smaller than the steps between two
+bfloat16 numbers. 1.0e9 tokens of warm-up, 2.1e9 of sparse training.
+"""
+
+from configs import deepseek_v2_lite
+from dsa_jax.config import Config, DataConfig, EvalConfig, OptimizerConfig, StageConfig
+
+
+def get_config(arg: str = "") -> Config:
+    config = deepseek_v2_lite.get_config()
+    config.name = "h200x8_deepseek_v2_lite"
+    config.parallel.preset = arg or "fsdp8"
+    length = 131072 if config.parallel.sizes()["expert"] == 1 else 32768
+    config.model.param_dtype = "float32"
+    config.data = DataConfig(recall_fraction=0.0)
+    config.data.text.tokenizer = "checkpoint"
+    config.train.warmup = StageConfig(
+        steps=1000,
+        batch_size=8,
+        seq_len=length,
+        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="constant"),
+        checkpoint_every=250,
+    )
+    config.train.sparse = StageConfig(
+        steps=2000,
+        batch_size=8,
+        seq_len=length,
+        optimizer=OptimizerConfig(learning_rate=7.3e-6, schedule="constant", warmup_steps=100),
+        checkpoint_every=250,
+    )
+    config.eval = EvalConfig(recall_sequences=0, text_len=length, text_sequences=16, batch_size=8)
+    return config
