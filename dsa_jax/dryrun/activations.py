@@ -2,7 +2,8 @@
 
 `jax.vjp` of one layer returns a function whose leaves are exactly what that layer keeps for its backward pass, so tracing it
 counts bytes without running anything. Under the recipe's rematerialisation that is what every layer keeps from the forward to
-the backward pass; without any, what one layer holds while its backward pass runs.
+the backward pass; without any, what one layer holds while its backward pass runs. What a frozen layer computes and drops on
+the way is not in it. `experiments/results/dry_run.md` compares the estimate with the compiler's memory.
 """
 
 import math
