@@ -15,7 +15,7 @@ LENGTH = 24
 
 
 def small_config(kind="gqa", *, moe=False, topk=5, layer_types=(), implementation="reference", **model_fields):
-    """Two layers (three with sharing); `kind` gqa, gqa_qwen, mla, mla_plain or none (no indexer).
+    """Two layers (three with sharing); `kind` gqa, gqa_qwen, mla, mla_float (no fp8, no Hadamard), mla_plain or none.
 
     The ops run as their references, which compile fastest; the ops' own tests hold the others to them.
     """
@@ -28,10 +28,10 @@ def small_config(kind="gqa", *, moe=False, topk=5, layer_types=(), implementatio
     if kind.startswith("mla"):
         attention.kind, attention.rope_layout = "mla", "interleaved"
         attention.kv_lora_rank, attention.qk_nope_head_dim, attention.qk_rope_head_dim, attention.v_head_dim = 24, 12, 8, 10
-    if kind == "mla":
+    if kind in ("mla", "mla_float"):
         attention.q_lora_rank = 20
         attention.rope = RopeConfig(scaling="yarn", factor=4.0, original_max_positions=8, mscale_all_dim=1.0)
-        indexer.fp8 = indexer.hadamard = True
+        indexer.fp8 = indexer.hadamard = kind == "mla"
     fields = {"vocab_size": VOCAB, "hidden_dim": 32, "n_layers": len(layer_types) or 2, "mlp_dim": 48, "attention": attention}
     if moe:
         fields["moe"] = MoEConfig(

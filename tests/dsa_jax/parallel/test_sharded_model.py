@@ -16,15 +16,11 @@ from tests.dsa_jax.model.small import VOCAB, built
 from tests.dsa_jax.parallel.meshes import mesh
 
 BATCH, LENGTH = 8, 32
+# Without fp8, whose rounding turns the last bit of a sum into a step.
 KINDS = {
-    "mla": {"moe": True, "vocab_size": VOCAB},
+    "mla_float": {"moe": True, "vocab_size": VOCAB},
     "gqa": {},
 }
-
-
-def sizes(kind):
-    """Small enough to compile quickly, every split axis a multiple of eight."""
-    return KINDS[kind]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -69,7 +65,7 @@ def expected(kind, stage):
 @pytest.mark.parametrize("stage", ["pretrain", "warmup", "sparse"])
 @pytest.mark.parametrize(
     ("kind", "preset"),
-    [("mla", "ep2_tp2_cp2"), ("mla", "ep2_fsdp4"), ("gqa", "tp2_cp4"), ("gqa", "fsdp4_tp2")],
+    [("mla_float", "ep2_tp2_cp2"), ("mla_float", "ep2_fsdp4"), ("gqa", "tp2_cp4"), ("gqa", "fsdp4_tp2")],
 )
 def test_eight_devices_compute_what_one_does(kind, preset, stage):
     model, params = built(kind, implementation="xla", **KINDS[kind])
