@@ -34,6 +34,7 @@ def evaluate_checkpoint(directory: Path, config: Config, rows: Sequence[str] = (
     own = copy.deepcopy(config)
     if is_hf:
         own.init.hf_dir = str(directory)
+        own.train = TrainConfig()  # the recipe's stages, whose lengths the checkpoint may not have
         own = resolve_checkpoint(own)
     else:
         own = find_run(directory).config()

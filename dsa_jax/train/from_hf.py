@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from dsa_jax.config import Config, ConfigError, ModelConfig, TrainConfig
+from dsa_jax.config import Config, ConfigError, ModelConfig
 from dsa_jax.data import load_tokenizer
 from dsa_jax.hf import load_pretrained, read_model_config, save_pretrained
 from dsa_jax.model import Transformer
@@ -76,11 +76,10 @@ def checkpoint_params(config: Config) -> dict[str, Any]:
 
 
 def load_for_evaluation(config: Config) -> tuple[Config, Transformer, dict[str, Any]]:
-    """(config, model, params) of `init.hf_dir` as it is: a checkpoint without an indexer gets none, the stages are dropped."""
+    """(config, model, params) of `init.hf_dir` as it is: a checkpoint without an indexer gets none."""
     config = resolve_checkpoint(config)
     loaded = load_pretrained(config.init.hf_dir, dtype=config.model.param_dtype, placement=parameter_placement())
     config.model = loaded.config
-    config.train = TrainConfig()
     return config, loaded.model, loaded.params
 
 
