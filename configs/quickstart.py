@@ -3,7 +3,7 @@
 Command:   make quickstart   (python -m experiments.retrofit --config=configs/quickstart.py --workdir=runs/quickstart)
 Hardware:  two CPU cores: four to five minutes with installation, 1.2 GB of memory (measured with /usr/bin/time -v).
 Result:    recall of sparse attention with 16 of 256 keys within 0.02 of dense, text loss within 0.01 nats with 16 of 128
-           keys (experiments/results/recall_seeds.md has three seeds).
+           keys (experiments/results/ablations/parity.md has three seeds).
 """
 
 from dsa_jax.config import Config, DataConfig, OptimizerConfig, StageConfig

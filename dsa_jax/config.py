@@ -248,7 +248,6 @@ class Config:
 
     name: str = "unnamed"
     seed: int = 0
-    seeds: tuple[int, ...] = ()  # run once per seed instead, and report mean and spread
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -268,10 +267,7 @@ class Config:
         self.eval.validate()
         self.init.validate()
         self.parallel.validate()
-        for seed in (self.seed, *self.seeds):
-            not_negative("seed", seed)
-        if len(set(self.seeds)) != len(self.seeds):
-            raise ConfigError(f"seeds is {self.seeds}; expected distinct seeds.")
+        not_negative("seed", self.seed)
         if (self.train.warmup.steps or self.train.sparse.steps) and not self.model.attention.indexer.enabled:
             raise ConfigError(
                 "train.warmup.steps or train.sparse.steps is positive, but the model has no indexer. "

@@ -35,26 +35,26 @@ _KIND_NAMES = {int: "a whole number", float: "a finite number", bool: "true or f
 class ConfigFlag:
     """The `--config` flag with its overrides."""
 
-    def __init__(self, default: str | None, flag_values: flags.FlagValues) -> None:
-        self._flag_values = flag_values
+    def __init__(self, default: str | None, kind: type, flag_values: flags.FlagValues) -> None:
+        self._flag_values, self._kind = flag_values, kind
         shown = default if default is not None else "none, it must be given"
         self._file = flags.DEFINE_string(
             "config", default, f"Recipe: a Python file with get_config(); FILE:ARG passes ARG to it. Default: {shown}.",
             flag_values=flag_values,
         )  # fmt: skip
-        self._fields = {f"config.{name}": kind for name, kind, *_ in _walk(Config)}
-        for name, kind, value, comment in _walk(Config):
-            text = f"{_kind_name(kind)}, {value!r} unless the recipe sets it. {comment}".strip()
+        self._fields = {f"config.{name}": annotation for name, annotation, *_ in _walk(kind)}
+        for name, annotation, value, comment in _walk(kind):
+            text = f"{_kind_name(annotation)}, {value!r} unless the recipe sets it. {comment}".strip()
             flags.DEFINE_string(f"config.{name}", None, text, flag_values=flag_values)
 
     @property
-    def value(self) -> Config:
+    def value(self) -> Any:
         """A new config: the recipe's, with the overrides of the command line. Not validated: `main` calls `validate()`.
 
         Raises:
             ConfigError: for a missing recipe or an override of the wrong kind.
         """
-        config = load_config(self._file.value)
+        config = load_config(self._file.value, self._kind)
         for name, kind in self._fields.items():
             text = self._flag_values[name].value
             if text is not None:
@@ -66,21 +66,24 @@ class ConfigFlag:
         return config
 
 
-def define_config(default: str | None = None, *, flag_values: flags.FlagValues = flags.FLAGS) -> ConfigFlag:
+def define_config(
+    default: str | None = None, *, kind: type = Config, flag_values: flags.FlagValues = flags.FLAGS
+) -> ConfigFlag:
     """Define `--config` and one override flag per field; read `.value` of the result in `main`.
 
     Args:
         default: recipe used when `--config` is not given; None makes the flag required.
+        kind: dataclass that the recipe's get_config returns. A field with metadata `flag=False` gets no flag.
         flag_values: where to define them; tests give their own.
     """
-    return ConfigFlag(default, flag_values)
+    return ConfigFlag(default, kind, flag_values)
 
 
-def load_config(path: str | None) -> Config:
-    """The config of a recipe file; `FILE:ARG` calls `get_config(ARG)`.
+def load_config(path: str | None, kind: type = Config) -> Any:
+    """The config of a recipe file, of class `kind`; `FILE:ARG` calls `get_config(ARG)`.
 
     Raises:
-        ConfigError: when the file is missing (listing those there are), has no get_config, or that returns no Config.
+        ConfigError: when the file is missing (listing those there are), has no get_config, or that returns another class.
     """
     if not path:
         raise ConfigError(f"--config is not given; expected a recipe.{_available(Path('configs'))}")
@@ -93,10 +96,14 @@ def load_config(path: str | None) -> Config:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not callable(getattr(module, "get_config", None)):
-        raise ConfigError(f"--config={path}: {file} has no function get_config(arg=''); expected one that returns a Config.")
+        raise ConfigError(
+            f"--config={path}: {file} has no function get_config(arg=''); expected one that returns a {kind.__name__}."
+        )
     config = module.get_config(argument) if argument else module.get_config()
-    if not isinstance(config, Config):
-        raise ConfigError(f"--config={path}: get_config returned a {type(config).__name__}; expected a dsa_jax.config.Config.")
+    if not isinstance(config, kind):
+        raise ConfigError(
+            f"--config={path}: get_config returned a {type(config).__name__}; expected a {kind.__module__}.{kind.__name__}."
+        )
     return config
 
 
@@ -205,6 +212,8 @@ def _walk(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
     kinds, comments = typing.get_type_hints(cls), _comments(cls.__module__)
     defaults = cls()
     for field in dataclasses.fields(cls):
+        if not field.metadata.get("flag", True):
+            continue
         kind, name = kinds[field.name], f"{prefix}{field.name}"
         if dataclasses.is_dataclass(kind):
             yield from _walk(typing.cast(type, kind), f"{name}.")

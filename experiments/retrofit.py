@@ -6,8 +6,6 @@ Any field can be overridden (`--config.train.warmup.steps=100`). The same comman
 processes make one run when launched by `srun`, or with --coordinator, --num_processes and --process_id: docs/multi_host.md.
 """
 
-import shlex
-import sys
 from pathlib import Path
 
 from absl import flags
@@ -26,15 +24,9 @@ def main(argv: list[str]) -> None:
     """Run the retrofit."""
     del argv
     from dsa_jax.train.retrofit import retrofit
-    from dsa_jax.train.seeds import retrofit_seeds
 
     _PROCESSES.start()
-    config, workdir = _CONFIG.value, Path(_WORKDIR.value)
-    if config.seeds:
-        command = shlex.join(["python", "-m", "experiments.retrofit", *sys.argv[1:]])
-        retrofit_seeds(config, workdir, command=command, tensorboard=_TENSORBOARD.value)
-    else:
-        retrofit(config, workdir, tensorboard=_TENSORBOARD.value)
+    retrofit(_CONFIG.value, Path(_WORKDIR.value), tensorboard=_TENSORBOARD.value)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from dsa_jax.parallel.check import check_layout
 from dsa_jax.parallel.placement import on_mesh, place
 from dsa_jax.parallel.processes import is_main, on_main
 from dsa_jax.params import count_parameters, is_indexer_path, split_parameters
-from dsa_jax.train.from_hf import checkpoint_params, export_checkpoint, resolve_checkpoint
+from dsa_jax.train.from_hf import export_checkpoint, resolve_checkpoint
 from dsa_jax.train.init import initial_params, load_run
 from dsa_jax.train.loop import latest_position, run_stage
 from dsa_jax.train.metrics import MetricsLog, NoMetrics
@@ -118,11 +118,12 @@ def check_lengths(config: Config, train_data: TrainData, eval_data: EvalData) ->
 
 
 def _dense_params_before(run: RunDirectory, config: Config) -> dict[str, Any] | None:
-    """Parameters of the dense model that the sparse stage started from, where this run still has them."""
+    """Parameters of the dense model that the retrofit started from, where they are still there."""
     if not config.train.sparse.steps:
         return None
     if not config.train.pretrain.steps:
-        return place(checkpoint_params(config)) if config.init.hf_dir else None
+        has_source = config.init.hf_dir or config.init.checkpoint
+        return place(initial_params(config, build_model(config.model))) if has_source else None
     try:
         return place(load_run(run.path, stage="pretrain").params)
     except RunError as error:

@@ -1,0 +1,24 @@
+"""What does the ReLU of the indexer do?
+
+Command:   python -m experiments.ablate --config=configs/ablations/activation.py
+Hardware:  two CPU cores.
+Result:    experiments/results/ablations/activation.md
+"""
+
+from configs.ablations import INDEXER, base
+from dsa_jax.ablation.ablation import Ablation, Variant
+
+
+def get_config(arg: str = "") -> Ablation:
+    del arg
+    return Ablation(
+        name="activation",
+        question="What does the ReLU of the indexer do?",
+        axis="activation of the index scores",
+        base=base(),
+        variants=(
+            Variant("ReLU"),
+            Variant("none", {f"{INDEXER}.activation": "none"}),
+            Variant("softmax over keys", {f"{INDEXER}.activation": "softmax"}),
+        ),
+    )

@@ -1,0 +1,23 @@
+"""Must the indexer's head weights depend on the query?
+
+Command:   python -m experiments.ablate --config=configs/ablations/head_weights.py
+Hardware:  two CPU cores.
+Result:    experiments/results/ablations/head_weights.md
+"""
+
+from configs.ablations import INDEXER, base
+from dsa_jax.ablation.ablation import Ablation, Variant
+
+
+def get_config(arg: str = "") -> Ablation:
+    del arg
+    return Ablation(
+        name="head_weights",
+        question="Must the indexer's head weights depend on the query?",
+        axis="head weights",
+        base=base(),
+        variants=(
+            Variant("learned"),
+            Variant("constant", {f"{INDEXER}.head_weights": "constant"}),
+        ),
+    )

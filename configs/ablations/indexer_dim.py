@@ -1,0 +1,23 @@
+"""How wide must the indexer be?
+
+Command:   python -m experiments.ablate --config=configs/ablations/indexer_dim.py
+Hardware:  two CPU cores.
+Result:    experiments/results/ablations/indexer_dim.md
+"""
+
+from configs.ablations import INDEXER, base
+from dsa_jax.ablation.ablation import Ablation, Variant
+
+
+def get_config(arg: str = "") -> Ablation:
+    del arg
+    return Ablation(
+        name="indexer_dim",
+        question="How wide must the indexer be?",
+        axis="channels of an indexer head, half of them rotated",
+        base=base(),
+        variants=tuple(
+            Variant(f"{n} channels", {f"{INDEXER}.head_dim": n, f"{INDEXER}.rope_dim": n // 2}, place=n)
+            for n in (4, 8, 16, 32, 64)
+        ),
+    )

@@ -1,0 +1,20 @@
+"""How many heads does the indexer need?
+
+Command:   python -m experiments.ablate --config=configs/ablations/indexer_heads.py
+Hardware:  two CPU cores.
+Result:    experiments/results/ablations/indexer_heads.md
+"""
+
+from configs.ablations import INDEXER, base
+from dsa_jax.ablation.ablation import Ablation, Variant
+
+
+def get_config(arg: str = "") -> Ablation:
+    del arg
+    return Ablation(
+        name="indexer_heads",
+        question="How many heads does the indexer need?",
+        axis="indexer heads",
+        base=base(),
+        variants=tuple(Variant(f"{n} heads", {f"{INDEXER}.n_heads": n}, place=n) for n in (1, 2, 4, 8, 16)),
+    )

@@ -1,0 +1,23 @@
+"""Should the indexer's loss reach the model through its input?
+
+Command:   python -m experiments.ablate --config=configs/ablations/joint_input.py
+Hardware:  two CPU cores.
+Result:    experiments/results/ablations/joint_input.md
+"""
+
+from configs.ablations import INDEXER, base
+from dsa_jax.ablation.ablation import Ablation, Variant
+
+
+def get_config(arg: str = "") -> Ablation:
+    del arg
+    return Ablation(
+        name="joint_input",
+        question="Should the indexer's loss reach the model through its input?",
+        axis="input of the indexer",
+        base=base(),
+        variants=(
+            Variant("detached"),
+            Variant("joint", {f"{INDEXER}.detach_input": False}),
+        ),
+    )

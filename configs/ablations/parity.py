@@ -1,0 +1,25 @@
+"""Does sparse attention keep what dense attention had? The quickstart over three seeds, all rows of its table.
+
+Command:   python -m experiments.ablate --config=configs/ablations/parity.py
+Hardware:  two CPU cores.
+Result:    experiments/results/ablations/parity.md
+"""
+
+from configs import quickstart
+from dsa_jax.ablation.ablation import Ablation, Variant
+from dsa_jax.evals.parity import ROWS
+
+SHOWN = ("dense", "sparse", "untrained", "window", "sink_window", "random", "blocks", "oracle")
+
+
+def get_config(arg: str = "") -> Ablation:
+    del arg
+    base = quickstart.get_config()
+    base.eval.rows = SHOWN
+    return Ablation(
+        name="parity",
+        question="Does sparse attention keep what dense attention had?",
+        axis="the same weights under",
+        base=base,
+        variants=tuple(Variant(ROWS[name].name, row=name) for name in SHOWN),
+    )

@@ -1,0 +1,23 @@
+"""Must the indexer go on learning while the model trains sparse?
+
+Command:   python -m experiments.ablate --config=configs/ablations/sparse_kl.py
+Hardware:  two CPU cores.
+Result:    experiments/results/ablations/sparse_kl.md
+"""
+
+from configs.ablations import base
+from dsa_jax.ablation.ablation import Ablation, Variant
+
+
+def get_config(arg: str = "") -> Ablation:
+    del arg
+    return Ablation(
+        name="sparse_kl",
+        question="Must the indexer go on learning while the model trains sparse?",
+        axis="weight of the KL in the sparse stage",
+        base=base(),
+        variants=tuple(
+            Variant(f"weight {weight:g}", {"train.sparse.indexer_loss_weight": weight}, place=weight)
+            for weight in (0.0, 0.01, 0.1, 1.0, 10.0)
+        ),
+    )

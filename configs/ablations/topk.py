@@ -1,0 +1,20 @@
+"""How many keys does a query need?
+
+Command:   python -m experiments.ablate --config=configs/ablations/topk.py
+Hardware:  two CPU cores.
+Result:    experiments/results/ablations/topk.md
+"""
+
+from configs.ablations import INDEXER, base
+from dsa_jax.ablation.ablation import Ablation, Variant
+
+
+def get_config(arg: str = "") -> Ablation:
+    del arg
+    return Ablation(
+        name="topk",
+        question="How many keys does a query need?",
+        axis="topk, of 256 keys",
+        base=base(),
+        variants=tuple(Variant(f"topk {n}", {f"{INDEXER}.topk": n}, place=n) for n in (4, 8, 16, 32, 64)),
+    )

@@ -1,0 +1,20 @@
+"""How long must the indexer warm up before attention turns sparse?
+
+Command:   python -m experiments.ablate --config=configs/ablations/warmup.py
+Hardware:  two CPU cores.
+Result:    experiments/results/ablations/warmup.md
+"""
+
+from configs.ablations import base
+from dsa_jax.ablation.ablation import Ablation, Variant
+
+
+def get_config(arg: str = "") -> Ablation:
+    del arg
+    return Ablation(
+        name="warmup",
+        question="How long must the indexer warm up before attention turns sparse?",
+        axis="warm-up steps",
+        base=base(),
+        variants=tuple(Variant(f"{n} steps", {"train.warmup.steps": n}, place=n) for n in (0, 15, 30, 60, 120, 240)),
+    )

@@ -1,0 +1,145 @@
+"""What a sweep is: a question, a base recipe, and variants of it."""
+
+import copy
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dsa_jax.config import Config, ConfigError, IndexerConfig, StageConfig, to_dict
+from dsa_jax.config_checks import not_negative
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The base recipe with some fields changed.
+
+    Fields: `name` in table and plot; `settings` the changed fields by dotted path; `row` the row of the parity table that
+    answers for it (a key of `dsa_jax.evals.parity.ROWS`); `place` on the horizontal axis, None where variants have no order.
+    """
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    row: str = "sparse"
+    place: int | float | None = None
+
+
+@dataclass
+class Ablation:
+    """A sweep. Its answer is one figure: the variants beside each other, every seed a point."""
+
+    name: str = "unnamed"
+    question: str = ""  # heads the table and the plot
+    axis: str = "variant"  # what the variants differ in, with unit
+    seeds: tuple[int, ...] = (0, 1, 2)
+    base: Config = field(default_factory=Config)
+    variants: tuple[Variant, ...] = field(default=(), metadata={"flag": False})
+
+    def config(self, variant: Variant, seed: int) -> Config:
+        """The recipe of one run.
+
+        Raises:
+            ConfigError: for a setting that names no field, with the nearest name.
+        """
+        config = copy.deepcopy(self.base)
+        config.name, config.seed = variant.name, seed
+        for path, value in variant.settings.items():
+            set_field(config, path, value)
+        return config
+
+    def validate(self) -> None:
+        """Check the sweep and the recipe of each variant.
+
+        Raises:
+            ConfigError: naming what cannot work, and in which variant.
+        """
+        if not self.variants or not self.seeds:
+            raise ConfigError(f"ablation {self.name}: it has {len(self.variants)} variants and {len(self.seeds)} seeds.")
+        names = [variant.name for variant in self.variants]
+        if len(set(names)) != len(names) or len(set(self.seeds)) != len(self.seeds):
+            raise ConfigError(f"ablation {self.name}: variants {names} and seeds {self.seeds} must each be distinct.")
+        for seed in self.seeds:
+            not_negative("seed", seed)
+        for variant in self.variants:
+            config = self.config(variant, self.seeds[0])
+            try:
+                config.validate()
+            except ConfigError as error:
+                raise ConfigError(f"ablation {self.name}, variant {variant.name!r}: {error}") from error
+            if variant.row not in config.eval.rows:
+                raise ConfigError(
+                    f"ablation {self.name}, variant {variant.name!r}: its row is {variant.row!r}, but eval.rows is "
+                    f"{config.eval.rows}. Add it there."
+                )
+
+
+def set_field(config: Config, path: str, value: Any) -> None:
+    """Set the field at a dotted path.
+
+    Raises:
+        ConfigError: where there is none, with the nearest name of that section.
+    """
+    *parents, name = path.split(".")
+    node: Any = config
+    for part in parents:
+        node = getattr(node, _known(node, part, path))
+    setattr(node, _known(node, name, path), value)
+
+
+def _known(node: Any, name: str, path: str) -> str:
+    names = [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"there is no config field {path}: {name!r} is unknown.{hint}")
+    return name
+
+
+def differences(config: Config, default: Config | None = None) -> dict[str, Any]:
+    """The fields of `config` that are not at their defaults, by dotted path; what a new field changes nothing about."""
+    ours, theirs = (dict(_leaves(to_dict(c))) for c in (config, default or Config()))
+    return {path: value for path, value in ours.items() if value != theirs.get(path)}
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    leaves: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        leaves += _leaves(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(f"{prefix}{name}", value)]
+    return leaves
+
+
+# What a run is called and how often it writes do not change what it computes.
+_WITHOUT_EFFECT = ("name", "log_every", "checkpoint_every", "keep_checkpoints")
+
+
+def run_key(config: Config) -> str:
+    """Ten letters that equal recipes share, whatever they are called."""
+    counted = {p: v for p, v in differences(config).items() if p.rsplit(".", 1)[-1] not in _WITHOUT_EFFECT}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def dense_part(config: Config) -> Config | None:
+    """The dense pretraining of a recipe as a recipe of its own, the same for all variants of a retrofit.
+
+    None where there is nothing to share: no pretraining, nothing after it, or pretraining that is sparse already.
+    """
+    train = config.train
+    if not train.pretrain.steps or not (train.warmup.steps or train.sparse.steps):
+        return None
+    dense = copy.deepcopy(config)
+    dense.name = "dense"
+    dense.model.attention.indexer = IndexerConfig()
+    dense.train.warmup, dense.train.sparse = StageConfig(), StageConfig()
+    dense.eval.rows = ("dense",)
+    return dense
+
+
+def after_dense(config: Config, dense_run: str) -> Config:
+    """What is left of a recipe once the run directory `dense_run` holds its dense part."""
+    rest = copy.deepcopy(config)
+    rest.train.pretrain = StageConfig()
+    rest.init.checkpoint = dense_run
+    return rest

@@ -1,0 +1,114 @@
+"""What a sweep found: for each variant and each quantity its values over the seeds, beside dense attention."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dsa_jax.evals.parity import BEFORE, ROWS
+from dsa_jax.evals.spread import Spread
+
+QUANTITIES = {
+    "recall_accuracy": "recall accuracy",
+    "text_loss": "text loss, nats per token",
+    "coverage": "attention mass kept",
+    "keys_per_query": "keys per query",
+}
+"""Columns of the parity table by the words for them; tasks follow as `accuracy, <task>`."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One line of the table: a variant, its place on the axis, its quantities, and the seeds that failed with their reasons."""
+
+    name: str
+    place: int | float | None
+    quantities: Mapping[str, Spread]
+    failures: tuple[str, ...] = ()
+
+
+def quantities_of(row: Mapping[str, Any]) -> dict[str, float | None]:
+    """A row of the parity table by the words for its columns."""
+    found = {words: row.get(column) for column, words in QUANTITIES.items()}
+    for task, result in (row.get("tasks") or {}).items():
+        found[f"accuracy, {task.replace('_', ' ')}"] = result["accuracy"]
+    return found
+
+
+def answers(result: Mapping[str, Any]) -> list[Answer]:
+    """The lines of a result file: dense attention before the retrofit first, then the variants in order."""
+    lines = []
+    dense = [_row(run, BEFORE.name) for run in result["runs"]]
+    by_seed = {run["seed"]: row for run, row in zip(result["runs"], dense, strict=True) if row}
+    if by_seed:
+        lines.append(Answer(BEFORE.name, None, _spreads(list(by_seed.values()))))
+    for variant in result["variants"]:
+        runs = [run for run in result["runs"] if run["variant"] == variant["name"]]
+        rows = [row for run in runs if (row := _row(run, ROWS[variant["row"]].name))]
+        failures = tuple(f"seed {run['seed']}: {run['failed']}" for run in runs if "failed" in run)
+        if runs:
+            lines.append(Answer(variant["name"], variant["place"], _spreads(rows), failures))
+    return lines
+
+
+def _row(run: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    return next((row for row in run.get("rows", ()) if row["name"] == name), None)
+
+
+def _spreads(rows: list[Mapping[str, Any]]) -> dict[str, Spread]:
+    tables = [quantities_of(row) for row in rows]
+    names = list(dict.fromkeys(name for table in tables for name in table))
+    spreads = {name: Spread.of([table.get(name) for table in tables]) for name in names}
+    return {name: spread for name, spread in spreads.items() if spread is not None}
+
+
+def format_table(result: Mapping[str, Any]) -> list[str]:
+    """The table of a sweep, as lines of Markdown: mean over the seeds, ± half the distance from largest to smallest."""
+    lines = answers(result)
+    names = list(dict.fromkeys(name for line in lines for name in line.quantities))
+
+    def cell(line: Answer, name: str) -> str:
+        return str(line.quantities[name]) if name in line.quantities else "failed" if line.failures else ""
+
+    return [
+        f"| {result['axis']} | " + " | ".join(names) + " |",
+        "|---|" + "---|" * len(names),
+        *("| " + " | ".join([line.name, *(cell(line, name) for name in names)]) + " |" for line in lines),
+    ]
+
+
+def format_markdown(result: Mapping[str, Any]) -> str:
+    """The result file as a page: question, plot, table, command, seeds, device, versions and time."""
+    failures = [f"- {line.name}, {failure}" for line in answers(result) for failure in line.failures]
+    page = [
+        f"# {result['question']}",
+        "",
+        f"![{result['question']}]({result['name']}.png)",
+        "",
+        f"Mean over seeds {', '.join(map(str, result['seeds']))}, ± half the distance between the largest and the smallest.",
+        "",
+        *format_table(result),
+        "",
+        *([*failures, ""] if failures else []),
+        f"Command: `{result['command']}`",
+        "",
+        *(f"{text}." for text in environments(result)),
+        f"{len(result['runs'])} runs, {total_seconds(result) / 60:.0f} minutes, dense pretraining and compilation included.",
+        "",
+    ]
+    return "\n".join(page)
+
+
+def environments(result: Mapping[str, Any]) -> list[str]:
+    """Each device with its versions that runs of the sweep ran on."""
+    found = [run["environment"] for run in result["runs"] if "environment" in run]
+    texts = [
+        f"{where['device']['count']} x {where['device']['kind']}, Python {where['python']}, "
+        + ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+        for where in found
+    ]
+    return list(dict.fromkeys(texts))
+
+
+def total_seconds(result: Mapping[str, Any]) -> float:
+    """Wall time of the runs, added up; what several of them share is counted where it was done."""
+    return sum(run.get("seconds", 0.0) for run in result["runs"])

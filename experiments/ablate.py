@@ -1,0 +1,46 @@
+r"""A sweep: the same retrofit with one thing changed at a time, over several seeds; its table and its plot.
+
+    python -m experiments.ablate --config=configs/ablations/topk.py
+    python -m experiments.ablate --config=configs/ablations/topk.py --config.seeds='(0,)' --config.base.train.sparse.steps=20
+
+Writes NAME.json, NAME.md and NAME.png to --results. What that directory holds already is not run again, so the same command
+continues, and sweeps share the runs that they have in common. `python -m experiments.summarize` makes one page of them all.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from dsa_jax.ablation.ablation import Ablation
+from experiments.flags import define_config, run_main
+
+_CONFIG = define_config("configs/ablations/topk.py", kind=Ablation)
+_WORKDIR = flags.DEFINE_string("workdir", "runs/ablations", "Holds the run directories; sweeps may share it, one at a time.")
+_RESULTS = flags.DEFINE_string("results", "experiments/results/ablations", "Directory of the result files.")
+
+
+def main(argv: list[str]) -> int:
+    """Run, print the table, draw."""
+    del argv
+    from dsa_jax.ablation.plot import plot_ablation
+    from dsa_jax.ablation.run import keep_compiled_programs, run_ablation
+    from dsa_jax.ablation.summary import format_markdown
+    from dsa_jax.train.rundir import atomic_write_text
+
+    ablation, workdir, results = _CONFIG.value, Path(_WORKDIR.value), Path(_RESULTS.value)
+    keep_compiled_programs(workdir / "compiled")
+    command = shlex.join(["python", "-m", "experiments.ablate", *sys.argv[1:]])
+    result = run_ablation(ablation, workdir, results, command=command)
+    if result is None:
+        return 0
+    page = format_markdown(result)
+    atomic_write_text(results / f"{ablation.name}.md", page)
+    plot_ablation(result, results / f"{ablation.name}.png")
+    print(page)
+    return 1 if any("failed" in run for run in result["runs"]) else 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,27 @@
+r"""One page of all committed results, experiments/results/README.md, from the files beside it.
+
+python -m experiments.summarize
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from experiments.flags import run_main
+
+_RESULTS = flags.DEFINE_string("results", "experiments/results", "Directory of the results; its README.md is written.")
+
+
+def main(argv: list[str]) -> None:
+    """Write the page."""
+    del argv
+    from dsa_jax.ablation.page import PAGE, render_results
+    from dsa_jax.train.rundir import atomic_write_text
+
+    directory = Path(_RESULTS.value)
+    atomic_write_text(directory / PAGE, render_results(directory))
+    print(directory / PAGE)
+
+
+if __name__ == "__main__":
+    run_main(main)
