@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from dsa_jax.config_checks import ConfigError, fraction, not_negative, one_of, positive
 from dsa_jax.config_io import from_dict, to_dict
-from dsa_jax.model_config import AttentionConfig, IndexerConfig, ModelConfig, MoEConfig, RopeConfig
+from dsa_jax.model_config import ATTENTIONS, AttentionConfig, IndexerConfig, ModelConfig, MoEConfig, RopeConfig
 
 __all__ = [
     "AXES",
@@ -152,6 +152,8 @@ class TrainConfig:
     pretrain: StageConfig = field(default_factory=StageConfig)
     warmup: StageConfig = field(default_factory=StageConfig)
     sparse: StageConfig = field(default_factory=StageConfig)
+    pretrain_attention: str = "dense"  # one of ATTENTIONS; where the indexer chooses, its KL trains it, too
+    sparse_attention: str = "sparse"  # of the third stage; another name trains a baseline instead
     nan_policy: str = "stop"  # stop | skip (leave parameters untouched and count)
     max_skipped_steps: int = 10  # with skip: consecutive steps before stopping after all
     keep_checkpoints: int = 2  # per stage
@@ -159,6 +161,8 @@ class TrainConfig:
     def validate(self) -> None:
         for name in STAGES:
             getattr(self, name).validate(f"train.{name}")
+        for name in ("pretrain_attention", "sparse_attention"):
+            one_of(f"train.{name}", getattr(self, name), ATTENTIONS)
         one_of("train.nan_policy", self.nan_policy, ("stop", "skip"))
         positive("train.max_skipped_steps", self.max_skipped_steps)
         positive("train.keep_checkpoints", self.keep_checkpoints)
@@ -268,10 +272,13 @@ class Config:
         self.init.validate()
         self.parallel.validate()
         not_negative("seed", self.seed)
-        if (self.train.warmup.steps or self.train.sparse.steps) and not self.model.attention.indexer.enabled:
+        for name in ("pretrain", "sparse"):
+            if getattr(self.train, name).steps:
+                field_name = f"{name}_attention"
+                self.model.attention.check_can_run(f"train.{field_name}", getattr(self.train, field_name))
+        if self.train.warmup.steps and not self.model.attention.indexer.enabled:
             raise ConfigError(
-                "train.warmup.steps or train.sparse.steps is positive, but the model has no indexer. "
-                "Set model.attention.indexer.enabled=True."
+                "train.warmup.steps is positive, but the model has no indexer. Set model.attention.indexer.enabled=True."
             )
         longest = max(
             [getattr(self.train, name).seq_len_at(s) for name in STAGES for s in (0, 10**12) if getattr(self.train, name).steps]

@@ -5,6 +5,7 @@ from pathlib import Path
 from dsa_jax.config import Config, DataConfig, TextConfig
 from dsa_jax.data.tokenizer import NO_TOKENIZER
 from dsa_jax.hf import load_pretrained, save_pretrained
+from dsa_jax.model.selection import DENSE
 from dsa_jax.open_checkpoint import is_hf_directory, open_checkpoint
 from dsa_jax.train.checkpoint import CheckpointStore
 from dsa_jax.train.rundir import RunError, open_run
@@ -40,7 +41,9 @@ def to_run(source: Path, target: Path) -> str:
     data = DataConfig(recall_fraction=0.0, text=TextConfig(tokenizer=tokenizer))
     config = Config(name=source.resolve().name, model=loaded.config, data=data)
     config.eval.recall_sequences = 0
-    stage = "sparse" if loaded.config.attention.mode == "sparse" else "pretrain"
+    stage = "pretrain"
+    if loaded.config.attention.mode != DENSE:
+        stage, config.train.sparse_attention = "sparse", loaded.config.attention.mode
     run = open_run(target, config)
     with CheckpointStore(run.checkpoint_dir(stage), keep=1) as store:
         store.save(0, {"params": loaded.params}, {"stage": stage, "step": 0, "source": str(source)})

@@ -4,6 +4,11 @@ from dataclasses import dataclass, field
 
 from dsa_jax.config_checks import ConfigError, not_negative, one_of, positive
 
+BY_INDEXER = ("sparse", "coarse_to_fine", "blocks")
+"""Attentions whose keys the indexer chooses, which its KL therefore trains."""
+ATTENTIONS = ("dense", *BY_INDEXER, "window", "sink_window", "random", "oracle")
+"""What a model can be trained and run under; `model/selection.py` holds the rules."""
+
 
 @dataclass
 class RopeConfig:
@@ -46,9 +51,10 @@ class IndexerConfig:
     layer_types: tuple[str, ...] = ()  # per layer "full" or "shared" (reuses the previous full layer); empty: all full
 
     def validate(self, n_layers: int) -> None:
+        positive("model.attention.indexer.topk", self.topk)  # the budget of the baselines, too
         if not self.enabled:
             return
-        for name in ("n_heads", "head_dim", "topk", "coarse_block_size", "coarse_blocks"):
+        for name in ("n_heads", "head_dim", "coarse_block_size", "coarse_blocks"):
             positive(f"model.attention.indexer.{name}", getattr(self, name))
         one_of("model.attention.indexer.rope_layout", self.rope_layout, ("half_split", "interleaved"))
         if self.rope_dim % 2 or not 0 <= self.rope_dim <= self.head_dim:
@@ -80,7 +86,7 @@ class AttentionConfig:
     """Multi-head latent attention (`mla`) or grouped-query attention (`gqa`), with an optional indexer."""
 
     kind: str = "gqa"  # mla | gqa
-    mode: str = "dense"  # how the checkpoint was trained: dense | sparse
+    mode: str = "dense"  # how the checkpoint was trained: one of ATTENTIONS
     n_heads: int = 4
     n_kv_heads: int = 4  # gqa
     head_dim: int = 32  # gqa
@@ -100,7 +106,6 @@ class AttentionConfig:
 
     def validate(self, n_layers: int) -> None:
         one_of("model.attention.kind", self.kind, ("mla", "gqa"))
-        one_of("model.attention.mode", self.mode, ("dense", "sparse"))
         one_of("model.attention.rope_layout", self.rope_layout, ("half_split", "interleaved"))
         one_of("model.attention.implementation", self.implementation, ("auto", "reference", "xla", "pallas", "triton", "cute"))
         positive("model.attention.n_heads", self.n_heads)
@@ -129,8 +134,17 @@ class AttentionConfig:
                     f"model.attention.indexer.rope_dim is {self.indexer.rope_dim}; expected at most the {available} rotary "
                     "channels of the attention when rope scaling is on."
                 )
-        if self.mode == "sparse" and not self.indexer.enabled:
-            raise ConfigError("model.attention.mode is 'sparse' without an indexer. Set model.attention.indexer.enabled=True.")
+        self.check_can_run("model.attention.mode", self.mode)
+
+    def check_can_run(self, name: str, attention: str) -> None:
+        """Make sure that the model has what `attention` needs; `name` is the field that asks for it.
+
+        Raises:
+            ConfigError: naming that field and the one to set.
+        """
+        one_of(name, attention, ATTENTIONS)
+        if attention in BY_INDEXER and not self.indexer.enabled:
+            raise ConfigError(f"{name} is {attention!r} without an indexer. Set model.attention.indexer.enabled=True.")
 
 
 @dataclass

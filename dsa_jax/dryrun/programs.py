@@ -15,7 +15,7 @@ from dsa_jax.model import Transformer, build_model, init_params
 from dsa_jax.parallel.ambient import ROWS
 from dsa_jax.parallel.placement import shardings_of
 from dsa_jax.params import nested_parameters, parameter_paths
-from dsa_jax.train.stages import STAGES
+from dsa_jax.train.stages import stage_of
 from dsa_jax.train.step import init_state, make_train_step
 
 STEPS = (*STAGE_ORDER, "decode")
@@ -57,13 +57,13 @@ def step_program(config: Config, step: str, mesh: Mesh, decode_shape: DecodeShap
         raise ConfigError(f"the step is {step!r}; expected one of {', '.join(STEPS)}.")
     if step == "decode":
         return _decode_step(config, mesh, decode_shape)
-    if step != "pretrain" and not config.model.attention.indexer.enabled:
+    if stage_of(config, step).indexer_loss and not config.model.attention.indexer.enabled:
         raise ConfigError(f"the step is {step!r}, but the model has no indexer. Set model.attention.indexer.enabled=True.")
     return _train_step(config, step, mesh)
 
 
 def _train_step(config: Config, step: str, mesh: Mesh) -> Program:
-    model, stage, settings = build_model(config.model), STAGES[step], getattr(config.train, step)
+    model, stage, settings = build_model(config.model), stage_of(config, step), getattr(config.train, step)
     state = jax.eval_shape(lambda params: init_state(params, stage, settings), abstract_params(model))
     rows = NamedSharding(mesh, ROWS)
     tokens: Any = lambda dtype: jax.ShapeDtypeStruct((settings.batch_size, settings.seq_len), dtype, sharding=rows)

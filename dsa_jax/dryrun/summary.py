@@ -21,7 +21,7 @@ from dsa_jax.dryrun.sizes import bytes_per_device, sharding_table
 from dsa_jax.model import Transformer, build_model
 from dsa_jax.parallel.check import check_layout
 from dsa_jax.params import count_parameters, is_indexer_path, split_parameters
-from dsa_jax.train.stages import STAGES
+from dsa_jax.train.stages import stage_of
 from dsa_jax.train.step import init_state
 
 
@@ -42,6 +42,7 @@ def summarize(config: Config) -> dict[str, Any]:
     sizes, has_indexer = config.parallel.sizes(), config.model.attention.indexer.enabled
     count = lambda rule: count_parameters(split_parameters(params, rule)[0])
     active = active_weights(config.model)
+    stages = {name: stage_of(config, name) for name in STAGE_ORDER}
     run = [name for name in STAGE_ORDER if getattr(config.train, name).steps]
     modes = ATTENTIONS if has_indexer else ATTENTIONS[:1]
     lengths = sorted({getattr(config.train, name).seq_len for name in run} | {config.model.max_positions})
@@ -53,7 +54,7 @@ def summarize(config: Config) -> dict[str, Any]:
             "total": count_parameters(params),
             "indexers": count(is_indexer_path),
             "active": round(active.model + active.indexers),
-            "trainable": {name: count(STAGES[name].trains) for name in STAGE_ORDER if has_indexer or name == "pretrain"},
+            "trainable": {name: count(stage.trains) for name, stage in stages.items() if has_indexer or not stage.indexer_loss},
         },
         "flops_per_token": {
             length: {
@@ -73,7 +74,7 @@ def summarize(config: Config) -> dict[str, Any]:
 
 def _stage_bytes(config: Config, model: Transformer, params: dict[str, Any], name: str) -> dict[str, Any]:
     """Bytes per device of a training step, apart from the parameters."""
-    stage, settings, sizes = STAGES[name], getattr(config.train, name), config.parallel.sizes()
+    stage, settings, sizes = stage_of(config, name), getattr(config.train, name), config.parallel.sizes()
     state = jax.eval_shape(lambda params: init_state(params, stage, settings), params)
     trainable = split_parameters(params, stage.trains)[0]
     gradients = bytes_per_device(trainable, sizes)

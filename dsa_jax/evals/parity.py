@@ -11,6 +11,7 @@ import numpy as np
 from dsa_jax.config import Config, EvalConfig
 from dsa_jax.data import Batch, EvalData
 from dsa_jax.model import Transformer, init_params
+from dsa_jax.model_config import BY_INDEXER
 from dsa_jax.parallel.placement import place, place_batch, replicate
 from dsa_jax.params import is_indexer_path, merge_parameters, split_parameters
 from dsa_jax.train.loss import forward_with_loss
@@ -151,10 +152,9 @@ def evaluate_parity(
     jobs: list[tuple[Row, Params]] = []
     if params_before is not None:
         jobs.append((BEFORE, params_before))
-    has_indexer = config.model.attention.indexer.enabled
     for key in settings.rows:
         row = ROWS[key]
-        if row.attention != "dense" and not has_indexer:
+        if not _can_run(row, config):
             continue
         own = params
         if row.has_fresh_indexer:
@@ -188,6 +188,14 @@ def evaluate_parity(
         if on_row is not None:
             on_row(table.rows[-1])
     return table
+
+
+def _can_run(row: Row, config: Config) -> bool:
+    """Without an indexer, whose topk is the budget of the baselines, only what the model may have been trained under."""
+    if row.attention == "dense" or config.model.attention.indexer.enabled:
+        return True
+    trained = config.model.attention.mode, config.train.pretrain_attention, config.train.sparse_attention
+    return row.attention in trained and row.attention not in BY_INDEXER
 
 
 def _weighted(values: Sequence[np.ndarray], tasks: Sequence[TaskResult]) -> np.ndarray:

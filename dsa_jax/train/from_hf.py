@@ -83,14 +83,13 @@ def load_for_evaluation(config: Config) -> tuple[Config, Transformer, dict[str, 
     return config, loaded.model, loaded.params
 
 
-def export_checkpoint(directory: Path, config: Config, params: dict[str, Any], *, stage: str) -> None:
-    """Write `params` as a Hugging Face checkpoint with the tokenizer of the text; `stage` "sparse" marks it as sparse.
+def export_checkpoint(directory: Path, config: Config, params: dict[str, Any], *, attention: str) -> None:
+    """Write `params` as a Hugging Face checkpoint with the tokenizer of the text, marked as trained under `attention`.
 
     With several processes the first writes; its host needs room for the whole model.
     """
     model = copy.deepcopy(config.model)
-    if stage == "sparse":
-        model.attention.mode = "sparse"
+    model.attention.mode = attention
     n_tensors = len(parameter_paths(params))
     whole = gather_to_main(params)
     tokenizer = load_tokenizer(config.data.text.tokenizer)

@@ -15,6 +15,7 @@ from dsa_jax.params import is_indexer_path, nested_parameters, parameter_paths
 from dsa_jax.train.checkpoint import CheckpointStore
 from dsa_jax.train.from_hf import checkpoint_params
 from dsa_jax.train.rundir import RunError, find_run
+from dsa_jax.train.stages import trained_attention
 
 _LOG = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ Params = dict[str, Any]
 
 
 class LoadedRun(NamedTuple):
-    """A run read back; `stage` is the one that the parameters are from. After sparse training the model's mode is "sparse"."""
+    """A run read back; `stage` is the one that the parameters are from. The model's mode is what it was trained under."""
 
     config: Config
     model: Transformer
@@ -52,9 +53,8 @@ def load_run(directory: Path, *, stage: str | None = None) -> LoadedRun:
             step = store.latest_valid()
             if step is not None:
                 params = store.restore(step, with_shardings({"params": abstract}), subset=True).tree["params"]
-                if name == "sparse":
-                    config.model.attention.mode = "sparse"
-                    model = build_model(config.model)
+                config.model.attention.mode = trained_attention(config, name)
+                model = build_model(config.model)
                 return LoadedRun(config, model, params, name)
     wanted = f"of stage {stage} " if stage else ""
     raise RunError(f"{directory} holds no usable checkpoint {wanted}under checkpoints/. Run experiments.retrofit there first.")

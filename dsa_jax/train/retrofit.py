@@ -10,6 +10,7 @@ from dsa_jax.config import Config, to_dict
 from dsa_jax.data import EvalData, TrainData, make_eval_data, make_train_data
 from dsa_jax.evals.parity import Parity, evaluate_parity
 from dsa_jax.model import Transformer, build_model
+from dsa_jax.model.selection import DENSE
 from dsa_jax.parallel.check import check_layout
 from dsa_jax.parallel.placement import on_mesh, place
 from dsa_jax.parallel.processes import is_main, on_main
@@ -21,7 +22,7 @@ from dsa_jax.train.metrics import MetricsLog, NoMetrics
 from dsa_jax.train.report import format_table, write_report
 from dsa_jax.train.rundir import RunDirectory, RunError, open_run
 from dsa_jax.train.signals import StopRequest
-from dsa_jax.train.stages import STAGES
+from dsa_jax.train.stages import stage_of, trained_attention
 from pallas_kernels import implementations_chosen
 
 _LOG = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def _retrofit(config: Config, workdir: Path, tensorboard: bool) -> dict[str, Any
                 params, summaries, is_complete = run_stage(
                     run,
                     config,
-                    STAGES[name],
+                    stage_of(config, name),
                     model,
                     params,
                     train_data,
@@ -93,7 +94,8 @@ def _retrofit(config: Config, workdir: Path, tensorboard: bool) -> dict[str, Any
     report = evaluate_and_report(run, config, model, params, summaries, eval_data)
     if config.init.hf_dir:
         trained = [name for name in STAGE_ORDER if getattr(config.train, name).steps]
-        export_checkpoint(run.path / "hf", config, params, stage=trained[-1] if trained else "")
+        attention = trained_attention(config, trained[-1] if trained else "")
+        export_checkpoint(run.path / "hf", config, params, attention=attention)
         if is_main():
             print(f"Hugging Face checkpoint: {run.path / 'hf'}")
     return report
@@ -119,7 +121,7 @@ def check_lengths(config: Config, train_data: TrainData, eval_data: EvalData) ->
 
 def _dense_params_before(run: RunDirectory, config: Config) -> dict[str, Any] | None:
     """Parameters of the dense model that the retrofit started from, where they are still there."""
-    if not config.train.sparse.steps:
+    if not config.train.sparse.steps or trained_attention(config, "warmup") != DENSE:
         return None
     if not config.train.pretrain.steps:
         has_source = config.init.hf_dir or config.init.checkpoint

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from dsa_jax.config import Config
+from dsa_jax.model_config import BY_INDEXER
 from dsa_jax.params import is_indexer_path, is_score_bias_path
 
 
@@ -20,14 +22,42 @@ class Stage:
     """
 
     name: str
-    attention: Literal["dense", "sparse"]
+    attention: str
     indexer_loss: Literal["dense", "sparse"] | None
     has_lm_loss: bool
     trains: Callable[[str], bool]
 
 
-PRETRAIN = Stage("pretrain", "dense", None, True, lambda path: not is_indexer_path(path) and not is_score_bias_path(path))
+def language_stage(name: str, attention: str) -> Stage:
+    """A stage that learns language under `attention`, and its indexer, if that chooses the keys, from the KL over them."""
+    by_indexer = attention in BY_INDEXER
+
+    def trains(path: str) -> bool:
+        return not is_score_bias_path(path) and (by_indexer or not is_indexer_path(path))
+
+    return Stage(name, attention, "sparse" if by_indexer else None, True, trains)
+
+
+PRETRAIN = language_stage("pretrain", "dense")
 WARMUP = Stage("warmup", "dense", "dense", False, is_indexer_path)
-SPARSE = Stage("sparse", "sparse", "sparse", True, lambda path: not is_score_bias_path(path))
+SPARSE = language_stage("sparse", "sparse")
 
 STAGES: dict[str, Stage] = {stage.name: stage for stage in (PRETRAIN, WARMUP, SPARSE)}
+"""As a retrofit runs them unless its recipe names other attentions."""
+
+
+def stage_of(config: Config, name: str) -> Stage:
+    """The stage `name` as the recipe trains it."""
+    if name == "warmup":
+        return WARMUP
+    return language_stage(name, getattr(config.train, f"{name}_attention"))
+
+
+def trained_attention(config: Config, last: str) -> str:
+    """The attention that a model has learned language under once the stage `last` has run; "": none has.
+
+    The warm-up changes nothing about it, and of a model that came from elsewhere its configuration says it.
+    """
+    if last == "sparse":
+        return config.train.sparse_attention
+    return config.train.pretrain_attention if last and config.train.pretrain.steps else config.model.attention.mode

@@ -196,7 +196,7 @@ def test_command_line_as_a_user_sees_it(command):
     fine = command("--config=tiny.py", "--config.train.warmup.steps", "0")
     assert (fine.returncode, fine.stdout, fine.stderr) == (0, "steps 0 False\n", "")
     for arguments, status, message in [
-        (["--config=tiny.py"], 2, "train.warmup.steps or train.sparse.steps is positive, but the model has no indexer"),
+        (["--config=tiny.py"], 2, "train.warmup.steps is positive, but the model has no indexer"),
         (["--config=tiny.py", "--config.sed=1"], 2, "did you mean config.seed?"),
         (["--config=tiny.py", "--config.train.warmup.steps=0", "--config.name=run"], 1, "error: disk full\n"),
         (["--config=tiny.py", "stray"], 2, "unexpected argument 'stray'"),
