@@ -14,6 +14,7 @@ from dsa_jax.model_config import ATTENTIONS, AttentionConfig, IndexerConfig, Mod
 __all__ = [
     "AXES",
     "STAGES",
+    "TASKS",
     "AttentionConfig",
     "Config",
     "ConfigError",
@@ -28,6 +29,7 @@ __all__ = [
     "RecallConfig",
     "RopeConfig",
     "StageConfig",
+    "TaskConfig",
     "TextConfig",
     "TrainConfig",
     "from_dict",
@@ -38,6 +40,16 @@ STAGES = ("pretrain", "warmup", "sparse")
 AXES = ("data", "fsdp", "expert", "tensor", "context")
 """Axes of the device mesh, outermost first."""
 EVAL_ROWS = ("dense", "sparse", "coarse_to_fine", "untrained", "window", "sink_window", "random", "blocks", "oracle")
+TASKS = (
+    "recall",
+    "mqar",
+    "passkey",
+    "multi_needle",
+    "variable_tracking",
+    "common_words",
+    "frequent_words",
+)
+"""Synthetic tasks. The place of a name decides the id of its leading token, so new ones are added at the end."""
 _AXIS_OF = {"dp": "data", "fsdp": "fsdp", "ep": "expert", "tp": "tensor", "cp": "context"}
 
 
@@ -52,6 +64,23 @@ class RecallConfig:
 
 
 @dataclass
+class TaskConfig:
+    """Sizes of the synthetic tasks other than recall, whose tokens they share; the same at all lengths but short ones."""
+
+    n_needles: int = 16  # records of a multi_needle row, pairs of an mqar row; at most one per recall.tokens_per_record
+    n_asked: int = 8  # needles that a multi_needle row asks for; the others distract
+    n_chains: int = 4  # variable_tracking: chains of assignments in a row
+    n_hops: int = 3  # variable_tracking: assignments that follow the first of a chain
+    n_answers: int = 4  # common_words, frequent_words: words that the answer lists
+    n_queries: int = 64  # mqar, multi_needle, variable_tracking: questions of a row, at most a quarter of its tokens
+
+    def validate(self) -> None:
+        for name in ("n_needles", "n_asked", "n_chains", "n_answers", "n_queries"):
+            positive(f"data.task.{name}", getattr(self, name))
+        not_negative("data.task.n_hops", self.n_hops)
+
+
+@dataclass
 class TextConfig:
     """A text corpus. Documents go to the held-out split by a hash of their content."""
 
@@ -63,14 +92,36 @@ class TextConfig:
 
 @dataclass
 class DataConfig:
-    """What a batch is made of: rows of the recall task and rows of packed text."""
+    """What a batch is made of: rows of the recall task, rows of other tasks, and rows of packed text."""
 
-    recall_fraction: float = 0.5  # share of the rows of a batch; the others are text
+    recall_fraction: float = 0.5  # share of the rows of a batch
+    tasks: tuple[tuple[str, float], ...] = ()  # ((task, share of the rows of a batch), ...); what is left is text
     recall: RecallConfig = field(default_factory=RecallConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
     text: TextConfig = field(default_factory=TextConfig)
+
+    @property
+    def text_fraction(self) -> float:
+        """Share of the rows of a batch that recall and the other tasks leave to text; rounding errors are none."""
+        left = 1.0 - self.recall_fraction - sum(share for _, share in self.tasks)
+        return left if left > 1e-9 else 0.0
 
     def validate(self) -> None:
         fraction("data.recall_fraction", self.recall_fraction)
+        self.task.validate()
+        for entry in self.tasks:
+            if len(entry) != 2:
+                raise ConfigError(f"data.tasks has {entry!r}; expected (task, share), such as ('multi_needle', 0.25).")
+            one_of("data.tasks", entry[0], TASKS)
+            fraction(f"data.tasks, the share of {entry[0]},", entry[1])
+        names = [name for name, _ in self.tasks]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"data.tasks names {', '.join(names)}; expected each task once.")
+        total = self.recall_fraction + sum(share for _, share in self.tasks)
+        if total > 1.0 + 1e-9:
+            raise ConfigError(
+                f"data.recall_fraction and the shares of data.tasks add up to {total:g}; expected at most 1. Lower one of them."
+            )
         if not 0.0 < self.text.held_out_fraction < 1.0:
             raise ConfigError(
                 f"data.text.held_out_fraction is {self.text.held_out_fraction}; expected between 0 and 1, exclusive."
@@ -176,6 +227,9 @@ class EvalConfig:
     recall_sequences: int = 128
     text_len: int = 128
     text_sequences: int = 256
+    tasks: tuple[str, ...] = ()  # synthetic tasks, a column each; they need not be in data.tasks
+    task_len: int = 256
+    task_sequences: int = 128  # of each task
     batch_size: int = 16
     rows: tuple[str, ...] = (
         "dense",
@@ -187,10 +241,14 @@ class EvalConfig:
     position_buckets: int = 8
 
     def validate(self) -> None:
-        for name in ("recall_len", "text_len", "batch_size", "position_buckets"):
+        for name in ("recall_len", "text_len", "task_len", "task_sequences", "batch_size", "position_buckets"):
             positive(f"eval.{name}", getattr(self, name))
         for name in ("recall_sequences", "text_sequences"):
             not_negative(f"eval.{name}", getattr(self, name))
+        for task in self.tasks:
+            one_of("eval.tasks", task, TASKS)
+        if len(set(self.tasks)) != len(self.tasks):
+            raise ConfigError(f"eval.tasks names {', '.join(self.tasks)}; expected each task once.")
         for row in self.rows:
             one_of("eval.rows", row, EVAL_ROWS)
 
@@ -283,6 +341,7 @@ class Config:
         longest = max(
             [getattr(self.train, name).seq_len_at(s) for name in STAGES for s in (0, 10**12) if getattr(self.train, name).steps]
             + [self.eval.recall_len, self.eval.text_len]
+            + [self.eval.task_len] * bool(self.eval.tasks)
         )
         if longest > self.model.max_positions:
             raise ConfigError(

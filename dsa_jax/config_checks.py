@@ -1,14 +1,18 @@
 """What every part of the configuration checks with, and the error that all of them raise."""
 
+import difflib
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be run: the message names the field, its value, what was expected and what to do."""
 
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Require `value` to be one of `allowed`."""
+    """Require `value` to be one of `allowed`; the error names the nearest of them."""
     if value not in allowed:
-        raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(allowed)}.")
+        near = difflib.get_close_matches(str(value), allowed, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(allowed)}.{hint}")
 
 
 def positive(name: str, value: int | float) -> None:

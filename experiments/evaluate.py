@@ -1,6 +1,7 @@
 r"""The parity table of a checkpoint: dense, sparse and the baselines on the same weights.
 
     python -m experiments.evaluate --checkpoint=runs/quickstart
+    python -m experiments.evaluate --checkpoint=runs/quickstart --tasks=multi_needle,passkey --task_len=256
     python -m experiments.evaluate --checkpoint=HF_DIR --config.data.text.path=TEXT --config.eval.text_len=4096
 
 A run directory brings its own data and evaluation settings; for a Hugging Face directory they come from `--config`. The layout
@@ -18,6 +19,9 @@ from experiments.flags import define_config, define_processes, run_main
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, or Hugging Face directory, to evaluate.", required=True)
 _ROWS = flags.DEFINE_list("rows", [], "Rows of the table; empty: as the configuration has it.")
+_TASKS = flags.DEFINE_list("tasks", [], "Synthetic tasks, a column each; empty: as the configuration has it.")
+_TASK_LEN = flags.DEFINE_integer("task_len", None, "Tokens in a row of the tasks; empty: as the configuration has it.")
+_TASK_SEQUENCES = flags.DEFINE_integer("task_sequences", None, "Rows of each task; empty: as the configuration has it.")
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file for the table; empty: none.")
 _CONFIG = define_config("configs/retrofit_hf.py")
 _PROCESSES = define_processes()
@@ -31,7 +35,14 @@ def main(argv: list[str]) -> None:
     from dsa_jax.train.report import format_table
 
     _PROCESSES.start()
-    source, table = evaluate_checkpoint(Path(_CHECKPOINT.value), _CONFIG.value, _ROWS.value)
+    source, table = evaluate_checkpoint(
+        Path(_CHECKPOINT.value),
+        _CONFIG.value,
+        _ROWS.value,
+        tasks=_TASKS.value,
+        task_len=_TASK_LEN.value,
+        task_sequences=_TASK_SEQUENCES.value,
+    )
     if not is_main():
         return
     print(source)

@@ -1,24 +1,26 @@
-"""Batches that mix recall and text: training ones as a pure function of (seed, step), evaluation ones fixed.
+"""Batches that mix recall, other tasks and text: training ones as a pure function of (seed, step), evaluation ones fixed.
 
-The vocabulary holds the text tokenizer's ids first and the recall task's after them, whatever the mixture is, so a checkpoint
-keeps its meaning when the mixture changes.
+The vocabulary holds the text tokenizer's ids first, the recall task's after them and the other tasks' few own ones last,
+whatever the mixture is, so a checkpoint keeps its meaning when the mixture changes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from dsa_jax.config import ConfigError, DataConfig
+from dsa_jax.config import TASKS as TASK_NAMES
+from dsa_jax.config import ConfigError, DataConfig, EvalConfig
 from dsa_jax.data.batch import Batch, pad_to, stack_rows
 from dsa_jax.data.corpus import Corpus, load_corpus
 from dsa_jax.data.packing import TokenStream, epoch_order, pack_rows
 from dsa_jax.data.recall import RecallTask, recall_rows
+from dsa_jax.data.tasks import Setting, get_task
 from dsa_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 # First word of the entropy of each random stream, so that no two ever share one.
-_TRAIN_RECALL, _TRAIN_TEXT, _EVAL_RECALL = 1, 2, 3
+_TRAIN_RECALL, _TRAIN_TEXT, _EVAL_RECALL, _TRAIN_TASK, _EVAL_TASK = 1, 2, 3, 4, 5
 
 
 @dataclass(frozen=True)
@@ -31,33 +33,51 @@ class TrainData:
     recall: RecallTask | None
     text: Corpus | None
     tokenizer: Tokenizer
+    setting: Setting  # of all tasks, whether the mixture has them or not
+    tasks: tuple[tuple[str, float], ...]  # those of the mixture other than its recall rows, with their shares
 
     def batch(self, step: int, *, batch_size: int, seq_len: int) -> Batch:
-        """The batch of the 0-based `step`: first `round(recall_fraction * batch_size)` recall rows, then text rows.
+        """The batch of the 0-based `step`: recall rows, rows of each task in the order of the mixture, then text rows.
+
+        Recall has the first `round(recall_fraction * batch_size)` rows; the next task ends at `batch_size` times the sum of
+        both shares, rounded, and so on, so that together they never have more rows than their shares add up to.
 
         While `batch_size` and `seq_len` stay, the text rows of consecutive steps go through every row of the corpus once per
         epoch, in an order of the epoch's own.
 
         Raises:
-            ConfigError: if recall cannot be made at this length or the corpus is shorter than one row.
+            ConfigError: if a task cannot be made at this length, its share of the batch is no row at all, or the corpus is
+                shorter than one row.
             ValueError: for a negative step, or a size that is not positive.
         """
         if step < 0 or batch_size < 1 or seq_len < 1:
             raise ValueError(
                 f"batch: step is {step}, batch_size {batch_size}, seq_len {seq_len}; expected step >= 0 and positive sizes."
             )
-        n_recall = round(self.recall_fraction * batch_size)
+        n_recall = n_rows = round(self.recall_fraction * batch_size)
         parts = []
         if self.recall is not None and n_recall:
             rng = np.random.default_rng((_TRAIN_RECALL, self.seed, step))
             parts.append(recall_rows(self.recall, rng, n_rows=n_recall, seq_len=seq_len))
-        if self.text is not None and n_recall < batch_size:
-            parts.append(self._text_rows(self.text.train, step, batch_size - n_recall, seq_len))
+        total = self.recall_fraction
+        for name, share in self.tasks:
+            total += share
+            n_task = round(total * batch_size) - n_rows
+            if share and not n_task:
+                raise ConfigError(
+                    f"data.tasks gives {name} a share of {share:g}, which is no row of a batch of {batch_size}. Raise the "
+                    "share or the batch size."
+                )
+            rng = np.random.default_rng((_TRAIN_TASK, self.seed, step, TASK_NAMES.index(name)))
+            parts.append(get_task(name).rows(self.setting, rng, n_rows=n_task, seq_len=seq_len))
+            n_rows += n_task
+        if self.text is not None and n_rows < batch_size:
+            parts.append(self._text_rows(self.text.train, step, batch_size - n_rows, seq_len))
         return stack_rows(parts)
 
     def describe(self) -> dict[str, Any]:
         """What the batches are made of, for result files."""
-        return _describe(self.recall_fraction, self.vocab_size, self.recall, self.text)
+        return _describe(self)
 
     def _text_rows(self, stream: TokenStream, step: int, n_rows: int, seq_len: int) -> Batch:
         _check_length(stream, seq_len, "training")
@@ -78,6 +98,9 @@ class EvalData:
     recall: RecallTask | None
     text: Corpus | None
     tokenizer: Tokenizer
+    setting: Setting
+    tasks: tuple[tuple[str, float], ...]  # what training mixes in; `task_batches` makes any task
+    model_vocab_size: int
 
     @property
     def has_recall(self) -> bool:
@@ -104,10 +127,28 @@ class EvalData:
         def row(i: int) -> Batch:
             return recall_rows(task, np.random.default_rng((_EVAL_RECALL, self.seed, i)), n_rows=1, seq_len=seq_len)
 
-        return (
-            pad_to(stack_rows([row(i) for i in range(start, min(start + batch_size, n_sequences))]), batch_size)
-            for start in range(0, n_sequences, batch_size)
-        )
+        return _padded_batches(row, n_sequences, batch_size)
+
+    def task_batches(self, name: str, n_sequences: int, seq_len: int, batch_size: int) -> Iterator[Batch]:
+        """`n_sequences` rows of a synthetic task, whether or not training mixes it in, as `recall_batches` makes them.
+
+        Raises:
+            ConfigError: at once, for an unknown task, a length at which it cannot be made, or a model without its tokens.
+        """
+        task = get_task(name)
+        needed = self.setting.question if name == "recall" else self.setting.end
+        if self.model_vocab_size < needed:
+            raise ConfigError(
+                f"model.vocab_size is {self.model_vocab_size}, too small for the task {name}, whose tokens end at {needed}. "
+                f"Only a model trained on them can answer it: train one with model.vocab_size={needed} or more."
+            )
+        place = TASK_NAMES.index(name)
+
+        def row(i: int) -> Batch:
+            return task.rows(self.setting, np.random.default_rng((_EVAL_TASK, self.seed, i, place)), n_rows=1, seq_len=seq_len)
+
+        task.rows(self.setting, np.random.default_rng(0), n_rows=0, seq_len=seq_len)
+        return _padded_batches(row, n_sequences, batch_size)
 
     def text_batches(self, n_sequences: int, seq_len: int, batch_size: int) -> Iterator[Batch]:
         """`n_sequences` rows spread evenly over the held-out text, or all of its rows where it has fewer.
@@ -119,7 +160,7 @@ class EvalData:
             ValueError: at once, if the mixture has no text.
         """
         if self.text is None:
-            raise ValueError("text_batches: the data has no text (data.recall_fraction is 1). Check has_text first.")
+            raise ValueError("text_batches: the data has no text (recall and tasks take all rows). Check has_text first.")
         stream = self.text.held_out
         _check_length(stream, seq_len, "held-out")
         available = stream.n_rows(seq_len)
@@ -128,9 +169,28 @@ class EvalData:
         batches = (numbers[start : start + batch_size] for start in range(0, n, batch_size))
         return (pad_to(pack_rows(stream, rows, seq_len), batch_size) for rows in batches)
 
+    def check(self, settings: EvalConfig) -> None:
+        """Make sure that every batch the parity table will ask for can be made.
+
+        Raises:
+            ConfigError: naming the length or the vocabulary that stands in its way, or if it asks for none.
+        """
+        wanted = (self.has_recall and settings.recall_sequences, self.has_text and settings.text_sequences, settings.tasks)
+        if not any(wanted):
+            raise ConfigError(
+                "nothing to evaluate: expected a positive eval.recall_sequences (with data.recall_fraction above 0) or "
+                "eval.text_sequences (with text in the data), or a task in eval.tasks."
+            )
+        if self.has_recall:
+            self.recall_batches(settings.recall_sequences, settings.recall_len, settings.batch_size)
+        if self.has_text:
+            self.text_batches(settings.text_sequences, settings.text_len, settings.batch_size)
+        for name in settings.tasks:
+            self.task_batches(name, settings.task_sequences, settings.task_len, settings.batch_size)
+
     def describe(self) -> dict[str, Any]:
         """What the batches are made of, for result files."""
-        return _describe(self.recall_fraction, self.vocab_size, self.recall, self.text)
+        return _describe(self)
 
 
 def make_train_data(config: DataConfig, seed: int, vocab_size: int) -> TrainData:
@@ -144,27 +204,47 @@ def make_train_data(config: DataConfig, seed: int, vocab_size: int) -> TrainData
     Raises:
         ConfigError: if the model's vocabulary is too small for the data, and whatever loading the corpus raises.
     """
-    return TrainData(seed, *_load(config, vocab_size))
+    return TrainData(seed=seed, **_load(config, vocab_size))
 
 
 def make_eval_data(config: DataConfig, seed: int, vocab_size: int) -> EvalData:
     """The evaluation counterpart of `make_train_data`, with the same arguments and errors."""
-    return EvalData(seed, *_load(config, vocab_size))
+    return EvalData(seed=seed, model_vocab_size=vocab_size, **_load(config, vocab_size))
 
 
-def _load(config: DataConfig, vocab_size: int) -> tuple[int, float, RecallTask | None, Corpus | None, Tokenizer]:
+def _load(config: DataConfig, vocab_size: int) -> dict[str, Any]:
     config.validate()
     tokenizer = load_tokenizer(config.text.tokenizer)
-    task = RecallTask.from_config(config.recall, tokenizer.vocab_size) if config.recall_fraction > 0.0 else None
-    needed = tokenizer.vocab_size + (task.n_tokens if task else 0)
+    task = RecallTask.from_config(config.recall, tokenizer.vocab_size)
+    setting = Setting(task, config.task)
+    parts = {f"of tokenizer {tokenizer.name!r}": tokenizer.vocab_size}
+    if config.recall_fraction or config.tasks:
+        parts["of recall"] = task.n_tokens
+    if any(name != "recall" for name, _ in config.tasks):
+        parts["of the other tasks"] = setting.end - setting.question
+    needed = sum(parts.values())
     if vocab_size < needed:
-        parts = f"{tokenizer.vocab_size} of tokenizer {tokenizer.name!r}" + (f" and {task.n_tokens} of recall" if task else "")
+        listed = " and ".join(f"{n} {what}" for what, n in parts.items())
         raise ConfigError(
-            f"model.vocab_size is {vocab_size}, too small for the data; expected at least {needed} ({parts}). "
+            f"model.vocab_size is {vocab_size}, too small for the data; expected at least {needed} ({listed}). "
             f"Set model.vocab_size={needed}."
         )
-    text = load_corpus(config.text, tokenizer) if config.recall_fraction < 1.0 else None
-    return needed, float(config.recall_fraction), task, text, tokenizer
+    return {
+        "vocab_size": needed,
+        "recall_fraction": float(config.recall_fraction),
+        "recall": task if config.recall_fraction else None,
+        "text": load_corpus(config.text, tokenizer) if config.text_fraction else None,
+        "tokenizer": tokenizer,
+        "setting": setting,
+        "tasks": config.tasks,
+    }
+
+
+def _padded_batches(row: Callable[[int], Batch], n_sequences: int, batch_size: int) -> Iterator[Batch]:
+    return (
+        pad_to(stack_rows([row(i) for i in range(start, min(start + batch_size, n_sequences))]), batch_size)
+        for start in range(0, n_sequences, batch_size)
+    )
 
 
 def _check_length(stream: TokenStream, seq_len: int, side: str) -> None:
@@ -175,10 +255,11 @@ def _check_length(stream: TokenStream, seq_len: int, side: str) -> None:
         )
 
 
-def _describe(recall_fraction: float, vocab_size: int, recall: RecallTask | None, text: Corpus | None) -> dict[str, Any]:
+def _describe(data: TrainData | EvalData) -> dict[str, Any]:
     return {
-        "recall_fraction": recall_fraction,
-        "vocab_size": vocab_size,
-        "recall": recall._asdict() if recall else None,
-        "text": text.describe() if text else None,
+        "recall_fraction": data.recall_fraction,
+        "tasks": dict(data.tasks),
+        "vocab_size": data.vocab_size,
+        "recall": data.recall._asdict() if data.recall else None,
+        "text": data.text.describe() if data.text else None,
     }

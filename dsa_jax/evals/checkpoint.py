@@ -17,7 +17,15 @@ from dsa_jax.train.init import load_run
 from dsa_jax.train.rundir import find_run
 
 
-def evaluate_checkpoint(directory: Path, config: Config, rows: Sequence[str] = ()) -> tuple[str, Parity]:
+def evaluate_checkpoint(
+    directory: Path,
+    config: Config,
+    rows: Sequence[str] = (),
+    *,
+    tasks: Sequence[str] = (),
+    task_len: int | None = None,
+    task_sequences: int | None = None,
+) -> tuple[str, Parity]:
     """(where the parameters are from, the table) of a run directory or a Hugging Face one.
 
     Args:
@@ -25,9 +33,12 @@ def evaluate_checkpoint(directory: Path, config: Config, rows: Sequence[str] = (
         config: `parallel` is the layout of devices, whatever the run was trained on. A run brings everything else with it; of
             a Hugging Face directory `config` says which data and how much.
         rows: of the table; none: as the configuration has it.
+        tasks: synthetic tasks to evaluate; none: as the configuration has it.
+        task_len: their length in tokens; None: as the configuration has it.
+        task_sequences: rows of each; None: as the configuration has it.
 
     Raises:
-        ConfigError: where the layout does not fit the model, the evaluation or the devices.
+        ConfigError: where the layout does not fit the model, the evaluation or the devices, or the model lacks a task's tokens.
         RunError, CheckpointError: when the directory cannot be used.
     """
     is_hf = on_main(lambda: is_hf_directory(directory))
@@ -39,7 +50,9 @@ def evaluate_checkpoint(directory: Path, config: Config, rows: Sequence[str] = (
     else:
         own = find_run(directory).config()
     own.parallel = config.parallel
-    own.eval.rows = tuple(rows) or own.eval.rows
+    own.eval.rows, own.eval.tasks = tuple(rows) or own.eval.rows, tuple(tasks) or own.eval.tasks
+    own.eval.task_len = own.eval.task_len if task_len is None else task_len
+    own.eval.task_sequences = own.eval.task_sequences if task_sequences is None else task_sequences
     own.validate()
     check_layout(dataclasses.replace(own, train=TrainConfig()))
     with on_mesh(config.parallel):

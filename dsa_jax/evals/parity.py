@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 
 from dsa_jax.config import Config, EvalConfig
 from dsa_jax.data import Batch, EvalData
+from dsa_jax.data.tasks import get_task
 from dsa_jax.model import Transformer, init_params
 from dsa_jax.model_config import BY_INDEXER
 from dsa_jax.parallel.placement import place, place_batch, replicate
@@ -52,6 +53,7 @@ class TaskResult:
         coverage: per layer, the share of dense attention mass that the attended keys hold, over queries and heads.
         keys_per_query: keys attended, mean over queries and layers.
         loss_by_position: nats per target in equal buckets of positions; nan where a bucket has no target.
+        accuracy_by_group: share of the targets of each group that argmax hits; nan for an empty group, empty without groups.
         n_targets: positions that counted.
         n_queries: queries that coverage and keys_per_query are means over.
     """
@@ -61,8 +63,16 @@ class TaskResult:
     coverage: list[float]
     keys_per_query: float
     loss_by_position: list[float]
+    accuracy_by_group: list[float]
     n_targets: int
     n_queries: int
+
+
+class Groups(NamedTuple):
+    """How the targets of a task are told apart."""
+
+    of: Callable[[Batch], np.ndarray]  # [B, T], 0 to n - 1 at each target
+    n: int
 
 
 @dataclass
@@ -76,7 +86,7 @@ class Parity:
 
 
 def make_eval_step(model: Transformer, attention: str) -> Callable[[Params, Batch], dict[str, jax.Array]]:
-    """A jitted `(params, batch) -> sums`: of nll, hits and targets by position, of coverage and keys by layer."""
+    """A jitted `(params, batch) -> sums`: nll and targets by position, coverage and keys by layer; and the hits [B, T]."""
 
     def eval_step(params: Params, batch: Batch) -> dict[str, jax.Array]:
         output, per_token = forward_with_loss(model, params, batch, attention=attention, return_coverage=True)
@@ -84,7 +94,7 @@ def make_eval_step(model: Transformer, attention: str) -> Callable[[Params, Batc
         assert output.coverage is not None
         sums = {
             "nll": per_token.nll.sum(0),
-            "correct": per_token.correct.sum(0),
+            "hits": per_token.correct,
             "targets": jnp.sum(jnp.asarray(batch.target_mask), axis=0),
             "coverage": output.coverage * queries,
             "keys": output.keys_per_query * queries,
@@ -96,22 +106,35 @@ def make_eval_step(model: Transformer, attention: str) -> Callable[[Params, Batc
 
 
 def evaluate_task(
-    step: Callable[[Params, Batch], dict[str, jax.Array]], params: Params, batches: Iterable[Batch], n_buckets: int
+    step: Callable[[Params, Batch], dict[str, jax.Array]],
+    params: Params,
+    batches: Iterable[Batch],
+    n_buckets: int,
+    groups: Groups | None = None,
 ) -> TaskResult:
     """Run `step` over the batches and reduce its sums to means."""
     total: dict[str, np.ndarray] = {}
+    hits_and_targets = np.zeros((2, groups.n if groups else 0))
+    n_hits = 0.0
     for batch in batches:
-        for name, value in jax.device_get(step(params, place_batch(batch))).items():
+        results = jax.device_get(step(params, place_batch(batch)))
+        hits = results.pop("hits")[batch.target_mask]
+        n_hits += float(hits.sum())
+        if groups:
+            group = groups.of(batch)[batch.target_mask]
+            hits_and_targets += [np.bincount(group, weights, groups.n) for weights in (hits, np.ones(len(group)))]
+        for name, value in results.items():
             total[name] = total.get(name, 0) + np.asarray(value, np.float64)
     buckets = np.array_split(np.arange(len(total["nll"])), min(n_buckets, len(total["nll"])))
     mean = lambda sums, counts: float(sums / counts) if counts else float("nan")
     n_targets, n_queries = total["targets"].sum(), total["queries"]
     return TaskResult(
         loss=mean(total["nll"].sum(), n_targets),
-        accuracy=mean(total["correct"].sum(), n_targets),
+        accuracy=mean(n_hits, n_targets),
         coverage=[mean(x, n_queries) for x in total["coverage"]],
         keys_per_query=mean(total["keys"].mean(), n_queries),
         loss_by_position=[mean(total["nll"][b].sum(), total["targets"][b].sum()) for b in buckets],
+        accuracy_by_group=[mean(hits, targets) for hits, targets in hits_and_targets.T],
         n_targets=int(n_targets),
         n_queries=int(n_queries),
     )
@@ -137,7 +160,8 @@ def evaluate_parity(
 
     Every row runs the same weights but `dense, before sparse training`, which runs `params_before` where given: it tells what
     the extra training itself changed. `sparse, untrained indexer` has freshly initialised indexer weights (seed + 1).
-    `coverage` and `keys_per_query` are means over the queries of all evaluated sequences, recall and text.
+    `coverage` and `keys_per_query` are means over the queries of all evaluated sequences: recall, text and tasks. A row's
+    `tasks` has an entry for each synthetic task of `config.eval`, with its accuracy also by depth, hops or rank.
 
     Args:
         model: the transformer.
@@ -146,8 +170,12 @@ def evaluate_parity(
         config: `eval` says which rows, how many sequences and how long; `seed` seeds the untrained indexer.
         params_before: parameters of the dense model before the sparse stage.
         on_row: called with each finished row.
+
+    Raises:
+        ConfigError: if the data cannot be made as `config.eval` asks.
     """
     settings = config.eval
+    data.check(settings)
     table = Parity(position_ends=_bucket_ends(settings))
     jobs: list[tuple[Row, Params]] = []
     if params_before is not None:
@@ -173,7 +201,8 @@ def evaluate_parity(
             batches = data.text_batches(settings.text_sequences, settings.text_len, settings.batch_size)
             text = evaluate_task(step, own, batches, settings.position_buckets)
             table.loss_by_position[row.name] = text.loss_by_position
-        done = [task for task in (recall, text) if task is not None]
+        tasks = {name: _evaluate_synthetic(step, own, data, name, settings) for name in settings.tasks}
+        done = [task for task in (recall, text, *tasks.values()) if task is not None]
         coverage = _weighted([np.asarray(t.coverage) for t in done], done)
         table.coverage_by_layer[row.name] = coverage.tolist()
         table.rows.append(
@@ -183,6 +212,7 @@ def evaluate_parity(
                 "text_loss": text.loss if text else None,
                 "coverage": float(coverage.mean()),
                 "keys_per_query": float(_weighted([np.asarray(t.keys_per_query) for t in done], done)),
+                "tasks": {name: _summarise(name, result) for name, result in tasks.items()},
             }
         )
         if on_row is not None:
@@ -196,6 +226,25 @@ def _can_run(row: Row, config: Config) -> bool:
         return True
     trained = config.model.attention.mode, config.train.pretrain_attention, config.train.sparse_attention
     return row.attention in trained and row.attention not in BY_INDEXER
+
+
+def _evaluate_synthetic(
+    step: Callable[[Params, Batch], dict[str, jax.Array]], params: Params, data: EvalData, name: str, settings: EvalConfig
+) -> TaskResult:
+    task = get_task(name)
+    groups = Groups(lambda batch: task.groups(data.setting, batch), task.n_groups(data.setting))
+    batches = data.task_batches(name, settings.task_sequences, settings.task_len, settings.batch_size)
+    return evaluate_task(step, params, batches, settings.position_buckets, groups)
+
+
+def _summarise(name: str, result: TaskResult) -> dict[str, Any]:
+    return {
+        "accuracy": result.accuracy,
+        "loss": result.loss,
+        "coverage": float(np.mean(result.coverage)),
+        "keys_per_query": result.keys_per_query,
+        f"by_{get_task(name).grouping}": result.accuracy_by_group,
+    }
 
 
 def _weighted(values: Sequence[np.ndarray], tasks: Sequence[TaskResult]) -> np.ndarray:

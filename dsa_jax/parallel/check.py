@@ -40,8 +40,9 @@ def check_layout(config: Config) -> None:
             for length in {stage.seq_len, *(length for _, length in stage.curriculum)}:
                 _multiple(f"train.{name}.seq_len", length, "2 x context", 2 * sizes["context"], only_if=sizes["context"] > 1)
     _multiple("eval.batch_size", config.eval.batch_size, rows, n_parts)
-    for name in ("recall", "text"):
-        if getattr(config.eval, f"{name}_sequences"):
+    used = {"recall": config.eval.recall_sequences, "text": config.eval.text_sequences, "task": len(config.eval.tasks)}
+    for name, is_used in used.items():
+        if is_used:
             length = getattr(config.eval, f"{name}_len")
             _multiple(f"eval.{name}_len", length, "2 x context", 2 * sizes["context"], only_if=sizes["context"] > 1)
 

@@ -6,6 +6,7 @@ from html import escape
 from typing import Any
 
 from dsa_jax.config import STAGES
+from dsa_jax.data.tasks import TASKS
 from dsa_jax.train import plots
 
 COLUMNS = (
@@ -15,6 +16,7 @@ COLUMNS = (
     ("coverage", "coverage"),
     ("keys_per_query", "keys/query"),
 )
+_N_QUALITY = 3  # columns before those of the tasks
 _ROW_MEANINGS = {
     "dense": "every query attends to all keys before it; what sparse attention must match",
     "dense, before sparse training": "the dense model as it was before the sparse stage; tells what the extra training changed",
@@ -74,6 +76,7 @@ def render_page(report: Mapping[str, Any], entries: Sequence[Mapping[str, Any]])
     rows = report["rows"]
     sections = [
         _parity(rows, has_plots),
+        _by_group(rows),
         _by_place(report, "coverage_by_layer", has_plots),
         _by_place(report, "loss_by_position", has_plots),
         _curves(entries) if has_plots else "",
@@ -92,6 +95,17 @@ def render_page(report: Mapping[str, Any], entries: Sequence[Mapping[str, Any]])
         + "\n".join(section for section in sections if section)
         + "\n</body>\n</html>\n"
     )
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """(key, title) of each column of the parity table: those of every table, and one for each task that was evaluated."""
+    tasks = dict.fromkeys(name for row in rows for name in row.get("tasks") or {})
+    return [*COLUMNS[:_N_QUALITY], *((name, name) for name in tasks), *COLUMNS[_N_QUALITY:]]
+
+
+def with_tasks(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the report as `columns_of` names its values: the accuracy of each task under the task's name."""
+    return {**row, **{name: result["accuracy"] for name, result in (row.get("tasks") or {}).items()}}
 
 
 def format_cell(column: str, value: Any) -> str:
@@ -118,8 +132,11 @@ def _verdict(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _parity(rows: Sequence[Mapping[str, Any]], has_plots: bool) -> str:
-    cells = [[row["name"], *(format_cell(column, row.get(column)) for column, _ in COLUMNS[1:])] for row in rows]
-    table = _table("Parity table, on held-out data", [title for _, title in COLUMNS], cells)
+    columns, rows = columns_of(rows), [with_tasks(row) for row in rows]
+    cells = [[row["name"], *(format_cell(column, row.get(column)) for column, _ in columns[1:])] for row in rows]
+    table = _table("Parity table, on held-out data", [title for _, title in columns], cells)
+    tasks = [name for name, _ in columns if name in TASKS]
+    column_meanings = [*_COLUMN_MEANINGS, *((name, f"share of {TASKS[name].summary}") for name in tasks)]
     meanings = [(row["name"], _ROW_MEANINGS[row["name"]]) for row in rows if row["name"] in _ROW_MEANINGS]
     figures = ""
     if has_plots:
@@ -127,10 +144,33 @@ def _parity(rows: Sequence[Mapping[str, Any]], has_plots: bool) -> str:
         text = plots.parity_bars(rows, "text_loss", "text loss (nats per token)")
         figures = _figure(recall, "Recall accuracy by row", "How much is recalled? Longer is better.", rows, "recall_accuracy")
         figures += _figure(text, "Text loss by row", "How well is text predicted? Shorter is better.", rows, "text_loss")
+        for name in tasks:
+            bars = plots.parity_bars(rows, name, f"{name} (share of {TASKS[name].summary})", upper=1.0)
+            figures += _figure(bars, f"Accuracy on {name} by row", "How much is answered? Longer is better.", rows, name)
     return (
         f"<h2>How close is sparse to dense?</h2>\n{table}\n<details open><summary>What the rows and columns mean</summary>"
-        f"{_definitions(meanings)}{_definitions(_COLUMN_MEANINGS)}</details>\n{figures}"
+        f"{_definitions(meanings)}{_definitions(column_meanings)}</details>\n{figures}"
     )
+
+
+def _by_group(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The accuracy of each task by depth, hops or rank, one table each."""
+    tables = []
+    for name, task in TASKS.items():
+        results = {row["name"]: row["tasks"][name] for row in rows if name in (row.get("tasks") or {})}
+        key = f"by_{task.grouping}"
+        n_groups = max((len(result.get(key) or ()) for result in results.values()), default=0)
+        if n_groups:
+            header = ["row", *(_group_title(task.grouping, i, n_groups) for i in range(n_groups))]
+            cells = [[row, *(format_cell(name, value) for value in result[key])] for row, result in results.items()]
+            tables.append(_table(f"{name}: accuracy by {task.grouping}", header, cells))
+    return f"<h2>Where do the tasks fail?</h2>\n{''.join(tables)}" if tables else ""
+
+
+def _group_title(grouping: str, i: int, n_groups: int) -> str:
+    if grouping == "depth":
+        return f"depth {100 * i // n_groups}-{100 * (i + 1) // n_groups}%"
+    return f"{i} hops" if grouping == "hops" else f"rank {i + 1}"
 
 
 def _by_place(report: Mapping[str, Any], key: str, has_plots: bool) -> str:

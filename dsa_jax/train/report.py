@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsa_jax.train.metrics import read_metrics
-from dsa_jax.train.page import COLUMNS, format_cell, render_page
+from dsa_jax.train.page import columns_of, format_cell, render_page, with_tasks
 from dsa_jax.train.rundir import atomic_write_text
 
 
@@ -19,7 +19,8 @@ def write_report(run_dir: str | os.PathLike[str], report: Mapping[str, Any]) -> 
     Args:
         run_dir: where metrics.jsonl lies, from which the training curves are drawn.
         report: `name`; `rows`, each with `name`, `recall_accuracy`, `text_loss` (nats per token), `coverage` and
-            `keys_per_query`, None where not measured; and, each optional, `stages` (by stage `steps`, `seconds`,
+            `keys_per_query`, None where not measured, and optionally `tasks` (by name `accuracy`, `loss` and a list of
+            accuracies `by_depth`, `by_hops` or `by_rank`); and, each optional, `stages` (by stage `steps`, `seconds`,
             `compile_seconds`, `tokens`, `final`), `coverage_by_layer` (by row), `loss_by_position` (`positions`, the upper end
             of each bucket, and losses by row), `config`, `environment`, `corpus`. Numpy values are fine. NaN and infinities
             become null in report.json.
@@ -35,10 +36,11 @@ def write_report(run_dir: str | os.PathLike[str], report: Mapping[str, Any]) -> 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The parity table as aligned text; a dash where a value is None or missing."""
-    lines = [[title for _, title in COLUMNS]]
-    for row in rows:
-        lines.append([str(row["name"]), *(format_cell(name, row.get(name)) for name, _ in COLUMNS[1:])])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    columns = columns_of(rows)
+    lines = [[title for _, title in columns]]
+    for row in map(with_tasks, rows):
+        lines.append([str(row["name"]), *(format_cell(name, row.get(name)) for name, _ in columns[1:])])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(
         "  ".join(

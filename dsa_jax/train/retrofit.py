@@ -113,10 +113,7 @@ def check_lengths(config: Config, train_data: TrainData, eval_data: EvalData) ->
             {stage.seq_len_at(step) for step in (0, *(until for until, _ in stage.curriculum))} if stage.steps else ()
         ):
             train_data.batch(0, batch_size=stage.batch_size, seq_len=seq_len)
-    if eval_data.has_recall:
-        eval_data.recall_batches(config.eval.recall_sequences, config.eval.recall_len, config.eval.batch_size)
-    if eval_data.has_text:
-        eval_data.text_batches(config.eval.text_sequences, config.eval.text_len, config.eval.batch_size)
+    eval_data.check(config.eval)
 
 
 def _dense_params_before(run: RunDirectory, config: Config) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from dsa_jax.config import ConfigError, DataConfig, TextConfig
+from dsa_jax.config import ConfigError, DataConfig, EvalConfig, TextConfig
 from dsa_jax.data import make_eval_data, make_train_data
 
 # Of steps 0, 1 and 2 of pure recall, seed 0, 16 rows of 256: changes only if the task, its random stream or numpy's do.
@@ -156,6 +156,78 @@ def test_a_vocabulary_too_small_is_refused(config, vocab_size, fraction, needed)
     for make in (make_train_data, make_eval_data):
         with pytest.raises(ConfigError, match=rf"model\.vocab_size is {vocab_size}.* at least {needed}"):
             make(with_fraction(config, fraction), 0, vocab_size)
+
+
+def test_tasks_take_their_share_between_recall_and_text(config):
+    mixed = with_fraction(config, 0.25)
+    mixed.tasks = (("passkey", 0.25), ("common_words", 0.125))
+    data = make_train_data(mixed, 0, 640)
+    assert data.vocab_size == 624 and data.describe()["tasks"] == {"passkey": 0.25, "common_words": 0.125}
+    batch = data.batch(2, batch_size=8, seq_len=64)
+    passkey, common_words = (data.setting.leading(name) for name in ("passkey", "common_words"))
+    assert batch.input_ids[2:5, 0].tolist() == [passkey, passkey, common_words]
+    assert np.all(batch.input_ids[:2] >= 257) and np.all(batch.input_ids[5:] <= 256)
+    assert fingerprint([batch]) == fingerprint([make_train_data(mixed, 0, 640).batch(2, batch_size=8, seq_len=64)])
+    recall_alone = make_train_data(with_fraction(config, 0.25), 0, 640).batch(2, batch_size=8, seq_len=64)
+    np.testing.assert_array_equal(batch.input_ids[:2], recall_alone.input_ids[:2])
+
+
+def test_tasks_alone_need_neither_recall_nor_text(config):
+    alone = with_fraction(config, 0.0, path="/nowhere")
+    alone.tasks = (("multi_needle", 0.3), ("recall", 0.25), ("mqar", 0.45))
+    data, evaluation = make_train_data(alone, 0, 640), make_eval_data(alone, 0, 640)
+    assert (evaluation.has_recall, evaluation.has_text) == (False, False)
+    for batch_size in range(4, 40):
+        assert data.batch(0, batch_size=batch_size, seq_len=64).input_ids.shape == (batch_size, 64)
+    with pytest.raises(ConfigError, match=r"gives recall a share of 0\.25, which is no row of a batch of 2"):
+        data.batch(0, batch_size=2, seq_len=64)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ((("multi_nedle", 0.1),), r"data\.tasks is 'multi_nedle'.* Did you mean 'multi_needle'"),
+        ((("passkey", 0.6),), r"add up to 1\.1; expected at most 1"),
+        ((("passkey", -0.1),), "share of passkey, is -0.1"),
+        ((("passkey", 0.1), ("passkey", 0.1)), "expected each task once"),
+        ((("passkey",),), r"expected \(task, share\)"),
+    ],
+    ids=["unknown", "too_much", "negative", "twice", "no_share"],
+)
+def test_mixtures_that_cannot_be_are_refused(config, tasks, message):
+    wrong = with_fraction(config, 0.5)
+    wrong.tasks = tasks
+    with pytest.raises(ConfigError, match=message):
+        make_train_data(wrong, 0, 640)
+
+
+def test_any_task_can_be_evaluated_and_is_apart_from_training(config):
+    alone = with_fraction(config, 0.0, path="/nowhere")
+    alone.tasks = (("passkey", 1.0),)
+    data = make_eval_data(alone, 0, 640)
+    batches = list(data.task_batches("multi_needle", 5, 64, 4))
+    assert [batch.input_ids.shape for batch in batches] == [(4, 64)] * 2 and not batches[1].segment_ids[1:].any()
+    one_by_one = np.concatenate([batch.input_ids for batch in data.task_batches("multi_needle", 5, 64, 1)])
+    np.testing.assert_array_equal(np.concatenate([batch.input_ids for batch in batches])[:5], one_by_one)
+    training = make_train_data(alone, 0, 640)
+    seen = {row.tobytes() for step in range(20) for row in training.batch(step, batch_size=8, seq_len=64).input_ids}
+    fresh = [row for batch in data.task_batches("passkey", 50, 64, 50) for row in batch.input_ids]
+    assert len({row.tobytes() for row in fresh}) == 50 and not any(row.tobytes() in seen for row in fresh)
+
+
+def test_evaluation_says_early_what_it_cannot_make(config):
+    data = make_eval_data(config, 0, 620)
+    with pytest.raises(ConfigError, match=r"vocab_size is 620, too small for the task passkey, whose tokens end at 624"):
+        data.task_batches("passkey", 4, 64, 4)
+    assert len(list(data.task_batches("recall", 4, 64, 4))) == 1
+    with pytest.raises(ConfigError, match="Did you mean 'passkey'"):
+        data.task_batches("pass_key", 4, 64, 4)
+    with pytest.raises(ConfigError, match="frequent_words: a row of 64 tokens"):
+        make_eval_data(config, 0, 640).check(
+            EvalConfig(text_len=16, recall_len=64, tasks=("passkey", "frequent_words"), task_len=64)
+        )
+    with pytest.raises(ConfigError, match="nothing to evaluate"):
+        data.check(EvalConfig(recall_sequences=0, text_sequences=0))
 
 
 def test_text_shorter_than_a_row_is_refused(config):

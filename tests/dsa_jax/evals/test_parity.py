@@ -1,11 +1,14 @@
+import copy
 import dataclasses
 
 import jax
 import numpy as np
 import pytest
 
+from dsa_jax.config import TASKS, TaskConfig
 from dsa_jax.data import Batch, make_eval_data
-from dsa_jax.evals.parity import evaluate_parity, evaluate_task, make_eval_step, with_fresh_indexer
+from dsa_jax.data.tasks import get_task
+from dsa_jax.evals.parity import Groups, evaluate_parity, evaluate_task, make_eval_step, with_fresh_indexer
 from dsa_jax.model import build_model, init_params
 from dsa_jax.params import is_indexer_path, parameter_paths
 from tests.dsa_jax.train.tiny import tiny_config
@@ -37,6 +40,42 @@ def test_task_means_match_the_whole_logits(setting):
     # Targets are in the last quarter only, which is the last of four buckets.
     assert np.isnan(result.loss_by_position[:3]).all()
     np.testing.assert_allclose(result.loss_by_position[3], result.loss, rtol=1e-6)
+
+
+def test_accuracy_by_group_counts_each_target_once(setting):
+    """Groups by the target itself; the last batch is part padding, the last group is empty."""
+    config, model, params = setting
+    data = make_eval_data(config.data, 0, config.model.vocab_size)
+    first_value = data.setting.symbols.first_value
+    groups = Groups(lambda batch: np.where(batch.target_mask, batch.targets - first_value, -1), 3)
+    batches = list(data.recall_batches(6, 16, 4))
+    result = evaluate_task(make_eval_step(model, "dense"), params, batches, 4, groups)
+    hits, targets = np.zeros(3), np.zeros(3)
+    for batch in batches:
+        logits = model.apply({"params": params}, batch.input_ids, segment_ids=batch.segment_ids, attention="dense").logits
+        for row, t in zip(*np.nonzero(batch.target_mask), strict=True):
+            group = batch.targets[row, t] - first_value
+            targets[group] += 1
+            hits[group] += np.argmax(logits[row, t]) == batch.targets[row, t]
+    np.testing.assert_allclose(result.accuracy_by_group[:2], hits[:2] / targets[:2])
+    assert np.isnan(result.accuracy_by_group[2]) and targets[:2].sum() == result.n_targets
+    np.testing.assert_allclose(result.accuracy, hits.sum() / targets.sum())
+
+
+def test_every_task_gets_a_column(setting):
+    config, model, params = setting
+    config = copy.deepcopy(config)
+    config.data.task = TaskConfig(n_needles=2, n_asked=1, n_chains=2, n_hops=1, n_answers=1)
+    config.eval.tasks, config.eval.task_len, config.eval.task_sequences, config.eval.rows = TASKS, 16, 4, ("dense", "sparse")
+    data = make_eval_data(config.data, 0, config.model.vocab_size)
+    assert data.setting.end <= config.model.vocab_size
+    for row in evaluate_parity(model, params, data, config).rows:
+        assert tuple(row["tasks"]) == TASKS and row["recall_accuracy"] is not None
+        sizes = {name: len(result[f"by_{get_task(name).grouping}"]) for name, result in row["tasks"].items()}
+        assert sizes == {n: get_task(n).n_groups(data.setting) for n in TASKS}
+        for result in row["tasks"].values():
+            assert 0.0 <= result["accuracy"] <= 1.0 and result["loss"] > 0.0
+            assert result["keys_per_query"] == pytest.approx(8.5 if row["name"] == "dense" else (4 * 16 - 6) / 16)
 
 
 def test_padding_rows_count_in_nothing(setting):

@@ -153,6 +153,26 @@ def test_table_for_the_terminal():
     )
 
 
+def test_tasks_have_columns_and_their_groups_a_table(tmp_path):
+    report = make_report()
+    report["rows"] = report["rows"][:2]
+    for row, accuracy in zip(report["rows"], (0.9, 0.4), strict=True):
+        row["tasks"] = {
+            "multi_needle": {"accuracy": accuracy, "loss": 0.3, "by_depth": [accuracy, math.nan, 0.123, 0.5]},
+            "common_words": {"accuracy": 0.25, "loss": 1.0, "by_rank": [0.5, 0.0]},
+        }
+    assert format_table(report["rows"]).splitlines()[0::3] == [
+        "row     recall accuracy  text loss  multi_needle  common_words  coverage  keys/query",
+        "sparse            0.930      2.325         0.400         0.250     0.910        15.6",
+    ]
+    write_report(tmp_path, report)
+    checker = check((tmp_path / "report.html").read_text())
+    text = " ".join(" ".join(checker.text).split())
+    assert "multi_needle: accuracy by depth row depth 0-25% depth 25-50%" in text and "sparse 0.400 - 0.123 0.500" in text
+    assert "common_words: accuracy by rank row rank 1 rank 2" in text
+    assert "share of queries answered, with records that nobody asks for" in text
+
+
 def test_every_row_of_the_evaluation_is_explained():
     from dsa_jax.evals.parity import BEFORE, ROWS
 
