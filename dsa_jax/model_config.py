@@ -46,8 +46,8 @@ class IndexerConfig:
     norm_eps: float = 1e-6  # LayerNorm of the index key
     hadamard: bool = False  # rotate q and k by the orthonormal Hadamard matrix
     fp8: bool = False  # simulate e4m3 with power-of-two scales on q and k
-    coarse_block_size: int = 128  # keys per block of the mode coarse_to_fine
-    coarse_blocks: int = 64  # blocks that it searches key by key, beside the first and the last visible one
+    coarse_block_size: int = 128  # keys per block of the modes coarse_to_fine and blocks
+    coarse_blocks: int = 64  # blocks that coarse_to_fine searches key by key, beside the first and the last visible one
     layer_types: tuple[str, ...] = ()  # per layer "full" or "shared" (reuses the previous full layer); empty: all full
 
     def validate(self, n_layers: int) -> None:

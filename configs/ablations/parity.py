@@ -6,10 +6,11 @@ Result:    experiments/results/ablations/parity.md
 """
 
 from configs import quickstart
+from configs.ablations import INDEXER
 from dsa_jax.ablation.ablation import Ablation, Variant
 from dsa_jax.evals.parity import ROWS
 
-SHOWN = ("dense", "sparse", "untrained", "window", "sink_window", "random", "blocks", "oracle")
+SHOWN = ("dense", "sparse", "untrained", "window", "sink_window", "random", "oracle")
 
 
 def get_config(arg: str = "") -> Ablation:
@@ -21,5 +22,8 @@ def get_config(arg: str = "") -> Ablation:
         question="Does sparse attention keep what dense attention had?",
         axis="the same weights under",
         base=base,
-        variants=tuple(Variant(ROWS[name].name, row=name) for name in SHOWN),
+        variants=(
+            *(Variant(ROWS[name].name, row=name) for name in SHOWN),
+            Variant("four blocks of 4", row="blocks", at_evaluation={f"{INDEXER}.coarse_block_size": 4}),
+        ),
     )

@@ -5,11 +5,11 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsa_jax.config import Config, ConfigError, IndexerConfig, StageConfig, to_dict
+from dsa_jax.config import Config, ConfigError, IndexerConfig, ModelConfig, StageConfig, to_dict
 from dsa_jax.config_checks import not_negative
 
 
@@ -19,12 +19,21 @@ class Variant:
 
     Fields: `name` in table and plot; `settings` the changed fields by dotted path; `row` the row of the parity table that
     answers for it (a key of `dsa_jax.evals.parity.ROWS`); `place` on the horizontal axis, None where variants have no order.
+    Variants with equal `settings` are one training run. `at_evaluation` are fields changed only once it is trained, and
+    `change_params` what is done to its parameters, which gets them and the model's config.
     """
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     row: str = "sparse"
     place: int | float | None = None
+    at_evaluation: Mapping[str, Any] = field(default_factory=dict)
+    change_params: Callable[[dict[str, Any], ModelConfig], dict[str, Any]] | None = None
+
+    @property
+    def retains_run(self) -> bool:
+        """Whether the trained run is evaluated just as it is."""
+        return not self.at_evaluation and self.change_params is None
 
 
 @dataclass
@@ -50,6 +59,14 @@ class Ablation:
             set_field(config, path, value)
         return config
 
+    def key(self, variant: Variant, seed: int) -> str:
+        """Ten letters that equal runs share, whatever they are called and whichever sweep they belong to."""
+        own = run_key(self.config(variant, seed))
+        if variant.retains_run:
+            return own
+        change = variant.change_params
+        return _digest([own, dict(variant.at_evaluation), change.__qualname__ if change else ""])
+
     def validate(self) -> None:
         """Check the sweep and the recipe of each variant.
 
@@ -67,9 +84,10 @@ class Ablation:
             config = self.config(variant, self.seeds[0])
             try:
                 config.validate()
+                evaluation_config(config, variant).validate()
             except ConfigError as error:
                 raise ConfigError(f"ablation {self.name}, variant {variant.name!r}: {error}") from error
-            if variant.row not in config.eval.rows:
+            if variant.retains_run and variant.row not in config.eval.rows:
                 raise ConfigError(
                     f"ablation {self.name}, variant {variant.name!r}: its row is {variant.row!r}, but eval.rows is "
                     f"{config.eval.rows}. Add it there."
@@ -111,14 +129,25 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]
     return leaves
 
 
+def evaluation_config(config: Config, variant: Variant) -> Config:
+    """`config` as `variant` evaluates it."""
+    config = copy.deepcopy(config)
+    for path, value in variant.at_evaluation.items():
+        set_field(config, path, value)
+    return config
+
+
 # What a run is called and how often it writes do not change what it computes.
 _WITHOUT_EFFECT = ("name", "log_every", "checkpoint_every", "keep_checkpoints")
 
 
 def run_key(config: Config) -> str:
     """Ten letters that equal recipes share, whatever they are called."""
-    counted = {p: v for p, v in differences(config).items() if p.rsplit(".", 1)[-1] not in _WITHOUT_EFFECT}
-    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:10]
+    return _digest({p: v for p, v in differences(config).items() if p.rsplit(".", 1)[-1] not in _WITHOUT_EFFECT})
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def dense_part(config: Config) -> Config | None:
@@ -127,12 +156,12 @@ def dense_part(config: Config) -> Config | None:
     None where there is nothing to share: no pretraining, nothing after it, or pretraining that is sparse already.
     """
     train = config.train
-    if not train.pretrain.steps or not (train.warmup.steps or train.sparse.steps):
+    if train.pretrain_attention != "dense" or not train.pretrain.steps or not (train.warmup.steps or train.sparse.steps):
         return None
     dense = copy.deepcopy(config)
     dense.name = "dense"
     dense.model.attention.indexer = IndexerConfig()
-    dense.train.warmup, dense.train.sparse = StageConfig(), StageConfig()
+    dense.train.warmup, dense.train.sparse, dense.train.sparse_attention = StageConfig(), StageConfig(), "sparse"
     dense.eval.rows = ("dense",)
     return dense
 

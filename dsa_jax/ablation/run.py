@@ -9,14 +9,27 @@ from typing import Any
 
 import jax
 
-from dsa_jax.ablation.ablation import Ablation, Variant, after_dense, dense_part, differences, run_key
+from dsa_jax.ablation.ablation import (
+    Ablation,
+    Variant,
+    after_dense,
+    dense_part,
+    differences,
+    evaluation_config,
+    run_key,
+)
 from dsa_jax.config import Config
+from dsa_jax.data import make_eval_data
+from dsa_jax.evals.parity import BEFORE, evaluate_parity
+from dsa_jax.model import build_model
+from dsa_jax.train.init import load_run
 from dsa_jax.train.retrofit import retrofit
 from dsa_jax.train.rundir import RunError, atomic_write_text, describe_environment
 
 _LOG = logging.getLogger(__name__)
 
 Run = dict[str, Any]
+REPORT = "report.json"
 
 
 def run_ablation(ablation: Ablation, workdir: Path, results: Path, *, command: str) -> dict[str, Any] | None:
@@ -47,13 +60,13 @@ def run_ablation(ablation: Ablation, workdir: Path, results: Path, *, command: s
         "axis": ablation.axis,
         "command": command,
         "seeds": list(ablation.seeds),
-        "variants": [{"name": v.name, "settings": dict(v.settings), "row": v.row, "place": v.place} for v in ablation.variants],
+        "variants": [_described(v) for v in ablation.variants],
         "base": differences(ablation.base),
         "runs": [],
     }
     jobs = [(variant, seed) for seed in ablation.seeds for variant in ablation.variants]
     for number, (variant, seed) in enumerate(jobs, start=1):
-        key = run_key(ablation.config(variant, seed))
+        key = ablation.key(variant, seed)
         if key not in known:
             _LOG.info("%s: %s, seed %d (run %d of %d)", ablation.name, variant.name, seed, number, len(jobs))
             run = _run(ablation, variant, seed, workdir)
@@ -64,6 +77,18 @@ def run_ablation(ablation: Ablation, workdir: Path, results: Path, *, command: s
         summary["runs"].append({**known[key], "variant": variant.name, "seed": seed, "key": key})
         atomic_write_text(path, json.dumps(summary, indent=1) + "\n")
     return summary
+
+
+def _described(variant: Variant) -> dict[str, Any]:
+    change = variant.change_params
+    return {
+        "name": variant.name,
+        "settings": dict(variant.settings),
+        "at_evaluation": dict(variant.at_evaluation),
+        "change_params": change.__qualname__ if change else None,
+        "row": variant.row,
+        "place": variant.place,
+    }
 
 
 def known_runs(results: Path) -> Iterator[Run]:
@@ -84,14 +109,16 @@ def _run(ablation: Ablation, variant: Variant, seed: int, workdir: Path) -> Run 
     config = ablation.config(variant, seed)
     started = time.perf_counter()
     try:
-        report = _train(config, workdir)
+        trained = _train(config, workdir)
+        if trained is None:
+            return None
+        report = _finished(trained)
+        rows = report["rows"] if variant.retains_run else _evaluate(trained, variant, report["rows"])
     except RunError as error:
         _LOG.error("%s, seed %d: %s", variant.name, seed, error)
         return {"failed": str(error)}
-    if report is None:
-        return None
     return {
-        "rows": report["rows"],
+        "rows": rows,
         "stages": {
             stage: {name: round(entry[name], 2) for name in ("steps", "seconds", "compile_seconds") if name in entry}
             for stage, entry in report["stages"].items()
@@ -101,18 +128,39 @@ def _run(ablation: Ablation, variant: Variant, seed: int, workdir: Path) -> Run 
     }
 
 
-def _train(config: Config, workdir: Path) -> dict[str, Any] | None:
+def _train(config: Config, workdir: Path) -> Path | None:
+    """The run directory of `config`, complete; None if a signal stopped it."""
     dense = dense_part(config)
     if dense is not None:
-        dense_run = workdir / f"dense_{run_key(dense)}"
-        if not (dense_run / "report.json").exists() and retrofit(dense, dense_run) is None:
+        dense_run = _complete(dense, workdir)
+        if dense_run is None:
             return None
         config = after_dense(config, str(dense_run))
-    return retrofit(config, workdir / f"{_as_file_name(config.name)}_{run_key(config)}")
+    return _complete(config, workdir)
 
 
-def _as_file_name(text: str) -> str:
-    return "".join(letter if letter.isalnum() else "_" for letter in text)
+def _complete(config: Config, workdir: Path) -> Path | None:
+    # Named by what it computes: variants of several sweeps may be this one run.
+    config.name = run_key(config)
+    path = workdir / config.name
+    if not (path / REPORT).exists() and retrofit(config, path) is None:
+        return None
+    return path
+
+
+def _finished(run: Path) -> dict[str, Any]:
+    return json.loads((run / REPORT).read_text(encoding="utf-8"))
+
+
+def _evaluate(trained: Path, variant: Variant, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The row that answers for `variant` on the weights of a finished run, after the run's own row of the dense model."""
+    run = load_run(trained)
+    config = evaluation_config(run.config, variant)
+    config.eval.rows = (variant.row,)
+    params = variant.change_params(run.params, config.model) if variant.change_params else run.params
+    data = make_eval_data(config.data, config.seed, config.model.vocab_size)
+    table = evaluate_parity(build_model(config.model), params, data, config)
+    return [row for row in rows if row["name"] == BEFORE.name] + table.rows
 
 
 def keep_compiled_programs(directory: Path) -> None:

@@ -147,14 +147,14 @@ def select_random(inputs: SelectionInputs) -> Int[Array, "B T K"]:
 
 
 def select_blocks(inputs: SelectionInputs) -> Int[Array, "B T K"]:
-    """Whole blocks of `BLOCK_KEYS` keys by the index score of their mean index key, the query's own block always, topk in all.
+    """Whole blocks of `budget.block_size` keys by the index score of their mean index key, the query's own block always, topk in all.
 
-    Blocks lie at multiples of `BLOCK_KEYS`, or of topk where that is less. Only blocks that are visible as a whole compete:
+    Blocks lie at multiples of that size, or of topk where that is less. Only blocks that are visible as a whole compete:
     the mean of another would tell of keys that the query may not see. Of its own block a query attends to the visible part.
     """
     assert inputs.index_heads is not None
     q, k, weights = jax.lax.stop_gradient(inputs.index_heads)
-    size = min(BLOCK_KEYS, inputs.topk)
+    size = min(inputs.budget.block_size, inputs.topk)
     start, end = inputs.visibility.start, inputs.visibility.end
     own = jnp.maximum(end - 1, 0) // size
     n_others = inputs.topk // size - 1
@@ -175,7 +175,6 @@ def select_blocks(inputs: SelectionInputs) -> Int[Array, "B T K"]:
 
 
 N_SINK = 4
-BLOCK_KEYS = 16
 
 SELECTORS: dict[str, Selector] = {
     "sparse": Selector(select_by_indexer, uses_indexer=True),

@@ -10,6 +10,7 @@ from dsa_jax.ablation.run import known_runs, run_ablation
 from dsa_jax.ablation.summary import answers, format_markdown
 from dsa_jax.config import Config, ConfigError
 from dsa_jax.evals.parity import BEFORE
+from dsa_jax.params import is_indexer_path, nested_parameters, parameter_paths
 from dsa_jax.train.rundir import RunError
 from tests.dsa_jax.train.tiny import tiny_config
 
@@ -49,6 +50,8 @@ def test_variants_share_their_dense_part_and_only_that():
     parts[0].validate()
     rest = after_dense(ablation.config(ablation.variants[0], 0), "somewhere")
     assert rest.train.pretrain.steps == 0 and rest.init.checkpoint == "somewhere" and rest.train.warmup.steps == 2
+    from_scratch = sweep(Variant("scratch", {"train.pretrain_attention": "sparse"}))
+    assert dense_part(from_scratch.config(from_scratch.variants[0], 0)) is None
     only_pretrain = sweep(Variant("x"), warmup=0, sparse=0)
     assert dense_part(only_pretrain.config(only_pretrain.variants[0], 0)) is None
 
@@ -71,20 +74,31 @@ def test_a_sweep_that_cannot_run_says_so_before_anything_runs(tmp_path, variants
     assert not (tmp_path / "runs").exists()
 
 
+def without_index_weights(params, config):
+    return nested_parameters({path: x * (not is_indexer_path(path)) for path, x in parameter_paths(params).items()})
+
+
 def test_a_sweep_trains_each_run_once_and_continues(tmp_path, monkeypatch):
     trained = []
     retrofit = run_module.retrofit
 
     def counted(config, workdir, **kwargs):
-        trained.append(config.name)
+        trained.append((config.train.pretrain.steps, config.model.attention.indexer.topk))
         return retrofit(config, workdir, **kwargs)
 
     monkeypatch.setattr(run_module, "retrofit", counted)
-    ablation = sweep(Variant("two", {TOPK: 2}, place=2), Variant("base", place=4), seeds=(0,))
+    variants = (
+        Variant("two", {TOPK: 2}, place=2),
+        Variant("base", place=4),
+        Variant("six", at_evaluation={TOPK: 6}, place=6),
+        Variant("no scores", change_params=without_index_weights, place=7),
+    )
+    ablation = sweep(*variants, seeds=(0,))
     places = tmp_path / "runs", tmp_path / "results"
     first = run_ablation(ablation, *places, command="test")
-    assert trained == ["dense", "two", "base"]
-    assert [run["variant"] for run in first["runs"]] == ["two", "base"]
+    assert [steps for steps, _ in trained] == [2, 0, 0] and [topk for _, topk in trained[1:]] == [2, 4]
+    assert [run["variant"] for run in first["runs"]] == ["two", "base", "six", "no scores"]
+    assert first["variants"][3]["change_params"] == "without_index_weights"
     assert first == json.loads((places[1] / "sweep.json").read_text())
 
     assert run_ablation(ablation, *places, command="test") == first
@@ -95,14 +109,21 @@ def test_a_sweep_trains_each_run_once_and_continues(tmp_path, monkeypatch):
     assert len(trained) == 3
 
     lines = answers(first)
-    assert [line.name for line in lines] == [BEFORE.name, "two", "base"]
-    assert lines[1].quantities["keys per query"].mean < lines[2].quantities["keys per query"].mean
+    assert [line.name for line in lines] == [BEFORE.name, "two", "base", "six", "no scores"]
+    keys, coverage = ([line.quantities[name].mean for line in lines[1:]] for name in ("keys per query", "attention mass kept"))
+    assert keys[0] < keys[1] < keys[2] and keys[3] == keys[1] and coverage[3] != coverage[1]
     plot_ablation(first, tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").stat().st_size > 5000
 
 
+def finished(tmp_path, rows=()):
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / "report.json").write_text(json.dumps({"rows": list(rows), "stages": {}}))
+    return tmp_path / "run"
+
+
 def test_a_run_that_fails_is_recorded_and_tried_again(tmp_path, monkeypatch):
-    def failing(config, workdir, **kwargs):
+    def failing(config, workdir):
         raise RunError("loss is nan at step 3")
 
     ablation = sweep(Variant("base"), seeds=(0,))
@@ -112,15 +133,14 @@ def test_a_run_that_fails_is_recorded_and_tried_again(tmp_path, monkeypatch):
     assert result["runs"][0]["failed"] == "loss is nan at step 3"
     assert "- base, seed 0: loss is nan at step 3" in format_markdown(result)
 
-    done = {"rows": [], "stages": {}}
-    monkeypatch.setattr(run_module, "_train", lambda config, workdir: done)
+    monkeypatch.setattr(run_module, "_train", lambda config, workdir: finished(tmp_path))
     again = run_ablation(ablation, tmp_path / "runs", tmp_path / "results", command="test")
     assert "failed" not in again["runs"][0]
 
 
 def test_a_signal_stops_the_sweep_and_keeps_what_is_done(tmp_path, monkeypatch):
-    reports = iter([{"rows": [], "stages": {}}, None])
-    monkeypatch.setattr(run_module, "_train", lambda config, workdir: next(reports))
+    outcomes = iter([finished(tmp_path), None])
+    monkeypatch.setattr(run_module, "_train", lambda config, workdir: next(outcomes))
     ablation = sweep(Variant("two", {TOPK: 2}), Variant("base"), seeds=(0,))
     assert run_ablation(ablation, tmp_path / "runs", tmp_path / "results", command="test") is None
     assert [run["variant"] for run in known_runs(tmp_path / "results")] == ["two"]

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsa_jax.model.selection import BLOCK_KEYS, SELECTORS, Budget, Heads, IndexHeads, SelectionInputs
+from dsa_jax.model.selection import SELECTORS, Budget, Heads, IndexHeads, SelectionInputs
 from dsa_jax.model.visibility import Visibility
 
-LENGTH = 64
+LENGTH, BLOCK_KEYS = 64, 16
 _KEYS = jax.random.split(jax.random.key(0), 3)
 INDEX = IndexHeads(
     jax.random.normal(_KEYS[0], (1, LENGTH, 2, 8)),
@@ -24,7 +24,7 @@ HEADS = Heads(_Q, _Q, _Q, None)
 def pick(name, start, end, topk):
     """Indices of every query; `start` and `end` are lists of LENGTH numbers."""
     start, end = (jnp.asarray([x], jnp.int32) for x in (start, end))
-    visibility, budget = Visibility(start, end, end > start), Budget(topk, block_size=16, n_blocks=1)
+    visibility, budget = Visibility(start, end, end > start), Budget(topk, block_size=BLOCK_KEYS, n_blocks=1)
     inputs = SelectionInputs(budget, visibility, HEADS, 1.0, INDEX, None, "reference")
     return np.asarray(SELECTORS[name].select(inputs)[0])
 

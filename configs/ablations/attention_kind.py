@@ -1,0 +1,32 @@
+"""Does the retrofit work as well on latent attention as on grouped-query attention?
+
+Command:   python -m experiments.ablate --config=configs/ablations/attention_kind.py
+Hardware:  two CPU cores.
+Result:    experiments/results/ablations/attention_kind.md
+"""
+
+from configs.ablations import base
+from dsa_jax.ablation.ablation import Ablation, Variant
+
+
+def get_config(arg: str = "") -> Ablation:
+    del arg
+    attention = "model.attention"
+    latent = {
+        f"{attention}.kind": "mla",
+        f"{attention}.kv_lora_rank": 48,
+        f"{attention}.qk_nope_head_dim": 16,
+        f"{attention}.qk_rope_head_dim": 16,
+        f"{attention}.v_head_dim": 32,
+    }
+    return Ablation(
+        name="attention_kind",
+        question="Does the retrofit work on latent attention as on grouped-query attention?",
+        axis="attention",
+        base=base(),
+        variants=(
+            Variant("heads of their own (MHA)"),
+            Variant("two query heads on one key head (GQA)", {f"{attention}.n_kv_heads": 1}),
+            Variant("latent (MLA)", latent),
+        ),
+    )
