@@ -147,7 +147,7 @@ def select_random(inputs: SelectionInputs) -> Int[Array, "B T K"]:
 
 
 def select_blocks(inputs: SelectionInputs) -> Int[Array, "B T K"]:
-    """Whole blocks of `budget.block_size` keys by the index score of their mean index key, the query's own block always, topk in all.
+    """Whole blocks of `budget.block_size` keys by the index score of their mean index key, the own block always, topk in all.
 
     Blocks lie at multiples of that size, or of topk where that is less. Only blocks that are visible as a whole compete:
     the mean of another would tell of keys that the query may not see. Of its own block a query attends to the visible part.
