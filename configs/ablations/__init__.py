@@ -17,3 +17,22 @@ def base() -> Config:
     for stage in (config.train.warmup, config.train.sparse):
         stage.log_every = 20
     return config
+
+
+def long_base() -> Config:
+    """The longest rows that two CPU cores train on in minutes: 32 of 1024 keys; recall, needles and text."""
+    config = base()
+    config.name = "long_base"
+    config.data.recall_fraction, config.data.tasks = 0.5, (("multi_needle", 0.25),)
+    config.data.recall.tokens_per_record = 32
+    config.model.attention.indexer.topk = 32
+    config.train.pretrain.steps = 2900
+    config.train.pretrain.curriculum = ((1900, 64), (2200, 128), (2500, 256), (2700, 512))
+    config.train.pretrain.seq_len = 1024
+    for stage, steps in ((config.train.warmup, 100), (config.train.sparse, 100)):
+        stage.steps, stage.seq_len, stage.batch_size = steps, 1024, 8
+    config.eval.recall_len = config.eval.text_len = config.eval.task_len = 1024
+    config.eval.tasks = ("multi_needle",)
+    config.eval.recall_sequences = config.eval.text_sequences = config.eval.task_sequences = 64
+    config.eval.batch_size = 8
+    return config
