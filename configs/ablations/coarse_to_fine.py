@@ -39,8 +39,7 @@ def get_config(arg: str = "") -> Ablation:
         base=recipe,
         variants=(
             Variant("all scores"),
-            *(untrained(n_blocks) for n_blocks in (26, 10, 6, 4, 2)),
+            *(untrained(n_blocks) for n_blocks in (26, 10, 6, 2)),
             trained(10),
-            trained(4),
         ),
     )

@@ -17,7 +17,6 @@ def get_config(arg: str = "") -> Ablation:
         axis="channels of an indexer head, half of them rotated",
         base=base(),
         variants=tuple(
-            Variant(f"{n} channels", {f"{INDEXER}.head_dim": n, f"{INDEXER}.rope_dim": n // 2}, place=n)
-            for n in (4, 8, 16, 32, 64)
+            Variant(f"{n} channels", {f"{INDEXER}.head_dim": n, f"{INDEXER}.rope_dim": n // 2}, place=n) for n in (4, 8, 16, 32)
         ),
     )

@@ -16,5 +16,5 @@ def get_config(arg: str = "") -> Ablation:
         question="How many heads does the indexer need?",
         axis="indexer heads",
         base=base(),
-        variants=tuple(Variant(f"{n} heads", {f"{INDEXER}.n_heads": n}, place=n) for n in (1, 2, 4, 8, 16)),
+        variants=tuple(Variant(f"{n} heads", {f"{INDEXER}.n_heads": n}, place=n) for n in (1, 2, 4, 8)),
     )

@@ -16,5 +16,5 @@ def get_config(arg: str = "") -> Ablation:
         question="How long must the indexer warm up before attention turns sparse?",
         axis="warm-up steps",
         base=base(),
-        variants=tuple(Variant(f"{n} steps", {"train.warmup.steps": n}, place=n) for n in (0, 15, 30, 60, 120, 240)),
+        variants=tuple(Variant(f"{n} steps", {"train.warmup.steps": n}, place=n) for n in (0, 15, 60, 120)),
     )
