@@ -46,8 +46,15 @@ class IndexerConfig:
     norm_eps: float = 1e-6  # LayerNorm of the index key
     hadamard: bool = False  # rotate q and k by the orthonormal Hadamard matrix
     fp8: bool = False  # simulate e4m3 with power-of-two scales on q and k
+<<<<<<< HEAD
     coarse_block_size: int = 128  # keys per block of the modes coarse_to_fine and blocks
     coarse_blocks: int = 64  # blocks that coarse_to_fine searches key by key, beside the first and the last visible one
+=======
+    head_weights: str = "learned"  # learned | constant (every head counts the same; no projection)
+    detach_input: bool = True  # False: the KL's gradient goes on into the hidden state
+    coarse_block_size: int = 128  # keys per block of the mode coarse_to_fine
+    coarse_blocks: int = 64  # blocks that it searches key by key, beside the first and the last visible one
+>>>>>>> d835bbd (Let indexers weigh their heads alike, and let the KL reach the hidden state)
     layer_types: tuple[str, ...] = ()  # per layer "full" or "shared" (reuses the previous full layer); empty: all full
 
     def validate(self, n_layers: int) -> None:
@@ -57,6 +64,7 @@ class IndexerConfig:
         for name in ("n_heads", "head_dim", "coarse_block_size", "coarse_blocks"):
             positive(f"model.attention.indexer.{name}", getattr(self, name))
         one_of("model.attention.indexer.rope_layout", self.rope_layout, ("half_split", "interleaved"))
+        one_of("model.attention.indexer.head_weights", self.head_weights, ("learned", "constant"))
         if self.rope_dim % 2 or not 0 <= self.rope_dim <= self.head_dim:
             raise ConfigError(
                 f"model.attention.indexer.rope_dim is {self.rope_dim}; expected an even number from 0 to head_dim "
@@ -79,6 +87,17 @@ class IndexerConfig:
                 raise ConfigError(
                     "model.attention.indexer.layer_types starts with 'shared'; the first layer has no earlier one."
                 )
+
+    def unpublished(self) -> list[str]:
+        """Fields, as `name='value'`, that make it compute something no published checkpoint format can state."""
+        if not self.enabled:
+            return []
+        plain = IndexerConfig()
+        return [f"{name}={getattr(self, name)!r}" for name in UNPUBLISHED if getattr(self, name) != getattr(plain, name)]
+
+
+UNPUBLISHED = ("head_weights",)
+"""Fields of `IndexerConfig` for ablations that DeepSeek and GLM checkpoints know only at their defaults."""
 
 
 @dataclass

@@ -60,7 +60,8 @@ def save_pretrained(
         shard_bytes: most bytes of tensors in one file, unless a single tensor has more.
 
     Raises:
-        CheckpointError: when the parameters do not fit the config, or the directory cannot be written; it is then as before.
+        CheckpointError: when the parameters do not fit the config, no format holds the model (`choose_layout`), or the
+            directory cannot be written; it is then as before.
     """
     target = Path(directory).absolute()
     if shard_bytes < 1:

@@ -24,7 +24,7 @@ _SOFT = frozenset(
 _OF_THE_RUN = frozenset(
     {
         "family", "param_dtype", "dtype", "scan_layers", "remat", "initializer_range", "embedding_initializer_range",
-        "attention.implementation", "moe.bias_update_rate", "moe.balance_loss_weight",
+        "attention.implementation", "attention.indexer.detach_input", "moe.bias_update_rate", "moe.balance_loss_weight",
     }
 )  # fmt: skip
 
@@ -41,7 +41,16 @@ def choose_layout(config: ModelConfig) -> Layout:
     """The config.json for `config`: deepseek_v32 or glm_moe_dsa for latent attention with an indexer, else the model's family.
 
     Falls back to a model_type of this project for what no family computes.
+
+    Raises:
+        CheckpointError: for an indexer that is a variant under study, which no published format holds.
     """
+    if fields := config.attention.indexer.unpublished():
+        raise CheckpointError(
+            f"model.attention.indexer has {', '.join(fields)}; expected the defaults, since no published checkpoint format "
+            "holds this variant of the indexer and other programs would run another model. Keep the run directory, "
+            "which holds it whole."
+        )
     for model_type in _candidates(config):
         content = family_content(config, model_type)
         try:

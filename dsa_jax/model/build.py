@@ -131,6 +131,8 @@ def _indexer(config: ModelConfig) -> Indexer:
         norm_eps=indexer.norm_eps,
         hadamard=indexer.hadamard,
         fp8=indexer.fp8,
+        head_weights=indexer.head_weights,
+        detach_input=indexer.detach_input,
         init_std=config.initializer_range,
         parent=None,
         **_dtypes(config),

@@ -20,6 +20,9 @@ class Indexer(nn.Module):
     q = rope(wq_b q_input), k = rope(LayerNorm(wk x)), weights = (weights_proj x) * n_heads**-0.5 * head_dim**-0.5. The rotated
     channels come first in each head, opposite to MLA. Rotation has unit magnitude: YaRN's temperature never enters the indexer.
 
+    `head_weights` "constant" replaces weights_proj x by 1 and has no such parameter. `detach_input` False lets the gradient of
+    the KL through to what the indexer reads.
+
     Source: DeepSeek-V3.2 report, section 1; DeepSeek-V3.2-Exp inference/model.py, class Indexer (with half-split rotation).
     """
 
@@ -31,6 +34,8 @@ class Indexer(nn.Module):
     norm_eps: float
     hadamard: bool
     fp8: bool
+    head_weights: str
+    detach_input: bool
     init_std: float
     dtype: jnp.dtype
     param_dtype: jnp.dtype
@@ -41,7 +46,8 @@ class Indexer(nn.Module):
         self.wq_b = Linear(self.q_input_dim, self.n_heads * self.head_dim, **kind)
         self.wk = Linear(self.hidden_dim, self.head_dim, **kind)
         self.k_norm = LayerNorm(self.head_dim, self.norm_eps, self.dtype)
-        self.weights_proj = Linear(self.hidden_dim, self.n_heads, **kind)
+        if self.head_weights == "learned":
+            self.weights_proj = Linear(self.hidden_dim, self.n_heads, **kind)
 
     def __call__(self, x: Float[Array, "B T E"], q_input: Float[Array, "B T Q"], positions: Int[Array, "B T"]) -> IndexHeads:
         """Index heads of every token.
@@ -51,7 +57,8 @@ class Indexer(nn.Module):
             q_input: the normed query latent of MLA, or `x` where there is none.
         """
         # The indexer learns from its KL alone and the model from its own loss alone: the two part here.
-        x, q_input = jax.lax.stop_gradient((x, q_input))
+        if self.detach_input:
+            x, q_input = jax.lax.stop_gradient((x, q_input))
         q = self.wq_b(q_input).reshape(*x.shape[:2], self.n_heads, self.head_dim)
         k = self.k_norm(self.wk(x))[:, :, None, :]
         q, k = self._position(q, positions), self._position(k, positions)
@@ -59,10 +66,13 @@ class Indexer(nn.Module):
             q, k = hadamard_transform(q), hadamard_transform(k)
         if self.fp8:
             q, k = simulate_fp8(q), simulate_fp8(k)
-        weights = jnp.matmul(
-            x.astype(jnp.float32), self.weights_proj.kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-        )
-        return IndexHeads(q, k[:, :, 0, :], weights * (self.n_heads * self.head_dim) ** -0.5)
+        return IndexHeads(q, k[:, :, 0, :], self._head_weights(x) * (self.n_heads * self.head_dim) ** -0.5)
+
+    def _head_weights(self, x: Float[Array, "B T E"]) -> Float[Array, "B T H"]:
+        if self.head_weights == "constant":
+            return jnp.ones((*x.shape[:2], self.n_heads), jnp.float32)
+        kernel = self.weights_proj.kernel.astype(jnp.float32)
+        return jnp.matmul(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
 
     def _position(self, x: Float[Array, "B T H D"], positions: Int[Array, "B T"]) -> Float[Array, "B T H D"]:
         if self.rope.dim == 0:

@@ -95,9 +95,12 @@ def _retrofit(config: Config, workdir: Path, tensorboard: bool) -> dict[str, Any
     if config.init.hf_dir:
         trained = [name for name in STAGE_ORDER if getattr(config.train, name).steps]
         attention = trained_attention(config, trained[-1] if trained else "")
-        export_checkpoint(run.path / "hf", config, params, attention=attention)
-        if is_main():
-            print(f"Hugging Face checkpoint: {run.path / 'hf'}")
+        if fields := config.model.attention.indexer.unpublished():
+            _LOG.warning("no Hugging Face checkpoint: no published format holds an indexer with %s", ", ".join(fields))
+        else:
+            export_checkpoint(run.path / "hf", config, params, attention=attention)
+            if is_main():
+                print(f"Hugging Face checkpoint: {run.path / 'hf'}")
     return report
 
 

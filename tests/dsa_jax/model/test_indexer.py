@@ -18,6 +18,8 @@ FIELDS = {
     "norm_eps": 1e-6,
     "hadamard": False,
     "fp8": False,
+    "head_weights": "learned",
+    "detach_input": True,
     "init_std": 0.5,
     "dtype": F32,
     "param_dtype": F32,
