@@ -46,15 +46,11 @@ class IndexerConfig:
     norm_eps: float = 1e-6  # LayerNorm of the index key
     hadamard: bool = False  # rotate q and k by the orthonormal Hadamard matrix
     fp8: bool = False  # simulate e4m3 with power-of-two scales on q and k
-<<<<<<< HEAD
-    coarse_block_size: int = 128  # keys per block of the modes coarse_to_fine and blocks
-    coarse_blocks: int = 64  # blocks that coarse_to_fine searches key by key, beside the first and the last visible one
-=======
+    activation: str = "relu"  # relu | none | softmax (over the visible keys, per head), before the heads are weighed
     head_weights: str = "learned"  # learned | constant (every head counts the same; no projection)
     detach_input: bool = True  # False: the KL's gradient goes on into the hidden state
-    coarse_block_size: int = 128  # keys per block of the mode coarse_to_fine
-    coarse_blocks: int = 64  # blocks that it searches key by key, beside the first and the last visible one
->>>>>>> d835bbd (Let indexers weigh their heads alike, and let the KL reach the hidden state)
+    coarse_block_size: int = 128  # keys per block of the modes coarse_to_fine and blocks
+    coarse_blocks: int = 64  # blocks that coarse_to_fine searches key by key, beside the first and the last visible one
     layer_types: tuple[str, ...] = ()  # per layer "full" or "shared" (reuses the previous full layer); empty: all full
 
     def validate(self, n_layers: int) -> None:
@@ -64,6 +60,7 @@ class IndexerConfig:
         for name in ("n_heads", "head_dim", "coarse_block_size", "coarse_blocks"):
             positive(f"model.attention.indexer.{name}", getattr(self, name))
         one_of("model.attention.indexer.rope_layout", self.rope_layout, ("half_split", "interleaved"))
+        one_of("model.attention.indexer.activation", self.activation, ("relu", "none", "softmax"))
         one_of("model.attention.indexer.head_weights", self.head_weights, ("learned", "constant"))
         if self.rope_dim % 2 or not 0 <= self.rope_dim <= self.head_dim:
             raise ConfigError(
@@ -96,7 +93,7 @@ class IndexerConfig:
         return [f"{name}={getattr(self, name)!r}" for name in UNPUBLISHED if getattr(self, name) != getattr(plain, name)]
 
 
-UNPUBLISHED = ("head_weights",)
+UNPUBLISHED = ("activation", "head_weights")
 """Fields of `IndexerConfig` for ablations that DeepSeek and GLM checkpoints know only at their defaults."""
 
 
@@ -153,6 +150,12 @@ class AttentionConfig:
                     f"model.attention.indexer.rope_dim is {self.indexer.rope_dim}; expected at most the {available} rotary "
                     "channels of the attention when rope scaling is on."
                 )
+            if self.indexer.activation != "relu" and self.implementation in ("pallas", "triton", "cute"):
+                raise ConfigError(
+                    f"model.attention.indexer.activation is {self.indexer.activation!r}, which the kernels of "
+                    f"model.attention.implementation={self.implementation!r} do not have; expected 'relu'. Set the "
+                    "implementation to auto, xla or reference."
+                )
         self.check_can_run("model.attention.mode", self.mode)
 
     def check_can_run(self, name: str, attention: str) -> None:
@@ -164,6 +167,11 @@ class AttentionConfig:
         one_of(name, attention, ATTENTIONS)
         if attention in BY_INDEXER and not self.indexer.enabled:
             raise ConfigError(f"{name} is {attention!r} without an indexer. Set model.attention.indexer.enabled=True.")
+        if attention == "coarse_to_fine" and self.indexer.activation == "softmax":
+            raise ConfigError(
+                f"{name} is 'coarse_to_fine' with model.attention.indexer.activation='softmax', whose normaliser runs over "
+                "keys that coarse_to_fine never reads. Use 'sparse', or another activation."
+            )
 
 
 @dataclass

@@ -119,11 +119,11 @@ def _phase(
         return seconds
 
     def select(q_index: Array, k_index: Array, weights: Array, visible_start: Array, visible_end: Array, **_: Array) -> Array:
-        visible = {"visible_start": visible_start, "visible_end": visible_end}
+        visible: dict[str, Any] = {"visible_start": visible_start, "visible_end": visible_end}
         return index_topk(q_index, k_index, weights, topk=shape.topk, **visible, implementation="xla")
 
     def score(**given: Array) -> Array:
-        visible = {name: given[name] for name in ("visible_start", "visible_end")}
+        visible: dict[str, Any] = {name: given[name] for name in ("visible_start", "visible_end")}
         indexer = given["q_index"], given["k_index"], given["weights"]
         return index_topk(*indexer, topk=1, **visible, implementation="xla")
 

@@ -94,10 +94,10 @@ def make_call(op: str, shape: OpShape, implementation: str) -> Callable[..., dic
         options = {"deterministic": True}
     scale = shape.dim**-0.5
 
-    def scores(q_index: Array, k_index: Array, weights: Array, **rest: Array) -> dict[str, Array]:
+    def scores(q_index: Array, k_index: Array, weights: Array, **rest: Any) -> dict[str, Array]:
         return {"scores": index_scores(q_index, k_index, weights, **rest, implementation=run)}
 
-    def selection(q_index: Array, k_index: Array, weights: Array, **rest: Array) -> dict[str, Array]:
+    def selection(q_index: Array, k_index: Array, weights: Array, **rest: Any) -> dict[str, Array]:
         return {"selection": index_topk(q_index, k_index, weights, topk=shape.topk, **rest, implementation=run)}
 
     def attend(q: Array, k: Array, topk_indices: Array, v: Array | None = None) -> dict[str, Array]:

@@ -98,6 +98,7 @@ def attend(
     budget: Budget,
     softmax_scale: float,
     visibility: Visibility,
+    activation: str,
     implementation: str | None,
 ) -> AttentionOutput:
     """Attention as `request` asks, in the form of heads that suits it.
@@ -110,6 +111,7 @@ def attend(
         selected: heads for attention to a selection; needed unless the request is dense.
         index: this layer's indexer; None for a layer that has none or shares.
         previous_topk: selection of the previous layer, reused by a layer that shares.
+        activation: of the index scores.
 
     Returns:
         `out` [B, T, H, Dv] in the form of the heads used. A padding query gives 0.
@@ -131,6 +133,7 @@ def attend(
             budget,
             softmax_scale,
             visibility,
+            activation,
             implementation,
             has_shared_keys=selected is not None and selected.k.shape[2] == 1,
         )
@@ -170,6 +173,7 @@ def _attend(
     budget: Budget,
     softmax_scale: float,
     visibility: Visibility,
+    activation: str,
     implementation: str | None,
     *,
     has_shared_keys: bool,
@@ -200,7 +204,7 @@ def _attend(
                 assert everything is not None
                 lse = gather_heads(everything.lse)
                 heads = heads._replace(q=gather_heads(heads.q), k=heads.k if has_shared_keys else gather_heads(heads.k))
-            inputs = SelectionInputs(budget, visibility, heads, softmax_scale, index, lse, implementation)
+            inputs = SelectionInputs(budget, visibility, heads, softmax_scale, index, lse, implementation, activation)
             indices = checkpoint_name(selector.select(inputs), TOPK_NAME)
         kept = sparse_attention(
             selected.q,
@@ -229,6 +233,7 @@ def _attend(
                 lse,
                 softmax_scale=softmax_scale,
                 topk_indices=indices if sparse_loss else None,
+                activation=activation,
                 head_axis=axis_if_split("tensor"),
                 **visible,
             )

@@ -32,6 +32,7 @@ def attend_cached(
     budget: Budget,
     softmax_scale: float,
     visibility: Visibility,
+    activation: str,
     implementation: str | None,
 ) -> CachedAttentionOutput:
     """What `attention.attend` computes for the same tokens, with keys and values from the cache.
@@ -47,6 +48,7 @@ def attend_cached(
         attention: "dense" or a name in `SELECTORS`.
         keys, values: names of the cache entries; `values` None: the first `d_v` channels of the keys.
         visibility: ranges of positions within the row.
+        activation: of the index scores.
     """
     # All rows of the cache. XLA drops whatever of this the chosen mode does not use.
     heads = Heads(q, _as_heads(cache.read(keys, q.dtype)), None if values is None else cache.read(values, q.dtype), d_v)
@@ -68,7 +70,8 @@ def attend_cached(
         if index is not None:
             index = index._replace(k=cache.read(INDEX_KEYS, index.q.dtype))
         lse = None if everything is None else everything.lse
-        indices = selector.select(SelectionInputs(budget, visibility, heads, softmax_scale, index, lse, implementation))
+        inputs = SelectionInputs(budget, visibility, heads, softmax_scale, index, lse, implementation, activation)
+        indices = selector.select(inputs)
     topk = indices.shape[-1]
     settings: dict[str, Any] = {"softmax_scale": softmax_scale, "d_v": d_v, "implementation": implementation}
     if q.shape[1] * topk > cache.capacity:

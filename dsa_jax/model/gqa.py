@@ -35,6 +35,7 @@ class GQA(nn.Module):
     use_out_bias: bool
     budget: Budget
     indexer: Indexer | None
+    activation: str
     implementation: str | None
     init_std: float
     out_init_std: float
@@ -73,6 +74,7 @@ class GQA(nn.Module):
             budget=self.budget,
             softmax_scale=self.head_dim**-0.5,
             visibility=visibility,
+            activation=self.activation,
             implementation=self.implementation,
         )
         return result._replace(out=self._project_out(result.out))
@@ -106,6 +108,7 @@ class GQA(nn.Module):
             budget=self.budget,
             softmax_scale=self.head_dim**-0.5,
             visibility=visibility,
+            activation=self.activation,
             implementation=self.implementation,
         )
         return result._replace(out=self._project_out(result.out))

@@ -50,6 +50,7 @@ class MLA(nn.Module):
     latent_norm_eps: float
     budget: Budget
     indexer: Indexer | None
+    activation: str
     implementation: str | None
     init_std: float
     out_init_std: float
@@ -94,6 +95,7 @@ class MLA(nn.Module):
             budget=self.budget,
             softmax_scale=self.softmax_scale,
             visibility=visibility,
+            activation=self.activation,
             implementation=self.implementation,
         )
         return result._replace(out=self._project_out(self._expand_values(result.out) if selects else result.out))
@@ -127,6 +129,7 @@ class MLA(nn.Module):
             budget=self.budget,
             softmax_scale=self.softmax_scale,
             visibility=visibility,
+            activation=self.activation,
             implementation=self.implementation,
         )
         return result._replace(out=self._project_out(self._expand_values(result.out)))

@@ -19,7 +19,7 @@ DENSE = "dense"
 
 
 class IndexHeads(NamedTuple):
-    """What the lightning indexer computes: score[t, s] = sum_h weights[t, h] * relu(q[t, h] . k[s])."""
+    """What the lightning indexer computes: score[t, s] = sum_h weights[t, h] * relu(q[t, h] . k[s]), or another activation."""
 
     q: Float[Array, "B T Hi Di"]
     k: Float[Array, "B S Di"]
@@ -44,7 +44,10 @@ class Budget(NamedTuple):
 
 
 class SelectionInputs(NamedTuple):
-    """Everything a rule may look at. `index_heads` is None without an indexer, `dense_lse` unless the rule asks for it."""
+    """Everything a rule may look at. `index_heads` is None without an indexer, `dense_lse` unless the rule asks for it.
+
+    `activation` is that of the index scores.
+    """
 
     budget: Budget
     visibility: Visibility
@@ -53,6 +56,7 @@ class SelectionInputs(NamedTuple):
     index_heads: IndexHeads | None
     dense_lse: Float[Array, "B T H"] | None
     implementation: str | None
+    activation: str = "relu"
 
     @property
     def topk(self) -> int:
@@ -83,6 +87,7 @@ def select_by_indexer(inputs: SelectionInputs) -> Int[Array, "B T K"]:
         topk=inputs.topk,
         visible_start=inputs.visibility.start,
         visible_end=inputs.visibility.end,
+        activation=inputs.activation,
         implementation=inputs.implementation,
     )
 
@@ -95,6 +100,7 @@ def select_coarse_to_fine(inputs: SelectionInputs) -> Int[Array, "B T K"]:
         **inputs.budget._asdict(),
         visible_start=inputs.visibility.start,
         visible_end=inputs.visibility.end,
+        activation=inputs.activation,
         implementation=inputs.implementation,
     )
 
@@ -164,7 +170,14 @@ def select_blocks(inputs: SelectionInputs) -> Int[Array, "B T K"]:
         pooled = padded.reshape(k.shape[0], -1, size, k.shape[2]).mean(axis=2)
         first = jnp.minimum(-(-start // size), own)
         others = index_topk(
-            q, pooled, weights, topk=n_others, visible_start=first, visible_end=own, implementation=inputs.implementation
+            q,
+            pooled,
+            weights,
+            topk=n_others,
+            visible_start=first,
+            visible_end=own,
+            activation=inputs.activation,
+            implementation=inputs.implementation,
         )
         chosen = jnp.concatenate([others, chosen], axis=-1)
     keys = (chosen[..., None] * size + jnp.arange(size, dtype=jnp.int32)).reshape(*chosen.shape[:2], -1)

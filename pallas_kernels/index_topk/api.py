@@ -1,13 +1,22 @@
 """Public ops: index scores and the exact top-k selection over them."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import _checks, _dispatch
+from pallas_kernels._activation import check_activation
+from pallas_kernels._activation_options import activation_options
 from pallas_kernels.index_topk import pallas_gpu, reference, triton_gpu, xla
 
-_SCORES = {"reference": reference.index_scores, "xla": xla.index_scores, "pallas": pallas_gpu.index_scores}
-_TOPK = {
+_SCORES: dict[str, Callable[..., Any]] = {
+    "reference": reference.index_scores,
+    "xla": xla.index_scores,
+    "pallas": pallas_gpu.index_scores,
+}
+_TOPK: dict[str, Callable[..., Any]] = {
     "reference": reference.index_topk,
     "xla": xla.index_topk,
     "pallas": pallas_gpu.index_topk,
@@ -15,9 +24,10 @@ _TOPK = {
 }
 
 
-def _check_scores(q_index, k_index, weights, visible_start, visible_end, k_scale, **_):
+def _check_scores(q_index, k_index, weights, visible_start, visible_end, k_scale, activation, **_):
     _checks.check_index_arguments("index_scores", q_index, k_index, weights, k_scale, fp8=True)
     _checks.check_ranges("index_scores", visible_start, visible_end, *q_index.shape[:2])
+    check_activation("index_scores", activation, q_index=q_index, k_scale=k_scale)
 
 
 @_checks.checked(_check_scores)
@@ -29,6 +39,7 @@ def index_scores(
     visible_start: Int32[Array, "B T"],
     visible_end: Int32[Array, "B T"],
     k_scale: Float[Array, "B S"] | None = None,
+    activation: str = "relu",
     implementation: str | None = None,
 ) -> Float[Array, "B T S"]:
     """Scores of the lightning indexer: how much query t wants key s.
@@ -42,6 +53,9 @@ def index_scores(
             queries the scale of each.
         visible_start, visible_end: query t sees keys [start, end); bounds outside [0, S] are clamped, start == end is empty.
         k_scale: positive scale of each key, 1 when left out; exact where it is a power of two.
+        activation: "relu" as in the source, or a variant to compare it with: "none" weighs the products themselves, "softmax"
+            puts for each head and query `softmax_s(q_index[t, h] . k_index[s])` over the visible keys in the ReLU's place, with
+            no scale of its own: fold one into q_index.
         implementation: see `pallas_kernels.IMPLEMENTATIONS`; None is the default of the device.
 
     Returns:
@@ -49,18 +63,23 @@ def index_scores(
         Differentiable; the gradient of the ReLU at 0 is 0.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or a known start > end.
+        ValueError: shapes or dtypes that do not fit, a known start > end, or fp8 queries or a k_scale with a softmax.
+        NotImplementedError: an implementation that has no other activation than the ReLU.
 
-    Source: DeepSeek-V3.2-Exp report, section 1, equation 1.
+    Source: DeepSeek-V3.2-Exp report, section 1, equation 1. The other activations are ours.
     """
     run = _dispatch.choose("index_scores", implementation, _SCORES, platform=_dispatch.traced_platform())
-    return run(q_index, k_index, weights, visible_start, visible_end, k_scale=k_scale)
+    portable = reference.index_scores, xla.index_scores
+    ranges = visible_start, visible_end
+    options = activation_options("index_scores", activation, run, portable, q_index, k_index, *ranges, implementation)
+    return run(q_index, k_index, weights, *ranges, k_scale=k_scale, **options)
 
 
-def _check_topk(q_index, k_index, weights, topk, visible_start, visible_end, k_scale, **_):
+def _check_topk(q_index, k_index, weights, topk, visible_start, visible_end, k_scale, activation, **_):
     _checks.check_index_arguments("index_topk", q_index, k_index, weights, k_scale, fp8=True)
     _checks.check_topk("index_topk", topk)
     _checks.check_ranges("index_topk", visible_start, visible_end, *q_index.shape[:2])
+    check_activation("index_topk", activation, q_index=q_index, k_scale=k_scale)
 
 
 @_checks.checked(_check_topk)
@@ -73,6 +92,7 @@ def index_topk(
     visible_start: Int32[Array, "B T"],
     visible_end: Int32[Array, "B T"],
     k_scale: Float[Array, "B S"] | None = None,
+    activation: str = "relu",
     implementation: str | None = None,
 ) -> Int32[Array, "B T {topk}"]:
     """The `topk` visible keys with the highest index score, per query; one selection shared by all attention heads.
@@ -83,7 +103,7 @@ def index_topk(
         weights: float32, signed, static scales folded in (a positive factor never changes the selection).
         topk: selected keys per query (k in the paper); may exceed S.
         visible_start, visible_end: query t sees keys [start, end); bounds outside [0, S] are clamped, start == end is empty.
-        k_scale: as in `index_scores`.
+        k_scale, activation: as in `index_scores`.
         implementation: see `pallas_kernels.IMPLEMENTATIONS`; None is the default of the device.
 
     Returns:
@@ -99,6 +119,9 @@ def index_topk(
     Source: DeepSeek-V3.2-Exp report, section 1, equation 2. The order and the tie rule are ours.
     """
     run = _dispatch.choose("index_topk", implementation, _TOPK, platform=_dispatch.traced_platform())
-    stopped = [jax.lax.stop_gradient(x) for x in (q_index, k_index, weights)]
+    q_index, k_index, weights = (jax.lax.stop_gradient(x) for x in (q_index, k_index, weights))
     scale = None if k_scale is None else jax.lax.stop_gradient(k_scale)
-    return run(*stopped, visible_start, visible_end, topk=topk, k_scale=scale)
+    portable = reference.index_topk, xla.index_topk
+    ranges = visible_start, visible_end
+    options = activation_options("index_topk", activation, run, portable, q_index, k_index, *ranges, implementation)
+    return run(q_index, k_index, weights, *ranges, topk=topk, k_scale=scale, **options)

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import _checks
+from pallas_kernels._activation import check_activation, weighted_sum
 from pallas_kernels._chunks import map_queries, rows_per_chunk
-from pallas_kernels._numerics import accumulation_dtype, dot, rank_scores, weighted_relu_sum
+from pallas_kernels._numerics import accumulation_dtype, dot, rank_scores
 from pallas_kernels._selection import canonical, largest_ascending
 from pallas_kernels.index_topk.api import index_topk
 
@@ -14,7 +15,8 @@ GATHER_BUDGET = 2**22
 """Numbers of the candidates' index keys held at once: batch x queries x candidates x channels."""
 
 
-def _check(q_index, k_index, weights, topk, block_size, n_blocks, visible_start, visible_end, **_):
+def _check(q_index, k_index, weights, topk, block_size, n_blocks, visible_start, visible_end, activation, **_):
+    check_activation("index_topk_coarse_to_fine", activation)
     _checks.check_index_arguments("index_topk_coarse_to_fine", q_index, k_index, weights)
     _checks.check_topk("index_topk_coarse_to_fine", topk)
     _checks.check_ranges("index_topk_coarse_to_fine", visible_start, visible_end, *q_index.shape[:2])
@@ -35,6 +37,7 @@ def index_topk_coarse_to_fine(
     n_blocks: int,
     visible_start: Int32[Array, "B T"],
     visible_end: Int32[Array, "B T"],
+    activation: str = "relu",
     implementation: str | None = None,
 ) -> Int32[Array, "B T {topk}"]:
     """The `topk` keys of the highest index score among `n_blocks` blocks of keys, plus the first and the last visible block.
@@ -48,6 +51,7 @@ def index_topk_coarse_to_fine(
         topk: selected keys per query; more than the candidates hold are never selected.
         block_size: keys per block, 128 in the source.
         n_blocks: competing blocks that are kept, 64 in the source.
+        activation: "relu" or "none", as in `index_scores`.
         implementation: of `index_topk`, which ranks the blocks; the candidates are scored in XLA.
 
     Returns:
@@ -55,9 +59,15 @@ def index_topk_coarse_to_fine(
 
     Raises:
         ValueError: shapes or dtypes that do not fit, sizes below 1, or a known start > end.
+        NotImplementedError: activation "softmax", whose normaliser needs the products of all visible keys.
 
     Source: HISA (arXiv 2603.28458) section 3.
     """
+    if activation == "softmax":
+        raise NotImplementedError(
+            "index_topk_coarse_to_fine: activation is 'softmax', whose normaliser runs over keys that this selection never "
+            "reads; expected 'relu' or 'none'. Use index_topk (attention 'sparse')."
+        )
     n_keys = k_index.shape[1]
     if (n_blocks + 2) * block_size >= n_keys:
         return index_topk(
@@ -67,12 +77,13 @@ def index_topk_coarse_to_fine(
             topk=topk,
             visible_start=visible_start,
             visible_end=visible_end,
+            activation=activation,
             implementation=implementation,
         )
     q_index, k_index, weights = (jax.lax.stop_gradient(x) for x in (q_index, k_index, weights))
     start, end = jnp.clip(visible_start, 0, n_keys), jnp.clip(visible_end, 0, n_keys)
     first, last = start // block_size, jnp.maximum(end - 1, 0) // block_size
-    blocks = _competing_blocks(q_index, k_index, weights, first, last, block_size, n_blocks, implementation)
+    blocks = _competing_blocks(q_index, k_index, weights, first, last, block_size, n_blocks, activation, implementation)
     chosen = jnp.concatenate([first[..., None], blocks, jnp.where(last > first, last, -1)[..., None]], axis=-1)
     n_candidates = chosen.shape[-1] * block_size
 
@@ -83,7 +94,7 @@ def index_topk_coarse_to_fine(
         rows = jax.vmap(lambda x, i: x.at[i].get(mode="promise_in_bounds"))(k_index, jnp.where(is_candidate, keys, 0))
         rows = jnp.where(is_candidate[..., None], rows, 0)
         products = dot("bchd,bcnd->bchn", q, rows, dtype=accumulation_dtype(q, k_index))
-        scores = jnp.where(is_candidate, rank_scores(weighted_relu_sum(products, w)), -jnp.inf)
+        scores = jnp.where(is_candidate, rank_scores(weighted_sum(products, w, activation)), -jnp.inf)
         # Candidates are in ascending order, so the lower position wins ties here as everywhere.
         place = largest_ascending(scores, min(topk, n_candidates))
         found = jnp.take_along_axis(keys, jnp.minimum(place, n_candidates - 1), axis=-1)
@@ -101,6 +112,7 @@ def _competing_blocks(
     last: Array,
     block_size: int,
     n_blocks: int,
+    activation: str,
     implementation: str | None,
 ) -> Array:
     """The best blocks strictly between the first and the last, ascending, -1 after the last one."""
@@ -114,5 +126,6 @@ def _competing_blocks(
         topk=n_blocks,
         visible_start=jnp.minimum(first + 1, last),
         visible_end=last,
+        activation=activation,
         implementation=implementation,
     )

@@ -1,9 +1,12 @@
 """Definition of the index scores and of the canonical selection: plain jnp, any float dtype, T x S memory and more."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels._activation import activate
 from pallas_kernels._numerics import accumulation_dtype, rank_scores, visible_mask, widen_fp8
 
 
@@ -15,8 +18,10 @@ def index_scores(
     visible_end: Int32[Array, "B T"],
     *,
     k_scale: Float[Array, "B S"] | None = None,
+    activation: str = "relu",
+    head_lse: Float[Array, "B T Hi"] | None = None,
 ) -> Float[Array, "B T S"]:
-    """k_scale * sum_h weights * relu(q . k), -inf where invisible."""
+    """k_scale * sum_h weights * activate(q . k), -inf where invisible."""
     q_index, k_index = widen_fp8(q_index), widen_fp8(k_index)
     visible = visible_mask(visible_start, visible_end, k_index.shape[1])
     # A key nobody sees and a query that sees nothing may hold NaN, which a mask alone would let into the gradients.
@@ -25,7 +30,7 @@ def index_scores(
     q_index = jnp.where(visible.any(2)[..., None, None], q_index, 0)
     dtype = accumulation_dtype(q_index, k_index, weights)
     products = jnp.einsum("bthd,bsd->bths", q_index.astype(dtype), k_index.astype(dtype), precision=jax.lax.Precision.HIGHEST)
-    scores = (weights[..., None].astype(dtype) * jax.nn.relu(products)).sum(2)
+    scores = (weights[..., None].astype(dtype) * activate(products, head_lse, activation)).sum(2)
     if k_scale is not None:
         scores = scores * jnp.where(seen, k_scale, 0)[:, None].astype(dtype)
     return jnp.where(visible, scores, -jnp.inf)
@@ -51,7 +56,8 @@ def index_topk(
     *,
     topk: int,
     k_scale: Float[Array, "B S"] | None = None,
+    **activation: Any,
 ) -> Int32[Array, "B T {topk}"]:
-    """Canonical selection over the index scores."""
-    scores = index_scores(q_index, k_index, weights, visible_start, visible_end, k_scale=k_scale)
+    """Canonical selection over the index scores; `activation` as in `index_scores`."""
+    scores = index_scores(q_index, k_index, weights, visible_start, visible_end, k_scale=k_scale, **activation)
     return canonical_topk(scores, visible_mask(visible_start, visible_end, k_index.shape[1]), topk)

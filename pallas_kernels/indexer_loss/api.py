@@ -1,21 +1,26 @@
 """Public op: the indexer's loss, a KL divergence from the attention distribution."""
 
+from typing import Any
+
 import jax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import _checks, _dispatch
+from pallas_kernels._activation import check_activation
+from pallas_kernels._activation_options import activation_options
 from pallas_kernels.indexer_loss import pallas_gpu, reference, xla
 
 _IMPLEMENTATIONS = {"reference": reference.indexer_kl, "xla": xla.indexer_kl, "pallas": pallas_gpu.indexer_kl}
 
 
-def _check_kl(q_index, k_index, weights, q, k, lse, visible_start, visible_end, topk_indices, **_):
+def _check_kl(q_index, k_index, weights, q, k, lse, visible_start, visible_end, topk_indices, activation, **_):
     _checks.check_index_arguments("indexer_kl", q_index, k_index, weights)
     _checks.check_attention_arguments("indexer_kl", q, k)
     _checks.check_shape("indexer_kl", "q", q, (*q_index.shape[:2], None, None), "[B, T] of q_index, heads, head dim")
     _checks.check_shape("indexer_kl", "k", k, (*k_index.shape[:2], None, None), "[B, S] of k_index, key heads, head dim")
     _checks.check_lse("indexer_kl", lse, q)
     _checks.check_ranges("indexer_kl", visible_start, visible_end, *q_index.shape[:2])
+    check_activation("indexer_kl", activation)
     if topk_indices is not None:
         _checks.check_topk_indices("indexer_kl", topk_indices, *q_index.shape[:2])
 
@@ -33,6 +38,7 @@ def indexer_kl(
     visible_start: Int32[Array, "B T"],
     visible_end: Int32[Array, "B T"],
     topk_indices: Int32[Array, "B T K"] | None = None,
+    activation: str = "relu",
     head_axis: str | None = None,
     deterministic: bool = False,
     implementation: str | None = None,
@@ -50,6 +56,9 @@ def indexer_kl(
             selection. It weighs the heads against each other; p sums to 1 in any case.
         visible_start, visible_end: bounds outside [0, S] are clamped, start == end is empty.
         topk_indices: any order; indices outside [0, S) count as absent; a row must not list a key twice.
+        activation: of the index score, as in `index_scores`. The normaliser of a "softmax" runs over all visible keys in the
+            sparse loss, too, since the selection ranks by that score; a gradient then reaches unselected keys through it, and
+            both passes cost one more walk over the visible keys.
         head_axis: inside `shard_map`, the mesh axis over which the heads of q and lse are split; the sum over heads runs over
             its devices too, so that all of them return the same. The index arguments must be equal on them.
         deterministic: the same gradients, bit by bit, every run on a GPU, too; slower with a selection, see `sparse_attention`.
@@ -67,15 +76,17 @@ def indexer_kl(
     """
     platform = _dispatch.traced_platform()
     run = _dispatch.choose("indexer_kl", implementation, _IMPLEMENTATIONS, platform=platform)
-    options = _dispatch.same_bits("indexer_kl", run, pallas_gpu.indexer_kl, deterministic, platform=platform)
+    options: dict[str, Any] = _dispatch.same_bits("indexer_kl", run, pallas_gpu.indexer_kl, deterministic, platform=platform)
+    portable = reference.indexer_kl, xla.indexer_kl
+    ranges = visible_start, visible_end
+    options |= activation_options("indexer_kl", activation, run, portable, q_index, k_index, *ranges, implementation)
     target = [jax.lax.stop_gradient(x) for x in (q, k, lse)]
     return run(
         q_index,
         k_index,
         weights,
         *target,
-        visible_start,
-        visible_end,
+        *ranges,
         topk_indices=topk_indices,
         softmax_scale=softmax_scale,
         head_axis=head_axis,

@@ -30,6 +30,8 @@ def indexer_kl(
     softmax_scale: float,
     topk_indices: Int32[Array, "B T K"] | None,
     head_axis: str | None = None,
+    activation: str = "relu",
+    head_lse: Float[Array, "B T Hi"] | None = None,
 ) -> Float[Array, "B T"]:
     """sum_s p (log p - log_softmax(score)) over the set."""
     n_keys = k.shape[1]
@@ -49,7 +51,8 @@ def indexer_kl(
     total = p.sum(-1, keepdims=True)
     p = jnp.where(total > 0, p / jnp.where(total > 0, total, 1), 0)
 
-    scores = jnp.where(members, index_scores(q_index, k_index, weights, visible_start, visible_end), -jnp.inf)
+    scores = index_scores(q_index, k_index, weights, visible_start, visible_end, activation=activation, head_lse=head_lse)
+    scores = jnp.where(members, scores, -jnp.inf)
     log_q = jax.nn.log_softmax(jnp.where(some, scores, 0), axis=-1)
     per_key = jnp.where(p > 0, p * (jnp.log(jnp.where(p > 0, p, 1)) - jnp.where(p > 0, log_q, 0)), 0)
     return per_key.sum(-1)

@@ -1,5 +1,6 @@
 """The indexer's KL by query chunks with a hand-written backward: probabilities and scores exist per chunk and block only."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
@@ -22,16 +23,19 @@ def indexer_kl(
     softmax_scale: float,
     topk_indices: Int32[Array, "B T K"] | None,
     head_axis: str | None = None,
+    activation: str = "relu",
+    head_lse: Float[Array, "B T Hi"] | None = None,
 ) -> Float[Array, "B T"]:
     """KL over the visible keys, or over the selected visible keys."""
     if 0 in (q.size, k.shape[1]):
         return jnp.zeros(q.shape[:2], accumulation_dtype(q_index, k_index, weights))
-    arrays = (q_index, k_index, weights, q, k, lse)
+    arrays = (q_index, k_index, weights, head_lse, q, k, lse)
+    static = float(softmax_scale), head_axis, activation
     if topk_indices is None:
-        return kl_over_visible(*arrays, visible_start, visible_end, float(softmax_scale), head_axis)
+        return kl_over_visible(*arrays, visible_start, visible_end, *static)
     n_keys = k.shape[1]
     first = n_keys * jnp.arange(k.shape[0], dtype=jnp.int32)[:, None]
-    ranges = (jnp.clip(bound, 0, n_keys) + first for bound in (visible_start, visible_end))
+    ranges = [jnp.clip(bound, 0, n_keys) + first for bound in (visible_start, visible_end)]
     places = join_batch_indices(topk_indices, n_keys)
-    kl = kl_over_selected(*(join_batch(x) for x in (*arrays, *ranges)), places, float(softmax_scale), head_axis)
+    kl = kl_over_selected(*jax.tree.map(join_batch, (*arrays, *ranges)), places, *static)
     return kl.reshape(q.shape[:2])

@@ -11,13 +11,13 @@ from jax.dtypes import float0
 from jax.scipy.special import xlogy
 from jaxtyping import Array
 
+from pallas_kernels._activation import activate, head_lse_gradient, times_slope, weighted_sum
 from pallas_kernels._chunks import KeyWalk, add_to_chunk, key_walk, map_queries, rows_per_chunk, scan_queries, slice_chunk
 from pallas_kernels._numerics import (
     accumulation_dtype,
     head_products,
     head_products_transposed,
     sum_over_axis,
-    weighted_relu_sum,
 )
 from pallas_kernels.dense_attention.xla import BLOCK_K, LOGIT_BUDGET, as_rows, probability_mass
 
@@ -42,6 +42,7 @@ def _statistics(
     q_index: Array,
     k_index: Array,
     weights: Array,
+    head_lse: Array | None,
     q: Array,
     k: Array,
     lse: Array,
@@ -49,13 +50,14 @@ def _statistics(
     visible_end: Array,
     softmax_scale: float,
     head_axis: str | None,
+    activation: str,
 ) -> tuple[Array, Array, Array]:
     """(kl, log-sum-exp of the scores, sum of the unnormalised target), each [B, T]."""
     n_keys = k.shape[1]
     dtype = accumulation_dtype(q_index, k_index, weights)
 
-    def step(chunk: tuple[Array, ...]) -> tuple[Array, Array, Array]:
-        q_index, weights, q, lse, start, end = chunk
+    def step(chunk: tuple[Any, ...]) -> tuple[Array, Array, Array]:
+        q_index, weights, head_lse, q, lse, start, end = chunk
         walk = key_walk(start, end, n_keys, BLOCK_K)
         q_index, weights, rows = _clean(q_index, walk), _clean(weights, walk), as_rows(q, k.shape[2])
 
@@ -66,7 +68,7 @@ def _statistics(
             target = sum_over_axis(target, head_axis)
             target = jnp.where(visible, target, 0).astype(dtype)
             _, products = _products(q_index, k_index, walk, first, visible)
-            scores = weighted_relu_sum(products, weights)
+            scores = weighted_sum(products, weights, activation, head_lse)
             new_largest = jnp.maximum(largest, jnp.where(visible, scores, -jnp.inf).max(-1))
             shift = jnp.where(new_largest > -jnp.inf, new_largest, 0)
             shifted = scores - shift[..., None]
@@ -84,15 +86,16 @@ def _statistics(
         kl = jnp.where(some, (entropy - cross) / norm - jnp.log(norm) + log_total, 0)
         return kl, largest + log_total, mass
 
-    chunks = (q_index, weights, q, lse, visible_start, visible_end)
+    chunks = (q_index, weights, head_lse, q, lse, visible_start, visible_end)
     return map_queries(step, chunks, _block_q(q_index, q, n_keys))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(9, 10, 11))
 def kl_over_visible(
     q_index: Array,
     k_index: Array,
     weights: Array,
+    head_lse: Array | None,
     q: Array,
     k: Array,
     lse: Array,
@@ -100,22 +103,26 @@ def kl_over_visible(
     visible_end: Array,
     softmax_scale: float,
     head_axis: str | None,
+    activation: str,
 ) -> Array:
-    """KL(p || softmax(score)) over the visible keys, [B, T]; gradient in q_index, k_index and weights only."""
-    return _statistics(q_index, k_index, weights, q, k, lse, visible_start, visible_end, softmax_scale, head_axis)[0]
+    """KL(p || softmax(score)) over the visible keys, [B, T]; gradient in q_index, k_index, weights, head_lse."""
+    arrays = q_index, k_index, weights, head_lse, q, k, lse, visible_start, visible_end
+    return _statistics(*arrays, softmax_scale, head_axis, activation)[0]
 
 
-def _forward(*arguments: Any) -> tuple[Array, tuple[Array, ...]]:
+def _forward(*arguments: Any) -> tuple[Array, tuple[Any, ...]]:
     kl, score_lse, mass = _statistics(*arguments)
-    return kl, (*arguments[:-2], score_lse, mass)
+    return kl, (*arguments[:-3], score_lse, mass)
 
 
-def _backward(softmax_scale: float, head_axis: str | None, residuals: tuple[Array, ...], d_kl: Array) -> tuple[Any, ...]:
-    q_index, k_index, weights, q, k, lse, visible_start, visible_end, score_lse, mass = residuals
+def _backward(
+    softmax_scale: float, head_axis: str | None, activation: str, residuals: tuple[Any, ...], d_kl: Array
+) -> tuple[Any, ...]:
+    q_index, k_index, weights, head_lse, q, k, lse, visible_start, visible_end, score_lse, mass = residuals
     dtype = accumulation_dtype(q_index, k_index, weights)
 
-    def step(d_k: Array, chunk: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
-        q_index, weights, q, lse, start, end, score_lse, mass, d_kl = chunk
+    def step(d_k: Array, chunk: tuple[Any, ...]) -> tuple[Array, tuple[Any, ...]]:
+        q_index, weights, head_lse, q, lse, start, end, score_lse, mass, d_kl = chunk
         walk = key_walk(start, end, k.shape[1], BLOCK_K)
         q_index, weights, rows = _clean(q_index, walk), _clean(weights, walk), as_rows(q, k.shape[2])
         inverse = jnp.where(mass > 0, 1 / jnp.where(mass > 0, mass, 1), 0)[..., None]
@@ -127,23 +134,24 @@ def _backward(softmax_scale: float, head_axis: str | None, residuals: tuple[Arra
             target = probability_mass(rows, slice_chunk(k, first, walk.block_k), lse, softmax_scale)
             target = inverse * sum_over_axis(target, head_axis)
             k_block, products = _products(q_index, k_index, walk, first, visible)
-            scores = weighted_relu_sum(products, weights)
+            scores = weighted_sum(products, weights, activation, head_lse)
             d_scores = jnp.where(visible, d_kl * (jnp.exp(scores - score_lse) - target), 0).astype(dtype)
-            d_products = jnp.where(products > 0, d_scores[:, :, None] * weights[..., None].astype(dtype), 0)
-            d_weights = d_weights + (d_scores[:, :, None] * jax.nn.relu(products)).sum(-1)
+            d_activated = d_scores[:, :, None] * weights[..., None].astype(dtype)
+            d_products = times_slope(d_activated, products, head_lse, activation)
+            d_weights = d_weights + (d_scores[:, :, None] * activate(products, head_lse, activation)).sum(-1)
             d_q_block, d_k_block = head_products_transposed(d_products, q_index, k_block, dtype)
             return d_q + d_q_block, d_weights, add_to_chunk(d_k, d_k_block, first)
 
         state = jnp.zeros(q_index.shape, dtype), jnp.zeros(weights.shape, dtype), d_k
         d_q, d_weights, d_k = lax.fori_loop(walk.low, walk.high, block_gradients, state)
-        return d_k, (d_q, d_weights)
+        return d_k, (d_q, d_weights, head_lse_gradient(d_weights, weights, activation))
 
-    chunks = (q_index, weights, q, lse, visible_start, visible_end, score_lse, mass, d_kl)
+    chunks = (q_index, weights, head_lse, q, lse, visible_start, visible_end, score_lse, mass, d_kl)
     zeros = jnp.zeros(k_index.shape, dtype)
-    d_k, (d_q, d_weights) = scan_queries(step, zeros, chunks, _block_q(q_index, q, k.shape[1]))
+    d_k, (d_q, d_weights, d_head_lse) = scan_queries(step, zeros, chunks, _block_q(q_index, q, k.shape[1]))
     gradients = d_q.astype(q_index.dtype), d_k.astype(k_index.dtype), d_weights.astype(weights.dtype)
     no_gradient = np.zeros(visible_start.shape, float0)
-    return *gradients, None, None, None, no_gradient, no_gradient
+    return *gradients, d_head_lse, None, None, None, no_gradient, no_gradient
 
 
 kl_over_visible.defvjp(_forward, _backward)

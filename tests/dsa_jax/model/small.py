@@ -14,10 +14,11 @@ VOCAB = 64
 LENGTH = 24
 
 
-def small_config(kind="gqa", *, moe=False, topk=5, layer_types=(), implementation="reference", **model_fields):
+def small_config(kind="gqa", *, moe=False, topk=5, layer_types=(), implementation="reference", variant=(), **model_fields):
     """Two layers (three with sharing); `kind` gqa, gqa_qwen, mla, mla_float (no fp8, no Hadamard), mla_plain or none.
 
-    The ops run as their references, which compile fastest; the ops' own tests hold the others to them.
+    The ops run as their references, which compile fastest; the ops' own tests hold the others to them. `variant`: pairs of
+    further indexer fields and values.
     """
     indexer = IndexerConfig(enabled=kind != "none", n_heads=2, head_dim=16, rope_dim=8, topk=topk, layer_types=layer_types)
     attention = AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=16, implementation=implementation, indexer=indexer)
@@ -32,6 +33,8 @@ def small_config(kind="gqa", *, moe=False, topk=5, layer_types=(), implementatio
         attention.q_lora_rank = 20
         attention.rope = RopeConfig(scaling="yarn", factor=4.0, original_max_positions=8, mscale_all_dim=1.0)
         indexer.fp8 = indexer.hadamard = kind == "mla"
+    for name, value in variant:
+        setattr(indexer, name, value)
     fields = {"vocab_size": VOCAB, "hidden_dim": 32, "n_layers": len(layer_types) or 2, "mlp_dim": 48, "attention": attention}
     if moe:
         fields["moe"] = MoEConfig(

@@ -20,6 +20,7 @@ LAYOUTS = {
 MODELS = {
     "gqa": {"kind": "gqa_qwen"},
     "mla": {"kind": "mla"},
+    "gqa-softmax": {"kind": "gqa", "variant": (("activation", "softmax"), ("head_weights", "constant"))},
     "mla-moe-shared": {"kind": "mla_plain", "moe": True, "layer_types": ("full", "shared", "full")},
 }
 
@@ -71,7 +72,8 @@ def feed(model, params, ids, cache, attention):
 
 @pytest.mark.parametrize(
     ("model_name", "attention"),
-    [(name, attention) for name in MODELS for attention in ("dense", "sparse")] + [("mla-moe-shared", "window")],
+    [(name, attention) for name in MODELS for attention in ("dense", "sparse") if (name, attention) != ("gqa-softmax", "dense")]
+    + [("mla-moe-shared", "window")],
 )
 def test_ragged_chunks_and_single_tokens_on_shuffled_pages_equal_the_full_pass(model_name, attention):
     model, params = built(**MODELS[model_name])

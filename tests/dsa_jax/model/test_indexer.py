@@ -18,6 +18,7 @@ FIELDS = {
     "norm_eps": 1e-6,
     "hadamard": False,
     "fp8": False,
+    "activation": "relu",
     "head_weights": "learned",
     "detach_input": True,
     "init_std": 0.5,

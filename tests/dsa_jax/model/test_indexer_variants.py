@@ -26,21 +26,23 @@ def indexer(**fields):
     """Without rotation, which has its own tests."""
     plain = {
         "hidden_dim": E, "q_input_dim": E, "n_heads": HEADS, "head_dim": DIM, "rope": Rope(dim=0), "norm_eps": 1e-6,
-        "hadamard": False, "fp8": False, "head_weights": "learned", "detach_input": False, "init_std": 0.5, "dtype": F32,
-        "param_dtype": F32,
+        "hadamard": False, "fp8": False, "activation": "relu", "head_weights": "learned", "detach_input": False,
+        "init_std": 0.5, "dtype": F32, "param_dtype": F32,
     }  # fmt: skip
     return Indexer(**(plain | fields))
 
 
-def written_out(params, x, target):
+def written_out(params, x, target, activation):
     """KL per query for one row `x` [T, E] and the attention probabilities `target` [T, T], in the dtype given."""
     q = (x @ params["wq_b"]["kernel"]).reshape(T, HEADS, DIM)
     k = x @ params["wk"]["kernel"]
     k = (k - k.mean(-1, keepdims=True)) / jnp.sqrt(k.var(-1, keepdims=True) + 1e-6)
     k = k * params["k_norm"]["scale"] + params["k_norm"]["bias"]
     weights = x @ params["weights_proj"]["kernel"] if "weights_proj" in params else jnp.ones((T, HEADS))
-    scores = jnp.einsum("th,ths->ts", weights * (HEADS * DIM) ** -0.5, jax.nn.relu(jnp.einsum("thd,sd->ths", q, k)))
-    causal = jnp.tril(jnp.ones((T, T), bool))
+    products, causal = jnp.einsum("thd,sd->ths", q, k) * DIM**-0.5, jnp.tril(jnp.ones((T, T), bool))
+    softmax = lambda u: jax.nn.softmax(jnp.where(causal[:, None], u, -jnp.inf), axis=-1)
+    activate = {"relu": jax.nn.relu, "none": lambda u: u, "softmax": softmax}[activation]
+    scores = jnp.einsum("th,ths->ts", weights * HEADS**-0.5, activate(products))
     log_softmax = jax.nn.log_softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
     return jnp.where(causal, target * (jnp.log(jnp.where(causal, target, 1)) - jnp.where(causal, log_softmax, 0)), 0).sum(-1)
 
@@ -52,18 +54,19 @@ def arrays():
     return draw(1, T, E), draw(1, T, 2, 4), draw(1, T, 1, 4), draw(1, T)
 
 
-@pytest.mark.parametrize("fields", [{}, {"head_weights": "constant"}], ids=["plain", "constant head weights"])
-def test_kl_and_every_gradient_match_float64(fields):
+@pytest.mark.parametrize("head_weights", ["learned", "constant"])
+@pytest.mark.parametrize("activation", ["relu", "none", "softmax"])
+def test_kl_and_every_gradient_match_float64(activation, head_weights):
     x, q, k, d_kl = arrays()
-    module = indexer(**fields)
+    module = indexer(activation=activation, head_weights=head_weights)
     params = module.init(jax.random.key(1), x, x, jnp.arange(T)[None])["params"]
     params["k_norm"] = {"scale": jnp.linspace(0.5, 1.5, DIM), "bias": jnp.linspace(-0.3, 0.3, DIM)}
-    assert ("weights_proj" in params) == (fields.get("head_weights") != "constant")
+    assert ("weights_proj" in params) == (head_weights == "learned")
     lse = dense_attention(q, k, None, softmax_scale=1.0, implementation="reference", **CAUSAL).lse
 
     def loss(params, x):
         index = module.apply({"params": params}, x, x, jnp.arange(T)[None])
-        return (indexer_kl(*index, q, k, lse, softmax_scale=1.0, implementation="xla", **CAUSAL) * d_kl).sum()
+        return (indexer_kl(*index, q, k, lse, softmax_scale=1.0, activation=activation, **CAUSAL) * d_kl).sum()
 
     value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
     with jax.enable_x64(True):
@@ -71,7 +74,7 @@ def test_kl_and_every_gradient_match_float64(fields):
         logits = jnp.einsum("thd,sd->ths", *(wide(a) for a in (q[0], k[0, :, 0])))
         probability = jax.nn.softmax(jnp.where(jnp.tril(jnp.ones((T, T), bool))[:, None], logits, -jnp.inf), axis=-1).mean(1)
         expected, wanted = jax.value_and_grad(
-            lambda params, x: (written_out(params, x[0], probability) * wide(d_kl)[0]).sum(), (0, 1)
+            lambda params, x: (written_out(params, x[0], probability, activation) * wide(d_kl)[0]).sum(), (0, 1)
         )(wide(params), wide(x))
         np.testing.assert_allclose(value, expected, rtol=1e-5)
         for got, want in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
@@ -101,7 +104,7 @@ def test_the_kl_reaches_the_hidden_state_only_where_the_input_is_not_detached():
     assert not np.any(of_joint["dense_layers/attention/wo/kernel"][-1])
 
 
-@pytest.mark.parametrize(("name", "value"), [("head_weights", "constant")])
+@pytest.mark.parametrize(("name", "value"), [("activation", "none"), ("head_weights", "constant")])
 def test_a_hugging_face_export_refuses_what_no_format_holds(name, value):
     config = small_config("mla_plain")
     setattr(config.attention.indexer, name, value)
@@ -118,11 +121,25 @@ def test_how_an_indexer_was_trained_is_no_part_of_a_checkpoint():
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"head_weights": "uniform"}, "indexer.head_weights is 'uniform'; expected one of learned, constant")],
+    [
+        ({"activation": "gelu"}, "indexer.activation is 'gelu'; expected one of relu, none, softmax"),
+        ({"head_weights": "uniform"}, "indexer.head_weights is 'uniform'; expected one of learned, constant"),
+    ],
 )
 def test_a_variant_that_does_not_exist_is_refused(fields, message):
     config = small_config()
     for name, value in fields.items():
         setattr(config.attention.indexer, name, value)
     with pytest.raises(ConfigError, match=message):
+        config.validate()
+
+
+def test_an_activation_that_kernels_or_modes_cannot_serve_is_refused():
+    config = small_config()
+    config.attention.indexer.activation = "softmax"
+    config.validate()
+    with pytest.raises(ConfigError, match=r"mode is 'coarse_to_fine' with .*activation='softmax'"):
+        config.attention.check_can_run("model.attention.mode", "coarse_to_fine")
+    config.attention.implementation = "pallas"
+    with pytest.raises(ConfigError, match=r"activation is 'softmax', which the kernels of .*'pallas' do not have"):
         config.validate()

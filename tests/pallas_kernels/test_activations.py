@@ -1,0 +1,143 @@
+"""Index scores, selection and KL with another activation than the ReLU: float64 written out, and what refuses them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ops_helpers import IMPLEMENTATIONS, assert_close, clipped, normal, ranges
+from test_index_topk import numpy_selection
+
+import pallas_kernels as pk
+from pallas_kernels.indexer_loss.shapes import LossShape
+
+SHAPE = LossShape(batch=2, queries=37, keys=53, index_heads=3, index_dim=8, heads=4, groups=1, dim=6, topk=5)
+LONG = LossShape(batch=1, queries=30, keys=1100, index_heads=2, index_dim=4, heads=2, groups=1, dim=4, topk=7)
+OTHERS = ("none", "softmax")
+
+
+def inputs(shape, kind):
+    rng = np.random.default_rng(0)
+    index = (
+        normal(rng, shape.batch, shape.queries, shape.index_heads, shape.index_dim),
+        normal(rng, shape.batch, shape.keys, shape.index_dim),
+        3 * normal(rng, shape.batch, shape.queries, shape.index_heads),
+    )
+    q = normal(rng, shape.batch, shape.queries, shape.heads, shape.dim)
+    k = normal(rng, shape.batch, shape.keys, shape.groups, shape.dim)
+    return index, q, k, ranges(kind, shape.batch, shape.queries, shape.keys)
+
+
+def scores_written_out(q, k, weights, start, end, activation):
+    """[B, T, S] in the dtype of the inputs, -inf where invisible."""
+    position = jnp.arange(k.shape[1])
+    visible = (position >= start[..., None]) & (position < end[..., None])
+    products = jnp.einsum("bthd,bsd->bths", q, k, precision="highest")
+    if activation == "softmax":
+        some = visible.any(-1)[:, :, None, None]
+        products = jax.nn.softmax(jnp.where(some, jnp.where(visible[:, :, None], products, -jnp.inf), 0), axis=-1)
+    return jnp.where(visible, jnp.einsum("bth,bths->bts", weights, products, precision="highest"), -jnp.inf)
+
+
+@pytest.mark.parametrize("activation", OTHERS)
+def test_scores_and_selection_follow_the_formula(activation):
+    for shape, kind in ((SHAPE, "random"), (LONG, "causal")):
+        index, _, _, visible = inputs(shape, kind)
+        start, end = clipped(visible, shape.keys)
+        with jax.enable_x64(True):
+            wide = [jnp.asarray(np.asarray(x, np.float64)) for x in index]
+            expected = np.asarray(scores_written_out(*wide, start, end, activation))
+        picked = {}
+        for implementation in IMPLEMENTATIONS:
+
+            @jax.jit
+            def both(index, visible, topk=shape.topk, options=(("activation", activation), ("implementation", implementation))):
+                scores = pk.index_scores(*index, **dict(options), **visible)
+                return scores, pk.index_topk(*index, topk=topk, **dict(options), **visible)
+
+            scores, picked[implementation] = both(index, visible)
+            assert_close(scores, expected, what=f"{implementation} {kind}")
+        np.testing.assert_array_equal(picked["xla"], numpy_selection(expected, start, end, shape.topk))
+        np.testing.assert_array_equal(picked["xla"], picked["reference"])
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["visible", "selected"])
+@pytest.mark.parametrize("activation", OTHERS)
+def test_kl_and_its_gradients_match_float64(activation, sparse):
+    index, q, k, visible = inputs(SHAPE, "random")
+    start, end = clipped(visible, SHAPE.keys)
+    indices = pk.index_topk(*index, topk=SHAPE.topk, activation=activation, **visible) if sparse else None
+    if sparse:
+        lse = pk.sparse_attention(q, k, None, indices, softmax_scale=1.0).lse
+    else:
+        lse = pk.dense_attention(q, k, None, softmax_scale=1.0, **visible).lse
+    d_kl = normal(np.random.default_rng(9), SHAPE.batch, SHAPE.queries)
+
+    def written_out(index, q, k, d_kl):
+        scores = scores_written_out(*index, start, end, activation)
+        members = np.isfinite(np.asarray(jax.lax.stop_gradient(scores)))
+        if sparse:
+            members &= (np.asarray(indices)[..., None] == np.arange(SHAPE.keys)).any(2)
+        some = members.any(-1, keepdims=True)
+        masked = lambda x, m: jnp.where(some[:, :, None] if x.ndim == 4 else some, jnp.where(m, x, -jnp.inf), 0)
+        logits = jnp.einsum("bthd,bsd->bths", q, k[:, :, 0])
+        p = jnp.where(members, jax.nn.softmax(masked(logits, members[:, :, None]), axis=-1).mean(2), 0)
+        log_softmax = jax.nn.log_softmax(masked(scores, members), axis=-1)
+        kl = (p * (jnp.log(jnp.where(p > 0, p, 1)) - jnp.where(members, log_softmax, 0))).sum(-1)
+        return (kl * d_kl).sum(), kl
+
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), (index, q, k, d_kl))
+        gradients, expected = jax.tree.map(np.asarray, jax.grad(written_out, has_aux=True)(*wide))
+    for implementation in IMPLEMENTATIONS:
+
+        def loss(index, implementation=implementation):
+            kl = pk.indexer_kl(
+                *index, q, k, lse, softmax_scale=1.0, topk_indices=indices, activation=activation,
+                implementation=implementation, **visible,
+            )  # fmt: skip
+            return (kl * d_kl).sum(), kl
+
+        actual, kl = jax.jit(jax.grad(loss, has_aux=True))(index)
+        assert_close(kl, expected, what=f"{implementation} kl")
+        for what, got, want in zip(("q_index", "k_index", "weights"), actual, gradients, strict=True):
+            assert_close(got, want, what=f"{implementation} {what}")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_softmax_never_sees_invisible_keys(implementation):
+    (q, k, weights), _, _, visible = inputs(SHAPE, "random")
+    visible = {name: jnp.clip(x, 6, 45) for name, x in visible.items()}
+    options = {"activation": "softmax", "implementation": implementation, **visible}
+    clean = pk.index_topk(q, k, weights, topk=SHAPE.topk, **options)
+    for poison in (np.nan, 3e38):
+        dirty = k.at[:, :6].set(poison).at[:, 45:].set(poison)
+        np.testing.assert_array_equal(pk.index_topk(q, dirty, weights, topk=SHAPE.topk, **options), clean)
+
+
+def test_without_an_activation_coarse_to_fine_with_every_block_is_exact():
+    index, _, _, visible = inputs(SHAPE, "causal")
+    options = {"activation": "none", "topk": SHAPE.topk, **visible}
+    fine = pk.index_topk(*index, **options)
+    np.testing.assert_array_equal(pk.index_topk_coarse_to_fine(*index, block_size=8, n_blocks=7, **options), fine)
+    coarse = np.asarray(pk.index_topk_coarse_to_fine(*index, block_size=8, n_blocks=2, **options))
+    assert np.mean(coarse == np.asarray(fine)) > 0.5 and ((coarse >= 0).sum(-1) == (np.asarray(fine) >= 0).sum(-1)).all()
+
+
+def test_what_cannot_be_computed_is_refused():
+    index, q, k, visible = inputs(SHAPE, "causal")
+    lse = jnp.zeros(q.shape[:3])
+    for name in ("pallas", "triton"):
+        with pytest.raises(
+            NotImplementedError, match=f"implementation '{name}' has activation 'relu' only; got activation='none'"
+        ):
+            pk.index_topk(*index, topk=3, activation="none", implementation=name, **visible)
+    with pytest.raises(NotImplementedError, match="index_scores: implementation 'pallas' has activation 'relu' only"):
+        pk.index_scores(*index, activation="softmax", implementation="pallas", **visible)
+    with pytest.raises(NotImplementedError, match="indexer_kl: implementation 'pallas' has activation 'relu' only"):
+        pk.indexer_kl(*index, q, k, lse, softmax_scale=1.0, activation="softmax", implementation="pallas", **visible)
+    with pytest.raises(NotImplementedError, match="index_topk_coarse_to_fine: activation is 'softmax'"):
+        pk.index_topk_coarse_to_fine(*index, topk=3, block_size=8, n_blocks=1, activation="softmax", **visible)
+    with pytest.raises(ValueError, match="activation is 'gelu'; expected one of relu, none, softmax"):
+        pk.index_scores(*index, activation="gelu", **visible)
+    with pytest.raises(ValueError, match="k_scale is given with activation 'softmax'"):
+        pk.index_topk(*index, topk=3, activation="softmax", k_scale=jnp.ones(index[1].shape[:2]), **visible)
