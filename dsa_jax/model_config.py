@@ -49,6 +49,8 @@ class IndexerConfig:
     activation: str = "relu"  # relu | none | softmax (over the visible keys, per head), before the heads are weighed
     head_weights: str = "learned"  # learned | constant (every head counts the same; no projection)
     detach_input: bool = True  # False: the KL's gradient goes on into the hidden state
+    forced_sink: int = 0  # first visible keys that sparse and coarse_to_fine always select, within topk
+    forced_local: int = 0  # last visible keys that they always select, within topk
     coarse_block_size: int = 128  # keys per block of the modes coarse_to_fine and blocks
     coarse_blocks: int = 64  # blocks that coarse_to_fine searches key by key, beside the first and the last visible one
     layer_types: tuple[str, ...] = ()  # per layer "full" or "shared" (reuses the previous full layer); empty: all full
@@ -59,6 +61,13 @@ class IndexerConfig:
             return
         for name in ("n_heads", "head_dim", "coarse_block_size", "coarse_blocks"):
             positive(f"model.attention.indexer.{name}", getattr(self, name))
+        for name in ("forced_sink", "forced_local"):
+            not_negative(f"model.attention.indexer.{name}", getattr(self, name))
+        if 0 < self.forced_sink + self.forced_local >= self.topk:
+            raise ConfigError(
+                f"model.attention.indexer.forced_sink is {self.forced_sink} and forced_local {self.forced_local}; expected "
+                f"fewer than topk ({self.topk}) together, so that the indexer has a key to choose. Force fewer or raise topk."
+            )
         one_of("model.attention.indexer.rope_layout", self.rope_layout, ("half_split", "interleaved"))
         one_of("model.attention.indexer.activation", self.activation, ("relu", "none", "softmax"))
         one_of("model.attention.indexer.head_weights", self.head_weights, ("learned", "constant"))
@@ -93,7 +102,7 @@ class IndexerConfig:
         return [f"{name}={getattr(self, name)!r}" for name in UNPUBLISHED if getattr(self, name) != getattr(plain, name)]
 
 
-UNPUBLISHED = ("activation", "head_weights")
+UNPUBLISHED = ("activation", "head_weights", "forced_sink", "forced_local")
 """Fields of `IndexerConfig` for ablations that DeepSeek and GLM checkpoints know only at their defaults."""
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from dsa_jax.config import ModelConfig
+from dsa_jax.config import IndexerConfig, ModelConfig
 from dsa_jax.model.block import Block
 from dsa_jax.model.gqa import GQA
 from dsa_jax.model.indexer import Indexer
@@ -90,7 +90,7 @@ def _attention(config: ModelConfig, *, with_indexer: bool) -> MLA | GQA:
     common: dict[str, Any] = {
         "hidden_dim": config.hidden_dim,
         "n_heads": attention.n_heads,
-        "budget": Budget(attention.indexer.topk, attention.indexer.coarse_block_size, attention.indexer.coarse_blocks),
+        "budget": _budget(attention.indexer),
         "indexer": _indexer(config) if with_indexer else None,
         "activation": attention.indexer.activation,
         "implementation": None if attention.implementation == "auto" else attention.implementation,
@@ -117,6 +117,16 @@ def _attention(config: ModelConfig, *, with_indexer: bool) -> MLA | GQA:
         use_bias=attention.use_bias,
         use_out_bias=attention.use_out_bias,
         **common,
+    )
+
+
+def _budget(indexer: IndexerConfig) -> Budget:
+    return Budget(
+        topk=indexer.topk,
+        block_size=indexer.coarse_block_size,
+        n_blocks=indexer.coarse_blocks,
+        forced_sink=indexer.forced_sink,
+        forced_local=indexer.forced_local,
     )
 
 

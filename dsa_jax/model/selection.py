@@ -36,11 +36,17 @@ class Heads(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """What a rule may keep, `topk` keys, and look at where it goes by blocks: `n_blocks` of `block_size` keys each."""
+    """What a rule may keep, `topk` keys, and look at where it goes by blocks: `n_blocks` of `block_size` keys each.
+
+    Where the indexer chooses key by key ("sparse", "coarse_to_fine"), the first `forced_sink` and the last `forced_local`
+    visible keys are always among the topk.
+    """
 
     topk: int
     block_size: int
     n_blocks: int
+    forced_sink: int = 0
+    forced_local: int = 0
 
 
 class SelectionInputs(NamedTuple):
@@ -88,6 +94,8 @@ def select_by_indexer(inputs: SelectionInputs) -> Int[Array, "B T K"]:
         visible_start=inputs.visibility.start,
         visible_end=inputs.visibility.end,
         activation=inputs.activation,
+        forced_sink=inputs.budget.forced_sink,
+        forced_local=inputs.budget.forced_local,
         implementation=inputs.implementation,
     )
 

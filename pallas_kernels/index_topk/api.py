@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import _checks, _dispatch
 from pallas_kernels._activation import check_activation
 from pallas_kernels._activation_options import activation_options
+from pallas_kernels._forced import check_forced, scored_range, with_forced
 from pallas_kernels.index_topk import pallas_gpu, reference, triton_gpu, xla
 
 _SCORES: dict[str, Callable[..., Any]] = {
@@ -75,9 +76,12 @@ def index_scores(
     return run(q_index, k_index, weights, *ranges, k_scale=k_scale, **options)
 
 
-def _check_topk(q_index, k_index, weights, topk, visible_start, visible_end, k_scale, activation, **_):
+def _check_topk(
+    q_index, k_index, weights, topk, visible_start, visible_end, k_scale, activation, forced_sink, forced_local, **_
+):
     _checks.check_index_arguments("index_topk", q_index, k_index, weights, k_scale, fp8=True)
     _checks.check_topk("index_topk", topk)
+    check_forced("index_topk", topk, forced_sink, forced_local)
     _checks.check_ranges("index_topk", visible_start, visible_end, *q_index.shape[:2])
     check_activation("index_topk", activation, q_index=q_index, k_scale=k_scale)
 
@@ -93,6 +97,8 @@ def index_topk(
     visible_end: Int32[Array, "B T"],
     k_scale: Float[Array, "B S"] | None = None,
     activation: str = "relu",
+    forced_sink: int = 0,
+    forced_local: int = 0,
     implementation: str | None = None,
 ) -> Int32[Array, "B T {topk}"]:
     """The `topk` visible keys with the highest index score, per query; one selection shared by all attention heads.
@@ -104,6 +110,8 @@ def index_topk(
         topk: selected keys per query (k in the paper); may exceed S.
         visible_start, visible_end: query t sees keys [start, end); bounds outside [0, S] are clamped, start == end is empty.
         k_scale, activation: as in `index_scores`.
+        forced_sink, forced_local: so many of the first and of the last visible keys are selected whatever their scores; the
+            others of the topk are those of the highest score among the rest. Fewer than topk together.
         implementation: see `pallas_kernels.IMPLEMENTATIONS`; None is the default of the device.
 
     Returns:
@@ -116,12 +124,17 @@ def index_topk(
         ValueError: shapes or dtypes that do not fit, topk below 1, or a known start > end.
         NotImplementedError: what the implementation asked for does not cover.
 
-    Source: DeepSeek-V3.2-Exp report, section 1, equation 2. The order and the tie rule are ours.
+    Source: DeepSeek-V3.2-Exp report, section 1, equation 2. The order, the tie rule and the forced keys are ours.
     """
     run = _dispatch.choose("index_topk", implementation, _TOPK, platform=_dispatch.traced_platform())
     q_index, k_index, weights = (jax.lax.stop_gradient(x) for x in (q_index, k_index, weights))
     scale = None if k_scale is None else jax.lax.stop_gradient(k_scale)
     portable = reference.index_topk, xla.index_topk
-    ranges = visible_start, visible_end
+    ranges, n_keys = (visible_start, visible_end), k_index.shape[1]
     options = activation_options("index_topk", activation, run, portable, q_index, k_index, *ranges, implementation)
-    return run(q_index, k_index, weights, *ranges, topk=topk, k_scale=scale, **options)
+    if not (forced_sink or forced_local):
+        return run(q_index, k_index, weights, *ranges, topk=topk, k_scale=scale, **options)
+    forced = forced_sink, forced_local
+    scored = scored_range(*ranges, *forced, n_keys)
+    chosen = run(q_index, k_index, weights, *scored, topk=topk - sum(forced), k_scale=scale, **options)
+    return with_forced(chosen, scored, *ranges, *forced, n_keys)

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import _checks
 from pallas_kernels._activation import check_activation, weighted_sum
 from pallas_kernels._chunks import map_queries, rows_per_chunk
+from pallas_kernels._forced import check_forced, scored_range, with_forced
 from pallas_kernels._numerics import accumulation_dtype, dot, rank_scores
 from pallas_kernels._selection import canonical, largest_ascending
 from pallas_kernels.index_topk.api import index_topk
@@ -15,10 +16,24 @@ GATHER_BUDGET = 2**22
 """Numbers of the candidates' index keys held at once: batch x queries x candidates x channels."""
 
 
-def _check(q_index, k_index, weights, topk, block_size, n_blocks, visible_start, visible_end, activation, **_):
+def _check(
+    q_index,
+    k_index,
+    weights,
+    topk,
+    block_size,
+    n_blocks,
+    visible_start,
+    visible_end,
+    activation,
+    forced_sink,
+    forced_local,
+    **_,
+):
     check_activation("index_topk_coarse_to_fine", activation)
     _checks.check_index_arguments("index_topk_coarse_to_fine", q_index, k_index, weights)
     _checks.check_topk("index_topk_coarse_to_fine", topk)
+    check_forced("index_topk_coarse_to_fine", topk, forced_sink, forced_local)
     _checks.check_ranges("index_topk_coarse_to_fine", visible_start, visible_end, *q_index.shape[:2])
     if block_size < 1 or n_blocks < 1:
         raise ValueError(
@@ -38,6 +53,8 @@ def index_topk_coarse_to_fine(
     visible_start: Int32[Array, "B T"],
     visible_end: Int32[Array, "B T"],
     activation: str = "relu",
+    forced_sink: int = 0,
+    forced_local: int = 0,
     implementation: str | None = None,
 ) -> Int32[Array, "B T {topk}"]:
     """The `topk` keys of the highest index score among `n_blocks` blocks of keys, plus the first and the last visible block.
@@ -52,6 +69,7 @@ def index_topk_coarse_to_fine(
         block_size: keys per block, 128 in the source.
         n_blocks: competing blocks that are kept, 64 in the source.
         activation: "relu" or "none", as in `index_scores`.
+        forced_sink, forced_local: as in `index_topk`; the blocks are those of the keys between the forced ones.
         implementation: of `index_topk`, which ranks the blocks; the candidates are scored in XLA.
 
     Returns:
@@ -69,6 +87,22 @@ def index_topk_coarse_to_fine(
             "reads; expected 'relu' or 'none'. Use index_topk (attention 'sparse')."
         )
     n_keys = k_index.shape[1]
+    if forced_sink or forced_local:
+        forced = forced_sink, forced_local
+        scored = scored_range(visible_start, visible_end, *forced, n_keys)
+        chosen = index_topk_coarse_to_fine(
+            q_index,
+            k_index,
+            weights,
+            topk=topk - sum(forced),
+            block_size=block_size,
+            n_blocks=n_blocks,
+            visible_start=scored.start,
+            visible_end=scored.end,
+            activation=activation,
+            implementation=implementation,
+        )
+        return with_forced(chosen, scored, visible_start, visible_end, *forced, n_keys)
     if (n_blocks + 2) * block_size >= n_keys:
         return index_topk(
             q_index,

@@ -15,7 +15,7 @@ from dsa_jax.model.indexer import Indexer
 from dsa_jax.model.rope import Rope
 from dsa_jax.params import is_indexer_path, parameter_paths
 from pallas_kernels import dense_attention, indexer_kl
-from tests.dsa_jax.model.small import built, random_ids, small_config
+from tests.dsa_jax.model.small import built, forward, random_ids, small_config
 
 T, E, HEADS, DIM = 9, 12, 3, 8
 CAUSAL = {"visible_start": jnp.zeros((1, T), jnp.int32), "visible_end": jnp.arange(1, T + 1, dtype=jnp.int32)[None]}
@@ -104,7 +104,19 @@ def test_the_kl_reaches_the_hidden_state_only_where_the_input_is_not_detached():
     assert not np.any(of_joint["dense_layers/attention/wo/kernel"][-1])
 
 
-@pytest.mark.parametrize(("name", "value"), [("activation", "none"), ("head_weights", "constant")])
+@pytest.mark.parametrize("attention", ["sparse", "coarse_to_fine"])
+def test_forced_keys_are_selected_in_every_layer_and_the_kl_measures_the_set_with_them(attention):
+    model, params = built("mla", variant=(("forced_sink", 2), ("forced_local", 1)))
+    free, _ = built("mla")
+    out = forward(model, params, random_ids(), attention=attention, indexer_loss="sparse", everything=True)
+    plain = forward(free, params, random_ids(), attention=attention, indexer_loss="sparse", everything=True)
+    picked = np.asarray(out.topk_indices)
+    for t in range(5, picked.shape[2]):
+        assert (picked[:, :, t, :2] == [0, 1]).all() and (picked[:, :, t, -1] == t).all()
+    assert np.any(picked[0] != plain.topk_indices[0]) and abs(float(out.indexer_kl[0] - plain.indexer_kl[0])) > 1e-4
+
+
+@pytest.mark.parametrize(("name", "value"), [("activation", "none"), ("head_weights", "constant"), ("forced_local", 2)])
 def test_a_hugging_face_export_refuses_what_no_format_holds(name, value):
     config = small_config("mla_plain")
     setattr(config.attention.indexer, name, value)
@@ -122,6 +134,8 @@ def test_how_an_indexer_was_trained_is_no_part_of_a_checkpoint():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"forced_sink": -1}, "indexer.forced_sink is -1; expected zero or more"),
+        ({"forced_sink": 3, "forced_local": 2}, r"forced_local 2; expected fewer than topk \(5\) together"),
         ({"activation": "gelu"}, "indexer.activation is 'gelu'; expected one of relu, none, softmax"),
         ({"head_weights": "uniform"}, "indexer.head_weights is 'uniform'; expected one of learned, constant"),
     ],
