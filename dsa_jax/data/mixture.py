@@ -175,15 +175,16 @@ class EvalData:
         Raises:
             ConfigError: naming the length or the vocabulary that stands in its way, or if it asks for none.
         """
-        wanted = (self.has_recall and settings.recall_sequences, self.has_text and settings.text_sequences, settings.tasks)
-        if not any(wanted):
+        wants_recall = self.has_recall and settings.recall_sequences
+        wants_text = self.has_text and settings.text_sequences
+        if not (wants_recall or wants_text or settings.tasks):
             raise ConfigError(
                 "nothing to evaluate: expected a positive eval.recall_sequences (with data.recall_fraction above 0) or "
                 "eval.text_sequences (with text in the data), or a task in eval.tasks."
             )
-        if self.has_recall:
+        if wants_recall:
             self.recall_batches(settings.recall_sequences, settings.recall_len, settings.batch_size)
-        if self.has_text:
+        if wants_text:
             self.text_batches(settings.text_sequences, settings.text_len, settings.batch_size)
         for name in settings.tasks:
             self.task_batches(name, settings.task_sequences, settings.task_len, settings.batch_size)

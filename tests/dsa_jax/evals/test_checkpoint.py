@@ -1,0 +1,42 @@
+"""The synthetic tasks on a checkpoint from disk."""
+
+import numpy as np
+import pytest
+
+from dsa_jax import save_pretrained
+from dsa_jax.config import Config, ConfigError, DataConfig, RecallConfig
+from dsa_jax.evals.checkpoint import evaluate_checkpoint
+from tests.dsa_jax.model.small import built, small_config
+
+
+def checkpoint(directory, vocab_size):
+    config = small_config("gqa", vocab_size=vocab_size, implementation="auto")
+    save_pretrained(directory, config, built("gqa", vocab_size=vocab_size)[1])
+    return directory
+
+
+def recipe():
+    """18 tokens of recall behind the 257 of the bytes, and 7 of the tasks: 282."""
+    config = Config(data=DataConfig(recall_fraction=1.0, recall=RecallConfig(4, 2, 4, 8)))
+    config.eval.recall_sequences, config.eval.batch_size = 0, 4
+    return config
+
+
+def test_tasks_of_the_command_line_are_evaluated_at_their_length(tmp_path):
+    directory = checkpoint(tmp_path, 282)
+    _, table = evaluate_checkpoint(directory, recipe(), ("dense",), tasks=("passkey",), task_len=24, task_sequences=8)
+    (row,) = table.rows
+    assert list(row["tasks"]) == ["passkey"] and row["recall_accuracy"] is None
+    assert row["keys_per_query"] == row["tasks"]["passkey"]["keys_per_query"] == pytest.approx(12.5)
+    by_depth = np.asarray(row["tasks"]["passkey"]["by_depth"])
+    assert by_depth.shape == (4,) and np.isfinite(by_depth).any()
+
+
+def test_a_checkpoint_without_the_tokens_of_a_task_is_refused(tmp_path):
+    directory = checkpoint(tmp_path, 281)
+    with pytest.raises(ConfigError, match=r"vocab_size is 281, too small for the task passkey, whose tokens end at 282"):
+        evaluate_checkpoint(directory, recipe(), tasks=("passkey",), task_len=24)
+    with pytest.raises(ConfigError, match=r"eval\.tasks is 'paskey'.*Did you mean 'passkey'"):
+        evaluate_checkpoint(directory, recipe(), tasks=("paskey",))
+    with pytest.raises(ConfigError, match="max_positions is"):
+        evaluate_checkpoint(directory, recipe(), tasks=("passkey",), task_len=10**6)
