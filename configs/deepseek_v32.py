@@ -48,6 +48,7 @@ def get_config(arg: str = "") -> Config:
         max_positions=163840,
         param_dtype="bfloat16",
         dtype="bfloat16",
+        weight_format="fp8_blocks",
         remat="full",
         attention=attention,
         moe=moe,

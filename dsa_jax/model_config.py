@@ -8,6 +8,9 @@ BY_INDEXER = ("sparse", "coarse_to_fine", "blocks")
 """Attentions whose keys the indexer chooses, which its KL therefore trains."""
 ATTENTIONS = ("dense", *BY_INDEXER, "window", "sink_window", "random", "oracle")
 """What a model can be trained and run under; `model/selection.py` holds the rules."""
+PLAIN, FP8_BLOCKS = "plain", "fp8_blocks"
+WEIGHT_FORMATS = (PLAIN, FP8_BLOCKS)
+"""How the kernels of a model are kept: in `param_dtype`, or in e4m3 with a float32 scale per block of 128 x 128."""
 
 
 @dataclass
@@ -248,16 +251,30 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()  # tokens that end a generated text
     param_dtype: str = "float32"
     dtype: str = "float32"  # of activations and matrix products
+    weight_format: str = PLAIN  # plain | fp8_blocks (e4m3 kernels with block scales, but for head and router; for serving)
     scan_layers: bool = True  # False unrolls the layers over the same parameters
     remat: str = "none"  # none | full | dots: what the backward pass recomputes; top-k indices never are
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
+
+    def check_trainable(self) -> None:
+        """Refuse to train weights in fp8, whose steps are far larger than an update.
+
+        Raises:
+            ConfigError: for a weight_format other than plain.
+        """
+        if self.weight_format != PLAIN:
+            raise ConfigError(
+                f"model.weight_format is {self.weight_format!r}; expected {PLAIN!r} for training. Weights in fp8 are for "
+                f"serving: set model.weight_format={PLAIN}."
+            )
 
     def validate(self) -> None:
         for name in ("vocab_size", "hidden_dim", "n_layers", "mlp_dim", "max_positions"):
             positive(f"model.{name}", getattr(self, name))
         one_of("model.param_dtype", self.param_dtype, ("float32", "bfloat16"))
         one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+        one_of("model.weight_format", self.weight_format, WEIGHT_FORMATS)
         one_of("model.remat", self.remat, ("none", "full", "dots"))
         self.attention.validate(self.n_layers)
         self.moe.validate(self.n_layers)

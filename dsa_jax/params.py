@@ -7,6 +7,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+BLOCK_SCALES = "block_scales"
+"""Name of the leaf beside a `kernel` in fp8 blocks that holds its scales."""
+
 
 def parameter_paths(params: Mapping[str, Any]) -> dict[str, Any]:
     """Every leaf of a nested dict by its path, in the order of the tree; an empty dict contributes nothing."""
@@ -61,6 +64,11 @@ def is_score_bias_path(path: str) -> bool:
     return path.split("/")[-1] == "score_bias"
 
 
+def is_block_scales_path(path: str) -> bool:
+    """Whether the leaf holds the scales of the fp8 kernel beside it: how that is stored, and no parameter of its own."""
+    return path.split("/")[-1] == BLOCK_SCALES
+
+
 def count_parameters(params: Mapping[str, Any]) -> int:
-    """Number of scalars; leaves may be abstract, as `jax.eval_shape` gives them."""
-    return sum(math.prod(leaf.shape) for leaf in parameter_paths(params).values())
+    """Number of scalars but for block scales; leaves may be abstract, as `jax.eval_shape` gives them."""
+    return sum(math.prod(leaf.shape) for path, leaf in parameter_paths(params).items() if not is_block_scales_path(path))

@@ -28,11 +28,6 @@ _STEP = flags.DEFINE_enum(
 _ROWS = flags.DEFINE_integer("rows", 1, "decode: sequences.", lower_bound=1)
 _CONTEXT = flags.DEFINE_integer("context", 32768, "decode: tokens that the cache of a sequence holds.", lower_bound=1)
 _CACHE_DTYPE = flags.DEFINE_string("cache_dtype", "", "decode: float32, bfloat16 or fp8; empty: that of the activations.")
-_FP8_WEIGHTS = flags.DEFINE_boolean(
-    "fp8_weights",
-    False,
-    "decode: kernels of one byte, to see what they take; the model cannot run with such weights yet.",
-)
 _MEMORY = flags.DEFINE_float(
     "device_gb", 141.0, "Memory of a device in GB (1e9 bytes), to say whether it fits.", lower_bound=1.0
 )
@@ -77,7 +72,7 @@ def main(argv: list[str]) -> None:
             mesh, device_bytes = target_mesh(config, _TARGET.value, Path(__file__).parents[1])
         else:
             mesh = emulated_mesh(config)
-        shape = DecodeShape(_ROWS.value, _CONTEXT.value, _CACHE_DTYPE.value, _FP8_WEIGHTS.value)
+        shape = DecodeShape(_ROWS.value, _CONTEXT.value, _CACHE_DTYPE.value)
         result = compile_step(config, step, mesh, shape)
         print("\n" + format_compiled(result, device_bytes))
         summary["compiled"] = {**result._asdict(), "peak": result.peak}

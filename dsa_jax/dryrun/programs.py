@@ -1,6 +1,5 @@
 """The programs that a dry run can compile, with abstract arguments that say where everything lies."""
 
-import re
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,6 @@ from dsa_jax.generation.programs import Mode, Sampling, State, decode
 from dsa_jax.model import Transformer, build_model, init_params
 from dsa_jax.parallel.ambient import ROWS
 from dsa_jax.parallel.placement import shardings_of
-from dsa_jax.params import nested_parameters, parameter_paths
 from dsa_jax.train.stages import stage_of
 from dsa_jax.train.step import init_state, make_train_step
 
@@ -24,15 +22,12 @@ STEPS = (*STAGE_ORDER, "decode")
 class DecodeShape(NamedTuple):
     """A decode step.
 
-    Fields: `rows` sequences of up to `context` tokens; `cache_dtype` "" is the dtype of the activations; `fp8_weights` declares
-    every kernel but the head's and the router's as e4m3 without its block scales, of which a layer makes bfloat16 as it runs.
-    That is for memory only: nothing loads or runs a model so yet.
+    Fields: `rows` sequences of up to `context` tokens; `cache_dtype` "" is the dtype of the activations.
     """
 
     rows: int = 1
     context: int = 131072
     cache_dtype: str = ""
-    fp8_weights: bool = False
 
 
 class Program(NamedTuple):
@@ -94,16 +89,9 @@ def _decode_step(config: Config, mesh: Mesh, shape: DecodeShape) -> Program:
         return decode(model, mode, params, sampling, state)
 
     params = abstract_params(model)
-    if shape.fp8_weights:
-        params = nested_parameters({path: _as_fp8(path, leaf) for path, leaf in parameter_paths(params).items()})
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     function = jax.jit(decode_step, donate_argnums=2, out_shardings=shardings)
     return Program(function, (_placed(params, mesh), sampling, state))
-
-
-def _as_fp8(path: str, leaf: Any) -> Any:
-    is_quantized = path.endswith("/kernel") and not re.search("lm_head|router", path)
-    return jax.ShapeDtypeStruct(leaf.shape, jnp.float8_e4m3fn) if is_quantized else leaf
 
 
 def _placed(tree: Any, mesh: Mesh) -> Any:

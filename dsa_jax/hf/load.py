@@ -15,14 +15,21 @@ from jaxtyping import Shaped
 from dsa_jax.hf.errors import CheckpointError
 from dsa_jax.hf.families import FAMILIES
 from dsa_jax.hf.fp8 import block_size
-from dsa_jax.hf.plan import Source, count_mtp_layers, describe_rounding, plan_sources, read_source
+from dsa_jax.hf.plan import Source, check_blocks, count_mtp_layers, describe_rounding, plan_sources, read_blocks, read_source
 from dsa_jax.hf.read_config import read_model_config
 from dsa_jax.hf.tokenizer_files import load_checkpoint_tokenizer
 from dsa_jax.hf.weights import Weights, read_json
 from dsa_jax.model import Transformer, build_model, init_params
-from dsa_jax.model_config import IndexerConfig, ModelConfig
+from dsa_jax.model_config import FP8_BLOCKS, PLAIN, IndexerConfig, ModelConfig
 from dsa_jax.parallel.placement import spread
-from dsa_jax.params import is_indexer_path, nested_parameters, parameter_paths, split_parameters
+from dsa_jax.params import (
+    BLOCK_SCALES,
+    is_block_scales_path,
+    is_indexer_path,
+    nested_parameters,
+    parameter_paths,
+    split_parameters,
+)
 from dsa_jax.pretrained import Pretrained
 
 _LOG = logging.getLogger(__name__)
@@ -40,11 +47,13 @@ def load_pretrained(
     indexer: IndexerConfig | None = None,
     seed: int = 0,
     placement: Placement | None = None,
+    weight_format: str = PLAIN,
 ) -> Pretrained:
     """The model, parameters and tokenizer of a checkpoint directory.
 
     Weights are read piece by piece into the stacked parameter they belong to, which is then placed on the devices: beside the
-    model itself the host holds one stacked parameter and a few megabytes. Quantised weights become `dtype`.
+    model itself the host holds one stacked parameter and a few megabytes. Quantised weights become `dtype`, unless
+    `weight_format` keeps them.
 
     Args:
         directory: holds config.json and model.safetensors, or model.safetensors.index.json with the files it names.
@@ -56,16 +65,20 @@ def load_pretrained(
             dense unless `attention` says otherwise. A checkpoint that has indexers must have just these.
         seed: the new indexer's parameters are those that `init_params` draws from `jax.random.key(seed)`.
         placement: from a parameter's path to its sharding.
+        weight_format: "fp8_blocks" keeps the kernels that DeepSeek publishes in fp8 (all but head and router) as e4m3 with a
+            scale per block of 128 x 128, bit for bit where the checkpoint has them so, else quantised here with power-of-two
+            scales; for serving and evaluation. "plain" widens them to `dtype`.
 
     Raises:
         CheckpointError: when the directory cannot be read or does not fit its config.json; nothing is ever made up for it.
-        ConfigError: when `attention`, `indexer` or `dtype` cannot work with the model.
+        ConfigError: when `attention`, `indexer`, `dtype` or `weight_format` cannot work with the model.
     """
     directory = Path(directory)
     config = read_model_config(directory)
     content = read_json(directory / "config.json")
     if dtype is not None:
         config.param_dtype = config.dtype = jnp.dtype(dtype).name
+    config.weight_format = weight_format
     _say_what_is_converted(directory, content, config)
     brings_indexer = config.attention.indexer.enabled
     if indexer is not None:
@@ -91,27 +104,52 @@ def _read_parameters(
     block = block_size(content, directory / "config.json")
     latent = config.family in FAMILIES and FAMILIES[config.family].kind == "mla"
     n_mtp_layers = count_mtp_layers(content, directory / "config.json") if latent else 0
-    loaded = {}
+    loaded: dict[str, jax.Array] = {}
     with Weights(directory) as weights:
-        plan = plan_sources(config, shapes, weights, block=block, n_mtp_layers=n_mtp_layers)
+        kernels = {path: leaf for path, leaf in shapes.items() if not is_block_scales_path(path)}
+        plan = plan_sources(config, kernels, weights, block=block, n_mtp_layers=n_mtp_layers)
         describe_rounding(plan, shapes, weights)
+        scales_of = {path: path.removesuffix("kernel") + BLOCK_SCALES for path in plan}
+        kept = {path: scales for path, scales in scales_of.items() if scales in shapes}
+        check_blocks([source for path in kept for source in plan[path]], weights, block)
         for path, sources in plan.items():
-            loaded[path] = _put(_stacked(sources, shapes[path], weights, block), path, where)
+            if path in kept:
+                names = path, kept[path]
+                both = _stacked_blocks(sources, shapes[path], shapes[kept[path]], weights)
+                loaded |= {name: _put(value, name, where) for name, value in zip(names, both, strict=True)}
+            else:
+                loaded[path] = _put(_stacked(sources, shapes[path], weights, block), path, where)
     return loaded
 
 
 def _stacked(sources: list[Source], leaf: Any, weights: Weights, block: tuple[int, int]) -> Shaped[np.ndarray, "..."]:
     out = _aligned_empty(leaf.shape, np.dtype(leaf.dtype))
     for source in sources:
-        place = out[source.place].T if source.transpose else out[source.place]
         for rows, value in read_source(source, weights, block, out.dtype):
-            target = place[rows]
-            if value.dtype == out.dtype:
-                # As plain integers, which numpy copies several times as fast as bfloat16.
-                plain = np.dtype(f"u{out.dtype.itemsize}")
-                value, target = value.view(plain), target.view(plain)
-            target[...] = value.astype(target.dtype, copy=False)
+            _fill(out, source, rows, value)
     return out
+
+
+def _stacked_blocks(
+    sources: list[Source], leaf: Any, scales_leaf: Any, weights: Weights
+) -> tuple[Shaped[np.ndarray, "..."], Shaped[np.ndarray, "..."]]:
+    """(e4m3 kernel, block scales) of a stacked parameter."""
+    values, scales = (_aligned_empty(each.shape, np.dtype(each.dtype)) for each in (leaf, scales_leaf))
+    for source in sources:
+        for part in read_blocks(source, weights):
+            _fill(values, source, part.rows, part.values)
+            _fill(scales, source, part.block_rows, part.scales)
+    return values, scales
+
+
+def _fill(out: Shaped[np.ndarray, "..."], source: Source, rows: slice, value: Shaped[np.ndarray, "..."]) -> None:
+    """Write `rows` of the tensor that `source` names to their place in the parameter."""
+    target = (out[source.place].T if source.transpose else out[source.place])[rows]
+    if value.dtype == out.dtype:
+        # As plain integers, which numpy copies several times as fast as bfloat16.
+        plain = np.dtype(f"u{out.dtype.itemsize}")
+        value, target = value.view(plain), target.view(plain)
+    target[...] = value.astype(target.dtype, copy=False)
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
@@ -152,7 +190,9 @@ def _new_indexers(model: Transformer, seed: int) -> dict[str, jax.Array]:
 
 def _say_what_is_converted(directory: Path, content: dict[str, Any], config: ModelConfig) -> None:
     stated = str(content.get("torch_dtype") or content.get("dtype"))
-    if content.get("quantization_config"):
+    if config.weight_format == FP8_BLOCKS:
+        _LOG.info("%s: kernels are kept in fp8 blocks; activations are not quantised", directory)
+    elif content.get("quantization_config"):
         _LOG.info("%s: fp8 weights become %s; activations are not quantised", directory, config.param_dtype)
     elif stated.endswith("float16") and not stated.endswith("bfloat16"):
         _LOG.info("%s: float16 weights become %s", directory, config.param_dtype)

@@ -2,8 +2,10 @@
 
 from typing import NamedTuple
 
+from dsa_jax.hf.fp8 import SCALE_SUFFIX
 from dsa_jax.model import layer_stacks
 from dsa_jax.model_config import ModelConfig
+from dsa_jax.params import BLOCK_SCALES, is_block_scales_path
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -82,6 +84,9 @@ def tensor_name(config: ModelConfig, path: str) -> TensorName:
     """How a checkpoint calls the parameter `path`, such as `moe_layers/attention/indexer/wq_b/kernel`."""
     if path in _OUTSIDE:
         return _OUTSIDE[path]
+    if is_block_scales_path(path):
+        kernel = tensor_name(config, path.removesuffix(BLOCK_SCALES) + "kernel")
+        return TensorName(kernel.template + SCALE_SUFFIX, kernel.transpose, float32=True)
     below = path.split("/", 1)[1]
     name = _ATTENTION[config.attention.kind].get(below) or _LAYER[below]
     return name._replace(template="model.layers.{layer}." + name.template)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Shaped
 
@@ -16,12 +17,15 @@ from dsa_jax.hf.names import EMBEDDING, HEAD, pieces, tensor_name
 from dsa_jax.hf.safetensors_file import DTYPES, TensorInfo
 from dsa_jax.hf.weights import Weights
 from dsa_jax.model_config import ModelConfig
+from pallas_kernels.quantize import quantize_blocks
+from pallas_kernels.quantize.blocks import WEIGHT_BLOCK
 
 _LOG = logging.getLogger(__name__)
 _FLOATS = ("F64", "F32", "BF16", "F16")
 _FP8 = ("F8_E4M3",)
 _MOST_SHOWN = 5
 _PART_BYTES = 16 * 2**20
+_quantize = jax.jit(quantize_blocks)
 
 
 class Source(NamedTuple):
@@ -59,12 +63,37 @@ def plan_sources(
     return plan
 
 
+class BlockPart(NamedTuple):
+    """Some rows of a tensor in fp8 blocks, their place in it, and the same of their scales."""
+
+    rows: slice
+    values: Shaped[np.ndarray, "..."]
+    block_rows: slice
+    scales: Shaped[np.ndarray, "..."]
+
+
+def read_blocks(source: Source, weights: Weights) -> Iterator[BlockPart]:
+    """What `source` names in blocks of 128 x 128: as stored, and whole, or quantised here, in parts."""
+    scale_name = source.name + SCALE_SUFFIX
+    step = WEIGHT_BLOCK[0]
+    if scale_name in weights.tensors:
+        rows = source.rows or slice(None)
+        block_rows = slice(rows.start // step, -(-rows.stop // step)) if source.rows else None
+        values = weights.read(source.name, lead=source.lead, rows=source.rows)
+        scales = weights.read(scale_name, lead=source.lead, rows=block_rows)
+        yield BlockPart(slice(0, len(values)), values, slice(0, len(scales)), scales)
+        return
+    for rows, value in read_source(source, weights, WEIGHT_BLOCK, np.dtype(np.float32), multiple=step):
+        values, scales = map(np.asarray, _quantize(value))
+        yield BlockPart(rows, values, slice(rows.start // step, rows.start // step + len(scales)), scales)
+
+
 def read_source(
-    source: Source, weights: Weights, block: tuple[int, int], dtype: np.dtype
+    source: Source, weights: Weights, block: tuple[int, int], dtype: np.dtype, *, multiple: int = 1
 ) -> Iterator[tuple[slice, Shaped[np.ndarray, "..."]]]:
     """What `source` names, as stored, in parts that are small beside the model: (rows of the part, their values).
 
-    A quantised tensor comes whole, and of type `dtype`.
+    A quantised tensor comes whole, and of type `dtype`. All parts but the last have a multiple of `multiple` rows.
     """
     scale_name = source.name + SCALE_SUFFIX
     if scale_name in weights.tensors:
@@ -77,7 +106,7 @@ def read_source(
     shape = info.shape[len(source.lead) :]
     first, stop, _ = (source.rows or slice(None)).indices(shape[0])
     row_bytes = math.prod(shape[1:]) * DTYPES[info.dtype].itemsize
-    step = max(1, _PART_BYTES // max(row_bytes, 1))
+    step = max(1, _PART_BYTES // max(row_bytes * multiple, 1)) * multiple
     for start in range(first, stop, step):
         rows = slice(start, min(start + step, stop))
         yield slice(rows.start - first, rows.stop - first), weights.read(source.name, lead=source.lead, rows=rows)
@@ -136,6 +165,28 @@ def _check_kinds(used: Mapping[str, tuple[int, ...]], weights: Weights, block: t
                     f"{info.file}: {name} is of type {info.dtype} with scales of type {scale.dtype}; expected F8_E4M3 with F32."
                 )
             check_grid(name, shape, scale.shape, block, (info.file, scale.file))
+
+
+def check_blocks(sources: Iterable[Source], weights: Weights, block: tuple[int, int]) -> None:
+    """Make sure that what is stored in fp8 can stay as it is.
+
+    Raises:
+        CheckpointError: for blocks of another size than 128 x 128, or a projection that begins inside one.
+    """
+    for source in sources:
+        info = weights.tensors[source.name]
+        if source.name + SCALE_SUFFIX not in weights.tensors:
+            continue
+        if block != WEIGHT_BLOCK:
+            raise CheckpointError(
+                f"{info.file}: {source.name} has scales per block of {block[0]} x {block[1]}; weight_format fp8_blocks keeps "
+                f"blocks of {WEIGHT_BLOCK[0]} x {WEIGHT_BLOCK[1]}. Load with weight_format plain."
+            )
+        if source.rows is not None and source.rows.start % WEIGHT_BLOCK[0]:
+            raise CheckpointError(
+                f"{info.file}: {source.name} holds two projections fused, and the second begins at row {source.rows.start}, "
+                "inside a block of fp8 weights: weight_format fp8_blocks cannot part them. Load with weight_format plain."
+            )
 
 
 def _check_left_over(used: Mapping[str, tuple[int, ...]], config: ModelConfig, weights: Weights, n_mtp_layers: int) -> None:

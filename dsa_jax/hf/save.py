@@ -24,8 +24,8 @@ from dsa_jax.hf.tokenizer_files import BYTES_FIELD, TOKENIZER_FILES, copy_tokeni
 from dsa_jax.hf.weights import INDEX_FILE, SINGLE_FILE
 from dsa_jax.hf.write_config import Layout, choose_layout
 from dsa_jax.model import build_model, init_params, layer_stacks
-from dsa_jax.model_config import ModelConfig
-from dsa_jax.params import parameter_paths
+from dsa_jax.model_config import FP8_BLOCKS, ModelConfig
+from dsa_jax.params import is_block_scales_path, parameter_paths
 
 _LOG = logging.getLogger(__name__)
 _METADATA = {"format": "pt"}
@@ -50,7 +50,8 @@ def save_pretrained(
     model_type of this project. The log says which.
 
     Weights are stored as `config.param_dtype`, selection biases and the indexer's key norm as float32. Other norms and
-    routers, which are float32 here, are stored as `param_dtype` if that loses nothing and else as float32.
+    routers, which are float32 here, are stored as `param_dtype` if that loses nothing and else as float32. Kernels in fp8
+    blocks are stored as they are, each with its `weight_scale_inv`, as DeepSeek publishes them.
 
     Args:
         directory: what it holds is replaced once the new checkpoint is complete; it must be empty, new or a checkpoint.
@@ -73,6 +74,8 @@ def save_pretrained(
     if layout.model_type in FAMILIES:
         tensors += _zero_biases(config)
     content = dict(layout.content)
+    if config.weight_format == FP8_BLOCKS and _are_powers_of_two(leaves):
+        content["quantization_config"] = content["quantization_config"] | {"scale_fmt": "ue8m0"}
     if isinstance(tokenizer, ByteTokenizer):
         content[BYTES_FIELD] = "bytes"
     try:
@@ -128,7 +131,7 @@ def _tensors(config: ModelConfig, leaves: Mapping[str, Any]) -> list[TensorToWri
     for path, leaf in leaves.items():
         name = tensor_name(config, path)
         dtype = np.dtype(leaf.dtype)
-        if dtype != param_dtype and not name.float32:
+        if dtype.itemsize > param_dtype.itemsize and not name.float32:
             if _is_exact_in(leaf, param_dtype):
                 dtype = np.dtype(param_dtype)
             else:
@@ -169,6 +172,11 @@ class _Fetcher:
         if transpose:
             value = value.T
         return np.ascontiguousarray(value).astype(self._dtype, copy=False)
+
+
+def _are_powers_of_two(leaves: Mapping[str, Any]) -> bool:
+    """Whether all block scales are: what readers then expect of the scales of activations, too."""
+    return all((np.frexp(np.asarray(leaf))[0] == 0.5).all() for path, leaf in leaves.items() if is_block_scales_path(path))
 
 
 def _is_exact_in(leaf: Any, dtype: np.dtype) -> bool:

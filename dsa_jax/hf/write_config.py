@@ -5,6 +5,7 @@ beside it, under a field that only this project reads, as long as it leaves the 
 """
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,8 @@ from dsa_jax.hf.families import FAMILIES, OWN_FIELD, OWN_MODEL_TYPE
 from dsa_jax.hf.read_config import parse_config
 from dsa_jax.hf.rope_fields import write_rope
 from dsa_jax.model.rope import yarn_mscale
-from dsa_jax.model_config import AttentionConfig, IndexerConfig, ModelConfig, MoEConfig, RopeConfig
+from dsa_jax.model_config import FP8_BLOCKS, PLAIN, AttentionConfig, IndexerConfig, ModelConfig, MoEConfig, RopeConfig
+from pallas_kernels.quantize.blocks import WEIGHT_BLOCK
 
 # Differences under which a checkpoint keeps its family: other readers compute something close, and are told what.
 _SOFT = frozenset(
@@ -23,8 +25,9 @@ _SOFT = frozenset(
 # How a model is run or trained, and where it came from: no part of a checkpoint.
 _OF_THE_RUN = frozenset(
     {
-        "family", "param_dtype", "dtype", "scan_layers", "remat", "initializer_range", "embedding_initializer_range",
-        "attention.implementation", "attention.indexer.detach_input", "moe.bias_update_rate", "moe.balance_loss_weight",
+        "family", "param_dtype", "dtype", "weight_format", "scan_layers", "remat", "initializer_range",
+        "embedding_initializer_range", "attention.implementation", "attention.indexer.detach_input", "moe.bias_update_rate",
+        "moe.balance_loss_weight",
     }
 )  # fmt: skip
 
@@ -66,7 +69,8 @@ def choose_layout(config: ModelConfig) -> Layout:
         "model_type": OWN_MODEL_TYPE,
         "torch_dtype": config.param_dtype,
         "vocab_size": config.vocab_size,
-        OWN_FIELD: {"model": to_dict(config)},
+        OWN_FIELD: {"model": to_dict(dataclasses.replace(config, weight_format=PLAIN))},
+        **_quantization(config),
     }
     return Layout(OWN_MODEL_TYPE, content, {})
 
@@ -102,6 +106,7 @@ def family_content(config: ModelConfig, model_type: str) -> dict[str, Any]:
         "torch_dtype": config.param_dtype,
         "dtype": config.param_dtype,
         **write_rope(attention.rope),
+        **_quantization(config),
     }
     if attention.kind == "gqa":
         content["head_dim"] = attention.head_dim
@@ -114,6 +119,14 @@ def family_content(config: ModelConfig, model_type: str) -> dict[str, Any]:
     if attention.indexer.enabled:
         content |= _indexer_content(config, model_type)
     return content
+
+
+def _quantization(config: ModelConfig) -> dict[str, Any]:
+    """What DeepSeek's own config.json says of weights in fp8; every reader scales activations as it goes."""
+    if config.weight_format != FP8_BLOCKS:
+        return {}
+    blocks = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(WEIGHT_BLOCK), "activation_scheme": "dynamic"}
+    return {"quantization_config": blocks}
 
 
 def _candidates(config: ModelConfig) -> list[str]:

@@ -66,6 +66,10 @@ def _dtypes(config: ModelConfig) -> dict[str, Any]:
     return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
 
 
+def _weights(config: ModelConfig) -> dict[str, Any]:
+    return {**_dtypes(config), "weight_format": config.weight_format}
+
+
 def _init_stds(config: ModelConfig) -> dict[str, Any]:
     # What adds to the residual stream starts smaller, so that its variance does not grow with depth.
     return {
@@ -96,7 +100,7 @@ def _attention(config: ModelConfig, *, with_indexer: bool) -> MLA | GQA:
         "implementation": None if attention.implementation == "auto" else attention.implementation,
         "parent": None,
         **_init_stds(config),
-        **_dtypes(config),
+        **_weights(config),
     }
     if attention.kind == "mla":
         return MLA(
@@ -147,12 +151,12 @@ def _indexer(config: ModelConfig) -> Indexer:
         detach_input=indexer.detach_input,
         init_std=config.initializer_range,
         parent=None,
-        **_dtypes(config),
+        **_weights(config),
     )
 
 
 def _mlp(config: ModelConfig, mlp_dim: int) -> MLP:
-    return MLP(hidden_dim=config.hidden_dim, mlp_dim=mlp_dim, parent=None, **_init_stds(config), **_dtypes(config))
+    return MLP(hidden_dim=config.hidden_dim, mlp_dim=mlp_dim, parent=None, **_init_stds(config), **_weights(config))
 
 
 def _moe(config: ModelConfig) -> MoE:
@@ -172,5 +176,5 @@ def _moe(config: ModelConfig) -> MoE:
         shared=_mlp(config, moe.n_shared_experts * moe.expert_dim) if moe.n_shared_experts else None,
         parent=None,
         **_init_stds(config),
-        **_dtypes(config),
+        **_weights(config),
     )

@@ -3,7 +3,7 @@
 On a mesh, rows travel to the device that owns their expert and back; the experts' width is split over `tensor`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,21 +11,25 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.model.grouped_matmul import grouped_matmul
-from dsa_jax.parallel.ambient import ROWS, axis_size, per_device, splits_evenly, sum_over
+from dsa_jax.model.kernels import Place
+from dsa_jax.parallel.ambient import ROWS, axis_index, axis_size, per_device, splits_evenly, sum_over
 from dsa_jax.parallel.expert_exchange import AXIS, to_owners, to_senders
+from pallas_kernels.quantize import QuantizedBlocks
 
 
 class ExpertKernels(NamedTuple):
-    """SwiGLU projections of all routed experts."""
+    """SwiGLU projections of all routed experts, plain or in fp8 blocks."""
 
-    gate: Float[Array, "X E F"]
-    up: Float[Array, "X E F"]
-    down: Float[Array, "X F E"]
+    gate: Float[Array, "X E F"] | QuantizedBlocks
+    up: Float[Array, "X E F"] | QuantizedBlocks
+    down: Float[Array, "X F E"] | QuantizedBlocks
 
 
-_KERNEL_SPECS = ExpertKernels._make(
-    [PartitionSpec(AXIS, None, "tensor"), PartitionSpec(AXIS, None, "tensor"), PartitionSpec(AXIS, "tensor", None)]
-)
+_IN, _OUT = PartitionSpec(AXIS, None, "tensor"), PartitionSpec(AXIS, "tensor", None)
+# `tensor` may cut blocks: every device has the scales of its experts' whole matrices.
+_SCALES: Any = PartitionSpec(AXIS)
+_PLAIN_SPECS: Any = (_IN, _IN, _OUT)
+_FP8_SPECS: Any = tuple(QuantizedBlocks(spec, _SCALES) for spec in _PLAIN_SPECS)
 
 
 def routed_sum(
@@ -36,13 +40,14 @@ def routed_sum(
     Dropless. Nothing of size tokens x experts x dim is held.
     """
     rows = ROWS if splits_evenly(x.shape) else PartitionSpec()  # a few decoded tokens are computed by every device
-    spread = per_device(_routed_sum, in_specs=(rows, rows, rows, _KERNEL_SPECS), out_specs=rows)
+    specs = _FP8_SPECS if isinstance(kernels.gate, QuantizedBlocks) else _PLAIN_SPECS
+    spread = per_device(_routed_sum, in_specs=(rows, rows, rows, ExpertKernels(*specs)), out_specs=rows)
     return spread(x, experts, weights, kernels)
 
 
 def _routed_sum(x: Array, experts: Array, weights: Array, kernels: ExpertKernels) -> Array:
     dim, per_token = x.shape[-1], experts.shape[-1]
-    n_experts = len(kernels.gate) * axis_size(AXIS)
+    n_experts = len(jax.tree.leaves(kernels)[0]) * axis_size(AXIS)
     assigned = experts.reshape(-1)
     order = jnp.argsort(assigned, stable=True)
     counts = jnp.zeros(n_experts, jnp.int32).at[assigned].add(1)
@@ -69,8 +74,18 @@ def _at_owners(rows: Array, counts: Array, kernels: ExpertKernels) -> Array:
 
 
 def _swiglu(rows: Array, group_sizes: Array, kernels: ExpertKernels) -> Array:
-    hidden = jax.nn.silu(grouped_matmul(rows, kernels.gate, group_sizes)) * grouped_matmul(rows, kernels.up, group_sizes)
-    return grouped_matmul(hidden, kernels.down, group_sizes)
+    into, out_of = _first_columns(kernels)
+    hidden = jax.nn.silu(grouped_matmul(rows, kernels.gate, group_sizes, first=into))
+    hidden = hidden * grouped_matmul(rows, kernels.up, group_sizes, first=into)
+    return grouped_matmul(hidden, kernels.down, group_sizes, first=out_of)
+
+
+def _first_columns(kernels: ExpertKernels) -> tuple[Place | None, Place | None]:
+    """Where this device's part of the experts' width begins, in the kernels into it and out of it; None: it has all."""
+    if axis_size("tensor") == 1:
+        return None, None
+    start, zero = axis_index("tensor") * jax.tree.leaves(kernels.gate)[0].shape[-1], jnp.int32(0)
+    return (zero, start), (start, zero)
 
 
 def _inverse(order: Array) -> Array:

@@ -16,6 +16,7 @@ from dsa_jax.model.outputs import AttentionRequest
 from dsa_jax.model.rope import Rope, rotary_magnitude, rotate
 from dsa_jax.model.selection import Budget, Heads
 from dsa_jax.model.visibility import Visibility
+from dsa_jax.model_config import PLAIN
 
 KEYS, VALUES = "keys", "values"
 """Names of the cache entries."""
@@ -41,10 +42,11 @@ class GQA(nn.Module):
     out_init_std: float
     dtype: jnp.dtype
     param_dtype: jnp.dtype
+    weight_format: str = PLAIN
 
     def setup(self) -> None:
         """Create the projections."""
-        kind: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        kind: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype, "weight_format": self.weight_format}
         kv_dim = self.n_kv_heads * self.head_dim
         self.wq = Linear(self.hidden_dim, self.n_heads * self.head_dim, self.init_std, use_bias=self.use_bias, **kind)
         self.wk = Linear(self.hidden_dim, kv_dim, self.init_std, use_bias=self.use_bias, **kind)

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dsa_jax.model.kernels import Kernel, Place, widened
 from pallas_kernels import traced_platform
+from pallas_kernels.quantize import QuantizedBlocks
 
 IMPLEMENTATIONS = ("reference", "tiles", "ragged_dot")
 # A CPU core is busy with few rows; a GPU's many are not.
@@ -22,30 +24,42 @@ _MOST_ROWS = {"cpu": 128, "gpu": 1024}
 
 
 def grouped_matmul(
-    x: Float[Array, "M I"], kernels: Float[Array, "G I O"], group_sizes: Int[Array, " G"], *, implementation: str | None = None
+    x: Float[Array, "M I"],
+    kernels: Float[Array, "G I O"] | QuantizedBlocks,
+    group_sizes: Int[Array, " G"],
+    *,
+    first: Place | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "M O"]:
     """out[m] = x[m] @ kernels[g], where row m belongs to group g: the first group_sizes[0] rows to group 0, and so on.
 
     Args:
+        kernels: in fp8 blocks they are widened to the dtype of `x`, by "tiles" one group at a time.
         group_sizes: int32, may hold zeros, must sum to M or less; rows beyond the sum may come out as anything.
+        first: of kernels in fp8 blocks that are a part of those the scales are of: row and column at which it begins.
         implementation: "tiles", "ragged_dot", "reference" (gathers a kernel per row), or None for the device's default.
 
     Returns:
-        The dtype of `x`, accumulated in at least float32. Differentiable in `x` and `kernels`.
+        The dtype of `x`, accumulated in at least float32. Differentiable in `x` and `kernels`, unless these are in fp8.
 
     Raises:
         ValueError: for an unknown implementation.
+        NotImplementedError: "ragged_dot" of kernels in fp8 blocks, all of which it would have to widen.
     """
+    quantized = isinstance(kernels, QuantizedBlocks)
     if implementation is None:
-        implementation = "tiles" if traced_platform() in _MOST_ROWS else "ragged_dot"
+        implementation = "tiles" if quantized or traced_platform() in _MOST_ROWS else "ragged_dot"
     if implementation == "reference":
+        kernels = widened(kernels, x.dtype, first)
         group = jnp.repeat(jnp.arange(len(kernels)), group_sizes, total_repeat_length=len(x))
         return jnp.einsum("mi,mio->mo", x, kernels[group])
     if implementation == "ragged_dot":
+        if isinstance(kernels, QuantizedBlocks):
+            raise NotImplementedError("grouped_matmul: ragged_dot takes no kernels in fp8 blocks. Use tiles.")
         wide = jnp.promote_types(x.dtype, jnp.float32)
         return jax.lax.ragged_dot(x, kernels, group_sizes, preferred_element_type=wide).astype(x.dtype)
     if implementation == "tiles":
-        return _tiles(x, kernels, group_sizes)
+        return _tiles_forward(x, kernels, group_sizes, first) if quantized else _tiles(x, kernels, group_sizes)
     raise ValueError(f"grouped_matmul: implementation is {implementation!r}; expected one of {', '.join(IMPLEMENTATIONS)}.")
 
 
@@ -73,19 +87,21 @@ def _tiles(x: Array, kernels: Array, group_sizes: Array) -> Array:
     return _tiles_forward(x, kernels, group_sizes)
 
 
-def _tiles_forward(x: Array, kernels: Array, group_sizes: Array) -> Array:
-    n_rows, tile = len(x), _tile_rows(len(x), len(kernels))
+def _tiles_forward(x: Array, kernels: Kernel, group_sizes: Array, first: Place | None = None) -> Array:
+    n_rows, tile = len(x), _tile_rows(len(x), len(group_sizes))
+    width = jax.tree.leaves(kernels)[0].shape[-1]
     plan = _tile_plan(group_sizes, tile)
     padded = jnp.pad(x, ((0, tile), (0, 0)))
 
     def one(i: Array, out: Array) -> Array:
         group, row, _ = _tile_at(i, plan, tile)
         rows = jax.lax.dynamic_slice_in_dim(padded, row, tile)
-        product = jnp.matmul(rows, kernels[group], preferred_element_type=_wide(x)).astype(x.dtype)
+        kernel = jax.tree.map(lambda leaf: leaf[group], kernels)
+        product = jnp.matmul(rows, widened(kernel, x.dtype, first), preferred_element_type=_wide(x)).astype(x.dtype)
         # Rows beyond the group's end are wrong here and overwritten by the next group's first tile.
         return jax.lax.dynamic_update_slice_in_dim(out, product, row, axis=0)
 
-    out = jnp.zeros((n_rows + tile, kernels.shape[-1]), x.dtype)
+    out = jnp.zeros((n_rows + tile, width), x.dtype)
     return jax.lax.fori_loop(0, plan[2][-1], one, out)[:n_rows]
 
 

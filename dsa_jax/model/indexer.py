@@ -7,10 +7,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from dsa_jax.model.kernels import widened
 from dsa_jax.model.linear import Linear
 from dsa_jax.model.norm import LayerNorm
 from dsa_jax.model.rope import Rope, rotate
 from dsa_jax.model.selection import IndexHeads
+from dsa_jax.model_config import PLAIN
 from pallas_kernels.quantize import hadamard_transform, simulate_fp8
 
 
@@ -41,13 +43,15 @@ class Indexer(nn.Module):
     init_std: float
     dtype: jnp.dtype
     param_dtype: jnp.dtype
+    weight_format: str = PLAIN
 
     def setup(self) -> None:
         """Create the projections and the key norm."""
         kind: dict[str, Any] = {"init_std": self.init_std, "dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.wq_b = Linear(self.q_input_dim, self.n_heads * self.head_dim, **kind)
-        self.wk = Linear(self.hidden_dim, self.head_dim, **kind)
+        self.wq_b = Linear(self.q_input_dim, self.n_heads * self.head_dim, weight_format=self.weight_format, **kind)
+        self.wk = Linear(self.hidden_dim, self.head_dim, weight_format=self.weight_format, **kind)
         self.k_norm = LayerNorm(self.head_dim, self.norm_eps, self.dtype)
+        # Never in fp8, as published: they weigh the heads, and are small.
         if self.head_weights == "learned":
             self.weights_proj = Linear(self.hidden_dim, self.n_heads, **kind)
 
@@ -76,7 +80,7 @@ class Indexer(nn.Module):
     def _head_weights(self, x: Float[Array, "B T E"]) -> Float[Array, "B T H"]:
         if self.head_weights == "constant":
             return jnp.ones((*x.shape[:2], self.n_heads), jnp.float32)
-        kernel = self.weights_proj.kernel.astype(jnp.float32)
+        kernel = widened(self.weights_proj.kernel, jnp.float32)
         return jnp.matmul(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
 
     def _position(self, x: Float[Array, "B T H D"], positions: Int[Array, "B T"]) -> Float[Array, "B T H D"]:

@@ -1,8 +1,11 @@
-"""A matrix product with a `[in, out]` kernel that other code may also read as a plain array."""
+"""A matrix product with a `[in, out]` kernel that other code may also read."""
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
+
+from dsa_jax.model.kernels import make_kernel, widened
+from dsa_jax.model_config import PLAIN
 
 
 class Linear(nn.Module):
@@ -14,14 +17,16 @@ class Linear(nn.Module):
     dtype: jnp.dtype
     param_dtype: jnp.dtype
     use_bias: bool = False
+    weight_format: str = PLAIN
 
     def setup(self) -> None:
         """Create the parameters."""
-        self.kernel = self.param("kernel", nn.initializers.normal(self.init_std), (self.in_dim, self.out_dim), self.param_dtype)
+        shape = self.in_dim, self.out_dim
+        self.kernel = make_kernel(self, shape, self.init_std, self.param_dtype, self.weight_format)
         if self.use_bias:
             self.bias = self.param("bias", nn.initializers.zeros, (self.out_dim,), self.param_dtype)
 
     def __call__(self, x: Float[Array, "*N I"]) -> Float[Array, "*N O"]:
         """Apply to the last axis, in `dtype`."""
-        y = x.astype(self.dtype) @ self.kernel.astype(self.dtype)
+        y = x.astype(self.dtype) @ widened(self.kernel, self.dtype)
         return y + self.bias.astype(self.dtype) if self.use_bias else y

@@ -16,12 +16,14 @@ from dsa_jax.model.attention import AttentionOutput, attend, needs_dense_heads, 
 from dsa_jax.model.cache import INDEX_KEYS, CacheEntry, LayerCache
 from dsa_jax.model.cached_attention import CachedAttentionOutput, attend_cached
 from dsa_jax.model.indexer import Indexer
+from dsa_jax.model.kernels import widened
 from dsa_jax.model.linear import Linear
 from dsa_jax.model.norm import RMSNorm
 from dsa_jax.model.outputs import AttentionRequest
 from dsa_jax.model.rope import Rope, rotary_magnitude, rotate, softmax_scale_factor
 from dsa_jax.model.selection import DENSE, Budget, Heads
 from dsa_jax.model.visibility import Visibility
+from dsa_jax.model_config import PLAIN
 
 LATENT = "latent"
 """Name of the cache entry that holds [latent | rotated key]."""
@@ -56,10 +58,11 @@ class MLA(nn.Module):
     out_init_std: float
     dtype: jnp.dtype
     param_dtype: jnp.dtype
+    weight_format: str = PLAIN
 
     def setup(self) -> None:
         """Create the projections."""
-        kind: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        kind: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype, "weight_format": self.weight_format}
         q_dim = self.n_heads * (self.qk_nope_head_dim + self.rope.dim)
         if self.q_lora_rank:
             self.wq_a = Linear(self.hidden_dim, self.q_lora_rank, self.init_std, **kind)
@@ -167,7 +170,7 @@ class MLA(nn.Module):
     @property
     def expansion(self) -> tuple[Float[Array, "C H N"], Float[Array, "C H V"]]:
         """The two halves of wkv_b: latent to keys, latent to values."""
-        kernel = self.wkv_b.kernel.astype(self.dtype)
+        kernel = widened(self.wkv_b.kernel, self.dtype)
         kernel = kernel.reshape(self.kv_lora_rank, self.n_heads, self.qk_nope_head_dim + self.v_head_dim)
         return kernel[..., : self.qk_nope_head_dim], kernel[..., self.qk_nope_head_dim :]
 

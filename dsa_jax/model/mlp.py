@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from dsa_jax.model.linear import Linear
 from dsa_jax.model.outputs import MoEStatistics
+from dsa_jax.model_config import PLAIN
 
 
 class FeedForwardOutput(NamedTuple):
@@ -27,10 +28,11 @@ class MLP(nn.Module):
     out_init_std: float
     dtype: jnp.dtype
     param_dtype: jnp.dtype
+    weight_format: str = PLAIN
 
     def setup(self) -> None:
         """Create the three projections."""
-        kind: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        kind: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype, "weight_format": self.weight_format}
         self.gate = Linear(self.hidden_dim, self.mlp_dim, self.init_std, **kind)
         self.up = Linear(self.hidden_dim, self.mlp_dim, self.init_std, **kind)
         self.down = Linear(self.mlp_dim, self.hidden_dim, self.out_init_std, **kind)

@@ -1,12 +1,17 @@
 """DeepSeek mixture of experts: routed experts without dropped tokens, plus shared ones."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from dsa_jax.model.experts import ExpertKernels, routed_sum
+from dsa_jax.model.kernels import make_kernel
 from dsa_jax.model.mlp import MLP, FeedForwardOutput
 from dsa_jax.model.router import Router, expert_load, route
+from dsa_jax.model_config import PLAIN
+from pallas_kernels.quantize import QuantizedBlocks
 
 
 class ExpertLinear(nn.Module):
@@ -17,11 +22,12 @@ class ExpertLinear(nn.Module):
     out_dim: int
     init_std: float
     param_dtype: jnp.dtype
+    weight_format: str = PLAIN
 
     def setup(self) -> None:
         """Create the kernels."""
         shape = (self.n_experts, self.in_dim, self.out_dim)
-        self.kernel = self.param("kernel", nn.initializers.normal(self.init_std), shape, self.param_dtype)
+        self.kernel = make_kernel(self, shape, self.init_std, self.param_dtype, self.weight_format)
 
 
 class Experts(nn.Module):
@@ -34,16 +40,19 @@ class Experts(nn.Module):
     out_init_std: float
     dtype: jnp.dtype
     param_dtype: jnp.dtype
+    weight_format: str = PLAIN
 
     def setup(self) -> None:
         """Create the three projections."""
-        self.gate = ExpertLinear(self.n_experts, self.hidden_dim, self.expert_dim, self.init_std, self.param_dtype)
-        self.up = ExpertLinear(self.n_experts, self.hidden_dim, self.expert_dim, self.init_std, self.param_dtype)
-        self.down = ExpertLinear(self.n_experts, self.expert_dim, self.hidden_dim, self.out_init_std, self.param_dtype)
+        kind: dict[str, Any] = {"param_dtype": self.param_dtype, "weight_format": self.weight_format}
+        self.gate = ExpertLinear(self.n_experts, self.hidden_dim, self.expert_dim, self.init_std, **kind)
+        self.up = ExpertLinear(self.n_experts, self.hidden_dim, self.expert_dim, self.init_std, **kind)
+        self.down = ExpertLinear(self.n_experts, self.expert_dim, self.hidden_dim, self.out_init_std, **kind)
 
     def __call__(self) -> ExpertKernels:
-        """The kernels in the dtype of the products."""
-        return ExpertKernels(*(linear.kernel.astype(self.dtype) for linear in (self.gate, self.up, self.down)))
+        """The kernels in the dtype of the products, or as they are in fp8, which the products widen tile by tile."""
+        kernels = (linear.kernel for linear in (self.gate, self.up, self.down))
+        return ExpertKernels(*(k if isinstance(k, QuantizedBlocks) else k.astype(self.dtype) for k in kernels))
 
 
 class MoE(nn.Module):
@@ -65,6 +74,7 @@ class MoE(nn.Module):
     out_init_std: float
     dtype: jnp.dtype
     param_dtype: jnp.dtype
+    weight_format: str = PLAIN
 
     def setup(self) -> None:
         """Create router and experts."""
@@ -77,6 +87,7 @@ class MoE(nn.Module):
             self.out_init_std,
             self.dtype,
             self.param_dtype,
+            self.weight_format,
         )
 
     def __call__(self, x: Float[Array, "B T E"], valid: Bool[Array, "B T"]) -> FeedForwardOutput:

@@ -25,6 +25,9 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r".*/attention/wo/kernel", ("tensor", "fsdp")),
     (r".*/experts/(gate|up)/kernel", ("expert", "fsdp", "tensor")),
     (r".*/experts/down/kernel", ("expert", "tensor", "fsdp")),
+    # Scales are one 4096th of the bytes they are for. Whole, they serve any split of the kernel, also one that cuts blocks.
+    (r".*/experts/(gate|up|down)/block_scales", ("expert",)),
+    (r".*/block_scales", ()),
     (r".*/(gate|up)/kernel", ("fsdp", "tensor")),
     (r".*/down/kernel", ("tensor", "fsdp")),
     (r".*(scale|bias|score_bias|router/kernel)", ()),

@@ -17,14 +17,14 @@ from dsa_jax.params import parameter_paths
 _LOG = logging.getLogger(__name__)
 
 # How a run computes is the recipe's business, what it computes the checkpoint's.
-_OF_THE_RUN = ("param_dtype", "dtype", "scan_layers", "remat")
+_OF_THE_RUN = ("param_dtype", "dtype", "weight_format", "scan_layers", "remat")
 CHECKPOINT_TOKENIZER = "checkpoint"
 
 
 def resolve_checkpoint(config: Config) -> Config:
     """`config` with what `init.hf_dir` decides filled in; the same config where it is not set.
 
-    The model is the checkpoint's. From the recipe come `model.param_dtype`, `dtype`, `scan_layers`, `remat`,
+    The model is the checkpoint's. From the recipe come `model.param_dtype`, `dtype`, `weight_format`, `scan_layers`, `remat`,
     `attention.implementation`, the experts' balance settings and, where the checkpoint has no indexer, `attention.indexer`.
     `data.text.tokenizer` "checkpoint" becomes the directory.
 
@@ -78,7 +78,12 @@ def checkpoint_params(config: Config) -> dict[str, Any]:
 def load_for_evaluation(config: Config) -> tuple[Config, Transformer, dict[str, Any]]:
     """(config, model, params) of `init.hf_dir` as it is: a checkpoint without an indexer gets none."""
     config = resolve_checkpoint(config)
-    loaded = load_pretrained(config.init.hf_dir, dtype=config.model.param_dtype, placement=parameter_placement())
+    loaded = load_pretrained(
+        config.init.hf_dir,
+        dtype=config.model.param_dtype,
+        weight_format=config.model.weight_format,
+        placement=parameter_placement(),
+    )
     config.model = loaded.config
     return config, loaded.model, loaded.params
 

@@ -64,7 +64,11 @@ def make_train_step(model: Transformer, stage: Stage, config: Config) -> Callabl
     Metrics (scalars, float32): `loss` and `accuracy` where the stage has an LM loss, `kl` (summed over layers)
     and `kl_layers` where the indexer learns, `balance_loss` and `expert_load_max` (largest share of a layer's tokens times
     the number of experts) for MoE models, `grad_norm`, `is_finite`, `skipped`, `skipped_in_a_row`.
+
+    Raises:
+        ConfigError: for a model whose weights are kept in fp8.
     """
+    config.model.check_trainable()
     stage_config: StageConfig = getattr(config.train, stage.name)
     optimizer = make_optimizer(stage_config.optimizer, stage_config.steps)
     moe = config.model.moe

@@ -6,7 +6,7 @@ Elementwise but for the largest magnitude of a block, so plain jnp is the only i
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.quantize import reference
 
@@ -67,6 +67,26 @@ def dequantize_blocks(quantized: QuantizedBlocks, block: tuple[int, int] = WEIGH
             f"{columns} of values {list(values.shape)}. Pass the block that the values were quantised with."
         )
     return values.astype(jnp.float32) * _spread(scales, block, values.shape)
+
+
+def dequantize_part(
+    quantized: QuantizedBlocks, first: tuple[Int[Array, ""], Int[Array, ""]], block: tuple[int, int] = WEIGHT_BLOCK
+) -> Float[Array, "*N R C"]:
+    """values * scales, float32, where `values` are a part of the matrices whose scales are given: a device's share.
+
+    Args:
+        first: row and column of the whole at which the part begins; it may cut blocks. A part that reaches beyond the scales
+            gives NaN there.
+        block: as given to `quantize_blocks`.
+
+    Raises:
+        ValueError: a block without rows or columns.
+    """
+    rows, columns = _checked(block)
+    values, scales = quantized
+    place = lambda axis, step: (first[axis] + jnp.arange(values.shape[axis - 2])) // step
+    by_row = jnp.take(scales, place(0, rows), axis=-2)
+    return values.astype(jnp.float32) * jnp.take(by_row, place(1, columns), axis=-1)
 
 
 def _checked(block: tuple[int, int]) -> tuple[int, int]:

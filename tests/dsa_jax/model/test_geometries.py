@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from dsa_jax.model import build_model, init_params, layer_stacks
-from dsa_jax.params import is_indexer_path, is_score_bias_path, parameter_paths
+from dsa_jax.params import is_block_scales_path, is_indexer_path, is_score_bias_path, parameter_paths
 
 
 def abstract_parameters(config):
@@ -14,7 +14,7 @@ def abstract_parameters(config):
 
 
 def total(paths, rule=lambda path: True):
-    return sum(leaf.size for path, leaf in paths.items() if rule(path))
+    return sum(leaf.size for path, leaf in paths.items() if rule(path) and not is_block_scales_path(path))
 
 
 # Per layer: q_input * heads * dim + hidden * dim + 2 * dim + hidden * heads.
