@@ -6,6 +6,9 @@ with `--config.model.attention.indexer.hadamard=True --config.model.attention.in
 
 Sources: deepseek-ai/DeepSeek-V3.2-Exp `inference/config_671B_v3.2.json` and `inference/model.py`; arXiv 2412.19437 and
 2512.02556.
+Weights are kept as they are published, in e4m3 with a scale per block, which serves and does not train; for a training step set
+`--config.model.weight_format=plain`.
+
 Command: `python -m experiments.dry_run --config=configs/deepseek_v32.py` (allocates nothing).
 """
 

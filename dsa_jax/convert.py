@@ -6,18 +6,25 @@ from dsa_jax.config import Config, DataConfig, TextConfig
 from dsa_jax.data.tokenizer import NO_TOKENIZER
 from dsa_jax.hf import load_pretrained, save_pretrained
 from dsa_jax.model.selection import DENSE
+from dsa_jax.model_config import PLAIN
 from dsa_jax.open_checkpoint import is_hf_directory, open_checkpoint
 from dsa_jax.train.checkpoint import CheckpointStore
 from dsa_jax.train.rundir import RunError, open_run
 
 
-def to_hf(source: Path, target: Path) -> str:
+def to_hf(source: Path, target: Path, *, weight_format: str = PLAIN) -> str:
     """Write the newest parameters of `source` as a Hugging Face checkpoint; returns a line that says what was written.
 
+    Args:
+        source: a run directory or a Hugging Face one.
+        target: Hugging Face directory to write.
+        weight_format: of what is written. "fp8_blocks" quantises a Hugging Face checkpoint, or keeps it in fp8.
+
     Raises:
+        ConfigError: where `source` is a run and `weight_format` is not plain.
         RunError, CheckpointError: where `source` cannot be read or `target` not be written.
     """
-    loaded = open_checkpoint(source)
+    loaded = open_checkpoint(source, weight_format=weight_format)
     save_pretrained(target, loaded.config, loaded.params, tokenizer=loaded.tokenizer)
     return f"{source} is now a Hugging Face checkpoint in {target}"
 

@@ -2,6 +2,7 @@ r"""A run's newest checkpoint as a Hugging Face directory, and a Hugging Face di
 
 python -m experiments.convert --checkpoint=runs/quickstart --to_hf=exported
 python -m experiments.convert --checkpoint=exported --to_run=runs/imported
+python -m experiments.convert --checkpoint=exported --to_hf=exported_fp8 --weight_format=fp8_blocks
 """
 
 from absl import flags
@@ -11,6 +12,9 @@ from experiments.flags import run_main
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory or Hugging Face directory to read.", required=True)
 _TO_HF = flags.DEFINE_string("to_hf", "", "Hugging Face directory to write.")
+_WEIGHT_FORMAT = flags.DEFINE_enum(
+    "weight_format", "plain", ["plain", "fp8_blocks"], "--to_hf: plain, or e4m3 with block scales, as DeepSeek publishes."
+)
 _TO_RUN = flags.DEFINE_string("to_run", "", "Run directory to write.")
 
 
@@ -24,7 +28,7 @@ def main(argv: list[str]) -> None:
     if bool(_TO_HF.value) == bool(_TO_RUN.value):
         raise ConfigError("give exactly one of --to_hf=DIR and --to_run=DIR.")
     if _TO_HF.value:
-        print(to_hf(Path(_CHECKPOINT.value), Path(_TO_HF.value)))
+        print(to_hf(Path(_CHECKPOINT.value), Path(_TO_HF.value), weight_format=_WEIGHT_FORMAT.value))
     else:
         print(to_run(Path(_CHECKPOINT.value), Path(_TO_RUN.value)))
 

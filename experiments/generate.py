@@ -23,6 +23,9 @@ _TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the most probable tokens th
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
 _ATTENTION = flags.DEFINE_string("attention", "", "dense, sparse, window or oracle; empty: as the checkpoint was trained.")
 _CACHE_DTYPE = flags.DEFINE_string("cache_dtype", "", "float32, bfloat16 or fp8; empty: as the model computes.")
+_WEIGHT_FORMAT = flags.DEFINE_enum(
+    "weight_format", "plain", ["plain", "fp8_blocks"], "fp8_blocks: keep a Hugging Face checkpoint's weights in fp8."
+)
 _PAGE_SIZE = flags.DEFINE_integer("page_size", 0, "Tokens per page of a paged cache; 0: contiguous.", lower_bound=0)
 _PREFILL_CHUNK = flags.DEFINE_integer("prefill_chunk", 512, "Prompt tokens processed at a time.")
 
@@ -37,7 +40,7 @@ def main(argv: list[str]) -> None:
     texts = [*_PROMPT.value, *([_read(Path(_PROMPT_FILE.value))] if _PROMPT_FILE.value else [])]
     if not texts:
         raise ConfigError("there is nothing to continue. Give --prompt=TEXT or --prompt_file=FILE.")
-    loaded = open_checkpoint(_CHECKPOINT.value)
+    loaded = open_checkpoint(_CHECKPOINT.value, weight_format=_WEIGHT_FORMAT.value)
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise ConfigError(f"{_CHECKPOINT.value} has no tokenizer; expected a tokenizer.json there, and the extra hf installed.")

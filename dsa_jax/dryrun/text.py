@@ -3,6 +3,7 @@
 from typing import Any
 
 from dsa_jax.dryrun.compiling import CompiledStep
+from dsa_jax.params import BLOCK_SCALES
 
 GB = 1e9
 
@@ -54,10 +55,12 @@ def _parameters(numbers: dict[str, Any]) -> list[str]:
 def _memory(summary: dict[str, Any], device_bytes: float) -> list[str]:
     parameters = summary["parameter_bytes"]
     if not summary["stages"]:
+        serves = any(row["path"].endswith(BLOCK_SCALES) for row in summary["sharding"])
+        how = " and --config.model.weight_format=plain" if serves else ""
         return [
             f"{'GB per device':44}",
             f"  {'parameters':42}{parameters / GB:12.2f}",
-            "  no stage has steps: set --config.train.sparse.steps=1 and its batch_size and seq_len to see a training step",
+            f"  no stage has steps: set --config.train.sparse.steps=1, its batch_size and seq_len{how} to see a training step",
         ]
     columns = summary["stages"].values()
     row = lambda name, values: f"  {name:42}" + "".join(f"{value / GB:12.2f}" for value in values)
@@ -89,11 +92,11 @@ _HOW = (
 
 def _sharding(rows: list[dict[str, Any]]) -> list[str]:
     width = max(len(row["path"]) for row in rows)
-    lines = [f"{'parameter':{width}}  {'shape':>22}  {'dtype':8}  {'split over':30}  {'MB per device':>13}"]
+    lines = [f"{'parameter':{width}}  {'shape':>22}  {'dtype':13}  {'split over':30}  {'MB per device':>13}"]
     for row in rows:
         shape = " x ".join(map(str, row["shape"]))
         spec = ", ".join(axis or "-" for axis in row["spec"]) if any(row["spec"]) else "all have it"
-        lines.append(f"{row['path']:{width}}  {shape:>22}  {row['dtype']:8}  {spec:30}  {row['bytes'] / 1e6:13,.1f}")
+        lines.append(f"{row['path']:{width}}  {shape:>22}  {row['dtype']:13}  {spec:30}  {row['bytes'] / 1e6:13,.1f}")
     return lines
 
 

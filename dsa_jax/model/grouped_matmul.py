@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dsa_jax.model.kernels import Kernel, Place, widened
+from dsa_jax.model.kernels import Kernel, Place, pick, widened
 from pallas_kernels import traced_platform
 from pallas_kernels.quantize import QuantizedBlocks
 
@@ -96,7 +96,7 @@ def _tiles_forward(x: Array, kernels: Kernel, group_sizes: Array, first: Place |
     def one(i: Array, out: Array) -> Array:
         group, row, _ = _tile_at(i, plan, tile)
         rows = jax.lax.dynamic_slice_in_dim(padded, row, tile)
-        kernel = jax.tree.map(lambda leaf: leaf[group], kernels)
+        kernel = pick(kernels, group)
         product = jnp.matmul(rows, widened(kernel, x.dtype, first), preferred_element_type=_wide(x)).astype(x.dtype)
         # Rows beyond the group's end are wrong here and overwritten by the next group's first tile.
         return jax.lax.dynamic_update_slice_in_dim(out, product, row, axis=0)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from dsa_jax.model_config import FP8_BLOCKS
 from dsa_jax.params import BLOCK_SCALES
+from pallas_kernels import traced_platform
 from pallas_kernels.quantize import QuantizedBlocks, dequantize_blocks, dequantize_part
 from pallas_kernels.quantize.blocks import WEIGHT_BLOCK
 
@@ -50,3 +51,16 @@ def widened(kernel: Kernel, dtype: Any, first: Place | None = None) -> Float[Arr
     if not isinstance(kernel, QuantizedBlocks):
         return kernel.astype(dtype)
     return (dequantize_blocks(kernel) if first is None else dequantize_part(kernel, first)).astype(dtype)
+
+
+def widens_slices(tree: Any) -> bool:
+    """Whether a loop over slices of `tree` would hold all of it wide: XLA for CPU widens e4m3 before it takes a slice."""
+    return traced_platform() == "cpu" and any(leaf.dtype == jnp.float8_e4m3fn for leaf in jax.tree.leaves(tree))
+
+
+def pick(tree: Any, i: Int[Array, ""]) -> Any:
+    """Element `i` along the first axis of every leaf, in a loop over stacked layers or experts."""
+    if widens_slices(tree):
+        # Tied to `i`, the widening stays in the loop, where it fuses with the slice.
+        tree, i = jax.lax.optimization_barrier((tree, i))
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), tree)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from dsa_jax.model.attention import TOPK_NAME, by_indexer, check_request
 from dsa_jax.model.block import Block
 from dsa_jax.model.cache import INDEX_KEYS, Cache, LayerCache, allocate_cache, token_slots
+from dsa_jax.model.kernels import pick, widens_slices
 from dsa_jax.model.norm import RMSNorm
 from dsa_jax.model.outputs import AttentionRequest, ExtendOutput, LayerStatistics, ModelOutput
 from dsa_jax.model.selection import DENSE
@@ -308,6 +309,8 @@ def head_logits(hidden: Float[Array, "*N E"], kernel: Float[Array, "E V"], *, dt
 
 def run_stack(layer: Callable, state: Any, params: Any, n_layers: int, *, scan: bool) -> tuple[Any, Any]:
     """Carry `state` through the layers; `scan` False unrolls them over the same stacked parameters."""
+    if scan and widens_slices(params):
+        return jax.lax.scan(lambda state, i: layer(state, pick(params, i)), state, jnp.arange(n_layers))
     if scan:
         return jax.lax.scan(layer, state, params)
     results = []

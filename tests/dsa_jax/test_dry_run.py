@@ -191,11 +191,30 @@ def test_compiled_decode_step():
     rest = 2 * (4 + 4 + 1) + 4 + 4 + 4 + 4
     parameters = summarize(config)["parameter_bytes"]
     assert compiled.arguments == pytest.approx(parameters + cache + rest, abs=64)
-    halved = compile_step(config, "decode", emulated_mesh(config), DecodeShape(rows=2, context=64, fp8_weights=True))
-    kernels = sharding_table(abstract_params(build_model(config.model)), config.parallel.sizes())
-    narrow = sum(row["bytes"] for row in kernels if row["path"].endswith("/kernel"))
-    assert compiled.arguments - halved.arguments == narrow * 3 // 4  # from four bytes to one
     assert compiled.collectives and math.prod(config.parallel.sizes().values()) == compiled.collectives[0].group
+
+
+def test_decode_step_with_weights_in_fp8():
+    """A byte per weight and four per block: what is declared, what the rules split, and what the compiler takes."""
+    config = recipe("tp4")
+    config.model.attention.n_kv_heads = 4
+    config.model.n_layers = 1
+    plain = summarize(config)
+    shape = DecodeShape(rows=2, context=64)
+    before = compile_step(config, "decode", emulated_mesh(config), shape).arguments
+    for name in STAGES:
+        getattr(config.train, name).steps = 0
+    config.model.weight_format = "fp8_blocks"
+    config.validate()
+    kept = summarize(config)
+    assert kept["parameters"] == plain["parameters"]
+    scales = {row["path"]: row for row in kept["sharding"] if row["path"].endswith("block_scales")}
+    narrow = [row for row in plain["sharding"] if row["path"].removesuffix("kernel") + "block_scales" in scales]
+    assert len(narrow) == len(scales) == 9 and not any(any(row["spec"]) for row in scales.values())
+    saved = sum(row["bytes"] for row in narrow) * 3 // 4 - sum(row["bytes"] for row in scales.values())
+    assert plain["parameter_bytes"] - kept["parameter_bytes"] == saved
+    assert before - compile_step(config, "decode", emulated_mesh(config), shape).arguments == pytest.approx(saved, abs=64)
+    assert "float8_e4m3fn" in format_summary(kept, 141e9)
 
 
 @pytest.mark.parametrize(
