@@ -78,6 +78,11 @@ def test_deepseek_v32_has_the_published_shapes():
     stacks = {f"dense_layers/{path}": (3, *shape) for path, shape in dense.items()}
     stacks |= {f"moe_layers/{path}": (58, *shape) for path, shape in moe.items()}
     outside = {"embed/embedding", "lm_head/kernel", "final_norm/scale"}
+    kept_wide = ("weights_proj/kernel", "router/kernel")
+    in_fp8 = {path: shape for path, shape in stacks.items() if path.endswith("kernel") and not path.endswith(kept_wide)}
+    for path, (*lead, rows, columns) in in_fp8.items():
+        stacks[path.removesuffix("kernel") + "block_scales"] = (*lead, -(-rows // 128), -(-columns // 128))
+    assert stacks["moe_layers/attention/wkv_a/block_scales"] == (58, 56, 5)  # 576 columns end in half a block
     assert {path: shape for path, shape in shapes.items() if path not in outside} == stacks
     assert sum(is_score_bias_path(path) for path in shapes) == 1
 
