@@ -338,8 +338,6 @@ class Config:
             raise ConfigError(
                 "train.warmup.steps is positive, but the model has no indexer. Set model.attention.indexer.enabled=True."
             )
-        if any(getattr(self.train, name).steps for name in STAGES):
-            self.model.check_trainable()
         longest = max(
             [getattr(self.train, name).seq_len_at(s) for name in STAGES for s in (0, 10**12) if getattr(self.train, name).steps]
             + [self.eval.recall_len, self.eval.text_len]
