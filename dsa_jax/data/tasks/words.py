@@ -11,6 +11,9 @@ no better. What is left is an estimate from a sample of k words, whose counts er
 `frequent_words` has steep counts (Zipf), so that its first words survive sampling; the counts of `common_words` are close
 together, so that they do not. Several layers can add up more than k keys between them, but only by another algorithm than the
 one that dense attention has taught them. The failure is the finding: these tasks say what a budget of k cannot do.
+
+The loss is a mean over targets. A row here has `n_answers` of them, a row of needles up to `n_queries`, so words weigh little
+in a mixture with needles unless they have most of its rows.
 """
 
 import numpy as np
