@@ -46,8 +46,13 @@ def small_config(kind="gqa", *, moe=False, topk=5, layer_types=(), implementatio
 
 @functools.cache
 def built(kind="gqa", **fields):
-    """The model of `small_config` and parameters drawn with numpy, which compiles nothing; no scale or bias is trivial."""
+    """The model of `small_config` with the parameters of `drawn`."""
     model = build_model(small_config(kind, **fields))
+    return model, drawn(model)
+
+
+def drawn(model):
+    """Parameters drawn with numpy, which compiles nothing; no scale or bias is trivial."""
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
@@ -56,7 +61,7 @@ def built(kind="gqa", **fields):
         return noise * spread + (1 if path.endswith("scale") else 0)
 
     shapes = parameter_paths(jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0)))
-    return model, nested_parameters({path: draw(path, leaf) for path, leaf in shapes.items()})
+    return nested_parameters({path: draw(path, leaf) for path, leaf in shapes.items()})
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("attention", "indexer_loss", "everything"))
