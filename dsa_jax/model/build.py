@@ -19,6 +19,7 @@ from dsa_jax.model.rope import rope_from_config
 from dsa_jax.model.selection import Budget
 from dsa_jax.model.transformer import BlockStack, Transformer
 from dsa_jax.parallel.ambient import no_mesh
+from dsa_jax.parallel.placement import hold
 
 
 def build_model(config: ModelConfig) -> Transformer:
@@ -52,14 +53,18 @@ def build_model(config: ModelConfig) -> Transformer:
 
 
 def init_params(model: Transformer, key: PRNGKeyArray) -> dict[str, Any]:
-    """Random parameters, a nested dict of arrays; the same key gives the same bits. Works under `jax.eval_shape`."""
+    """Random parameters, a nested dict of arrays; the same key gives the same bits. Works under `jax.eval_shape`.
+
+    On a mesh they come split by the sharding rules: every device draws its own part, of the bits that one device would draw.
+    """
     return _init_params(model, key)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _init_params(model: Transformer, key: PRNGKeyArray) -> dict[str, Any]:
     with no_mesh():  # the single token that shapes are drawn from cannot be split
-        return model.init(key, jnp.ones((1, 1), jnp.int32), attention="dense")["params"]
+        params = model.init(key, jnp.ones((1, 1), jnp.int32), attention="dense")["params"]
+    return hold(params)
 
 
 def _dtypes(config: ModelConfig) -> dict[str, Any]:
