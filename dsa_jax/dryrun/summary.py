@@ -34,7 +34,7 @@ def summarize(config: Config) -> dict[str, Any]:
         device, `sharding` (a row per parameter).
 
     Raises:
-        ConfigError: when something does not divide over the mesh.
+        ConfigError: when something does not divide over the mesh, or a stage is to train weights in fp8.
     """
     check_layout(config)
     model = build_model(config.model)
@@ -74,6 +74,7 @@ def summarize(config: Config) -> dict[str, Any]:
 
 def _stage_bytes(config: Config, model: Transformer, params: dict[str, Any], name: str) -> dict[str, Any]:
     """Bytes per device of a training step, apart from the parameters."""
+    config.model.check_trainable()
     stage, settings, sizes = stage_of(config, name), getattr(config.train, name), config.parallel.sizes()
     state = jax.eval_shape(lambda params: init_state(params, stage, settings), params)
     trainable = split_parameters(params, stage.trains)[0]

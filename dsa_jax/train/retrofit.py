@@ -41,6 +41,8 @@ def retrofit(config: Config, workdir: Path, *, tensorboard: bool = False) -> dic
     """
     config = resolve_checkpoint(config)
     config.validate()
+    if any(getattr(config.train, name).steps for name in STAGE_ORDER):
+        config.model.check_trainable()
     check_layout(config)
     with on_mesh(config.parallel):
         return _retrofit(config, workdir, tensorboard)

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from dsa_jax.config import AttentionConfig, Config, ConfigError, ModelConfig, MoEConfig
+from dsa_jax.dryrun import summarize
 from dsa_jax.generation import generate
 from dsa_jax.model import build_model, init_params
 from dsa_jax.model.grouped_matmul import grouped_matmul
 from dsa_jax.model.linear import Linear
 from dsa_jax.params import count_parameters, parameter_paths
 from dsa_jax.pretrained import Pretrained
+from dsa_jax.train.retrofit import retrofit
 from dsa_jax.train.stages import STAGES
 from dsa_jax.train.step import make_train_step
 from pallas_kernels.quantize import QuantizedBlocks, dequantize_part
@@ -107,11 +109,14 @@ def test_fresh_parameters_are_as_wide_as_plain_ones():
         assert np.std(meaning(QuantizedBlocks(drawn["kernel"], drawn["block_scales"]))) == pytest.approx(std, rel=0.02)
 
 
-def test_training_refuses():
+def test_training_refuses(tmp_path):
     config = Config(name="fp8", model=small_config("mla", weight_format="fp8_blocks"))
     config.eval.text_len = config.eval.recall_len = 16
     config.validate()
     config.train.pretrain.steps = 1
+    for command in (summarize, lambda config: retrofit(config, tmp_path)):
+        with pytest.raises(ConfigError, match=r"set model\.weight_format=plain"):
+            command(config)
     with pytest.raises(ConfigError, match=r"Weights in fp8 are for serving: set model\.weight_format=plain"):
         make_train_step(build_model(config.model), STAGES["pretrain"], config)
     config.model.weight_format = "fp8"
