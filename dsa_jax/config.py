@@ -258,6 +258,7 @@ class InitConfig:
     """Where the parameters come from; empty: random."""
 
     checkpoint: str = ""  # a run directory; its parameters are taken, an indexer it lacks is initialised
+    stage: str = ""  # of that run: pretrain, warmup or sparse; empty: the furthest that it has
     hf_dir: str = ""  # a Hugging Face checkpoint directory; it also decides the model, to which the recipe adds an indexer
 
     def validate(self) -> None:
@@ -265,6 +266,10 @@ class InitConfig:
             raise ConfigError(
                 f"init.checkpoint ({self.checkpoint}) and init.hf_dir ({self.hf_dir}) are both given; expected at most one."
             )
+        if self.stage:
+            one_of("init.stage", self.stage, STAGES)
+        if self.stage and not self.checkpoint:
+            raise ConfigError(f"init.stage is {self.stage!r} without init.checkpoint. Give the run that has the stage.")
 
 
 @dataclass

@@ -85,6 +85,7 @@ def format_markdown(result: Mapping[str, Any]) -> str:
         f"![{result['question']}]({result['name']}.png)",
         "",
         f"Mean over seeds {', '.join(map(str, result['seeds']))}, ± half the distance between the largest and the smallest.",
+        "Dense attention is shown as the retrofit found it; the sparse stage trains the model on, so text loss falls below it.",
         "",
         *format_table(result),
         "",

@@ -77,7 +77,7 @@ def initial_params(config: Config, model: Transformer, *, abstract: bool = False
     if not config.init.checkpoint:
         return fresh
     source = Path(config.init.checkpoint)
-    loaded = load_run(source)
+    loaded = load_run(source, stage=config.init.stage or None)
     target, have = parameter_paths(fresh), parameter_paths(loaded.params)
     problems = [
         f"{path}: here {tuple(target[path].shape)}, there {tuple(have[path].shape) if path in have else 'absent'}"

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsa_jax.config import to_dict
+from dsa_jax.config import ConfigError, InitConfig, to_dict
+from dsa_jax.model import build_model
 from dsa_jax.params import parameter_paths
 from dsa_jax.train import loop
-from dsa_jax.train.init import load_run
+from dsa_jax.train.init import initial_params, load_run
 from dsa_jax.train.loop import NotFiniteError
 from dsa_jax.train.metrics import read_metrics
 from dsa_jax.train.retrofit import retrofit
@@ -143,11 +144,22 @@ def test_too_many_skips_in_a_row_stop(tmp_path, monkeypatch):
         retrofit(config, tmp_path)
 
 
-def test_a_run_can_start_from_another(undisturbed, tmp_path, caplog):
+def test_a_run_can_start_from_a_stage_of_another(undisturbed, tmp_path):
     config = tiny_config()
-    config.init.checkpoint = str(undisturbed[0])
+    config.init.checkpoint, config.init.stage = str(undisturbed[0]), "pretrain"
     config.train.pretrain.steps = 0
-    assert retrofit(config, tmp_path)["rows"][0]["name"] == "dense"
+    rows, before = retrofit(config, tmp_path)["rows"], undisturbed[1]["rows"]
+    assert rows[0] == before[0] and rows[0]["name"] == "dense, before sparse training"
+
+    config.init.stage = ""
+    furthest = parameter_paths(jax.device_get(initial_params(config, build_model(config.model))))
+    for path, value in final_params(undisturbed[0]).items():
+        np.testing.assert_array_equal(furthest[path], value, err_msg=path)
+
+
+def test_a_stage_without_a_run_is_refused():
+    with pytest.raises(ConfigError, match=r"init\.stage is 'warmup' without init\.checkpoint"):
+        InitConfig(stage="warmup").validate()
 
 
 def test_an_unusable_source_says_what_is_missing(tmp_path):

@@ -1,0 +1,27 @@
+"""Can a layer use the keys that the layer before it chose?
+
+Of two layers the second reuses the first one's selection: trained on the first layer's attention alone, or distilled from both.
+
+Command:   python -m experiments.ablate --config=configs/ablations/sharing.py
+Hardware:  two CPU cores.
+Result:    experiments/results/ablations/sharing.md
+"""
+
+from configs.ablations import INDEXER, base
+from dsa_jax.ablation.ablation import Ablation, Variant
+
+
+def get_config(arg: str = "") -> Ablation:
+    del arg
+    shared = {f"{INDEXER}.layer_types": ("full", "shared")}
+    return Ablation(
+        name="sharing",
+        question="Can a layer use the keys that the layer before it chose?",
+        axis="indexers",
+        base=base(),
+        variants=(
+            Variant("one per layer"),
+            Variant("one for both layers, of the first", shared),
+            Variant("one for both layers, distilled from both", {**shared, f"{INDEXER}.distill_shared": True}),
+        ),
+    )
