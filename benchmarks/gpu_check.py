@@ -32,6 +32,7 @@ MAIN_SHAPES: dict[str, tuple[str, ...]] = {
     "sparse_attention_backward": _ATTENTION,
     "decode": ("batch_1", "batch_32"),
     "decode_fp8": ("batch_1", "batch_32"),
+    "dense_attention": ("decode_128k",),
     "indexer_kl_selected": ("128_heads",),
     "indexer_kl_visible": ("128_heads",),
 }

@@ -1,4 +1,4 @@
-"""Tables and plot of what `dsa_jax.cost` computes."""
+"""Tables and plot of what `dsa_jax.cost` and `dsa_jax.cost_measured` compute."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,15 +54,9 @@ def cost_tables(config: ModelConfig, rates: Rates, max_length: int) -> dict[str,
 
 
 def format_costs(tables: dict[str, Any]) -> str:
-    """The tables as aligned text at eight positions, doubling up to the longest."""
-    positions = tables["positions"]
-    shown = sorted({0, *(max(1, len(positions) - 1 >> i) for i in range(_SHOWN - 1))})
-    lines = [_row("position", [f"{positions[i]:,}" for i in shown])]
-    for phase, curves in tables["dollars_per_million_tokens"].items():
-        for attention, values in curves.items():
-            lines.append(_row(f"{phase}, {attention}, $ per million", [f"{values[i]:.4f}" for i in shown]))
-        ratios = [curves["dense"][i] / curves["sparse"][i] for i in shown]
-        lines.append(_row(f"{phase}, times cheaper", [f"{ratio:.2f}" for ratio in ratios]))
+    """The tables of `cost_tables` as aligned text at eight positions, doubling up to the longest."""
+    positions, shown = tables["positions"], _shown(tables)
+    lines = _dollar_lines(tables)
     training = tables["training_flops_per_token"]
     lines.append(_row("sequence length", [f"{positions[i]:,}" for i in shown[1:]], skip=1))
     for attention in ATTENTIONS:
@@ -72,14 +66,62 @@ def format_costs(tables: dict[str, Any]) -> str:
     for dtype, sizes in tables["cache_bytes_per_token"].items():
         dense, sparse = sizes["dense"], sizes["sparse"]
         lines.append(f"cache per token, {dtype}: {dense:,.0f} bytes dense, {sparse:,.0f} sparse ({sparse / dense - 1:+.0%})")
+    return "\n".join(lines + _pays_lines(tables))
+
+
+def format_measured(tables: dict[str, Any]) -> str:
+    """The tables of `cost_measured.measured_tables` as aligned text: what was measured, then eight positions of its range."""
+    measured = tables["measured"]
+    lines = [f"measured on {measured['device']}: attention alone, without projections, MLP and experts"]
+    for curve, rows in measured["rows"].items():
+        for row in rows:
+            lengths = ", ".join(f"{length:,}" for length in row["lengths"])
+            way = f"{row['implementation']}, {row['dtype']}, {row['queries']} queries a call"
+            lines.append(f"  {curve}: {row['op']} ({way}) at {lengths} keys")
+    return "\n".join([*lines, *_dollar_lines(tables), "", *_pays_lines(tables)])
+
+
+def _shown(tables: dict[str, Any]) -> list[int]:
+    n = len(tables["positions"])
+    return sorted({0, *(max(1, n - 1 >> i) for i in range(_SHOWN - 1))})
+
+
+def _dollar_lines(tables: dict[str, Any]) -> list[str]:
+    shown = _shown(tables)
+    lines = [_row("position", [f"{tables['positions'][i]:,}" for i in shown])]
+    for phase, curves in tables["dollars_per_million_tokens"].items():
+        for attention, values in curves.items():
+            lines.append(_row(f"{phase}, {attention}, $ per million", [f"{values[i]:.4f}" for i in shown]))
+        ratios = [curves["dense"][i] / curves["sparse"][i] for i in shown]
+        lines.append(_row(f"{phase}, times cheaper", [f"{ratio:.2f}" for ratio in ratios]))
+    return lines
+
+
+def _pays_lines(tables: dict[str, Any]) -> list[str]:
+    lines = []
     for name, position in tables["pays_from"].items():
         where = "is never cheaper in this range" if position is None else f"is cheaper from {position:,} tokens on"
+        if position == tables["positions"][0]:
+            where = "is cheaper in the whole range"
         lines.append(f"{name}: sparse {where}")
-    return "\n".join(lines)
+    return lines
+
+
+def draw_costs(axes: Any, tables: dict[str, Any], phase: str) -> None:
+    """Dense and sparse dollars per million tokens by position on matplotlib axes, with labels, but without a title."""
+    thousands = [position / 1024 for position in tables["positions"]]
+    for attention in ATTENTIONS:
+        axes.plot(thousands, tables["dollars_per_million_tokens"][phase][attention], label=attention)
+    what = "dollars per million tokens"
+    if "measured" in tables:
+        what = f"attention alone, measured on {tables['measured']['device']},\n{what}"
+    axes.set(xlabel="token position, K", ylabel=what, ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
 
 
 def plot_costs(tables: dict[str, Any], title: str, path: Path) -> None:
-    """The two curves of the report, prefill and decode, as a PNG.
+    """The two curves, prefill and decode, as a PNG.
 
     Raises:
         ImportError: when matplotlib is not installed, with the command that installs it.
@@ -90,12 +132,8 @@ def plot_costs(tables: dict[str, Any], title: str, path: Path) -> None:
         raise ImportError("the plot needs matplotlib. Run: pip install 'dsa-jax[plot]'") from error
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, phase in zip(figure.subplots(1, len(PHASES)), PHASES, strict=True):
-        for attention in ATTENTIONS:
-            thousands = [position / 1024 for position in tables["positions"]]
-            axes.plot(thousands, tables["dollars_per_million_tokens"][phase][attention], label=attention)
-        axes.set(title=f"{title}, {phase}", xlabel="token position, K", ylabel="dollars per million tokens", ylim=(0, None))
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+        draw_costs(axes, tables, phase)
+        axes.set_title(f"{title}, {phase}")
     figure.savefig(path, dpi=120)
 
 

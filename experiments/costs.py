@@ -2,9 +2,14 @@ r"""What sparse attention saves: dollars per million tokens by position, cache b
 
     python -m experiments.costs
     python -m experiments.costs --config=configs/llama3_8b.py --dollars_per_hour=2.5 --output=runs/costs
+    python -m experiments.costs --benchmark=FILE,FILE
 
 The default is DeepSeek-V3.2 on H800s at 2 dollars an hour, whose two curves are figure 3 of the V3.2-Exp report. The model is
 analytic, its speeds fitted to that figure (`dsa_jax.cost.H800_REPORT`); with other models it says what those speeds would give.
+
+With --benchmark nothing is modelled: the curves are those of attention alone, over the lengths measured, from the times that
+`experiments.benchmark --output` and `benchmarks.gpu_check` wrote. The files must cover index_topk and dense_attention at two
+lengths each, sparse_attention and decode, in the model's geometry and on one device; what is missing is named.
 """
 
 import dataclasses
@@ -21,6 +26,7 @@ _SPEED = flags.DEFINE_float(
     "speed", 1.0, "Speed of the GPU relative to an H800, for every kind of work alike.", lower_bound=1e-6
 )
 _LENGTH = flags.DEFINE_integer("max_length", 131072, "Longest position, in tokens.", lower_bound=1024)
+_BENCHMARK = flags.DEFINE_list("benchmark", [], "Files of measured op times, which then replace the model of costs.")
 _OUTPUT = flags.DEFINE_string("output", "", "Directory for costs.json and costs.png; empty: none, and no plot.")
 
 
@@ -28,19 +34,31 @@ def main(argv: list[str]) -> None:
     """Compute, print, plot."""
     del argv
     from dsa_jax.cost import H800_REPORT
-    from dsa_jax.cost_report import cost_tables, format_costs, plot_costs
+    from dsa_jax.cost_measured import measured_tables, read_rows
+    from dsa_jax.cost_report import cost_tables, format_costs, format_measured, plot_costs
 
     config = _CONFIG.value
     config.validate()
-    rates = dataclasses.replace(H800_REPORT.faster(_SPEED.value), dollars_per_hour=_PRICE.value)
-    tables = cost_tables(config.model, rates, _LENGTH.value)
-    print(f"{config.name}: {rates.dollars_per_hour:g} dollars per hour, {_SPEED.value:g} times the H800's speeds")
-    print(format_costs(tables))
+    title = config.name
+    if _BENCHMARK.value:
+        given = [flag.name for flag in (_SPEED, _LENGTH) if flag.present]
+        if given:
+            raise flags.ValidationError(f"--{given[0]} does not apply with --benchmark, whose rows say it. Leave it out.")
+        rows = read_rows([Path(name) for name in _BENCHMARK.value])
+        tables = measured_tables(config.model, rows, _PRICE.value)
+        title += ", measured"
+        print(f"{config.name}: {_PRICE.value:g} dollars per hour")
+        print(format_measured(tables))
+    else:
+        rates = dataclasses.replace(H800_REPORT.faster(_SPEED.value), dollars_per_hour=_PRICE.value)
+        tables = cost_tables(config.model, rates, _LENGTH.value)
+        print(f"{config.name}: {rates.dollars_per_hour:g} dollars per hour, {_SPEED.value:g} times the H800's speeds")
+        print(format_costs(tables))
     if _OUTPUT.value:
         directory = Path(_OUTPUT.value)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "costs.json").write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
-        plot_costs(tables, config.name, directory / "costs.png")
+        plot_costs(tables, title, directory / "costs.png")
         print(f"plot: {directory / 'costs.png'}")
 
 

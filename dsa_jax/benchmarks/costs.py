@@ -42,6 +42,9 @@ def cost(op: str, shape: OpShape) -> Cost:
     key_bytes = size * s.groups * (s.dim + (s.value_dim or 0))
     if op == "decode_fp8":
         key_bytes = latent_row_bytes(s.width, s.dim - s.width)
+    if op == "dense_attention":
+        moved = size * rows * s.heads * (s.dim + s.width) + 4 * rows * s.heads + s.batch * s.keys * key_bytes
+        return Cost(2 * rows * s.keys * s.heads * (s.dim + s.width), moved)
     read = min(s.batch * s.keys, pairs)
     lists, lse = 4 * pairs, 4 * rows * s.heads
     query, result = size * rows * s.heads * s.dim, size * rows * s.heads * s.width

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from dsa_jax.benchmarks.op_shapes import OpShape
-from pallas_kernels import index_scores, index_topk, indexer_kl, sparse_attention, sparse_attention_fp8
+from pallas_kernels import dense_attention, index_scores, index_topk, indexer_kl, sparse_attention, sparse_attention_fp8
 from pallas_kernels.quantize import pack_latent_fp8
 
 # "pallas_ordered" is pallas asked for the same gradients, bit by bit, every run.
@@ -20,6 +20,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "sparse_attention_backward": (*_PLAIN, "pallas_ordered"),
     "decode": _PLAIN,
     "decode_fp8": _PLAIN,
+    "dense_attention": ("reference", "xla"),
     "indexer_kl_selected": (*_PLAIN, "pallas_ordered"),
     "indexer_kl_visible": (*_PLAIN, "pallas_ordered"),
 }
@@ -47,10 +48,11 @@ def make_inputs(op: str, shape: OpShape, seed: int = 0) -> Arrays:
         arrays["k_index"] = normal(s.batch, s.keys, s.index_dim)
         weights = normal(s.batch, s.queries, s.index_heads, dtype=jnp.dtype(jnp.float32))
         arrays["weights"] = weights if op == "index_topk" else weights * (s.index_heads * s.index_dim) ** -0.5
-        arrays["visible_start"] = jnp.zeros((s.batch, s.queries), jnp.int32)
-        arrays["visible_end"] = jnp.full((s.batch, s.queries), s.keys, jnp.int32)
         if dtype.itemsize == 1:
             arrays["k_scale"] = jnp.exp2(jax.random.randint(next(keys), (s.batch, s.keys), -3, 2).astype(jnp.float32))
+    if op.startswith("index") or op == "dense_attention":
+        arrays["visible_start"] = jnp.zeros((s.batch, s.queries), jnp.int32)
+        arrays["visible_end"] = jnp.full((s.batch, s.queries), s.keys, jnp.int32)
     if op in ("index_scores", "index_topk"):
         return arrays
     arrays["q"] = normal(s.batch, s.queries, s.heads, s.dim) * 10
@@ -61,7 +63,7 @@ def make_inputs(op: str, shape: OpShape, seed: int = 0) -> Arrays:
         arrays["k"] = normal(s.batch, s.keys, s.groups, s.dim) / 10
     if s.value_dim is not None and not op.startswith("index"):
         arrays["v"] = normal(s.batch, s.keys, s.groups, s.value_dim) / 10
-    if op != "indexer_kl_visible":
+    if op not in ("indexer_kl_visible", "dense_attention"):
         arrays["topk_indices"] = _selection(shape, next(keys))
     if op == "sparse_attention_backward":
         arrays["d_out"] = normal(s.batch, s.queries, s.heads, s.width)
@@ -104,6 +106,10 @@ def make_call(op: str, shape: OpShape, implementation: str) -> Callable[..., dic
         keywords = {"softmax_scale": scale, "d_v": shape.d_v, "implementation": run, **options}
         return dict(sparse_attention(q, k, v, topk_indices, **keywords)._asdict())
 
+    def attend_to_all(q: Array, k: Array, v: Array | None = None, **visible: Any) -> dict[str, Array]:
+        keywords = {"softmax_scale": scale, "d_v": shape.d_v, "implementation": run}
+        return dict(dense_attention(q, k, v, **visible, **keywords)._asdict())
+
     def attend_fp8(q: Array, pool: Array, topk_indices: Array) -> dict[str, Array]:
         keywords = {"softmax_scale": scale, "latent_dim": shape.width, "implementation": run}
         return dict(sparse_attention_fp8(q, pool, topk_indices, **keywords)._asdict())
@@ -131,6 +137,7 @@ def make_call(op: str, shape: OpShape, implementation: str) -> Callable[..., dic
         "sparse_attention_backward": backward,
         "decode": attend,
         "decode_fp8": attend_fp8,
+        "dense_attention": attend_to_all,
         "indexer_kl_selected": divergence,
         "indexer_kl_visible": divergence,
     }

@@ -81,7 +81,7 @@ def _hostile(arrays: Arrays) -> Arrays:
             indices[:, 0] = -1
         changed["topk_indices"] = jnp.asarray(indices, jnp.int32)
     if "visible_end" in arrays:
-        n_keys = arrays["k_index"].shape[1]
+        n_keys = arrays["k_index" if "k_index" in arrays else "k"].shape[1]
         # Somewhat before the first key and behind the last: bounds are clamped.
         bounds = np.sort(rng.integers(-3, n_keys + 4, (2, *arrays["visible_end"].shape)), 0)
         bounds[:, :, -1] = [[0], [n_keys]]

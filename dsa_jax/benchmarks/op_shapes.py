@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class OpShape(NamedTuple):
-    """Sizes of one call; an op reads the fields it has. Every query of an indexer op sees all keys: no mask.
+    """Sizes of one call; an op reads the fields it has. Every query of an indexer or dense op sees all keys: no mask.
 
     `value_dim` None means that the values are the leading `d_v` channels of the keys. `dtype` is that of queries and keys,
     `selection` where the selected keys lie: "random", one from each of topk equal parts of the context, or "local", its end.
@@ -46,6 +46,7 @@ OPS = (
     "sparse_attention_backward",
     "decode",
     "decode_fp8",
+    "dense_attention",
     "indexer_kl_selected",
     "indexer_kl_visible",
 )
@@ -53,6 +54,7 @@ OPS = (
 _LATENT = OpShape(4096, 32768, 2048, heads=128, dim=576, d_v=512, index_heads=64, index_dim=128)
 _GROUPED = _LATENT._replace(heads=32, groups=8, dim=128, value_dim=128, d_v=None)
 _POOL = _LATENT._replace(keys=8 * 32768)
+_EXPANDED = _LATENT._replace(groups=128, dim=192, value_dim=128, d_v=None)
 _LAPTOP = OpShape(512, 2048, 256, heads=8, dim=160, d_v=128, index_heads=8, index_dim=32, dtype="float32")
 _PREFILL = {
     "128_heads": _LATENT,
@@ -66,6 +68,7 @@ _INDEX = {
     "prefill_32k": _LATENT,
     "prefill_32k_fp8": _LATENT._replace(dtype="float8_e4m3fn"),
     "prefill_128k": _LATENT._replace(keys=131072),
+    "decode_32k": _LATENT._replace(batch=32, queries=1),
     "decode_128k": _LATENT._replace(batch=32, queries=1, keys=131072),
     "decode_128k_fp8": _LATENT._replace(batch=32, queries=1, keys=131072, dtype="float8_e4m3fn"),
 }
@@ -83,6 +86,13 @@ SHAPES: dict[str, dict[str, OpShape]] = {
     "sparse_attention_backward": _PREFILL,
     "decode": {**_DECODE, "batch_32_8_groups": _GROUPED._replace(queries=32, keys=_POOL.keys)},
     "decode_fp8": _DECODE,
+    # Of latent attention: expanded per head in prefill, absorbed in decode.
+    "dense_attention": {
+        "prefill_32k": _EXPANDED,
+        "prefill_128k": _EXPANDED._replace(keys=131072),
+        "decode_32k": _LATENT._replace(batch=32, queries=1),
+        "decode_128k": _LATENT._replace(batch=32, queries=1, keys=131072),
+    },
     "indexer_kl_selected": {name: _PREFILL[name] for name in ("128_heads", "64_heads", "32_heads_8_groups")},
     "indexer_kl_visible": {name: _PREFILL[name] for name in ("128_heads", "64_heads", "32_heads_8_groups")},
 }
