@@ -188,7 +188,8 @@ def training_flops_per_token(config: ModelConfig, length: int, attention: str) -
     if attention == "dense":
         return 6.0 * weights.model + 3.5 * config.n_layers * visible * per_key.expanded
     selected = mean_selected(config, length)
-    target = n_indexers(config) * selected * (per_key.absorbed / 2 + 3.0 * per_key.score)
+    n_targets = config.n_layers if config.attention.indexer.distill_shared else n_indexers(config)
+    target = n_targets * selected * (per_key.absorbed / 2 + 3.0 * per_key.score)
     scores = n_indexers(config) * visible * per_key.score
     return 6.0 * (weights.model + weights.indexers) + 3.5 * config.n_layers * selected * per_key.absorbed + scores + target
 

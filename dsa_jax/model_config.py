@@ -57,6 +57,7 @@ class IndexerConfig:
     coarse_block_size: int = 128  # keys per block of the modes coarse_to_fine and blocks
     coarse_blocks: int = 64  # blocks that coarse_to_fine searches key by key, beside the first and the last visible one
     layer_types: tuple[str, ...] = ()  # per layer "full" or "shared" (reuses the previous full layer); empty: all full
+    distill_shared: bool = False  # an indexer learns from all layers that its selection serves, not from its own alone
 
     def validate(self, n_layers: int) -> None:
         positive("model.attention.indexer.topk", self.topk)  # the budget of the baselines, too
@@ -96,6 +97,11 @@ class IndexerConfig:
                 raise ConfigError(
                     "model.attention.indexer.layer_types starts with 'shared'; the first layer has no earlier one."
                 )
+        if self.distill_shared and "shared" not in self.layer_types:
+            raise ConfigError(
+                "model.attention.indexer.distill_shared is True, but layer_types has no 'shared' layer to learn from. Name "
+                "some, or set distill_shared=False."
+            )
 
     def unpublished(self) -> list[str]:
         """Fields, as `name='value'`, that make it compute something no published checkpoint format can state."""

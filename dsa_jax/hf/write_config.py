@@ -26,8 +26,8 @@ _SOFT = frozenset(
 _OF_THE_RUN = frozenset(
     {
         "family", "param_dtype", "dtype", "weight_format", "scan_layers", "remat", "initializer_range",
-        "embedding_initializer_range", "attention.implementation", "attention.indexer.detach_input", "moe.bias_update_rate",
-        "moe.balance_loss_weight",
+        "embedding_initializer_range", "attention.implementation", "attention.indexer.detach_input",
+        "attention.indexer.distill_shared", "moe.bias_update_rate", "moe.balance_loss_weight",
     }
 )  # fmt: skip
 

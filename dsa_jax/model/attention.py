@@ -26,6 +26,7 @@ class AttentionOutput(NamedTuple):
     indexer_kl: Float[Array, ""] | None
     coverage: Float[Array, ""] | None
     keys_per_query: Float[Array, ""]
+    index_heads: IndexHeads | None = None
 
 
 def check_request(request: AttentionRequest, *, has_indexer: bool, return_topk_indices: bool) -> None:
@@ -61,7 +62,7 @@ def check_request(request: AttentionRequest, *, has_indexer: bool, return_topk_i
 
 
 def needs_dense_heads(request: AttentionRequest, *, has_indexer: bool) -> bool:
-    """Whether a pass of dense attention is part of the answer."""
+    """Whether a pass of dense attention is part of the answer; `has_indexer`: there are index heads to measure against it."""
     if request.attention == DENSE:
         return True
     dense_loss = request.indexer_loss == "dense" and has_indexer
@@ -93,6 +94,7 @@ def attend(
     selected: Heads | None,
     index: IndexHeads | None,
     previous_topk: Int[Array, "B T K"] | None,
+    served_by: IndexHeads | None = None,
     *,
     request: AttentionRequest,
     budget: Budget,
@@ -111,6 +113,8 @@ def attend(
         selected: heads for attention to a selection; needed unless the request is dense.
         index: this layer's indexer; None for a layer that has none or shares.
         previous_topk: selection of the previous layer, reused by a layer that shares.
+        served_by: index heads of the layer whose selection this one reuses, for their KL against this layer's attention; None
+            where an indexer learns from its own layer alone.
         activation: of the index scores.
 
     Returns:
@@ -122,6 +126,7 @@ def attend(
         selected_arrays: Heads | None,
         index: IndexHeads | None,
         previous_topk: Array | None,
+        served_by: IndexHeads | None,
         visibility: Visibility,
     ) -> _PerQuery:
         return _attend(
@@ -129,6 +134,7 @@ def attend(
             selected and _with_all_keys(selected_arrays, selected.d_v),
             index and index._replace(k=gather_keys(index.k)),
             previous_topk,
+            served_by and served_by._replace(k=gather_keys(served_by.k)),
             request,
             budget,
             softmax_scale,
@@ -148,8 +154,8 @@ def attend(
     # The static width of the values is no array, so it stays behind.
     arrays = [heads and heads._replace(d_v=None) for heads in (dense, selected)]
     specs = [heads and Heads._make([HEADS, *(x if x is None else key_spec(x) for x in heads[1:])]) for heads in arrays]
-    spread = per_device(core, in_specs=(*specs, ROWS, ROWS, ROWS), out_specs=results)
-    per_query = spread(*arrays, index, previous_topk, visibility)
+    spread = per_device(core, in_specs=(*specs, ROWS, ROWS, ROWS, ROWS), out_specs=results)
+    per_query = spread(*arrays, index, previous_topk, served_by, visibility)
     mean = lambda x: None if x is None else mean_over_valid(x, visibility.valid)
     return AttentionOutput(
         out=per_query.out,
@@ -157,6 +163,7 @@ def attend(
         indexer_kl=mean(per_query.indexer_kl),
         coverage=mean(per_query.coverage),
         keys_per_query=mean_over_valid(per_query.n_keys, visibility.valid),
+        index_heads=index,
     )
 
 
@@ -169,6 +176,7 @@ def _attend(
     selected: Heads | None,
     index: IndexHeads | None,
     previous_topk: Array | None,
+    served_by: IndexHeads | None,
     request: AttentionRequest,
     budget: Budget,
     softmax_scale: float,
@@ -221,13 +229,14 @@ def _attend(
     kl = None
     if request.indexer_loss is not None:
         kl = jnp.zeros(visibility.start.shape, jnp.float32)
-        if index is not None:
+        measured = served_by if index is None else index
+        if measured is not None:
             sparse_loss = request.indexer_loss == "sparse"
             target = selected if sparse_loss else dense
             lse = kept_lse if sparse_loss else everything.lse if everything is not None else None
             assert target is not None and lse is not None
             kl = indexer_kl(
-                *index,
+                *measured,
                 target.q,
                 target.k,
                 lse,

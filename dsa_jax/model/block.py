@@ -8,6 +8,7 @@ from dsa_jax.model.cache import LayerCache
 from dsa_jax.model.cached_attention import CachedAttentionOutput
 from dsa_jax.model.norm import RMSNorm
 from dsa_jax.model.outputs import AttentionRequest, LayerStatistics
+from dsa_jax.model.selection import IndexHeads
 from dsa_jax.model.visibility import Visibility
 
 
@@ -35,9 +36,10 @@ class Block(nn.Module):
         visibility: Visibility,
         previous_topk: Int[Array, "B T K"] | None,
         request: AttentionRequest,
+        served_by: IndexHeads | None = None,
     ) -> tuple[Float[Array, "B T E"], LayerStatistics]:
         """The new residual stream and what the layer measured."""
-        attended = self.attention(self.attention_norm(x), positions, visibility, previous_topk, request)
+        attended = self.attention(self.attention_norm(x), positions, visibility, previous_topk, request, served_by)
         x = x + attended.out
         transformed = self.mlp(self.mlp_norm(x), visibility.valid)
         statistics = LayerStatistics(
@@ -46,6 +48,7 @@ class Block(nn.Module):
             keys_per_query=attended.keys_per_query,
             topk_indices=attended.topk_indices,
             moe=transformed.statistics,
+            index_heads=attended.index_heads,
         )
         return x + transformed.out, statistics
 

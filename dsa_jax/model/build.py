@@ -39,6 +39,7 @@ def build_model(config: ModelConfig) -> Transformer:
         stacks=stacks,
         topk=config.attention.indexer.topk,
         has_indexer=config.attention.indexer.enabled,
+        distill_shared=config.attention.indexer.enabled and config.attention.indexer.distill_shared,
         default_attention=config.attention.mode,
         tie_embeddings=config.tie_embeddings,
         embedding_init_std=config.embedding_initializer_range,

@@ -14,7 +14,7 @@ from dsa_jax.model.linear import Linear
 from dsa_jax.model.norm import RMSNorm
 from dsa_jax.model.outputs import AttentionRequest
 from dsa_jax.model.rope import Rope, rotary_magnitude, rotate
-from dsa_jax.model.selection import Budget, Heads
+from dsa_jax.model.selection import Budget, Heads, IndexHeads
 from dsa_jax.model.visibility import Visibility
 from dsa_jax.model_config import PLAIN
 
@@ -64,14 +64,18 @@ class GQA(nn.Module):
         visibility: Visibility,
         previous_topk: Int[Array, "B T K"] | None,
         request: AttentionRequest,
+        served_by: IndexHeads | None = None,
     ) -> AttentionOutput:
-        """Attend; `x` is normed, `previous_topk` the previous layer's selection for a layer that shares it."""
+        """Attend; `x` is normed. For a layer that shares: `previous_topk` is the previous layer's selection, `served_by` the
+        index heads that it came from where their loss is to be measured here, too.
+        """
         heads = self._heads(x, positions)
         result = attend(
-            heads if needs_dense_heads(request, has_indexer=self.indexer is not None) else None,
+            heads if needs_dense_heads(request, has_indexer=self.indexer is not None or served_by is not None) else None,
             heads,
             self.indexer(x, x, positions) if self.indexer is not None and needs_indexer(request) else None,
             previous_topk,
+            served_by,
             request=request,
             budget=self.budget,
             softmax_scale=self.head_dim**-0.5,

@@ -77,6 +77,15 @@ class Indexer(nn.Module):
             return IndexHeads(q * self.head_dim**-0.5, k[:, :, 0, :], weights * self.n_heads**-0.5)
         return IndexHeads(q, k[:, :, 0, :], weights * (self.n_heads * self.head_dim) ** -0.5)
 
+    @nn.nowrap
+    def no_heads(self, batch: int, length: int) -> IndexHeads:
+        """Zeros of the shapes and types of a result; needs no parameters."""
+        return IndexHeads(
+            jnp.zeros((batch, length, self.n_heads, self.head_dim), self.dtype),
+            jnp.zeros((batch, length, self.head_dim), self.dtype),
+            jnp.zeros((batch, length, self.n_heads), jnp.float32),
+        )
+
     def _head_weights(self, x: Float[Array, "B T E"]) -> Float[Array, "B T H"]:
         if self.head_weights == "constant":
             return jnp.ones((*x.shape[:2], self.n_heads), jnp.float32)

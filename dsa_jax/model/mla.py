@@ -21,7 +21,7 @@ from dsa_jax.model.linear import Linear
 from dsa_jax.model.norm import RMSNorm
 from dsa_jax.model.outputs import AttentionRequest
 from dsa_jax.model.rope import Rope, rotary_magnitude, rotate, softmax_scale_factor
-from dsa_jax.model.selection import DENSE, Budget, Heads
+from dsa_jax.model.selection import DENSE, Budget, Heads, IndexHeads
 from dsa_jax.model.visibility import Visibility
 from dsa_jax.model_config import PLAIN
 
@@ -83,17 +83,21 @@ class MLA(nn.Module):
         visibility: Visibility,
         previous_topk: Int[Array, "B T K"] | None,
         request: AttentionRequest,
+        served_by: IndexHeads | None = None,
     ) -> AttentionOutput:
-        """Attend; `x` is normed, `previous_topk` the previous layer's selection for a layer that shares it."""
+        """Attend; `x` is normed. For a layer that shares: `previous_topk` is the previous layer's selection, `served_by` the
+        index heads that it came from where their loss is to be measured here, too.
+        """
         parts = self._project(x, positions)
         heads = parts.q_nope, parts.q_rope, parts.latent, parts.k_rope
         selects = request.attention != DENSE
-        wants_all = needs_dense_heads(request, has_indexer=self.indexer is not None)
+        wants_all = needs_dense_heads(request, has_indexer=self.indexer is not None or served_by is not None)
         result = attend(
             self.mha_heads(*heads) if wants_all else None,
             self.mqa_heads(*heads) if selects else None,
             self.indexer(x, parts.q_input, positions) if self.indexer is not None and needs_indexer(request) else None,
             previous_topk,
+            served_by,
             request=request,
             budget=self.budget,
             softmax_scale=self.softmax_scale,

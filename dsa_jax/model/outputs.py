@@ -6,6 +6,7 @@ from typing import NamedTuple
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.model.cache import Cache
+from dsa_jax.model.selection import IndexHeads
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,17 @@ class MoEStatistics(NamedTuple):
 
 
 class LayerStatistics(NamedTuple):
-    """What one layer reports; all float32 scalars except `topk_indices` and `moe`."""
+    """What one layer reports; all float32 scalars except `topk_indices`, `moe` and `index_heads`.
+
+    `index_heads` are those of its own indexer, for the layers that share it; they are never stacked over layers.
+    """
 
     indexer_kl: Float[Array, "*L"] | None
     coverage: Float[Array, "*L"] | None
     keys_per_query: Float[Array, "*L"]
     topk_indices: Int[Array, "*L B T K"] | None
     moe: MoEStatistics | None
+    index_heads: IndexHeads | None = None
 
 
 class ModelOutput(NamedTuple):
@@ -48,7 +53,8 @@ class ModelOutput(NamedTuple):
     Fields:
         logits: float32 [B, T, V].
         hidden: [B, T, E] after the final norm; `unembed` turns it into logits.
-        indexer_kl: float32 [n_layers], mean over valid query rows, nats; 0 for a layer without an indexer of its own.
+        indexer_kl: float32 [n_layers], mean over valid query rows, nats; 0 for a layer without an indexer of its own. Where an
+            indexer learns from the layers that share it, the mean over them and its own.
         topk_indices: int32 [n_layers, B, T, topk], canonical; a sharing layer repeats what it reuses.
         coverage: float32 [n_layers], mean over valid queries and heads of the dense attention probability held by the attended
             keys; 1 for dense attention.

@@ -42,6 +42,7 @@ class Transformer(nn.Module):
     stacks: tuple[BlockStack, ...]
     topk: int
     has_indexer: bool
+    distill_shared: bool
     default_attention: str
     tie_embeddings: bool
     embedding_init_std: float
@@ -239,25 +240,39 @@ class Transformer(nn.Module):
         """Run every stack; statistics are stacked over all layers."""
         carried = self._first_topk(x, request)
         carries_topk = carried is not None
+        distils = self.distill_shared and request.indexer_loss is not None
+        last_heads: Any = None  # of the last layer with an indexer, where layers after it have a loss against them
         collected = []
-        for stack, params in zip(self.stacks, self.layer_params, strict=True):
+        for number, (stack, params) in enumerate(zip(self.stacks, self.layer_params, strict=True)):
+            serves = distils and not stack.shares_topk and any(s.shares_topk for s in self.stacks[number + 1 : number + 2])
+            # All layers of a stack that shares are served by the same one: a constant of the loop, where a carry would be
+            # kept once per layer for the backward pass.
+            served_by: Any = last_heads if stack.shares_topk else None
 
-            def layer(state: Any, layer_params: Any, block: Any = stack.block) -> Any:
-                hidden, previous_topk = state
+            def layer(
+                state: Any, layer_params: Any, block: Any = stack.block, serves: bool = serves, served_by: Any = served_by
+            ) -> Any:
+                hidden, previous_topk, _ = state
                 hidden, statistics = block.apply(
-                    {"params": layer_params}, constrain(hidden), positions, visibility, previous_topk, request
+                    {"params": layer_params}, constrain(hidden), positions, visibility, previous_topk, request, served_by
                 )
                 following = statistics.topk_indices if carries_topk else None
+                heads = statistics.index_heads if serves else None
                 if not return_topk_indices:
                     statistics = statistics._replace(topk_indices=None)
-                return (hidden, following), statistics
+                return (hidden, following, heads), statistics._replace(index_heads=None)
 
             layer = rematerialised(layer, self.remat, in_scan=self.scan_layers)
-            (x, carried), statistics = run_stack(layer, (x, carried), params, stack.n_layers, scan=self.scan_layers)
+            no_heads = stack.block.attention.indexer.no_heads(*x.shape[:2]) if serves else None
+            state = x, carried, no_heads
+            (x, carried, heads), statistics = run_stack(layer, state, params, stack.n_layers, scan=self.scan_layers)
+            last_heads = heads if serves else last_heads
             collected.append(statistics)
         moe = [s.moe for s in collected if s.moe is not None]
         plain = [s._replace(moe=None) for s in collected]
         joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *plain)
+        if distils:
+            joined = joined._replace(indexer_kl=mean_over_served(joined.indexer_kl, self.stacks))
         return x, joined._replace(moe=jax.tree.map(lambda *parts: jnp.concatenate(parts), *moe) if moe else None)
 
     def _extend_layers(
@@ -300,6 +315,24 @@ class Transformer(nn.Module):
         if by_indexer(request) and any(stack.shares_topk for stack in self.stacks):
             return jnp.full((*x.shape[:2], self.topk), -1, jnp.int32)
         return None
+
+
+def mean_over_served(kl: Float[Array, " L"], stacks: tuple[BlockStack, ...]) -> Float[Array, " L"]:
+    """The KL of every layer against the index heads that it uses as the loss of each indexer: its mean over the layers served.
+
+    KL(p || q) is linear in p up to the entropy of p, so the mean over layers l of KL(p_l || q) has the gradient of
+    KL(mean_l p_l || q), the indexer's loss against the mean of the layers' attention distributions. Its value lies above that
+    one by a number that does not depend on the indexer: how much the layers differ, their Jensen-Shannon divergence. That way
+    no layer's distribution is ever held.
+
+    Returns:
+        The mean in the place of the layer with the indexer, 0 for those that it serves.
+
+    Source: IndexCache (arXiv 2603.12201), the loss of multi-layer distillation.
+    """
+    shares = [stack.shares_topk for stack in stacks for _ in range(stack.n_layers)]
+    server = np.maximum.accumulate(np.where(shares, 0, np.arange(len(shares))))
+    return jnp.zeros_like(kl).at[server].add(kl / np.bincount(server)[server].astype(np.float32))
 
 
 def head_logits(hidden: Float[Array, "*N E"], kernel: Float[Array, "E V"], *, dtype: Any, scale: float) -> Float[Array, "*N V"]:

@@ -1,0 +1,43 @@
+"""The indexer's variants, all at once: eight devices compute what one does, gradients included."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsa_jax.parallel.placement import place
+from dsa_jax.params import parameter_paths
+from tests.dsa_jax.model.small import built, random_ids
+from tests.dsa_jax.parallel.meshes import mesh
+
+VARIANT = (
+    ("activation", "softmax"),
+    ("head_weights", "constant"),
+    ("detach_input", False),
+    ("forced_sink", 1),
+    ("forced_local", 2),
+    ("distill_shared", True),
+)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gradients(model, params, input_ids):
+    def loss(params):
+        out = model.apply({"params": params}, input_ids, attention="sparse", indexer_loss="sparse", return_topk_indices=True)
+        return jax.nn.logsumexp(out.logits, axis=-1).mean() + out.indexer_kl.sum(), (out.indexer_kl, out.topk_indices)
+
+    return jax.grad(loss, has_aux=True)(params)
+
+
+def test_rows_heads_and_positions_split():
+    model, params = built("gqa", layer_types=("full", "shared"), implementation="xla", variant=VARIANT)
+    input_ids = random_ids(4)
+    wanted, (kl, indices) = jax.device_get(gradients(model, params, input_ids))
+    with jax.set_mesh(mesh("fsdp2_tp2_cp2")):
+        got, (sharded_kl, sharded_indices) = jax.device_get(gradients(model, place(params), jnp.asarray(input_ids)))
+    np.testing.assert_allclose(sharded_kl, kl, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(sharded_indices, indices)
+    for path, gradient in parameter_paths(wanted).items():
+        scale = np.abs(gradient).max()
+        np.testing.assert_allclose(parameter_paths(got)[path], gradient, rtol=1e-5, atol=1e-5 * scale + 1e-12, err_msg=path)
