@@ -339,6 +339,8 @@ class Config:
             if getattr(self.train, name).steps:
                 field_name = f"{name}_attention"
                 self.model.attention.check_can_run(f"train.{field_name}", getattr(self.train, field_name))
+        if self.model.attention.indexer.enabled and "coarse_to_fine" in self.eval.rows:
+            self.model.attention.check_can_run("eval.rows", "coarse_to_fine")
         if self.train.warmup.steps and not self.model.attention.indexer.enabled:
             raise ConfigError(
                 "train.warmup.steps is positive, but the model has no indexer. Set model.attention.indexer.enabled=True."

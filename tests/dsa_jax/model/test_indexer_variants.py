@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsa_jax.config import ConfigError
+from dsa_jax.config import Config, ConfigError, EvalConfig
 from dsa_jax.hf import CheckpointError
 from dsa_jax.hf.write_config import choose_layout
 from dsa_jax.model import build_model
@@ -154,6 +154,8 @@ def test_an_activation_that_kernels_or_modes_cannot_serve_is_refused():
     config.validate()
     with pytest.raises(ConfigError, match=r"mode is 'coarse_to_fine' with .*activation='softmax'"):
         config.attention.check_can_run("model.attention.mode", "coarse_to_fine")
+    with pytest.raises(ConfigError, match=r"eval.rows is 'coarse_to_fine' with .*activation='softmax'"):
+        Config(model=config, eval=EvalConfig(rows=("sparse", "coarse_to_fine"))).validate()
     config.attention.implementation = "pallas"
     with pytest.raises(ConfigError, match=r"activation is 'softmax', which the kernels of .*'pallas' do not have"):
         config.validate()
