@@ -37,6 +37,7 @@ from jax.experimental import topologies  # noqa: E402
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh  # noqa: E402
 
 from benchmarks.kernel_cases import KernelCase, cases  # noqa: E402
+from pallas_kernels.tuning import AnyTiles  # noqa: E402
 
 TARGET = Path(__file__).with_name("h200.txtpb")
 PTXAS = re.compile(
@@ -109,7 +110,7 @@ def rows() -> Iterator[tuple[str, str, Callable[[], list[Compiled]]]]:
         yield "radix_select", f"index_topk: {width} keys, topk 2048", functools.partial(compile_radix_select, width)
 
 
-def compile_radix_select(width: int) -> list[Compiled]:
+def compile_radix_select(width: int, tiles: AnyTiles | None = None) -> list[Compiled]:
     """The Triton kernel, compiled by Triton for sm_90a and assembled by the ptxas that XLA uses.
 
     Raises:
@@ -119,21 +120,25 @@ def compile_radix_select(width: int) -> list[Compiled]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from pallas_kernels.index_topk.triton_gpu import BLOCK, NUM_WARPS
     from pallas_kernels.index_topk.triton_kernels import radix_select
+    from pallas_kernels.tuning import ScanTiles
 
+    tiles = tiles or ScanTiles()
+    assert isinstance(tiles, ScanTiles)
     os.environ["TRITON_CACHE_DIR"] = DUMP  # jax-triton empties it
-    constants = {"WIDTH": width, "TOPK": 2048, "BLOCK": BLOCK}
+    constants = {"WIDTH": width, "TOPK": 2048, "BLOCK": tiles.block}
     signature = {"ranked": "*fp32", "positions": "*i32", **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(fn=radix_select, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": NUM_WARPS})
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    )
     ptx = Path(DUMP) / "radix_select.ptx"
     ptx.write_text(compiled.asm["ptx"])
     command = [str(Path(nvidia.cu13.__path__[0]) / "bin" / "ptxas"), "-arch=sm_90a", "-v", str(ptx), "-o", os.devnull]
     report = PTXAS.search(subprocess.run(command, check=True, capture_output=True, text=True).stderr)
     if report is None:
         raise RuntimeError("no report of the assembler")
-    return [Compiled("radix_select", *_registers_and_spills(report), 32 * NUM_WARPS, compiled.metadata.shared)]
+    return [Compiled("radix_select", *_registers_and_spills(report), 32 * tiles.num_warps, compiled.metadata.shared)]
 
 
 def main(words: list[str]) -> int:

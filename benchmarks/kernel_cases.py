@@ -1,6 +1,5 @@
 """Every GPU kernel at the shapes it is meant for: what `benchmarks.aot` compiles and the lowering tests lower."""
 
-import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from pallas_kernels.indexer_loss import pallas_gpu as indexer_loss
 from pallas_kernels.quantize import latent_row_bytes
 from pallas_kernels.sparse_attention import pallas_gpu as sparse_attention
 from pallas_kernels.sparse_attention import pallas_gpu_fp8 as sparse_attention_fp8
-from pallas_kernels.sparse_attention.pallas_gpu_tiles import Problem, default_options
+from pallas_kernels.sparse_attention.pallas_gpu_tiles import Options
 from pallas_kernels.sparse_attention.shapes import DEEPSEEK_V32, LLAMA3_8B, AttentionShape
 
 SCALE = 0.125
@@ -70,29 +69,23 @@ def _attention_arrays(shape: AttentionShape) -> tuple[jax.ShapeDtypeStruct, ...]
 
 
 def _sparse_attention(name: str, shape: AttentionShape) -> Iterator[KernelCase]:
-    width = shape.value_dim or shape.d_v
-    assert width is not None
-    problem = Problem(shape.heads, shape.groups, shape.dim, width, shape.value_dim is None, SCALE, False)
     indices = _i32(shape.batch, shape.queries, shape.topk)
 
-    def loss(indices: Any, *arrays: Any, options: Any) -> Any:
+    def loss(indices: Any, *arrays: Any, deterministic: bool) -> Any:
         q, k, v = arrays if len(arrays) == 3 else (*arrays, None)
         call = functools.partial(sparse_attention.sparse_attention, softmax_scale=SCALE, d_v=shape.d_v, interpret=False)
-        out, lse = call(q, k, v, indices, options=options)
+        out, lse = call(q, k, v, indices, deterministic=deterministic)
         return out.astype(jnp.float32).sum() + lse.sum()
 
     for deterministic in (False, True):
-        options = dataclasses.replace(
-            default_options(problem, jnp.dtype(jnp.bfloat16), queries=shape.queries, topk=shape.topk),
-            deterministic=deterministic,
-        )
-        function = jax.grad(functools.partial(loss, options=options), tuple(range(1, 3 if shape.value_dim is None else 4)))
+        learned = tuple(range(1, 3 if shape.value_dim is None else 4))
+        function = jax.grad(functools.partial(loss, deterministic=deterministic), learned)
         ends = ("contributions", "ordered_sum") if deterministic else ("forward", "d_query", "d_key")
         kernels = tuple(f"sparse_attention_{end}" for end in ends)
         arrays = indices, *_attention_arrays(shape)
         # Rows beyond the last key, and, when chunks of queries do not come out even, some queries.
-        spare = 8 * shape.groups * problem.dim + max(x.size for x in arrays) // 8
-        most = max(spare + max(x.size for x in arrays), options.budget_bytes // 4)
+        spare = 8 * shape.groups * shape.dim + max(x.size for x in arrays) // 8
+        most = max(spare + max(x.size for x in arrays), Options.budget_bytes // 4)
         yield KernelCase("sparse_attention", name, function, arrays, kernels, most)
 
 

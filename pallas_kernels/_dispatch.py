@@ -26,6 +26,14 @@ def traced_platform() -> str:
     return "gpu" if mesh.abstract_device.platform in ("cuda", "rocm") else mesh.abstract_device.platform
 
 
+def traced_device_kind() -> str:
+    """The kind of device ("NVIDIA H200", "cpu") that code is being traced for, as JAX names it; see `traced_platform`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.abstract_device is None:
+        return jax.devices()[0].device_kind
+    return mesh.abstract_device.device_kind
+
+
 def resolve_implementation(op: str, implementation: str | None, available: Mapping[str, Any], *, platform: str) -> str:
     """Name of the implementation of `op` that runs on `platform` ("cpu", "gpu").
 

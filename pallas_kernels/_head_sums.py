@@ -16,9 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels import tuning
 from pallas_kernels._numerics import widen_fp8
 from pallas_kernels.sparse_attention import pallas_gpu_tiles as tiling
-from pallas_kernels.sparse_attention.pallas_gpu_tiles import LOG2_E, Problem, QueryTiles, Refs, Tiles
+from pallas_kernels.sparse_attention.pallas_gpu_tiles import LOG2_E, Problem, Refs
+from pallas_kernels.tuning.tiles import SMALLEST_SIDE, QueryTiles, Tiles
 
 Kind = Literal["scores", "ranked_scores", "probability"]
 """`ranked_scores`: as the selection compares them, see `_numerics.rank_scores`."""
@@ -37,7 +39,7 @@ def attention_problem(q: Array, k: Array, softmax_scale: float, interpret: bool)
 
 def default_tiles(problem: Problem, dtype: jnp.dtype) -> QueryTiles:
     """Block sizes for an H200: none spills registers when compiled for sm_90a; none has been timed."""
-    block_h = max(tiling.SMALLEST_SIDE, min(64, pl.next_power_of_2(problem.heads_per_group)))
+    block_h = max(SMALLEST_SIDE, min(64, pl.next_power_of_2(problem.heads_per_group)))
     is_wide = tiling.padded_width(problem.key_columns) * dtype.itemsize > 512
     if is_wide:
         return QueryTiles(min(block_h, 32), 32 if dtype.itemsize == 4 else 64, 8)
@@ -162,8 +164,11 @@ def head_sums_visible(
     Returns:
         float32; P is S rounded up to whole blocks of keys; -inf (probability: 0) outside the range and beyond S.
     """
-    tiles = default_tiles(problem, widen_fp8(k[:0]).dtype) if tiles is None else tiles
     (batch, n_queries), n_keys = q.shape[:2], k.shape[1]
+    name = f"head_sums_visible_{kind}"
+    if tiles is None:
+        call = tiling.call_shape(problem, k.dtype, queries=batch * n_queries, keys=n_keys)
+        tiles = tuning.choose(name, call, default_tiles(problem, widen_fp8(k[:0]).dtype))
     refs = {
         "q": q.reshape(batch, n_queries * problem.heads, problem.dim),
         "k": k.reshape(batch, n_keys, problem.groups * problem.dim),
@@ -183,7 +188,7 @@ def head_sums_visible(
         in_specs=[{name: per_row(x) for name, x in refs.items()}],
         out_specs=per_row(shape),
         out_shape=shape,
-        name=f"head_sums_visible_{kind}",
+        name=name,
     )
 
 
@@ -227,7 +232,11 @@ def head_sums_selected(
         coefficient: as in `head_sums_visible`.
         indices: below S.
     """
-    tiles = default_tiles(problem, k.dtype) if tiles is None else tiles
+    name = f"head_sums_selected_{kind}"
+    if tiles is None:
+        call = tiling.call_shape(problem, k.dtype, queries=q.shape[0], keys=k.shape[0], topk=indices.shape[1])
+        default = default_tiles(problem, k.dtype)
+        tiles = tuning.choose(name, call, Tiles(default.block_h, default.block_k, default.num_warps, default.num_stages))
     refs = {**tiling.common_inputs(q, k, None, indices, tiles), "coefficient": coefficient}
     shape = jax.ShapeDtypeStruct(refs["indices"].shape, jnp.float32)
     out = tiling.call(
@@ -239,6 +248,6 @@ def head_sums_selected(
         in_specs=[tiling.specs(refs)],
         out_specs=tiling.per_query(shape),
         out_shape=shape,
-        name=f"head_sums_selected_{kind}",
+        name=name,
     )
     return out[:, : indices.shape[1]]

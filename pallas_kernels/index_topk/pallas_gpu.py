@@ -18,7 +18,7 @@ from pallas_kernels._selection import all_visible, canonical
 from pallas_kernels._threshold import COUNT_GROUPS, largest_by_threshold
 from pallas_kernels.index_topk import xla
 from pallas_kernels.sparse_attention import pallas_gpu_tiles as tiling
-from pallas_kernels.sparse_attention.pallas_gpu_tiles import QueryTiles
+from pallas_kernels.tuning.tiles import QueryTiles
 
 SCORE_BUDGET = 2**26
 """Scores of one chunk: batch x queries x keys. A quarter of a GiB; the search reads them about as often again."""
@@ -101,7 +101,7 @@ def index_scores(
 
     Args:
         interpret: run the kernel without a GPU; None does so on CPU.
-        tiles: block sizes; None takes `_head_sums.default_tiles`.
+        tiles: block sizes; None takes those of the tuning table, or else `_head_sums.default_tiles`.
 
     Raises:
         NotImplementedError: a dtype, device or number of channels that the kernel does not cover.

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels import tuning
 from pallas_kernels._dispatch import traced_platform
 from pallas_kernels.index_topk import pallas_gpu
-
-BLOCK = 4096
-NUM_WARPS = 8
+from pallas_kernels.tuning.tiles import ScanTiles
 
 
 def index_topk(
@@ -60,16 +59,19 @@ def _largest_by_radix(
     from pallas_kernels.index_topk.triton_kernels import radix_select
 
     batch, length, width = ranked.shape
+    sizes = {"queries": batch * length, "keys": width, "topk": topk}
+    tiles = tuning.choose("radix_select", sizes, ScanTiles())
     capability = {} if compute_capability is None else {"compute_capability": compute_capability}
     positions = jax_triton.triton_call(
         ranked.reshape(batch * length, width),
         kernel=radix_select,
         out_shape=jax.ShapeDtypeStruct((batch * length, topk), jnp.int32),
         grid=(batch * length,),
-        num_warps=NUM_WARPS,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
         WIDTH=width,
         TOPK=topk,
-        BLOCK=BLOCK,
+        BLOCK=tiles.block,
         **capability,
     )
     return positions.reshape(batch, length, topk)

@@ -21,13 +21,13 @@ from pallas_kernels._numerics import constant_lse, softmax_and_lse, sum_over_axi
 from pallas_kernels.indexer_loss import pallas_gpu_gradients as gradients
 from pallas_kernels.indexer_loss.xla_selected import set_members
 from pallas_kernels.sparse_attention import pallas_gpu_tiles as tiling
-from pallas_kernels.sparse_attention.pallas_gpu_tiles import QueryTiles, Tiles
 from pallas_kernels.sparse_attention.xla import join_batch, join_batch_indices
+from pallas_kernels.tuning.tiles import QueryTiles, Tiles
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The static half of a call; None takes the default block sizes.
+    """The static half of a call; None takes the block sizes of the tuning table, or else the default ones.
 
     `head_axis` is a mesh axis that the attention's heads are split over; `score_budget` is the number of scores of one chunk,
     batch x queries x keys, over the visible keys; `deterministic` and `budget_bytes` as in

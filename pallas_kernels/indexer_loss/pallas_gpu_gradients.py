@@ -11,11 +11,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels import tuning
 from pallas_kernels._chunks import rows_per_chunk, scan_queries
 from pallas_kernels._head_sums import per_row
 from pallas_kernels.sparse_attention import pallas_gpu_backward as backward
 from pallas_kernels.sparse_attention import pallas_gpu_tiles as tiling
-from pallas_kernels.sparse_attention.pallas_gpu_tiles import Problem, Refs, Tiles
+from pallas_kernels.sparse_attention.pallas_gpu_tiles import Problem, Refs
+from pallas_kernels.tuning.tiles import SMALLEST_SIDE, Tiles
 
 MOST_HEADS = 128
 """Index heads whose gradient one program holds."""
@@ -32,7 +34,7 @@ def default_tiles(problem: Problem, dtype: jnp.dtype) -> Tiles:
             f"indexer_kl: pallas holds the gradient of at most {MOST_HEADS} index heads, not {problem.heads}. "
             "Pass implementation='xla'."
         )
-    block_h = max(tiling.SMALLEST_SIDE, 1 << (problem.heads - 1).bit_length())
+    block_h = max(SMALLEST_SIDE, 1 << (problem.heads - 1).bit_length())
     return Tiles(block_h, 32 if dtype.itemsize == 2 else 16, 8)
 
 
@@ -111,7 +113,9 @@ def selected_gradients(
         deterministic: the same bits every run, at the cost of one write and one read of every slot's gradient,
             `budget_bytes` of them at a time. Otherwise they are added to memory in no fixed order.
     """
-    tiles = default_tiles(problem, q.dtype) if tiles is None else tiles
+    if tiles is None:
+        call = tiling.call_shape(problem, q.dtype, queries=q.shape[0], keys=k.shape[0], topk=indices.shape[1])
+        tiles = tuning.choose("index_gradients_selected", call, default_tiles(problem, q.dtype))
     width = tiling.padded_width(problem.key_columns)
 
     def run(arrays: Sequence[Array], total: Array | None) -> tuple[Array, Array, Array, Array]:
@@ -217,18 +221,25 @@ def visible_gradients(
         total: float32.
         start, end: within [0, S].
     """
-    tiles = default_tiles(problem, q.dtype) if tiles is None else tiles
     (batch, n_queries), n_keys = q.shape[:2], k.shape[1]
+
+    def chosen(side: str) -> Tiles:
+        if tiles is not None:
+            return tiles
+        call = tiling.call_shape(problem, q.dtype, queries=batch * n_queries, keys=n_keys)
+        return tuning.choose(f"index_gradients_visible_{side}", call, default_tiles(problem, q.dtype))
+
     by_query = {"q": q, "weights": weights, "start": start[..., None], "end": end[..., None], "d_scores": d_scores}
     one_query = {
         name: pl.BlockSpec((None, None, *x.shape[2:]), lambda b, t, rest=x.ndim - 2: (b, t) + (0,) * rest)
         for name, x in by_query.items()
     }
     outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, weights)]
+    query_tiles = chosen("query")
     dq, d_weights = tiling.call(
-        functools.partial(_visible_query_kernel, problem=problem, tiles=tiles),
+        functools.partial(_visible_query_kernel, problem=problem, tiles=query_tiles),
         problem,
-        tiles,
+        query_tiles,
         ({**by_query, "k": k},),
         grid=(batch, n_queries),
         in_specs=[{**one_query, "k": per_row(k)}],
@@ -247,12 +258,13 @@ def visible_gradients(
         "low": jnp.where(some, start, n_keys).min(1, keepdims=True),
         "high": jnp.where(some, end, 0).max(1, keepdims=True),
     }
+    key_tiles = chosen("key")
     dk = tiling.call(
-        functools.partial(_visible_key_kernel, problem=problem, tiles=tiles, n_queries=n_queries),
+        functools.partial(_visible_key_kernel, problem=problem, tiles=key_tiles, n_queries=n_queries),
         problem,
-        tiles,
+        key_tiles,
         (refs, total),
-        grid=(batch, pl.cdiv(n_keys, tiles.block_k)),
+        grid=(batch, pl.cdiv(n_keys, key_tiles.block_k)),
         in_specs=[{name: per_row(x) for name, x in refs.items()}, per_row(total)],
         out_specs=per_row(total),
         out_shape=jax.ShapeDtypeStruct(total.shape, total.dtype),

@@ -40,7 +40,7 @@ def sparse_attention(
 
     Args:
         deterministic: sets it in the options.
-        options: block sizes and determinism; None takes `pallas_gpu_tiles.default_options`.
+        options: block sizes and determinism; None takes `pallas_gpu_tiles.chosen_options`.
         interpret: run the kernels without a GPU; None does so on CPU.
 
     Raises:
@@ -53,7 +53,8 @@ def sparse_attention(
         return jnp.zeros((*q.shape[:3], width), q.dtype), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
     problem = Problem(q.shape[2], k.shape[2], q.shape[3], width, v is None, float(softmax_scale), interpret)
     if options is None:
-        options = tiling.default_options(problem, q.dtype, queries=q.shape[0] * q.shape[1], topk=topk_indices.shape[2])
+        sizes = {"queries": q.shape[0] * q.shape[1], "keys": k.shape[1], "topk": topk_indices.shape[2]}
+        options = tiling.chosen_options(problem, q.dtype, **sizes)
     options = dataclasses.replace(options, deterministic=deterministic or options.deterministic)
     places = join_batch_indices(topk_indices, k.shape[1])[0]
     values = None if v is None else join_batch(v)[0]
@@ -164,9 +165,13 @@ def _attend_backward(
     # The gradient of a logit is p * (d_out . value - delta) * scale; the cotangent of lse adds p * d_lse.
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse
     arrays = backward.Saved(q, d_out.astype(q.dtype), lse, delta, indices)
-    dq = backward.query_gradient(arrays, k, v, problem, options.d_query)
-    sum_keys = backward.key_gradients_in_order if options.deterministic else backward.key_gradients_atomic
-    dk, dv = sum_keys(arrays, k, v, problem, options)
+    tiles = functools.partial(tiling.gradient_tiles, options, problem, q.dtype)
+    sizes = {"queries": q.shape[0], "keys": k.shape[0], "topk": indices.shape[1]}
+    dq = backward.query_gradient(arrays, k, v, problem, tiles("d_query", **sizes))
+    if options.deterministic:
+        dk, dv = backward.key_gradients_in_order(arrays, k, v, problem, tiles("d_key", **sizes), options.budget_bytes)
+    else:
+        dk, dv = backward.key_gradients_atomic(arrays, k, v, problem, tiles("d_key", **sizes))
     return dq, dk.astype(k.dtype), None if v is None or dv is None else dv.astype(v.dtype), np.zeros(indices.shape, float0)
 
 

@@ -15,14 +15,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array
 
+from pallas_kernels import tuning
 from pallas_kernels._chunks import rows_per_chunk, scan_queries
 from pallas_kernels.sparse_attention import pallas_gpu_tiles as tiling
-from pallas_kernels.sparse_attention.pallas_gpu_tiles import LOG2_E, Columns, Options, Problem, Refs, Tiles
+from pallas_kernels.sparse_attention.pallas_gpu_tiles import LOG2_E, Columns, Problem, Refs, Tiles
+from pallas_kernels.tuning.tiles import RowTiles
 
 # Rows after the last key: the first takes what absent keys would get.
 SPARE_ROWS = 8
-# Contributions added at a time when they are summed in order.
-BLOCK_ROWS = 16
 
 
 class Saved(NamedTuple):
@@ -161,10 +161,9 @@ def unpad(totals: Sequence[Array], n_keys: int, problem: Problem) -> tuple[Array
 
 
 def key_gradients_atomic(
-    arrays: Saved, k: Array, v: Array | None, problem: Problem, options: Options
+    arrays: Saved, k: Array, v: Array | None, problem: Problem, tiles: Tiles
 ) -> tuple[Array, Array | None]:
     """(dk, dv) in float32 by atomic addition: the order of the sums, and so their last bits, differ from run to run."""
-    tiles = options.d_key
     refs = _gradient_inputs(arrays, k, v, tiles)
     zeros = [jnp.zeros((k.shape[0] + SPARE_ROWS, width), jnp.float32) for width in _widths(problem)]
     totals = tiling.call(
@@ -183,9 +182,16 @@ def key_gradients_atomic(
 
 
 def _ordered_sum_kernel(
-    order_ref: Any, starts_ref: Any, parts_ref: Any, total_ref: Any, out_ref: Any, *, columns: tuple[Columns, ...]
+    order_ref: Any,
+    starts_ref: Any,
+    parts_ref: Any,
+    total_ref: Any,
+    out_ref: Any,
+    *,
+    columns: tuple[Columns, ...],
+    block_rows: int,
 ) -> None:
-    """out[key] = total[key] + its contributions in sorted order."""
+    """out[key] = total[key] + its contributions in sorted order, `block_rows` at a time."""
     key = pl.program_id(0)
     start, end = starts_ref[key], starts_ref[key + 1]
     offset = pl.program_id(1) * tiling.padded_width(columns)
@@ -195,7 +201,7 @@ def _ordered_sum_kernel(
         for piece in columns:
 
             def body(i: Array, total: Array, piece: Columns = piece) -> Array:
-                slot = start + i * BLOCK_ROWS + jnp.arange(BLOCK_ROWS, dtype=jnp.int32)
+                slot = start + i * block_rows + jnp.arange(block_rows, dtype=jnp.int32)
                 valid = slot < end
                 rows = plt.load(order_ref.at[jnp.where(valid, slot, start)])
                 address = tiling.full_address(rows, piece, offset)
@@ -204,7 +210,7 @@ def _ordered_sum_kernel(
 
             place = offset + piece.place + jnp.arange(piece.size, dtype=jnp.int32)
             address = jnp.full((piece.size,), key, jnp.int32), place
-            total = lax.fori_loop(0, pl.cdiv(end - start, BLOCK_ROWS), body, plt.load(total_ref.at[address]))
+            total = lax.fori_loop(0, pl.cdiv(end - start, block_rows), body, plt.load(total_ref.at[address]))
             plt.store(out_ref.at[address], total)
 
 
@@ -212,10 +218,13 @@ def _add_in_order(
     total: Array, parts: Array, order: Array, starts: Array, columns: tuple[Columns, ...], problem: Problem
 ) -> Array:
     arguments = (order, starts, parts, total)
+    sizes = {"groups": problem.groups, "keys": starts.shape[0] - 1, "slots": parts.shape[0]}
+    width = sum(piece.width for piece in columns)
+    tiles = tuning.choose("sparse_attention_ordered_sum", {"width": width, **sizes}, RowTiles())
     return tiling.call(
-        functools.partial(_ordered_sum_kernel, columns=columns),
+        functools.partial(_ordered_sum_kernel, columns=columns, block_rows=tiles.block_rows),
         problem,
-        Tiles(BLOCK_ROWS, BLOCK_ROWS, num_warps=4),
+        tiles,
         arguments,
         grid=(starts.shape[0] - 1, problem.groups),
         in_specs=[tiling.whole(x) for x in arguments],
@@ -240,14 +249,14 @@ def add_in_order(totals: Sequence[Array], parts: Sequence[Array], indices: Array
 
 
 def key_gradients_in_order(
-    arrays: Saved, k: Array, v: Array | None, problem: Problem, options: Options
+    arrays: Saved, k: Array, v: Array | None, problem: Problem, tiles: Tiles, budget_bytes: int
 ) -> tuple[Array, Array | None]:
     """(dk, dv) in float32, with the same bits in every run.
 
     Chunks of queries write what each selected key gets from them; sorted by key, each key's contributions are added up by one
-    program. A chunk holds `options.budget_bytes` of contributions.
+    program. A chunk holds `budget_bytes` of contributions.
     """
-    tiles, widths, n_keys = options.d_key, _widths(problem), k.shape[0]
+    widths, n_keys = _widths(problem), k.shape[0]
     slots = pl.cdiv(arrays.indices.shape[1], tiles.block_k) * tiles.block_k
 
     def step(totals: tuple[Array, ...], chunk: Saved) -> tuple[tuple[Array, ...], tuple[()]]:
@@ -269,7 +278,7 @@ def key_gradients_in_order(
         return add_in_order(totals, parts, refs["indices"], problem), ()
 
     per_query = 4 * slots * sum(widths)
-    block_q = rows_per_chunk(options.budget_bytes, per_query, smallest=1, largest=arrays.q.shape[0])
+    block_q = rows_per_chunk(budget_bytes, per_query, smallest=1, largest=arrays.q.shape[0])
     zeros = tuple(jnp.zeros((n_keys, width), jnp.float32) for width in widths)
     totals, _ = scan_queries(step, zeros, jax.tree.map(lambda x: x[None], arrays), block_q)
     return unpad(totals, n_keys, problem)

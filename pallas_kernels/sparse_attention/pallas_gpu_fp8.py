@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32, UInt8
 
+from pallas_kernels import tuning
 from pallas_kernels.quantize.cache_layouts import TILE
 from pallas_kernels.sparse_attention import pallas_gpu
 from pallas_kernels.sparse_attention import pallas_gpu_tiles as tiling
 from pallas_kernels.sparse_attention.pallas_gpu_tiles import Columns, KeyTile, Problem, Refs, Tiles
+from pallas_kernels.tuning.tiles import SMALLEST_SIDE, SplitTiles
 
 
 def sparse_attention_fp8(
@@ -28,7 +30,8 @@ def sparse_attention_fp8(
     """(out, lse); keys are dequantised to the dtype of q, products accumulate in float32.
 
     Args:
-        tiles, splits: block sizes and programs per query; None takes `default_tiles` and `pallas_gpu_tiles.default_splits`.
+        tiles, splits: block sizes and programs per query; None takes the table's or
+            `default_tiles`, and `pallas_gpu_tiles.default_splits`.
         interpret: run the kernel without a GPU; None does so on CPU.
 
     Raises:
@@ -46,7 +49,9 @@ def sparse_attention_fp8(
         return jnp.zeros((*q.shape[:3], latent_dim), q.dtype), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
     batch, length, heads, dim = q.shape
     problem = Problem(heads, 1, dim, latent_dim, True, float(softmax_scale), interpret, piece=TILE)
-    tiles = default_tiles(problem, q.dtype) if tiles is None else tiles
+    if tiles is None:
+        shape = tiling.call_shape(problem, q.dtype, queries=batch * length, keys=pool.shape[0], topk=slots.shape[2])
+        tiles = tuning.choose("sparse_attention_fp8_forward", shape, default_tiles(problem, q.dtype))
     splits = tiling.default_splits(problem, tiles, batch * length, slots.shape[2]) if splits is None else splits
     slots = jnp.where((slots >= 0) & (slots < pool.shape[0]), slots, -1).reshape(batch * length, slots.shape[2])
     out, lse = pallas_gpu.forward(
@@ -62,10 +67,10 @@ def sparse_attention_fp8(
     return out.reshape(batch, length, heads, latent_dim), lse.reshape(batch, length, heads)
 
 
-def default_tiles(problem: Problem, dtype: jnp.dtype) -> Tiles:
+def default_tiles(problem: Problem, dtype: jnp.dtype) -> SplitTiles:
     """Block sizes for an H200: none spills registers when compiled for sm_90a, as 64 heads do; none has been timed."""
-    most = max(tiling.SMALLEST_SIDE, min(32, 1 << (problem.heads - 1).bit_length()))
-    return Tiles(most, 32) if dtype.itemsize == 2 else Tiles(16, 16)
+    most = max(SMALLEST_SIDE, min(32, 1 << (problem.heads - 1).bit_length()))
+    return SplitTiles(most, 32) if dtype.itemsize == 2 else SplitTiles(16, 16)
 
 
 def _views(pool: UInt8[Array, "P bytes"]) -> dict[str, Array]:

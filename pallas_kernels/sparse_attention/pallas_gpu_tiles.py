@@ -14,14 +14,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array
 
+from pallas_kernels import tuning
 from pallas_kernels._dispatch import traced_platform
+from pallas_kernels.tuning.tiles import PROCESSORS, SMALLEST_SIDE, RowTiles, SplitTiles, Tiles
 
-# Triton multiplies no matrix with a side below 16, and holds no array whose size is not a power of two.
-SMALLEST_SIDE = 16
 # More pieces than this would cost more instructions per key than they save.
 MOST_PIECES = 4
-# Of an H200.
-PROCESSORS = 132
 LOG2_E = math.log2(math.e)
 HALF_AND_SINGLE = ("bfloat16", "float16", "float32")
 
@@ -38,31 +36,10 @@ class Columns(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiles:
-    """What one program holds: heads, selected keys; and how it is compiled."""
-
-    block_h: int
-    block_k: int
-    num_warps: int = 8
-    num_stages: int = 2
-
-    def __post_init__(self) -> None:
-        for name in ("block_h", "block_k"):
-            size = getattr(self, name)
-            if size < SMALLEST_SIDE or size & (size - 1):
-                raise ValueError(f"Tiles: {name} is {size}; expected a power of two of at least {SMALLEST_SIDE}.")
-
-
-@dataclasses.dataclass(frozen=True)
-class QueryTiles(Tiles):
-    """As `Tiles`, for programs that hold a block of keys and walk over `block_q` queries."""
-
-    block_q: int = 32
-
-
-@dataclasses.dataclass(frozen=True)
 class Options:
     """Block sizes of the three kernels, and whether the gradients of keys and values have the same bits in every run.
+
+    Those of a gradient that are None are chosen where it is computed.
 
     `deterministic` costs one write and one read of the gradient of every selected key, `budget_bytes` of them at a time.
     Otherwise they are added to memory as they come, in no fixed order. An interpreted kernel needs `deterministic` when a
@@ -71,8 +48,8 @@ class Options:
     """
 
     forward: Tiles
-    d_query: Tiles
-    d_key: Tiles
+    d_query: Tiles | None = None
+    d_key: Tiles | None = None
     deterministic: bool = False
     budget_bytes: int = 2**28
     splits: int = 1
@@ -144,10 +121,12 @@ def padded_width(columns: Sequence[Columns]) -> int:
 def default_splits(problem: Problem, tiles: Tiles, queries: int, topk: int) -> int:
     """Programs that share the selection of one query: so many that few queries, as in decoding, keep every processor busy.
 
-    At least 64 selected keys are left to each, and its partial result costs a write and a read.
+    At least 64 selected keys are left to each, and its partial result costs a write and a read. `SplitTiles` say how many
+    programs keep a device busy; others take the processors of an H200.
     """
+    processors = tiles.programs if isinstance(tiles, SplitTiles) else PROCESSORS
     programs = queries * problem.groups * problem.head_blocks(tiles)
-    most = min(PROCESSORS // max(1, programs), topk // max(64, tiles.block_k))
+    most = min(processors // max(1, programs), topk // max(64, tiles.block_k))
     return 1 << (max(1, most).bit_length() - 1)
 
 
@@ -172,8 +151,34 @@ def default_options(problem: Problem, dtype: jnp.dtype, *, queries: int, topk: i
         chosen = tiles(64, 64, 4), tiles(64, 32, 4), tiles(32, 32, 4)
     else:
         chosen = tiles(32, 32, 4), tiles(16, 32, 4), tiles(16, 16, 4)
-    splits = default_splits(problem, chosen[0], queries, topk)
-    return Options(*chosen, deterministic=problem.interpret, splits=splits)
+    forward = SplitTiles(**dataclasses.asdict(chosen[0]))
+    splits = default_splits(problem, forward, queries, topk)
+    return Options(forward, *chosen[1:], deterministic=problem.interpret, splits=splits)
+
+
+def call_shape(problem: Problem, dtype: jnp.dtype, *, queries: int, keys: int, topk: int = 0) -> tuning.Shape:
+    """What the tuning table goes by; `queries` of all batch rows, `keys` of one."""
+    channels = {"dim": problem.dim, "width": problem.width, "shared": problem.is_shared}
+    sizes = {"groups": problem.groups, "queries": queries, "keys": keys, "topk": topk}
+    return {"dtype": dtype.name, "heads": problem.heads_per_group, **channels, **sizes}
+
+
+def chosen_options(problem: Problem, dtype: jnp.dtype, *, queries: int, keys: int, topk: int) -> Options:
+    """`default_options`, with what the tuning table has for the forward; the gradients' tiles are left to `gradient_tiles`."""
+    default = default_options(problem, dtype, queries=queries, topk=topk)
+    shape = call_shape(problem, dtype, queries=queries, keys=keys, topk=topk)
+    forward = tuning.choose("sparse_attention_forward", shape, default.forward)
+    splits = default_splits(problem, forward, queries, topk)
+    return Options(forward, deterministic=default.deterministic, splits=splits)
+
+
+def gradient_tiles(options: Options, problem: Problem, dtype: jnp.dtype, side: str, **sizes: int) -> Tiles:
+    """Tiles of the gradient's kernel of a `side`, "d_query" or "d_key": the options', else the table's, else the default."""
+    given = getattr(options, side)
+    if given is not None:
+        return given
+    default = getattr(default_options(problem, dtype, queries=1, topk=1), side)
+    return tuning.choose(f"sparse_attention_{side}", call_shape(problem, dtype, **sizes), default)
 
 
 def _address(rows: Array, piece: Columns, offset: Array | int) -> tuple[tuple[Array, Array], Array | None]:
@@ -299,7 +304,9 @@ def check_dtypes(op: str, names: str, *arrays: Array | None, allowed: Sequence[s
         )
 
 
-def call(kernel: Callable[..., None], problem: Problem, tiles: Tiles, arguments: tuple[Any, ...], **kwargs: Any) -> Any:
+def call(
+    kernel: Callable[..., None], problem: Problem, tiles: Tiles | RowTiles, arguments: tuple[Any, ...], **kwargs: Any
+) -> Any:
     """`pl.pallas_call` through Triton, or interpreted.
 
     Lowering happens when the program around it is compiled, so the one warning that it is deprecated is ignored by name.

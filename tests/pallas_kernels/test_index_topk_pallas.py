@@ -13,7 +13,7 @@ import pallas_kernels as pk
 from pallas_kernels.index_topk import pallas_gpu, reference
 from pallas_kernels.index_topk.shapes import TEST_SHAPES, IndexShape
 from pallas_kernels.quantize import quantize_fp8
-from pallas_kernels.sparse_attention.pallas_gpu_tiles import QueryTiles
+from pallas_kernels.tuning import QueryTiles
 
 SMALL = QueryTiles(16, 32, block_q=8)
 SHAPES = {

@@ -13,7 +13,7 @@ from test_indexer_kl import run as run_public
 import pallas_kernels as pk
 from pallas_kernels.indexer_loss import pallas_gpu
 from pallas_kernels.indexer_loss.shapes import TEST_SHAPES, LossShape
-from pallas_kernels.sparse_attention.pallas_gpu_tiles import QueryTiles, Tiles
+from pallas_kernels.tuning import QueryTiles, Tiles
 
 NAMES = ("q_index", "k_index", "weights")
 # Several tiles of keys, blocks of heads and queries, and chunks of queries even at test sizes.

@@ -1,0 +1,64 @@
+"""What one program of a kernel holds, and how it is compiled: one frozen dataclass per kind of kernel."""
+
+import dataclasses
+
+# Triton multiplies no matrix with a side below 16, and holds no array whose size is not a power of two.
+SMALLEST_SIDE = 16
+# Of an H200.
+PROCESSORS = 132
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyTiles:
+    """What all have beside their blocks: `num_warps` of a program, `num_stages` of loads that are in flight at a time."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            name, size = field.name, getattr(self, field.name)
+            smallest = SMALLEST_SIDE if name in ("block_h", "block_k", "block_rows", "block") else 1
+            is_power = name not in ("num_stages", "programs")
+            if size < smallest or (is_power and size & (size - 1)):
+                kind = "a power of two" if is_power else "a number"
+                raise ValueError(f"{type(self).__name__}: {name} is {size}; expected {kind} of at least {smallest}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles(AnyTiles):
+    """Heads and keys that a program holds at a time."""
+
+    block_h: int
+    block_k: int
+    num_warps: int = 8
+    num_stages: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitTiles(Tiles):
+    """As `Tiles`, where few queries are split over several programs each: over at most `programs` in all."""
+
+    programs: int = PROCESSORS
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryTiles(Tiles):
+    """As `Tiles`, for programs that hold a block of keys and walk over `block_q` queries."""
+
+    block_q: int = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class RowTiles(AnyTiles):
+    """Rows that are added up at a time."""
+
+    block_rows: int = 16
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class ScanTiles(AnyTiles):
+    """Numbers of a row that are read at a time."""
+
+    block: int = 4096
+    num_warps: int = 8
+    num_stages: int = 3
