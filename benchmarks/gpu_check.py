@@ -8,9 +8,8 @@ Items run in a process of their own; one that crashes, or overruns, takes down t
 """
 
 import argparse
+import dataclasses
 import json
-import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,11 +17,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsa_jax.benchmarks.op_calls import IMPLEMENTATIONS
-from dsa_jax.benchmarks.op_shapes import OPS, SHAPES, OpShape
+from dsa_jax.benchmarks.op_shapes import INTERPRETED, OPS, SHAPES
+from dsa_jax.benchmarks.worker import NoGpuError, Worker
+from pallas_kernels import tuning
 
 TOTAL_SECONDS = 450.0
 ITEM_SECONDS = 60.0
-START_SECONDS = 60.0
 # What is done unless --all asks for every shape: each kernel at its most telling ones.
 _ATTENTION = ("128_heads", "32_heads_8_groups")
 MAIN_SHAPES: dict[str, tuple[str, ...]] = {
@@ -36,7 +36,6 @@ MAIN_SHAPES: dict[str, tuple[str, ...]] = {
     "indexer_kl_selected": ("128_heads",),
     "indexer_kl_visible": ("128_heads",),
 }
-SMALL = OpShape(3, 40, 12, heads=2, dim=48, d_v=32, index_heads=2, index_dim=16, dtype="float32")
 
 
 class Item(NamedTuple):
@@ -72,11 +71,21 @@ def items(*, dry_run: bool, words: Sequence[str] = (), every_shape: bool = False
     return [item for kind in kinds for item in of(kind)]
 
 
-def perform(item: Item, *, dry_run: bool) -> dict[str, Any]:
-    """Does one item in this process; {status: "passed" or "timed", ...}, or "left out" for what is not covered here."""
+def perform(item: Item, *, dry_run: bool = False) -> dict[str, Any]:
+    """Does one item in this process; {status: "passed" or "timed", tiles, ...}, or "left out" for what is not covered here.
+
+    `tiles` are those that the kernels ran with, and where each comes from: the tuning table or the default rule.
+    """
+    with tuning.recorded() as choices:
+        result = _perform(item, dry_run=dry_run)
+    tiles = [{"kernel": x.kernel, "source": x.source, **dataclasses.asdict(x.tiles)} for x in choices]
+    return {**result, "tiles": list({str(x): x for x in tiles}.values())} if tiles else result
+
+
+def _perform(item: Item, *, dry_run: bool) -> dict[str, Any]:
     from dsa_jax.benchmarks import op_checks, ops
 
-    shape = SMALL if dry_run else SHAPES[item.op][item.shape]
+    shape = INTERPRETED if dry_run else SHAPES[item.op][item.shape]
     try:
         if item.kind == "check_reduced":
             compared = op_checks.check_reduced(item.op, shape, item.implementation, small=dry_run)
@@ -89,75 +98,9 @@ def perform(item: Item, *, dry_run: bool) -> dict[str, Any]:
         return {"status": "left out", "reason": str(error)}
 
 
-def _worker(connection: Any, dry_run: bool) -> None:
-    if dry_run:
-        os.environ["JAX_PLATFORMS"] = "cpu"
-    import jax
-
-    from dsa_jax.train.rundir import describe_environment
-
-    connection.send({"backend": jax.default_backend(), "environment": describe_environment()})
-    while (item := connection.recv()) is not None:
-        try:
-            result = perform(item, dry_run=dry_run)
-        except Exception as error:
-            result = {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:2000]}
-        connection.send(result)
-
-
-class NoGpuError(RuntimeError):
-    """There is no GPU here."""
-
-
-class Worker:
-    """A process that does items, replaced where it has died or run too long."""
-
-    def __init__(self, *, dry_run: bool) -> None:
-        self._context, self._dry_run = multiprocessing.get_context("spawn"), dry_run
-        self.environment = self._start()
-
-    def _start(self) -> dict[str, Any]:
-        self._connection, theirs = self._context.Pipe()
-        self._process = self._context.Process(target=_worker, args=(theirs, self._dry_run), daemon=True)
-        self._process.start()
-        theirs.close()
-        if not self._connection.poll(START_SECONDS):
-            self.stop()
-            raise RuntimeError(f"the process that runs the items did not start within {START_SECONDS:.0f} s.")
-        hello = self._connection.recv()
-        if hello["backend"] != "gpu" and not self._dry_run:
-            self.stop()
-            raise NoGpuError(
-                f"this is {hello['backend']!r}, not a GPU that jax can use; expected one. Install jax[cuda13] where there is "
-                "one, or pass --dry_run to go through everything on CPU at tiny sizes."
-            )
-        return hello["environment"]
-
-    def do(self, item: Item, seconds: float) -> dict[str, Any]:
-        """What `perform` returns, or {status: "failed", reason}."""
-        self._connection.send(item)
-        try:
-            if self._connection.poll(seconds):
-                result = self._connection.recv()
-                if result["status"] == "failed" and "CheckError" not in result["reason"]:
-                    self._restart()  # an error of the device outlives the call that made it
-                return result
-            reason = f"took more than {seconds:.0f} s"
-        except EOFError:
-            self._process.join(5)
-            reason = f"its process died with exit code {self._process.exitcode}"
-        self._restart()
-        return {"status": "failed", "reason": reason}
-
-    def _restart(self) -> None:
-        self.stop()
-        self._start()
-
-    def stop(self) -> None:
-        """Ends the process."""
-        self._process.kill()
-        self._process.join()
-        self._connection.close()
+def dry_perform(item: Item) -> dict[str, Any]:
+    """`perform` at tiny sizes."""
+    return perform(item, dry_run=True)
 
 
 def run(
@@ -173,7 +116,7 @@ def run(
     An op whose check failed at a shape, with an implementation, is not timed there.
     """
     started = time.monotonic()
-    worker = Worker(dry_run=dry_run)
+    worker = Worker(dry_perform if dry_run else perform, on_cpu=dry_run)
     todo = items(dry_run=dry_run, words=words, every_shape=every_shape)
     record: dict[str, Any] = {"dry_run": dry_run, "environment": worker.environment, "items": []}
     wrong: set[Item] = set()
@@ -256,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = {"dry_run": given.dry_run, "every_shape": given.all, "total_seconds": given.seconds}
         return run(given.output, words=words, **options)
     except NoGpuError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error} Or pass --dry_run to go through everything on CPU at tiny sizes.", file=sys.stderr)
         return 2
 
 

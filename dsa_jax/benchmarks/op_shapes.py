@@ -99,3 +99,6 @@ SHAPES: dict[str, dict[str, OpShape]] = {
 SHAPES = {op: {"laptop": _LAPTOP, **shapes} for op, shapes in SHAPES.items()}
 SHAPES["decode"]["laptop"] = _LAPTOP._replace(queries=4)
 SHAPES["decode_fp8"]["laptop"] = _LAPTOP._replace(queries=4)
+
+# For kernels that are interpreted: nothing measured at it says anything about a device.
+INTERPRETED = OpShape(3, 40, 12, heads=2, dim=48, d_v=32, index_heads=2, index_dim=16, dtype="float32")

@@ -1,12 +1,16 @@
 """The GPU check, gone through on CPU at tiny sizes: what it records, what a failure does, and the table it prints."""
 
+import functools
 import json
 import os
+import time
 
 import pytest
 
 from benchmarks import gpu_check
+from dsa_jax.benchmarks.op_checks import CheckError
 from dsa_jax.benchmarks.op_shapes import OPS
+from dsa_jax.benchmarks.worker import Worker
 
 
 @pytest.mark.slow
@@ -21,6 +25,8 @@ def test_dry_run_end_to_end(tmp_path, capsys):
         ("time", "timed"),
     ]
     assert record["items"][-1]["row"]["interpreted"]
+    assert [x["tiles"][0]["kernel"] for x in record["items"]] == ["head_sums_visible_scores"] * 3
+    assert {x["tiles"][0]["source"] for x in record["items"]} == {"default"}
     assert "3 of 3 done" in capsys.readouterr().out
 
 
@@ -29,7 +35,7 @@ class FailingWorker:
 
     environment = {"device": {"kind": "made up"}, "versions": {"jax": "0"}}  # noqa: RUF012
 
-    def __init__(self, *, dry_run):
+    def __init__(self, task, *, on_cpu):
         self.done = []
 
     def do(self, item, seconds):
@@ -53,6 +59,56 @@ def test_one_failure_stops_only_its_own_timing(tmp_path, monkeypatch, capsys):
     assert gpu_check.run(output, dry_run=True, total_seconds=0.0) == 1
     assert {entry["status"] for entry in json.loads(output.read_text())["items"]} == {"not reached"}
     assert "CheckError: wrong" in capsys.readouterr().out
+
+
+def describe():
+    return {"backend": "gpu", "environment": {"device": {"kind": "made up"}, "versions": {"jax": "0"}}}
+
+
+def stub(item):
+    """Stands in for the kernels: that of one op is wrong, one raises, one kills its process, one hangs, all in that process."""
+    if item.kind == "check_reduced" and item.op == "index_scores":
+        raise CheckError("wrong")
+    if item.kind == "check_reduced" and item.op == "index_topk":
+        raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
+    if item.kind == "check_real" and item.op == "sparse_attention":
+        os.abort()
+    if item.kind == "check_real" and item.op == "decode":
+        time.sleep(60)
+    return {"status": "passed", "process": os.getpid()}
+
+
+def test_crash_and_hang_cost_their_own_item(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "Worker", functools.partial(Worker, describe=describe))
+    monkeypatch.setattr(gpu_check, "dry_perform", stub)
+    monkeypatch.setattr(gpu_check, "ITEM_SECONDS", 2.0)
+    output = tmp_path / "check.json"
+    assert gpu_check.run(output, dry_run=True, words=["index_scores", "index_topk", "sparse_attention", "decode"]) == 1
+    entries = {(x["kind"], x["op"], x["implementation"]): x for x in json.loads(output.read_text())["items"]}
+    reasons = {
+        ("check_reduced", "index_scores"): "CheckError: wrong",
+        ("check_reduced", "index_topk"): "RuntimeError: CUDA_ERROR_ILLEGAL_ADDRESS",
+        ("check_real", "sparse_attention"): "its process died with exit code -6",
+        ("check_real", "decode"): "took more than 2 s",
+    }
+    failed = {key[:2]: entry["reason"] for key, entry in entries.items() if entry["status"] == "failed"}
+    assert failed == reasons
+    # What is broken gets no time, all else goes on, in a new process after each that was lost.
+    assert {key[1] for key, entry in entries.items() if entry["status"] == "left out"} == {op for _, op in reasons}
+    processes = [entry["process"] for entry in entries.values() if "process" in entry]
+    assert len(set(processes)) == 3 and entries["time", "decode_fp8", "pallas"]["status"] == "passed"
+    assert "took more than 2 s" in capsys.readouterr().out
+
+
+def die():
+    os._exit(3)
+
+
+def test_worker_that_does_not_start():
+    with pytest.raises(RuntimeError, match="died with exit code 3"):
+        Worker(stub, describe=die)
+    with pytest.raises(RuntimeError, match="did not start within 1 s"):
+        Worker(stub, describe=functools.partial(time.sleep, 60), start_seconds=1.0)
 
 
 def test_every_op_and_kernel_implementation_is_an_item():
