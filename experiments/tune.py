@@ -1,0 +1,67 @@
+r"""Find faster block sizes for the kernels of an operation on the GPU at hand, and put them into the tuning table.
+
+python -m experiments.tune --op=sparse_attention --shape=128_heads
+python -m experiments.tune --op=decode --limit=48 --unfit=runs/tune/unfit.jsonl
+python -m experiments.tune --op=index_scores --interpret --table=/tmp/table.json    # on CPU: to see it work, not to measure
+
+A run that was cut off continues where it was: trials in --log are not repeated.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from dsa_jax.benchmarks.op_shapes import OPS
+from experiments.flags import run_main
+
+_OP = flags.DEFINE_enum("op", None, OPS, "Whose kernels to tune.", required=True)
+_SHAPE = flags.DEFINE_list("shape", [], "Names of shapes; empty: all that are meant for a GPU.")
+_IMPLEMENTATION = flags.DEFINE_string("implementation", "pallas", "pallas, pallas_ordered or triton, where the op has it.")
+_KERNEL = flags.DEFINE_list("kernel", [], "Only these of the op's kernels; empty: all.")
+_LIMIT = flags.DEFINE_integer("limit", 24, "Candidates of each kernel, the default first, then the nearest.", lower_bound=1)
+_UNFIT = flags.DEFINE_string("unfit", "", "File that benchmarks.aot --candidates wrote; what failed there is not tried.")
+_LOG = flags.DEFINE_string("log", "runs/tune/trials.jsonl", "JSON Lines file of all trials.")
+_TABLE = flags.DEFINE_string("table", "", "Table to write; empty: the one that the kernels read.")
+_INTERPRET = flags.DEFINE_bool("interpret", False, "On CPU at tiny sizes, kernels interpreted; needs --table.")
+
+
+def main(argv: list[str]) -> int | None:
+    """Tune; the search prints as it goes."""
+    del argv
+    from dsa_jax.benchmarks import tuner
+    from dsa_jax.benchmarks.op_shapes import SHAPES
+    from dsa_jax.benchmarks.worker import NoGpuError
+    from pallas_kernels import tuning
+
+    if _INTERPRET.value and not _TABLE.value:
+        raise flags.ValidationError("--interpret measures no GPU, so it needs a --table that kernels do not read.")
+    try:
+        shapes = _SHAPE.value or [name for name in SHAPES[_OP.value] if (name == "laptop") == _INTERPRET.value]
+        tuner.run(
+            _OP.value,
+            shapes,
+            _IMPLEMENTATION.value,
+            table=Path(_TABLE.value) if _TABLE.value else tuning.TABLE,
+            log=Path(_LOG.value),
+            command=shlex.join(["python", "-m", "experiments.tune", *sys.argv[1:]]),
+            kernels=_KERNEL.value,
+            limit=_LIMIT.value,
+            interpreted=_INTERPRET.value,
+            unfit=tuner.read_unfit(Path(_UNFIT.value)) if _UNFIT.value else set(),
+            report=lambda line: print(line, flush=True),
+        )
+    except NoGpuError as error:
+        print(f"error: {error} Or pass --interpret and --table to go through everything on CPU.", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
+        raise flags.ValidationError(str(error)) from error
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return None
+
+
+if __name__ == "__main__":
+    run_main(main)
