@@ -186,7 +186,7 @@ def _check_names(op: str, shapes: Sequence[str], implementation: str, kernels: S
     ):
         unknown = [name for name in given if name not in known]
         if unknown:
-            raise ValueError(f"{kind} is {unknown[0]!r}; expected one of {', '.join(known)}.")
+            raise ValueError(f"{kind} is {unknown[0]!r}; expected one of {', '.join(known) or 'none: this op has no kernels'}.")
 
 
 @dataclasses.dataclass
