@@ -1,8 +1,8 @@
 """Rows to the devices that own their experts, and back. No row is dropped.
 
 Every device sends the rows of its tokens sorted by expert, hence by owner; owner r receives those of sender s in slot [s]. The
-buffers are as long as the worst case, all rows to one owner. `ragged` sends only the rows there are, `padded` whole slots; both
-deliver the same. XLA has no ragged exchange on CPU.
+buffers are as long as the worst case, all rows to one owner; `model.experts` sends long sequences in pieces. `ragged` sends
+only the rows there are, `padded` whole slots; both deliver the same. XLA has no ragged exchange on CPU.
 """
 
 from typing import NamedTuple

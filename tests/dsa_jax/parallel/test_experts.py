@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsa_jax.model import experts as experts_module
 from dsa_jax.model.experts import ExpertKernels, routed_sum
 from dsa_jax.parallel.expert_exchange import to_owners
 from tests.dsa_jax.parallel.meshes import mesh
@@ -43,6 +44,25 @@ def test_spread_experts_compute_what_one_device_does(preset, assignment):
         found = loss_and_gradients(*given)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("preset", "n_owners", "per_piece", "assignment"),
+    [("ep8", 8, 2, "all to one"), ("ep4_tp2", 4, 3, "all to one"), ("ep4_tp2", 4, 3, "random")],
+)
+def test_pieces_compute_what_the_whole_does(preset, n_owners, per_piece, assignment, monkeypatch):
+    """A device's four tokens by twos, or its eight by threes with one of padding; no buffer has room for all."""
+    given = arguments(assignment)
+    expected = loss_and_gradients(*given)
+    monkeypatch.setattr(experts_module, "EXCHANGE_BYTES", n_owners * per_piece * PER_TOKEN * DIM * 4)
+    with jax.set_mesh(mesh(preset)):
+        program = jax.jit(lambda *given: loss_and_gradients.__wrapped__(*given)).lower(*given).compile()
+        found = program(*given)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    whole = BATCH // n_owners * LENGTH
+    assert f"f32[{n_owners},{per_piece * PER_TOKEN},{DIM}]" in program.as_text()
+    assert f"f32[{n_owners},{whole * PER_TOKEN},{DIM}]" not in program.as_text()
 
 
 def test_the_plain_sum_is_a_sum_over_chosen_experts():
