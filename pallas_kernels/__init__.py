@@ -5,6 +5,8 @@ arrays only: no parameters, no model configuration.
 """
 
 from pallas_kernels._dispatch import IMPLEMENTATIONS, implementations_chosen, resolve_implementation, traced_platform
+from pallas_kernels.block_topk.api import block_topk
+from pallas_kernels.block_topk.geometry import BlockGeometry
 from pallas_kernels.dense_attention.api import DenseAttentionOutput, attention_topk, dense_attention
 from pallas_kernels.index_topk.api import index_scores, index_topk
 from pallas_kernels.index_topk.coarse_to_fine import index_topk_coarse_to_fine
@@ -13,9 +15,11 @@ from pallas_kernels.sparse_attention.api import SparseAttentionOutput, sparse_at
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "BlockGeometry",
     "DenseAttentionOutput",
     "SparseAttentionOutput",
     "attention_topk",
+    "block_topk",
     "dense_attention",
     "implementations_chosen",
     "index_scores",

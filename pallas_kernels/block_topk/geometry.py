@@ -1,0 +1,38 @@
+"""Where the blocks of native sparse attention lie. All of them start at multiples of a fixed step, counted from key 0."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int32
+
+
+class BlockGeometry(NamedTuple):
+    """Compressed key i stands for keys [i * compress_stride, i * compress_stride + compress_block), selection block j for keys
+    [j * select_block, (j + 1) * select_block).
+
+    Fields: lengths in keys (l, d and l' in the paper), of which the stride divides the other two; of the `topk` selected blocks
+    (n in the paper) the `n_initial` first visible ones and the `n_local` up to the query's own are always among them.
+    """
+
+    compress_block: int
+    compress_stride: int
+    select_block: int
+    topk: int
+    n_initial: int
+    n_local: int
+
+    def n_compressed(self, n_keys: int) -> int:
+        """Compressed keys that lie within `n_keys` keys as a whole."""
+        return max(0, (n_keys - self.compress_block) // self.compress_stride + 1)
+
+    def n_blocks(self, n_keys: int) -> int:
+        """Selection blocks that cover `n_keys` keys; the last may be ragged."""
+        return -(-n_keys // self.select_block)
+
+    def compressed_range(
+        self, visible_start: Int32[Array, "B T"], visible_end: Int32[Array, "B T"]
+    ) -> tuple[Int32[Array, "B T"], Int32[Array, "B T"]]:
+        """The compressed keys that lie in each visible range as a whole: a range again, perhaps empty."""
+        first = -(-visible_start // self.compress_stride)
+        end = (visible_end - self.compress_block) // self.compress_stride + 1
+        return first, jnp.maximum(first, end)
