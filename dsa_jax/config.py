@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from dsa_jax.config_checks import ConfigError, fraction, not_negative, one_of, positive
 from dsa_jax.config_io import from_dict, to_dict
-from dsa_jax.model_config import ATTENTIONS, AttentionConfig, IndexerConfig, ModelConfig, MoEConfig, RopeConfig
+from dsa_jax.model_config import ATTENTIONS, AttentionConfig, IndexerConfig, ModelConfig, MoEConfig, NSAConfig, RopeConfig
 
 __all__ = [
     "AXES",
@@ -24,6 +24,7 @@ __all__ = [
     "InitConfig",
     "MoEConfig",
     "ModelConfig",
+    "NSAConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "RecallConfig",
@@ -39,7 +40,7 @@ __all__ = [
 STAGES = ("pretrain", "warmup", "sparse")
 AXES = ("data", "fsdp", "expert", "tensor", "context")
 """Axes of the device mesh, outermost first."""
-EVAL_ROWS = ("dense", "sparse", "coarse_to_fine", "untrained", "window", "sink_window", "random", "blocks", "oracle")
+EVAL_ROWS = ("dense", "sparse", "coarse_to_fine", "untrained", "window", "sink_window", "random", "blocks", "oracle", "nsa")
 TASKS = (
     "recall",
     "mqar",
@@ -237,7 +238,7 @@ class EvalConfig:
         "untrained",
         "window",
         "oracle",
-    )  # also coarse_to_fine, sink_window, random, blocks
+    )  # also coarse_to_fine, sink_window, random, blocks, nsa
     position_buckets: int = 8
 
     def validate(self) -> None:

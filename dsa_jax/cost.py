@@ -12,7 +12,7 @@ import jax
 
 from dsa_jax.config import ModelConfig
 from dsa_jax.model import build_model, init_params
-from dsa_jax.params import is_indexer_path, parameter_paths
+from dsa_jax.params import is_indexer_path, is_nsa_path, parameter_paths
 
 PHASES = ("prefill", "decode")
 ATTENTIONS = ("dense", "sparse")
@@ -90,12 +90,17 @@ def key_flops(config: ModelConfig) -> KeyFlops:
 
 
 def active_weights(config: ModelConfig) -> Weights:
-    """Parameters that one token multiplies with: matrices, of experts the chosen ones; no table that is only looked up."""
+    """Parameters that one token multiplies with: matrices, of experts the chosen ones; no table that is only looked up.
+
+    Native sparse attention's own are left out, as its cost is not modelled.
+    """
     model = build_model(config)
     shapes = parameter_paths(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
     moe = config.moe
     totals = {True: 0.0, False: 0.0}
     for path, leaf in shapes.items():
+        if is_nsa_path(path):  # neither dense nor sparse attention multiplies with it
+            continue
         is_matrix = path.endswith("/kernel") or (path == "embed/embedding" and config.tie_embeddings)
         if is_matrix:
             share = moe.n_experts_per_token / moe.n_routed_experts if "/experts/" in path else 1.0

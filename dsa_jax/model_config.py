@@ -6,8 +6,8 @@ from dsa_jax.config_checks import ConfigError, not_negative, one_of, positive
 
 BY_INDEXER = ("sparse", "coarse_to_fine", "blocks")
 """Attentions whose keys the indexer chooses, which its KL therefore trains."""
-ATTENTIONS = ("dense", *BY_INDEXER, "window", "sink_window", "random", "oracle")
-"""What a model can be trained and run under; `model/selection.py` holds the rules."""
+ATTENTIONS = ("dense", *BY_INDEXER, "window", "sink_window", "random", "oracle", "nsa")
+"""What a model can be trained and run under; `model/selection.py` holds the rules, `model/nsa.py` the last one."""
 PLAIN, FP8_BLOCKS = "plain", "fp8_blocks"
 WEIGHT_FORMATS = (PLAIN, FP8_BLOCKS)
 """How the kernels of a model are kept: in `param_dtype`, or in e4m3 with a float32 scale per block of 128 x 128."""
@@ -116,6 +116,40 @@ UNPUBLISHED = ("activation", "head_weights", "forced_sink", "forced_local")
 
 
 @dataclass
+class NSAConfig:
+    """Native sparse attention (arXiv 2502.11089, section 4.1): compressed blocks, selected blocks and a window, gated."""
+
+    enabled: bool = False
+    compress_block: int = 32  # keys that become one compressed key (l in the paper)
+    compress_stride: int = 16  # keys from one compressed key to the next (d)
+    select_block: int = 64  # keys of a block that is read as a whole (l')
+    n_select_blocks: int = 16  # blocks that a query reads (n), the forced ones among them
+    n_initial_blocks: int = 1  # first blocks that every query reads
+    n_local_blocks: int = 2  # blocks up to the query's own that it always reads
+    window: int = 512  # last keys that the window branch reads
+
+    def validate(self) -> None:
+        if not self.enabled:
+            return
+        for name in ("compress_block", "compress_stride", "select_block", "n_select_blocks", "window"):
+            positive(f"model.attention.nsa.{name}", getattr(self, name))
+        for name in ("compress_block", "select_block"):
+            if getattr(self, name) % self.compress_stride:
+                raise ConfigError(
+                    f"model.attention.nsa.{name} is {getattr(self, name)}; expected a multiple of compress_stride "
+                    f"({self.compress_stride})."
+                )
+        for name in ("n_initial_blocks", "n_local_blocks"):
+            not_negative(f"model.attention.nsa.{name}", getattr(self, name))
+        forced = self.n_initial_blocks + self.n_local_blocks
+        if self.n_select_blocks < forced:
+            raise ConfigError(
+                f"model.attention.nsa.n_select_blocks is {self.n_select_blocks}; expected at least the {forced} blocks that "
+                "n_initial_blocks and n_local_blocks force."
+            )
+
+
+@dataclass
 class AttentionConfig:
     """Multi-head latent attention (`mla`) or grouped-query attention (`gqa`), with an optional indexer."""
 
@@ -137,6 +171,7 @@ class AttentionConfig:
     implementation: str = "auto"  # auto | reference | xla | pallas | triton | cute
     rope: RopeConfig = field(default_factory=RopeConfig)
     indexer: IndexerConfig = field(default_factory=IndexerConfig)
+    nsa: NSAConfig = field(default_factory=NSAConfig)  # gqa
 
     def validate(self, n_layers: int) -> None:
         one_of("model.attention.kind", self.kind, ("mla", "gqa"))
@@ -174,6 +209,12 @@ class AttentionConfig:
                     f"model.attention.implementation={self.implementation!r} do not have; expected 'relu'. Set the "
                     "implementation to auto, xla or reference."
                 )
+        self.nsa.validate()
+        if self.nsa.enabled and self.kind != "gqa":
+            raise ConfigError(
+                f"model.attention.nsa.enabled is True with model.attention.kind {self.kind!r}; native sparse attention selects "
+                "by key-value group, which latent attention does not have. Use kind 'gqa', or the indexer."
+            )
         self.check_can_run("model.attention.mode", self.mode)
 
     def check_can_run(self, name: str, attention: str) -> None:
@@ -190,6 +231,8 @@ class AttentionConfig:
                 f"{name} is 'coarse_to_fine' with model.attention.indexer.activation='softmax', whose normaliser runs over "
                 "keys that coarse_to_fine never reads. Use 'sparse', or another activation."
             )
+        if attention == "nsa" and not self.nsa.enabled:
+            raise ConfigError(f"{name} is 'nsa', whose weights the model lacks. Set model.attention.nsa.enabled=True.")
 
 
 @dataclass

@@ -39,6 +39,7 @@ ROWS = {
     "random": Row("random keys of the same budget", "random"),
     "blocks": Row("blocks of the same budget", "blocks"),
     "oracle": Row("oracle top-k", "oracle"),
+    "nsa": Row("native sparse attention", "nsa"),
 }
 BEFORE = Row("dense, before sparse training", "dense")
 
@@ -222,6 +223,8 @@ def evaluate_parity(
 
 def _can_run(row: Row, config: Config) -> bool:
     """Without an indexer, whose topk is the budget of the baselines, only what the model may have been trained under."""
+    if row.attention == "nsa":
+        return config.model.attention.nsa.enabled
     if row.attention == "dense" or config.model.attention.indexer.enabled:
         return True
     trained = config.model.attention.mode, config.train.pretrain_attention, config.train.sparse_attention

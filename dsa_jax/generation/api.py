@@ -91,8 +91,8 @@ def generate(
     config, model, params = pretrained.config, pretrained.model, pretrained.params
     request = AttentionRequest(attention or model.default_attention)
     try:
-        check_request(request, has_indexer=model.has_indexer, return_topk_indices=False)
-    except ValueError as error:
+        check_request(request, has_indexer=model.has_indexer, has_nsa=model.has_nsa, cached=True)
+    except (ValueError, NotImplementedError) as error:
         raise ConfigError(str(error)) from error
     rows = _checked_prompts(prompts, config, max_new_tokens)
     _check_numbers(temperature, top_p, seed, prefill_chunk)

@@ -1,9 +1,10 @@
 """Loading a Hugging Face checkpoint, one stacked parameter at a time."""
 
 import copy
+import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from dsa_jax.hf.read_config import read_model_config
 from dsa_jax.hf.tokenizer_files import load_checkpoint_tokenizer
 from dsa_jax.hf.weights import Weights, read_json
 from dsa_jax.model import Transformer, build_model, init_params
-from dsa_jax.model_config import FP8_BLOCKS, PLAIN, IndexerConfig, ModelConfig
+from dsa_jax.model_config import FP8_BLOCKS, PLAIN, IndexerConfig, ModelConfig, NSAConfig
 from dsa_jax.parallel.placement import spread
 from dsa_jax.params import (
     BLOCK_SCALES,
     is_block_scales_path,
     is_indexer_path,
+    is_nsa_path,
     nested_parameters,
     parameter_paths,
     split_parameters,
@@ -45,6 +47,7 @@ def load_pretrained(
     mesh: jax.sharding.Mesh | None = None,
     attention: str | None = None,
     indexer: IndexerConfig | None = None,
+    nsa: NSAConfig | None = None,
     seed: int = 0,
     placement: Placement | None = None,
     weight_format: str = PLAIN,
@@ -63,7 +66,8 @@ def load_pretrained(
         attention: "dense" or "sparse"; None is as the checkpoint was trained.
         indexer: added to a checkpoint without one, with new parameters drawn from `seed`, which are logged. The mode stays
             dense unless `attention` says otherwise. A checkpoint that has indexers must have just these.
-        seed: the new indexer's parameters are those that `init_params` draws from `jax.random.key(seed)`.
+        nsa: native sparse attention, added likewise.
+        seed: the new parameters are those that `init_params` draws from `jax.random.key(seed)`.
         placement: from a parameter's path to its sharding.
         weight_format: "fp8_blocks" keeps the kernels that DeepSeek publishes in fp8 (all but head and router) as e4m3 with a
             scale per block of 128 x 128, bit for bit where the checkpoint has them so, else quantised here with power-of-two
@@ -83,18 +87,21 @@ def load_pretrained(
     brings_indexer = config.attention.indexer.enabled
     if indexer is not None:
         _attach(config, indexer, directory)
+    if nsa is not None:
+        config.attention.nsa = dataclasses.replace(nsa, enabled=True)
     if attention is not None:
         config.attention.mode = attention
     model = build_model(config)
     where = _placement(mesh, placement)
     shapes = parameter_paths(jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0)))
-    added = [] if brings_indexer else [path for path in shapes if is_indexer_path(path)]
+    added = [path for path in shapes if is_nsa_path(path) or (is_indexer_path(path) and not brings_indexer)]
     tokenizer = load_checkpoint_tokenizer(directory, content, config.vocab_size)
     stored = {path: leaf for path, leaf in shapes.items() if path not in added}
     loaded = _read_parameters(directory, content, config, stored, where)
     if added:
-        loaded |= {path: _put(value, path, where) for path, value in _new_indexers(model, seed).items()}
-        _LOG.info("%s has no indexer; new parameters from seed %d: %s", directory, seed, ", ".join(added))
+        loaded |= {path: _put(value, path, where) for path, value in _new_parameters(model, seed, added).items()}
+        missing = "no indexer" if any(map(is_indexer_path, added)) else "no native sparse attention"
+        _LOG.info("%s has %s; new parameters from seed %d: %s", directory, missing, seed, ", ".join(added))
     return Pretrained(config, model, nested_parameters({path: loaded[path] for path in shapes}), tokenizer)
 
 
@@ -182,9 +189,9 @@ def _attach(config: ModelConfig, indexer: IndexerConfig, directory: Path) -> Non
     config.attention.indexer.enabled = True
 
 
-def _new_indexers(model: Transformer, seed: int) -> dict[str, jax.Array]:
-    """The indexer parameters that `init_params` would draw; compiled together, the others are never computed."""
-    draw = jax.jit(lambda key: split_parameters(init_params(model, key), is_indexer_path)[0])
+def _new_parameters(model: Transformer, seed: int, paths: Sequence[str]) -> dict[str, jax.Array]:
+    """The parameters at `paths` that `init_params` would draw; compiled together, the others are never computed."""
+    draw = jax.jit(lambda key: split_parameters(init_params(model, key), set(paths).__contains__)[0])
     return parameter_paths(draw(jax.random.key(seed)))
 
 

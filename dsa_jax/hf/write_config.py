@@ -15,7 +15,16 @@ from dsa_jax.hf.families import FAMILIES, OWN_FIELD, OWN_MODEL_TYPE
 from dsa_jax.hf.read_config import parse_config
 from dsa_jax.hf.rope_fields import write_rope
 from dsa_jax.model.rope import yarn_mscale
-from dsa_jax.model_config import FP8_BLOCKS, PLAIN, AttentionConfig, IndexerConfig, ModelConfig, MoEConfig, RopeConfig
+from dsa_jax.model_config import (
+    FP8_BLOCKS,
+    PLAIN,
+    AttentionConfig,
+    IndexerConfig,
+    ModelConfig,
+    MoEConfig,
+    NSAConfig,
+    RopeConfig,
+)
 from pallas_kernels.quantize.blocks import WEIGHT_BLOCK
 
 # Differences under which a checkpoint keeps its family: other readers compute something close, and are told what.
@@ -46,8 +55,14 @@ def choose_layout(config: ModelConfig) -> Layout:
     Falls back to a model_type of this project for what no family computes.
 
     Raises:
-        CheckpointError: for an indexer that is a variant under study, which no published format holds.
+        CheckpointError: for native sparse attention, and an indexer that is a variant under study: no published format holds
+            either.
     """
+    if config.attention.nsa.enabled:
+        raise CheckpointError(
+            "model.attention.nsa.enabled is True, but no published checkpoint format holds the weights of native sparse "
+            "attention. Keep the run directory, which holds it whole."
+        )
     if fields := config.attention.indexer.unpublished():
         raise CheckpointError(
             f"model.attention.indexer has {', '.join(fields)}; expected the defaults, since no published checkpoint format "
@@ -207,6 +222,7 @@ def _indexer_content(config: ModelConfig, model_type: str) -> dict[str, Any]:
 def _canonical(config: ModelConfig) -> ModelConfig:
     """The same model with every field that it does not use at its default."""
     config = copy.deepcopy(config)
+    config.attention.nsa = NSAConfig()  # no checkpoint has its weights
     plain, attention = AttentionConfig(), config.attention
     unused = ["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "latent_norm_eps"]
     for name in unused if attention.kind == "gqa" else ["n_kv_heads", "head_dim", "qk_norm", "use_bias", "use_out_bias"]:

@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.model.outputs import AttentionRequest
-from dsa_jax.model.selection import DENSE, SELECTORS, Budget, Heads, IndexHeads, SelectionInputs, attention_modes
+from dsa_jax.model.selection import DENSE, NSA, SELECTORS, Budget, Heads, IndexHeads, SelectionInputs, attention_modes
 from dsa_jax.model.visibility import Visibility, mean_over_valid
 from dsa_jax.parallel.ambient import ROWS, axis_if_split, mean_over, per_device
 from dsa_jax.parallel.sequence import HEADS, gather_heads, gather_keys, key_spec
@@ -29,11 +29,19 @@ class AttentionOutput(NamedTuple):
     index_heads: IndexHeads | None = None
 
 
-def check_request(request: AttentionRequest, *, has_indexer: bool, return_topk_indices: bool) -> None:
+def check_request(
+    request: AttentionRequest,
+    *,
+    has_indexer: bool,
+    has_nsa: bool = False,
+    return_topk_indices: bool = False,
+    cached: bool = False,
+) -> None:
     """Reject what no layer could answer.
 
     Raises:
         ValueError: for an unknown mode or loss, or a combination of them that this model cannot compute.
+        NotImplementedError: for native sparse attention over a cache, or its selection, which each key group has its own of.
     """
     if request.attention not in attention_modes():
         raise ValueError(f"attention is {request.attention!r}; expected one of {', '.join(attention_modes())}.")
@@ -43,7 +51,9 @@ def check_request(request: AttentionRequest, *, has_indexer: bool, return_topk_i
         raise ValueError(
             f"indexer_loss is {request.indexer_loss!r}, but the model has no indexer. Set attention.indexer.enabled=True."
         )
-    if request.attention == DENSE:
+    if request.attention == NSA:
+        _check_nsa(request, has_nsa=has_nsa, return_topk_indices=return_topk_indices, cached=cached)
+    elif request.attention == DENSE:
         if request.indexer_loss == "sparse":
             raise ValueError(
                 "indexer_loss is 'sparse' with attention 'dense', which selects no keys; expected indexer_loss 'dense', or an "
@@ -58,6 +68,26 @@ def check_request(request: AttentionRequest, *, has_indexer: bool, return_topk_i
         raise ValueError(
             f"attention is {request.attention!r}, but the model has no indexer. Set attention.indexer.enabled=True, or use "
             "'dense' or 'window'."
+        )
+
+
+def _check_nsa(request: AttentionRequest, *, has_nsa: bool, return_topk_indices: bool, cached: bool) -> None:
+    if not has_nsa:
+        raise ValueError("attention is 'nsa', whose weights the model lacks. Set attention.nsa.enabled=True, or use 'dense'.")
+    if request.indexer_loss:
+        raise ValueError(
+            f"indexer_loss is {request.indexer_loss!r} with attention 'nsa', which learns from the model's loss alone; "
+            "expected None."
+        )
+    if return_topk_indices:
+        raise NotImplementedError(
+            "return_topk_indices is True with attention 'nsa', which selects blocks for each key-value group. Leave it False, "
+            "or use another attention."
+        )
+    if cached:
+        raise NotImplementedError(
+            "attention 'nsa' cannot run over a cache: its compressed keys are not kept there. Evaluate whole rows, or name "
+            "another attention, such as 'dense'."
         )
 
 
@@ -76,7 +106,7 @@ def needs_indexer(request: AttentionRequest) -> bool:
 
 def by_indexer(request: AttentionRequest) -> bool:
     """Whether the indexer's scores choose the keys."""
-    return request.attention != DENSE and SELECTORS[request.attention].uses_indexer
+    return request.attention in SELECTORS and SELECTORS[request.attention].uses_indexer
 
 
 class _PerQuery(NamedTuple):

@@ -15,11 +15,13 @@ from dsa_jax.model.layers import LayerStack, layer_stacks
 from dsa_jax.model.mla import MLA
 from dsa_jax.model.mlp import MLP
 from dsa_jax.model.moe import MoE
+from dsa_jax.model.nsa import NSA
 from dsa_jax.model.rope import rope_from_config
 from dsa_jax.model.selection import Budget
 from dsa_jax.model.transformer import BlockStack, Transformer
 from dsa_jax.parallel.ambient import no_mesh
 from dsa_jax.parallel.placement import hold
+from pallas_kernels import BlockGeometry
 
 
 def build_model(config: ModelConfig) -> Transformer:
@@ -40,6 +42,7 @@ def build_model(config: ModelConfig) -> Transformer:
         topk=config.attention.indexer.topk,
         has_indexer=config.attention.indexer.enabled,
         distill_shared=config.attention.indexer.enabled and config.attention.indexer.distill_shared,
+        has_nsa=config.attention.nsa.enabled,
         default_attention=config.attention.mode,
         tie_embeddings=config.tie_embeddings,
         embedding_init_std=config.embedding_initializer_range,
@@ -118,15 +121,37 @@ def _attention(config: ModelConfig, *, with_indexer: bool) -> MLA | GQA:
             latent_norm_eps=attention.latent_norm_eps,
             **common,
         )
-    return GQA(
-        n_kv_heads=attention.n_kv_heads,
-        head_dim=attention.head_dim,
-        rope=rope_from_config(attention.rope, dim=attention.head_dim, layout=attention.rope_layout),
-        qk_norm=attention.qk_norm,
-        qk_norm_eps=config.norm_eps,
-        use_bias=attention.use_bias,
-        use_out_bias=attention.use_out_bias,
-        **common,
+    heads: dict[str, Any] = {
+        "n_kv_heads": attention.n_kv_heads,
+        "head_dim": attention.head_dim,
+        "rope": rope_from_config(attention.rope, dim=attention.head_dim, layout=attention.rope_layout),
+        "qk_norm": attention.qk_norm,
+        "qk_norm_eps": config.norm_eps,
+        "use_bias": attention.use_bias,
+    }
+    nsa = _nsa(config, heads) if attention.nsa.enabled else None
+    return GQA(use_out_bias=attention.use_out_bias, nsa=nsa, **heads, **common)
+
+
+def _nsa(config: ModelConfig, heads: dict[str, Any]) -> NSA:
+    nsa = config.attention.nsa
+    geometry = BlockGeometry(
+        compress_block=nsa.compress_block,
+        compress_stride=nsa.compress_stride,
+        select_block=nsa.select_block,
+        topk=nsa.n_select_blocks,
+        n_initial=nsa.n_initial_blocks,
+        n_local=nsa.n_local_blocks,
+    )
+    return NSA(
+        hidden_dim=config.hidden_dim,
+        n_heads=config.attention.n_heads,
+        geometry=geometry,
+        window=nsa.window,
+        init_std=config.initializer_range,
+        parent=None,
+        **heads,
+        **_dtypes(config),
     )
 
 

@@ -1,4 +1,4 @@
-"""Grouped-query attention with an optional lightning indexer shared by all key-value groups."""
+"""Grouped-query attention with an optional lightning indexer shared by all key-value groups, or native sparse attention."""
 
 from typing import Any
 
@@ -12,8 +12,11 @@ from dsa_jax.model.cached_attention import CachedAttentionOutput, attend_cached
 from dsa_jax.model.indexer import Indexer
 from dsa_jax.model.linear import Linear
 from dsa_jax.model.norm import RMSNorm
+from dsa_jax.model.nsa import NSA, Branch
+from dsa_jax.model.nsa_attention import attend_natively
 from dsa_jax.model.outputs import AttentionRequest
 from dsa_jax.model.rope import Rope, rotary_magnitude, rotate
+from dsa_jax.model.selection import NSA as NSA_MODE
 from dsa_jax.model.selection import Budget, Heads, IndexHeads
 from dsa_jax.model.visibility import Visibility
 from dsa_jax.model_config import PLAIN
@@ -37,6 +40,7 @@ class GQA(nn.Module):
     budget: Budget
     indexer: Indexer | None
     activation: str
+    nsa: NSA | None
     implementation: str | None
     init_std: float
     out_init_std: float
@@ -70,6 +74,10 @@ class GQA(nn.Module):
         index heads that it came from where their loss is to be measured here, too.
         """
         heads = self._heads(x, positions)
+        if self.nsa is not None and (request.attention == NSA_MODE or self.is_initializing()):
+            natively = self._attend_natively(self.nsa, x, positions, heads, visibility, request)
+            if request.attention == NSA_MODE:
+                return natively
         result = attend(
             heads if needs_dense_heads(request, has_indexer=self.indexer is not None or served_by is not None) else None,
             heads,
@@ -125,6 +133,29 @@ class GQA(nn.Module):
         heads = CacheEntry((self.n_kv_heads, self.head_dim))
         entries = {KEYS: heads, VALUES: heads}
         return entries if self.indexer is None else entries | {INDEX_KEYS: CacheEntry((self.indexer.head_dim,))}
+
+    def _attend_natively(
+        self,
+        nsa: NSA,
+        x: Float[Array, "B T E"],
+        positions: Int[Array, "B T"],
+        heads: Heads,
+        visibility: Visibility,
+        request: AttentionRequest,
+    ) -> AttentionOutput:
+        assert heads.v is not None
+        result = attend_natively(
+            heads.q,
+            Branch(heads.k, heads.v),
+            nsa(x, positions),
+            geometry=nsa.geometry,
+            window=nsa.window,
+            wants_coverage=request.coverage,
+            softmax_scale=self.head_dim**-0.5,
+            visibility=visibility,
+            implementation=self.implementation,
+        )
+        return result._replace(out=self._project_out(result.out))
 
     def _heads(self, x: Float[Array, "B T E"], positions: Int[Array, "B T"]) -> Heads:
         batch, length = x.shape[:2]

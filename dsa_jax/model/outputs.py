@@ -13,8 +13,9 @@ from dsa_jax.model.selection import IndexHeads
 class AttentionRequest:
     """What one forward pass wants of every attention layer; static, so it may steer Python control flow under jit.
 
-    Fields: `attention` is "dense" or a name in `selection.SELECTORS`; `indexer_loss` None, "dense" (over all visible keys) or
-    "sparse" (over the selection); `coverage` whether to measure the share of dense attention mass that the selection holds.
+    Fields: `attention` is "dense", "nsa" or a name in `selection.SELECTORS`; `indexer_loss` None, "dense" (over all
+    visible keys) or "sparse" (over the selection); `coverage` whether to measure the share of dense attention mass that the
+    selection holds.
     """
 
     attention: str = "dense"
@@ -57,8 +58,8 @@ class ModelOutput(NamedTuple):
             indexer learns from the layers that share it, the mean over them and its own.
         topk_indices: int32 [n_layers, B, T, topk], canonical; a sharing layer repeats what it reuses.
         coverage: float32 [n_layers], mean over valid queries and heads of the dense attention probability held by the attended
-            keys; 1 for dense attention.
-        keys_per_query: float32 [n_layers], mean number of keys attended to per valid query.
+            keys; 1 for dense attention, and of "nsa" its selection branch alone.
+        keys_per_query: float32 [n_layers], mean number of keys attended to per valid query, over all branches of "nsa".
         moe: `MoEStatistics` stacked over the MoE layers; None in a model without any.
     """
 

@@ -2,7 +2,8 @@
 
 A rule maps a `SelectionInputs` to canonical indices, int32 [B, T, topk], ascending by position, -1 after the last valid one.
 Adding a rule is one function and one entry in `SELECTORS`; its name then works as `attention=` of the model. Attention to all
-visible keys is the name "dense", which selects nothing and is not in the table.
+visible keys is the name "dense", which selects nothing and is not in the table; nor is "nsa", whose three branches are in
+`nsa_attention`.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from dsa_jax.model.visibility import Visibility
 from pallas_kernels import attention_topk, index_topk, index_topk_coarse_to_fine
 
 DENSE = "dense"
+NSA = "nsa"
 
 
 class IndexHeads(NamedTuple):
@@ -210,4 +212,4 @@ SELECTORS: dict[str, Selector] = {
 
 def attention_modes() -> tuple[str, ...]:
     """Every name that `attention=` accepts."""
-    return (DENSE, *SELECTORS)
+    return (DENSE, *SELECTORS, NSA)

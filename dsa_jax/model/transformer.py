@@ -43,6 +43,7 @@ class Transformer(nn.Module):
     topk: int
     has_indexer: bool
     distill_shared: bool
+    has_nsa: bool
     default_attention: str
     tie_embeddings: bool
     embedding_init_std: float
@@ -82,7 +83,8 @@ class Transformer(nn.Module):
             positions: for the rotary embedding; None counts from the start of each segment.
             segment_ids: runs of equal non-zero ids attend within themselves, 0 is padding; None is one segment per row.
             attention: "dense", "sparse" (keys chosen by the indexer), "window" (the last topk keys), "oracle" (keys chosen by
-                true attention probability) or another name in `selection.SELECTORS`; None is as the checkpoint was trained.
+                true attention probability), "nsa" or another name in `selection.SELECTORS`; None is as the checkpoint was
+                trained.
             indexer_loss: "dense" for the KL over all visible keys, "sparse" for that over the attended ones; None for neither.
             return_topk_indices: whether to return what each layer selected.
             return_coverage: whether to measure the dense attention mass of the selection; costs a pass of dense attention.
@@ -91,9 +93,11 @@ class Transformer(nn.Module):
 
         Raises:
             ValueError: for an unknown mode, or a combination that this model cannot compute.
+            NotImplementedError: for the selection of native sparse attention.
         """
         request = AttentionRequest(attention or self.default_attention, indexer_loss, return_coverage)
-        check_request(request, has_indexer=self.has_indexer, return_topk_indices=return_topk_indices)
+        known = {"has_indexer": self.has_indexer, "has_nsa": self.has_nsa}
+        check_request(request, **known, return_topk_indices=return_topk_indices)
         input_ids = jnp.asarray(input_ids)
         check_rows(input_ids.shape)
         segment_ids = jnp.ones_like(input_ids) if segment_ids is None else jnp.asarray(segment_ids)
@@ -179,9 +183,11 @@ class Transformer(nn.Module):
 
         Raises:
             ValueError: for an unknown mode, or one that needs an indexer or index keys that are not there.
+            NotImplementedError: for native sparse attention.
         """
         request = AttentionRequest(attention or self.default_attention)
-        check_request(request, has_indexer=self.has_indexer, return_topk_indices=return_topk_indices)
+        known = {"has_indexer": self.has_indexer, "has_nsa": self.has_nsa}
+        check_request(request, **known, return_topk_indices=return_topk_indices, cached=True)
         if by_indexer(request) and not any(INDEX_KEYS in pools for pools in cache.pools.values()):
             raise ValueError(
                 f"attention is {request.attention!r}, but the cache holds no index keys. Make it with with_index_keys=True."

@@ -21,7 +21,7 @@ def check_layout(config: Config) -> None:
         return
     attention, moe = config.model.attention, config.model.moe
     heads = {"n_heads": attention.n_heads}
-    if attention.kind == "gqa" and attention.n_kv_heads > 1:
+    if attention.kind == "gqa" and (attention.n_kv_heads > 1 or attention.nsa.enabled):
         heads["n_kv_heads"] = attention.n_kv_heads
     for name, count in heads.items():
         _multiple(f"model.attention.{name}", count, "tensor", sizes["tensor"])

@@ -18,6 +18,9 @@ from dsa_jax.params import parameter_paths
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embed/embedding", ("tensor", "fsdp")),
     (r"lm_head/kernel", ("fsdp", "tensor")),
+    (r".*/nsa/(compress|window)_(wk|wv)/kernel", ("fsdp", "tensor")),
+    (r".*/nsa/(compress|window)_(wk|wv)/bias", ("tensor",)),
+    (r".*/nsa/compress_(k|v)/(position|w_in/kernel|w_out/kernel)", ()),
     (r".*/indexer/(wq_b|wk|weights_proj)/kernel", ("fsdp", None)),
     (r".*/attention/(wq|wk|wv|wq_b|wkv_b)/kernel", ("fsdp", "tensor")),
     (r".*/attention/(wq|wk|wv)/bias", ("tensor",)),

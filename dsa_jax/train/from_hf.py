@@ -25,7 +25,8 @@ def resolve_checkpoint(config: Config) -> Config:
     """`config` with what `init.hf_dir` decides filled in; the same config where it is not set.
 
     The model is the checkpoint's. From the recipe come `model.param_dtype`, `dtype`, `weight_format`, `scan_layers`, `remat`,
-    `attention.implementation`, the experts' balance settings and, where the checkpoint has no indexer, `attention.indexer`.
+    `attention.implementation`, `attention.nsa`, the experts' balance settings and, where the checkpoint has no indexer,
+    `attention.indexer`.
     `data.text.tokenizer` "checkpoint" becomes the directory.
 
     Raises:
@@ -52,6 +53,7 @@ def _merged(ours: ModelConfig, theirs: ModelConfig) -> ModelConfig:
     """The checkpoint's model, computed as the recipe says."""
     model = dataclasses.replace(theirs, **{name: getattr(ours, name) for name in _OF_THE_RUN})
     model.attention = dataclasses.replace(theirs.attention, implementation=ours.attention.implementation)
+    model.attention.nsa = copy.deepcopy(ours.attention.nsa)
     if not theirs.attention.indexer.enabled:
         model.attention.indexer = copy.deepcopy(ours.attention.indexer)
     balance = {name: getattr(ours.moe, name) for name in ("bias_update_rate", "balance_loss_weight")}
@@ -62,13 +64,14 @@ def _merged(ours: ModelConfig, theirs: ModelConfig) -> ModelConfig:
 def checkpoint_params(config: Config) -> dict[str, Any]:
     """The weights of `init.hf_dir` for the resolved `config`, each put on the current mesh as it is read.
 
-    Indexers that the checkpoint lacks are initialised from `seed`.
+    Indexers that the checkpoint lacks, and native sparse attention, are initialised from `seed`.
     """
-    indexer = config.model.attention.indexer
+    indexer, nsa = config.model.attention.indexer, config.model.attention.nsa
     loaded = load_pretrained(
         config.init.hf_dir,
         dtype=config.model.param_dtype,
         indexer=indexer if indexer.enabled else None,
+        nsa=nsa if nsa.enabled else None,
         seed=config.seed,
         placement=parameter_placement(),
     )

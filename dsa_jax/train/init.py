@@ -1,21 +1,24 @@
 """Where parameters come from: random numbers, a Hugging Face checkpoint, or another run with what it lacks initialised."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from dsa_jax.config import STAGES as STAGE_ORDER
 from dsa_jax.config import Config, ConfigError
 from dsa_jax.model import Transformer, build_model, init_params
+from dsa_jax.model.selection import NSA
 from dsa_jax.parallel.placement import with_shardings
 from dsa_jax.parallel.processes import on_main
-from dsa_jax.params import is_indexer_path, nested_parameters, parameter_paths
+from dsa_jax.params import is_indexer_path, is_nsa_path, nested_parameters, parameter_paths
 from dsa_jax.train.checkpoint import CheckpointStore
 from dsa_jax.train.from_hf import checkpoint_params
 from dsa_jax.train.rundir import RunError, find_run
-from dsa_jax.train.stages import trained_attention
+from dsa_jax.train.stages import stage_of, trained_attention
 
 _LOG = logging.getLogger(__name__)
 
@@ -63,11 +66,13 @@ def load_run(directory: Path, *, stage: str | None = None) -> LoadedRun:
 def initial_params(config: Config, model: Transformer, *, abstract: bool = False) -> Params:
     """Parameters a run starts from; `abstract` gives only their shapes, for a run that continues from its own checkpoint.
 
-    With `init.hf_dir` they are that checkpoint's, missing indexers initialised. With `init.checkpoint` every parameter comes
-    from that run; only indexer parameters may be missing there, and those are initialised from `seed` and listed.
+    With `init.hf_dir` they are that checkpoint's, what it lacks initialised. With `init.checkpoint` every parameter comes
+    from that run; only those of indexers and of native sparse attention may be missing there, and they are initialised from
+    `seed` and listed.
 
     Raises:
-        ConfigError: naming parameters that are missing, left over or of another shape, with both shapes.
+        ConfigError: naming parameters that are missing, left over or of another shape, with both shapes; or where only one of
+            run and recipe is marked as trained under native sparse attention.
     """
     if abstract:
         return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
@@ -78,11 +83,18 @@ def initial_params(config: Config, model: Transformer, *, abstract: bool = False
         return fresh
     source = Path(config.init.checkpoint)
     loaded = load_run(source, stage=config.init.stage or None)
+    if model.has_nsa and (loaded.config.model.attention.mode == NSA) != (config.model.attention.mode == NSA):
+        raise ConfigError(
+            f"model.attention.mode is {config.model.attention.mode!r}, but init.checkpoint {source} was trained under "
+            f"{loaded.config.model.attention.mode!r}, which decides where the branches of native sparse attention start. Set "
+            "model.attention.mode to that."
+        )
     target, have = parameter_paths(fresh), parameter_paths(loaded.params)
     problems = [
         f"{path}: here {tuple(target[path].shape)}, there {tuple(have[path].shape) if path in have else 'absent'}"
         for path in target
-        if (path not in have and not is_indexer_path(path)) or (path in have and have[path].shape != target[path].shape)
+        if (path not in have and not is_indexer_path(path) and not is_nsa_path(path))
+        or (path in have and have[path].shape != target[path].shape)
     ]
     problems += [f"{path}: here absent, there {tuple(have[path].shape)}" for path in have if path not in target]
     if problems:
@@ -92,3 +104,22 @@ def initial_params(config: Config, model: Transformer, *, abstract: bool = False
     new = [path for path in target if path not in have]
     _LOG.info("parameters of stage %s taken from %s; newly initialised: %s", loaded.stage, source, ", ".join(new) or "none")
     return nested_parameters({path: have[path].astype(target[path].dtype) if path in have else target[path] for path in target})
+
+
+def at_start_of_stage(params: Params, config: Config, name: str) -> Params:
+    """The parameters with which the stage `name` takes its first step.
+
+    Where a model that was trained otherwise turns to native sparse attention, the keys and values of its branches start as
+    copies of the layer's own, so that each branch attends as the model has learned to. Compression starts as the mean of a
+    block and every gate at 1/3 (`model/nsa.py`), so the layer's output starts as the mean of three attentions with the
+    magnitude of one.
+    """
+    has_learned = bool(config.init.checkpoint or config.init.hf_dir or (name == "sparse" and config.train.pretrain.steps))
+    before = trained_attention(config, "warmup" if name == "sparse" else "")
+    if stage_of(config, name).attention != NSA or before == NSA or not has_learned:
+        return params
+    leaves = parameter_paths(params)
+    for path in leaves:
+        if match := re.fullmatch(r"(.*)/nsa/(?:compress|window)_(wk|wv|k_norm)/(.*)", path):
+            leaves[path] = jnp.copy(leaves["/".join(match.groups())])
+    return nested_parameters(leaves)

@@ -28,6 +28,7 @@ _ROW_MEANINGS = {
     "random keys of the same budget": "one key from each of as many equal stretches; what the budget is worth without a choice",
     "blocks of the same budget": "whole blocks by their mean index key, the query's own block always",
     "oracle top-k": "the top-k keys by true attention mass; the best any indexer could do",
+    "native sparse attention": "compressed blocks, selected blocks and a window, gated; keys read are those of all three",
 }
 _COLUMN_MEANINGS = (
     ("recall accuracy", "share of held-out queries answered with the right value; higher is better"),

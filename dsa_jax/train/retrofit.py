@@ -16,7 +16,7 @@ from dsa_jax.parallel.placement import on_mesh, place
 from dsa_jax.parallel.processes import is_main, on_main
 from dsa_jax.params import count_parameters, is_indexer_path, split_parameters
 from dsa_jax.train.from_hf import export_checkpoint, resolve_checkpoint
-from dsa_jax.train.init import initial_params, load_run
+from dsa_jax.train.init import at_start_of_stage, initial_params, load_run
 from dsa_jax.train.loop import latest_position, run_stage
 from dsa_jax.train.metrics import MetricsLog, NoMetrics
 from dsa_jax.train.report import format_table, write_report
@@ -31,7 +31,8 @@ _LOG = logging.getLogger(__name__)
 def retrofit(config: Config, workdir: Path, *, tensorboard: bool = False) -> dict[str, Any] | None:
     """Run every stage with a positive number of steps, then the parity table; continue where an earlier call stopped.
 
-    A run that starts from a Hugging Face directory ends by writing one, `workdir`/hf.
+    A run that starts from a Hugging Face directory ends by writing one, `workdir`/hf, unless the model has native sparse
+    attention.
 
     Returns:
         The report (also in report.json), or None if a signal stopped the run after saving.
@@ -69,6 +70,8 @@ def _retrofit(config: Config, workdir: Path, tensorboard: bool) -> dict[str, Any
             is_done = position is not None and STAGE_ORDER.index(name) < STAGE_ORDER.index(position[0])
             if steps and not is_done:
                 resume_step = position[1] if position is not None and position[0] == name else None
+                if resume_step is None:
+                    params = at_start_of_stage(params, config, name)
                 params, summaries, is_complete = run_stage(
                     run,
                     config,
@@ -94,7 +97,9 @@ def _retrofit(config: Config, workdir: Path, tensorboard: bool) -> dict[str, Any
                     return None
             first_batch += steps
     report = evaluate_and_report(run, config, model, params, summaries, eval_data)
-    if config.init.hf_dir:
+    if config.init.hf_dir and model.has_nsa:
+        _LOG.warning("no Hugging Face checkpoint is written: it has no place for the weights of native sparse attention")
+    elif config.init.hf_dir:
         trained = [name for name in STAGE_ORDER if getattr(config.train, name).steps]
         attention = trained_attention(config, trained[-1] if trained else "")
         if fields := config.model.attention.indexer.unpublished():

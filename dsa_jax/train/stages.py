@@ -6,7 +6,7 @@ from typing import Literal
 
 from dsa_jax.config import Config
 from dsa_jax.model_config import BY_INDEXER
-from dsa_jax.params import is_indexer_path, is_score_bias_path
+from dsa_jax.params import is_indexer_path, is_nsa_path, is_score_bias_path
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,11 @@ class Stage:
 
 def language_stage(name: str, attention: str) -> Stage:
     """A stage that learns language under `attention`, and its indexer, if that chooses the keys, from the KL over them."""
-    by_indexer = attention in BY_INDEXER
+    by_indexer, natively = attention in BY_INDEXER, attention == "nsa"
 
     def trains(path: str) -> bool:
-        return not is_score_bias_path(path) and (by_indexer or not is_indexer_path(path))
+        takes_part = (by_indexer or not is_indexer_path(path)) and (natively or not is_nsa_path(path))
+        return takes_part and not is_score_bias_path(path)
 
     return Stage(name, attention, "sparse" if by_indexer else None, True, trains)
 
