@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsa_jax.config import Config, ConfigError, IndexerConfig, ModelConfig, StageConfig, to_dict
+from dsa_jax.config import Config, ConfigError, IndexerConfig, ModelConfig, NSAConfig, StageConfig, to_dict
 from dsa_jax.config_checks import not_negative
 
 
@@ -160,7 +160,7 @@ def dense_part(config: Config) -> Config | None:
         return None
     dense = copy.deepcopy(config)
     dense.name = "dense"
-    dense.model.attention.indexer = IndexerConfig()
+    dense.model.attention.indexer, dense.model.attention.nsa = IndexerConfig(), NSAConfig()
     dense.train.warmup, dense.train.sparse, dense.train.sparse_attention = StageConfig(), StageConfig(), "sparse"
     dense.eval.rows = ("dense",)
     return dense

@@ -98,7 +98,7 @@ def _retrofit(config: Config, workdir: Path, tensorboard: bool) -> dict[str, Any
             first_batch += steps
     report = evaluate_and_report(run, config, model, params, summaries, eval_data)
     if config.init.hf_dir and model.has_nsa:
-        _LOG.warning("no Hugging Face checkpoint is written: it has no place for the weights of native sparse attention")
+        _LOG.warning("no Hugging Face checkpoint: no published format holds native sparse attention")
     elif config.init.hf_dir:
         trained = [name for name in STAGE_ORDER if getattr(config.train, name).steps]
         attention = trained_attention(config, trained[-1] if trained else "")
