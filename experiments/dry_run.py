@@ -14,6 +14,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -22,6 +23,7 @@ from experiments.flags import define_config, run_main
 _CONFIG = define_config()
 _COMPILE = flags.DEFINE_boolean("compile", False, "Compile the step for the recipe's mesh on emulated CPU devices.")
 _TARGET = flags.DEFINE_string("target", "", "Compile the step for GPUs that need not be here: h200x1, h200x8.")
+_WEAK_SCALING = flags.DEFINE_list("weak_scaling", [], "Layouts to climb to from one device; nothing else is printed.")
 _STEP = flags.DEFINE_enum(
     "step", "", ["", "pretrain", "warmup", "sparse", "decode"], "What to compile; empty: the recipe's last stage."
 )
@@ -41,15 +43,17 @@ def main(argv: list[str]) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 
-    from dsa_jax.config import STAGES
+    from dsa_jax.config import STAGES, ParallelConfig
     from dsa_jax.dryrun import (
         DecodeShape,
         compile_step,
         emulated_mesh,
         format_compiled,
         format_summary,
+        format_weak_scaling,
         summarize,
         target_mesh,
+        weak_scaling,
     )
     from dsa_jax.train.from_hf import resolve_checkpoint
 
@@ -58,28 +62,41 @@ def main(argv: list[str]) -> None:
         config = resolve_checkpoint(config)
     config.validate()
     jax.config.update("jax_platforms", "cpu")
-    n_devices = math.prod(config.parallel.sizes().values())
-    if _COMPILE.value and not _TARGET.value and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    layouts = [config.parallel, *(ParallelConfig(preset=preset) for preset in _WEAK_SCALING.value)]
+    n_devices = max(math.prod(layout.sizes().values()) for layout in layouts)
+    compiles_here = _COMPILE.value or _WEAK_SCALING.value
+    if compiles_here and not _TARGET.value and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", n_devices)
+
+    stages = [name for name in STAGES if getattr(config.train, name).steps]
+    step = _STEP.value or (stages[-1] if stages else "decode")
+    shape = DecodeShape(_ROWS.value, _CONTEXT.value, _CACHE_DTYPE.value)
+    if _WEAK_SCALING.value:
+        ladder = weak_scaling(config, _WEAK_SCALING.value, step, shape)
+        print(format_weak_scaling(step, ladder))
+        if _OUTPUT.value:
+            _write({"step": step, "weak_scaling": [rung._asdict() for rung in ladder]})
+        return
 
     device_bytes = 1e9 * _MEMORY.value
     summary = summarize(config)
     print(format_summary(summary, device_bytes), flush=True)
     if _COMPILE.value or _TARGET.value:
-        stages = [name for name in STAGES if getattr(config.train, name).steps]
-        step = _STEP.value or (stages[-1] if stages else "decode")
         if _TARGET.value:
             mesh, device_bytes = target_mesh(config, _TARGET.value, Path(__file__).parents[1])
         else:
             mesh = emulated_mesh(config)
-        shape = DecodeShape(_ROWS.value, _CONTEXT.value, _CACHE_DTYPE.value)
         result = compile_step(config, step, mesh, shape)
         print("\n" + format_compiled(result, device_bytes))
         summary["compiled"] = {**result._asdict(), "peak": result.peak}
     else:
         print("\nCollectives per step and the compiler's own memory: --compile, or --target=h200x8.")
     if _OUTPUT.value:
-        Path(_OUTPUT.value).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        _write(summary)
+
+
+def _write(results: dict[str, Any]) -> None:
+    Path(_OUTPUT.value).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,14 +5,11 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
+from dsa_jax.dryrun.hlo import ArrayShape, array_shapes, computations
+
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 
 _OPERATION = re.compile(rf"= (?P<shape>.*?) (?P<kind>{'|'.join(sorted(KINDS, key=len, reverse=True))})(?P<start>-start)?\(")
-_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) .*\{$")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)")
-_BODY = re.compile(r"body=%?([\w.\-]+)")
-_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
-_ARRAY = re.compile(r"\b(pred|bf16|f8\w+|[a-z]\d+)\[([\d,]*)\]")
 # Three spellings: {{0,1},{2,3}}, [2,2]<=[4], and mesh['a'=2,'b'=2] {'a'}, where an axis may be split as 'a':(1)2.
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\] \{([^}]*)\})")
 _MESH_AXIS = re.compile(r"'([^']+)'=(\d+)")
@@ -36,28 +33,13 @@ class Collective(NamedTuple):
 def collectives(hlo: str) -> list[Collective]:
     """The collectives of a compiled module, most bytes first.
 
-    What is in a loop counts as often as the loop is known to run (layers, chunks), once where that depends on the data. An
-    asynchronous one counts where it starts. The bytes of a ragged exchange are those of its buffer, the most it can move.
+    Loops count as in `hlo.Computation`. An asynchronous collective counts where it starts. The bytes of a ragged exchange are
+    those of its buffer, the most it can move.
     """
-    bodies, entry = _computations(hlo)
-    times: Counter[str] = Counter()
-
-    def visit(name: str, n: int) -> None:
-        times[name] += n
-        for line in bodies[name]:
-            body, trips = _BODY.search(line), _TRIPS.search(line)
-            for group in _CALLED.findall(line):
-                for called in re.findall(r"[\w.\-]+", group):
-                    if called in bodies:
-                        is_loop = body is not None and called == body[1] and trips is not None
-                        visit(called, n * int(trips[1]) if is_loop and trips else n)
-
-    if entry:
-        visit(entry, 1)
     found: Counter[tuple[str, str, int]] = Counter()
     sizes: dict[tuple[str, str, int], int] = {}
-    for name, n in times.items():
-        for line in bodies[name]:
+    for lines, n in computations(hlo):
+        for line in lines:
             operation = _OPERATION.search(line)
             group = _group_size(line) if operation else 1
             if operation and group != 1:  # alone, nothing moves
@@ -65,41 +47,19 @@ def collectives(hlo: str) -> list[Collective]:
                 arrays = _arrays(operation["shape"], is_pair=bool(operation["start"]) and kind != "all-reduce")
                 # What is scattered was as large as the group before.
                 factor = max(group, 1) if kind == "reduce-scatter" else 1
-                key = kind, ", ".join(shown for shown, _ in arrays), group
+                key = kind, ", ".join(map(str, arrays)), group
                 found[key] += n
-                sizes[key] = factor * sum(size for _, size in arrays)
+                sizes[key] = factor * sum(array.n_bytes for array in arrays)
     results = [Collective(*key, count, count * sizes[key]) for key, count in found.items()]
     return sorted(results, key=lambda each: -each.bytes)
 
 
-def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """Lines of every computation by name, and the name of the entry."""
-    bodies: dict[str, list[str]] = {}
-    entry, lines = "", None
-    for line in hlo.splitlines():
-        header = _COMPUTATION.match(line)
-        if header and not line.startswith("HloModule"):
-            lines = bodies.setdefault(header["name"], [])
-            entry = header["name"] if header["entry"] else entry
-        elif line.startswith("}"):
-            lines = None
-        elif lines is not None:
-            lines.append(line)
-    return bodies, entry
-
-
-def _arrays(shape: str, *, is_pair: bool) -> list[tuple[str, int]]:
-    """(text, bytes) of every array in a shape; of an asynchronous (operands, results, ...) only the results."""
+def _arrays(shape: str, *, is_pair: bool) -> list[ArrayShape]:
+    """Every array in a shape; of an asynchronous (operands, results, ...) only the results."""
     if is_pair and shape.startswith("("):
         parts = _top_level(shape[1:-1])
         shape = parts[1] if len(parts) > 1 else shape
-    found = []
-    for kind, dims in _ARRAY.findall(shape):
-        size = _itemsize(kind)
-        for dim in filter(None, dims.split(",")):
-            size *= int(dim)
-        found.append((f"{kind}[{dims}]", size))
-    return found
+    return array_shapes(shape)
 
 
 def _top_level(text: str) -> list[str]:
@@ -113,12 +73,6 @@ def _top_level(text: str) -> list[str]:
         else:
             current += character
     return [*parts, current.strip()]
-
-
-def _itemsize(kind: str) -> int:
-    if kind == "pred" or kind.startswith("f8"):
-        return 1
-    return max(1, int(re.sub(r"\D", "", kind)) // 8)
 
 
 def _group_size(line: str) -> int:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from dsa_jax.config import Config, ConfigError
 from dsa_jax.dryrun.collectives import Collective, collectives
+from dsa_jax.dryrun.products import product_flops
 from dsa_jax.dryrun.programs import DecodeShape, step_program
 from dsa_jax.parallel.mesh import make_mesh
 
@@ -24,7 +25,7 @@ class CompiledStep(NamedTuple):
     """What the compiler says, bytes on each device.
 
     Fields: `arguments` parameters, state and batch; `outputs`; `aliased` outputs that reuse arguments; `temporaries` all else;
-    `seconds` spent tracing and compiling; `platform` compiled for.
+    `seconds` spent tracing and compiling; `platform` compiled for; `flops` of the matrix products, see `product_flops`.
     """
 
     step: str
@@ -34,6 +35,7 @@ class CompiledStep(NamedTuple):
     outputs: int
     aliased: int
     temporaries: int
+    flops: int
     collectives: list[Collective]
 
     @property
@@ -92,7 +94,7 @@ def compile_step(config: Config, step: str, mesh: Mesh, decode_shape: DecodeShap
     with jax.set_mesh(mesh):
         program = step_program(config, step, mesh, decode_shape or DecodeShape())
         executable = program.function.lower(*program.arguments).compile()
-    memory = executable.memory_analysis()
+    memory, text = executable.memory_analysis(), executable.as_text()
     return CompiledStep(
         step=step,
         platform=mesh.devices.flat[0].device_kind,
@@ -101,5 +103,6 @@ def compile_step(config: Config, step: str, mesh: Mesh, decode_shape: DecodeShap
         outputs=memory.output_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
-        collectives=collectives(executable.as_text()),
+        flops=product_flops(text),
+        collectives=collectives(text),
     )

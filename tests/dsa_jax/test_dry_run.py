@@ -20,9 +20,13 @@ from dsa_jax.dryrun import (
     emulated_mesh,
     format_compiled,
     format_summary,
+    format_weak_scaling,
+    product_flops,
+    rungs,
     sharding_table,
     summarize,
     target_mesh,
+    weak_scaling,
 )
 from dsa_jax.dryrun.programs import abstract_params
 from dsa_jax.model import build_model
@@ -235,3 +239,27 @@ def test_what_cannot_be_compiled_says_so():
         compile_step(config, "train", mesh)
     with pytest.raises(ConfigError, match=r"more than model\.max_positions"):
         compile_step(config, "decode", mesh, DecodeShape(context=10**6))
+
+
+def test_products_by_hand():
+    """A product in a loop of 27, one with a batch axis, and one with a vector, whose operand says its shape."""
+    in_loop = "  %a.1 = f32[6,5]{1,0} parameter(1)\n  %p = f32[6,7]{1,0} dot(%a.1, %b), lhs_contracting_dims={1}\n"
+    in_main = (
+        "  %k = f32[3,8,4]{2,1,0} parameter(1)\n  %m = f32[8,9]{1,0} parameter(2)\n"
+        "  %d = f32[3,8,6]{2,1,0} dot(%k, %l), lhs_batch_dims={0}, lhs_contracting_dims={2}\n"
+        "  %v = f32[8]{0} dot(f32[8,9]{1,0} %m, %n), lhs_contracting_dims={1}\n"
+    )
+    text = HLO.replace("  %gathered", f"{in_loop}  %gathered").replace("  %w = (s32[]", f"{in_main}  %w = (s32[]")
+    assert product_flops(text) == 27 * 2 * 6 * 7 * 5 + 2 * 3 * 8 * 6 * 4 + 2 * 8 * 9
+
+
+def test_weak_scaling():
+    """Twice the devices with twice the rows: the same products on each, more moved; one device moves nothing."""
+    assert [tuple(filter(lambda size: size > 1, sizes.values())) for sizes in rungs("ep4_tp2")] == [(), (2,), (4,), (4, 2)]
+    assert [sizes["fsdp"] for sizes in rungs("fsdp6")] == [1, 2, 6]
+    config = recipe("single")
+    config.model.n_layers, config.train.pretrain.batch_size = 1, 2
+    one, two = weak_scaling(config, ["fsdp2"], "pretrain", DecodeShape())
+    assert one.n_devices == 1 and not one.moved and one.flops > 0
+    assert two.n_devices == 2 and two.moved["all-gather"] > 0 and two.flops == one.flops
+    assert "| fsdp2 | 2 | fsdp 2 |" in format_weak_scaling("pretrain", [one, two])
