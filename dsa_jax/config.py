@@ -89,6 +89,25 @@ class TextConfig:
     tokenizer: str = "bytes"  # bytes | checkpoint (that of init.hf_dir) | none | path of a tokenizer.json (extra `hf`)
     held_out_fraction: float = 0.1
     max_tokens: int = 0  # 0: no limit
+    source: str = "memory"  # memory | grain: .parquet or .array_record files, read as they are needed (extra `data`)
+    column: str = "text"  # grain: where .parquet files hold the text
+    open_documents: int = 16  # grain: documents that rows are cut from in turn, so that a batch holds several
+    held_out_tokens: int = 2**20  # grain: what evaluation draws from; finding them reads 1 / held_out_fraction as many
+
+    def validate(self) -> None:
+        one_of("data.text.source", self.source, ("memory", "grain"))
+        if not 0.0 < self.held_out_fraction < 1.0:
+            raise ConfigError(f"data.text.held_out_fraction is {self.held_out_fraction}; expected between 0 and 1, exclusive.")
+        for name in ("open_documents", "held_out_tokens"):
+            positive(f"data.text.{name}", getattr(self, name))
+        if self.source == "grain" and not self.path:
+            raise ConfigError(
+                "data.text.path is empty; expected .parquet or .array_record files, since data.text.source is 'grain'."
+            )
+        if self.source == "grain" and self.max_tokens:
+            raise ConfigError(
+                f"data.text.max_tokens is {self.max_tokens}; expected 0, since data.text.source is 'grain'. Name fewer files."
+            )
 
 
 @dataclass
@@ -123,10 +142,7 @@ class DataConfig:
             raise ConfigError(
                 f"data.recall_fraction and the shares of data.tasks add up to {total:g}; expected at most 1. Lower one of them."
             )
-        if not 0.0 < self.text.held_out_fraction < 1.0:
-            raise ConfigError(
-                f"data.text.held_out_fraction is {self.text.held_out_fraction}; expected between 0 and 1, exclusive."
-            )
+        self.text.validate()
         for name in ("n_keys", "n_values", "n_fillers", "tokens_per_record"):
             positive(f"data.recall.{name}", getattr(self.recall, name))
 

@@ -23,7 +23,7 @@ STDLIB_LEFT_OUT = frozenset({"test", "tests", "idlelib", "lib2to3", "site-packag
 def stdlib_documents(tokenizer: Tokenizer) -> Iterator[Int[np.ndarray, " N"]]:
     """The Python standard library's own source, one document per `.py` file, sorted by relative path."""
     root = Path(sysconfig.get_path("stdlib"))
-    for file in _files(root, (".py",), STDLIB_LEFT_OUT):
+    for file in files_below(root, (".py",), STDLIB_LEFT_OUT):
         yield from _text_document(_decode(_read(file), file, 0), tokenizer)
 
 
@@ -39,7 +39,7 @@ def user_documents(path: str, tokenizer: Tokenizer) -> Iterator[Int[np.ndarray, 
     """
     root = Path(path)
     if root.is_dir():
-        files = _files(root, SUFFIXES, frozenset())
+        files = files_below(root, SUFFIXES, frozenset())
         if not files:
             raise ConfigError(f"data.text.path is {path!r}, a directory without a {', '.join(SUFFIXES)} file.")
     elif root.is_file():
@@ -57,7 +57,8 @@ def user_documents(path: str, tokenizer: Tokenizer) -> Iterator[Int[np.ndarray, 
             raise ConfigError(f"{file} has suffix {file.suffix!r}; expected one of {', '.join(SUFFIXES)}, or a directory.")
 
 
-def _files(root: Path, suffixes: tuple[str, ...], left_out: frozenset[str]) -> list[Path]:
+def files_below(root: Path, suffixes: tuple[str, ...], left_out: frozenset[str]) -> list[Path]:
+    """Files below `root` with one of `suffixes`, by relative path; neither hidden ones nor folders `left_out`."""
     found: list[Path] = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in left_out and not name.startswith(".")]

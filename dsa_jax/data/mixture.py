@@ -1,11 +1,13 @@
 """Batches that mix recall, other tasks and text: training ones as a pure function of (seed, step), evaluation ones fixed.
 
+Text that is streamed (data.text.source=grain) is the exception: its rows come in order, and its position is saved and restored.
+
 The vocabulary holds the text tokenizer's ids first, the recall task's after them and the other tasks' few own ones last,
 whatever the mixture is, so a checkpoint keeps its meaning when the mixture changes.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from dsa_jax.data.batch import Batch, pad_to, stack_rows
 from dsa_jax.data.corpus import Corpus, load_corpus
 from dsa_jax.data.packing import TokenStream, epoch_order, pack_rows
 from dsa_jax.data.recall import RecallTask, recall_rows
+from dsa_jax.data.streamed import HeldOutText, StreamedCorpus, TextReader
 from dsa_jax.data.tasks import Setting, get_task
 from dsa_jax.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -25,13 +28,13 @@ _TRAIN_RECALL, _TRAIN_TEXT, _EVAL_RECALL, _TRAIN_TASK, _EVAL_TASK = 1, 2, 3, 4, 
 
 @dataclass(frozen=True)
 class TrainData:
-    """Training batches, random access. `recall` or `text` is None where the mixture has none of it."""
+    """Training batches, random access unless text is streamed. `recall` or `text` is None where the mixture has none of it."""
 
     seed: int
     vocab_size: int  # the model needs at least this many tokens
     recall_fraction: float
     recall: RecallTask | None
-    text: Corpus | None
+    text: Corpus | TextReader | None
     tokenizer: Tokenizer
     setting: Setting  # of all tasks, whether the mixture has them or not
     tasks: tuple[tuple[str, float], ...]  # those of the mixture other than its recall rows, with their shares
@@ -43,12 +46,12 @@ class TrainData:
         both shares, rounded, and so on, so that together they never have more rows than their shares add up to.
 
         While `batch_size` and `seq_len` stay, the text rows of consecutive steps go through every row of the corpus once per
-        epoch, in an order of the epoch's own.
+        epoch, in an order of the epoch's own. Where text is streamed, it goes on where it stopped and steps follow each other.
 
         Raises:
             ConfigError: if a task cannot be made at this length, its share of the batch is no row at all, or the corpus is
                 shorter than one row.
-            ValueError: for a negative step, or a size that is not positive.
+            ValueError: for a negative step, or a size that is not positive; for a step out of order where text is streamed.
         """
         if step < 0 or batch_size < 1 or seq_len < 1:
             raise ValueError(
@@ -71,9 +74,36 @@ class TrainData:
             rng = np.random.default_rng((_TRAIN_TASK, self.seed, step, TASK_NAMES.index(name)))
             parts.append(get_task(name).rows(self.setting, rng, n_rows=n_task, seq_len=seq_len))
             n_rows += n_task
-        if self.text is not None and n_rows < batch_size:
+        if isinstance(self.text, TextReader):
+            parts.append(self.text.rows(step, batch_size - n_rows, seq_len))
+        elif self.text is not None and n_rows < batch_size:
             parts.append(self._text_rows(self.text.train, step, batch_size - n_rows, seq_len))
         return stack_rows(parts)
+
+    def check(self, *, batch_size: int, seq_len: int) -> None:
+        """Make sure that batches of this size can be made; nothing changes.
+
+        Raises:
+            ConfigError: as `batch`.
+        """
+        data = replace(self, text=self.text.fresh()) if isinstance(self.text, TextReader) else self
+        data.batch(0, batch_size=batch_size, seq_len=seq_len)
+
+    def state(self) -> dict[str, Any] | None:
+        """Where the next batch is, as JSON values, for a checkpoint; None where batches are a function of the step."""
+        return self.text.state() if isinstance(self.text, TextReader) else None
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Go on at a saved `state`.
+
+        Raises:
+            ConfigError: if it was saved with other files, or is None and text is streamed.
+        """
+        if not isinstance(self.text, TextReader):
+            return
+        if state is None:
+            raise ConfigError("the checkpoint holds no position in the text; expected one, since data.text.source is 'grain'.")
+        self.text.restore(state)
 
     def describe(self) -> dict[str, Any]:
         """What the batches are made of, for result files."""
@@ -96,7 +126,7 @@ class EvalData:
     vocab_size: int
     recall_fraction: float
     recall: RecallTask | None
-    text: Corpus | None
+    text: Corpus | HeldOutText | None
     tokenizer: Tokenizer
     setting: Setting
     tasks: tuple[tuple[str, float], ...]  # what training mixes in; `task_batches` makes any task
@@ -205,15 +235,16 @@ def make_train_data(config: DataConfig, seed: int, vocab_size: int) -> TrainData
     Raises:
         ConfigError: if the model's vocabulary is too small for the data, and whatever loading the corpus raises.
     """
-    return TrainData(seed=seed, **_load(config, vocab_size))
+    return TrainData(seed=seed, **_load(config, vocab_size, lambda corpus: TextReader(corpus, seed)))
 
 
 def make_eval_data(config: DataConfig, seed: int, vocab_size: int) -> EvalData:
     """The evaluation counterpart of `make_train_data`, with the same arguments and errors."""
-    return EvalData(seed=seed, model_vocab_size=vocab_size, **_load(config, vocab_size))
+    return EvalData(seed=seed, model_vocab_size=vocab_size, **_load(config, vocab_size, StreamedCorpus.held_out))
 
 
-def _load(config: DataConfig, vocab_size: int) -> dict[str, Any]:
+def _load(config: DataConfig, vocab_size: int, use: Callable[[StreamedCorpus], Any]) -> dict[str, Any]:
+    """The fields that both sides share; `use` makes of a streamed corpus what the side needs."""
     config.validate()
     tokenizer = load_tokenizer(config.text.tokenizer)
     task = RecallTask.from_config(config.recall, tokenizer.vocab_size)
@@ -230,11 +261,15 @@ def _load(config: DataConfig, vocab_size: int) -> dict[str, Any]:
             f"model.vocab_size is {vocab_size}, too small for the data; expected at least {needed} ({listed}). "
             f"Set model.vocab_size={needed}."
         )
+    text: Any = None
+    if config.text_fraction:
+        is_streamed = config.text.source == "grain"
+        text = use(StreamedCorpus(config.text, tokenizer)) if is_streamed else load_corpus(config.text, tokenizer)
     return {
         "vocab_size": needed,
         "recall_fraction": float(config.recall_fraction),
         "recall": task if config.recall_fraction else None,
-        "text": load_corpus(config.text, tokenizer) if config.text_fraction else None,
+        "text": text,
         "tokenizer": tokenizer,
         "setting": setting,
         "tasks": config.tasks,
@@ -252,7 +287,8 @@ def _check_length(stream: TokenStream, seq_len: int, side: str) -> None:
     if stream.tokens.size < seq_len:
         raise ConfigError(
             f"the {side} text has {stream.tokens.size} tokens, shorter than one sequence of {seq_len}. Use a shorter sequence, "
-            "more text (data.text.path, data.text.max_tokens), or another data.text.held_out_fraction."
+            "more text (data.text.path, data.text.max_tokens; data.text.held_out_tokens where it is streamed), or another "
+            "data.text.held_out_fraction."
         )
 
 

@@ -27,8 +27,13 @@ def digest(document: Document) -> bytes:
     return hashlib.sha256(document.astype("<u4").tobytes()).digest()
 
 
+def is_held_out(digest: bytes, held_out_fraction: float) -> bool:
+    """Whether a document's hash, as a fraction of its range, is below `held_out_fraction`."""
+    return int.from_bytes(digest[:8], "big") < held_out_fraction * 2.0**64
+
+
 def split_documents(documents: Sequence[Document], digests: Sequence[bytes], held_out_fraction: float) -> Split:
-    """Hold out the documents whose hash, as a fraction of its range, is below `held_out_fraction`.
+    """Hold out the documents that `is_held_out` says.
 
     The side of a document depends on its content alone: it stays when others come or go, and copies stay together. Where
     that leaves a side with less than a quarter of the tokens it should have (few documents, or one), documents are cut into
@@ -40,13 +45,13 @@ def split_documents(documents: Sequence[Document], digests: Sequence[bytes], hel
         digests: `digest` of each.
         held_out_fraction: share of the tokens, between 0 and 1, exclusive.
     """
-    is_held_out = [int.from_bytes(d[:8], "big") < held_out_fraction * 2.0**64 for d in digests]
+    sides = [is_held_out(d, held_out_fraction) for d in digests]
     n_tokens = sum(document.size for document in documents)
-    share = sum(d.size for d, out in zip(documents, is_held_out, strict=True) if out) / n_tokens
+    share = sum(d.size for d, out in zip(documents, sides, strict=True) if out) / n_tokens
     if share > 0.25 * held_out_fraction and 1.0 - share > 0.25 * (1.0 - held_out_fraction):
         return Split(
-            train=[d for d, out in zip(documents, is_held_out, strict=True) if not out],
-            held_out=[d for d, out in zip(documents, is_held_out, strict=True) if out],
+            train=[d for d, out in zip(documents, sides, strict=True) if not out],
+            held_out=[d for d, out in zip(documents, sides, strict=True) if out],
             unit="document",
         )
     return _split_pieces(documents, held_out_fraction, n_tokens)

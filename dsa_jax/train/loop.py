@@ -119,9 +119,9 @@ def run_stage(
 ) -> StageResult:
     """Take the steps of `stage` from its start, or from its checkpoint `resume_step`, to its end or a stop request.
 
-    Batches are a function of (seed, step) and the state is restored bit for bit, so an interrupted and resumed stage equals an
-    undisturbed one. On a stop request the step in progress is finished and saved. With several processes a request to any one
-    stops all of them, one step later.
+    Batches are a function of (seed, step), or follow the position in the text that is saved with the state, and the state is
+    restored bit for bit, so an interrupted and resumed stage equals an undisturbed one. On a stop request the step in progress
+    is finished and saved. With several processes a request to any one stops all of them, one step later.
 
     Args:
         run: the run directory.
@@ -151,6 +151,7 @@ def run_stage(
             state, meta = restore_state(store, resume_step, params, stage, settings)
             step, summaries = resume_step, meta["summaries"]
             before = summaries[stage.name]
+            data.restore(meta.get("data"))
             _LOG.info("stage %s continues at step %d of %d", stage.name, step, settings.steps)
         metrics.truncate_after(STAGE_ORDER, stage.name, step)
         train_step = make_train_step(model, stage, config)
@@ -180,7 +181,7 @@ def run_stage(
             def save() -> None:
                 metrics.sync()
                 notes = {"stage": stage.name, "step": step, "summaries": summaries | {stage.name: summary()}}
-                store.save(step, state, notes)
+                store.save(step, state, notes | {"data": data.state()})
                 judge.saved_step = step
                 progress.pause()
 

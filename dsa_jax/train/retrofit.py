@@ -122,7 +122,7 @@ def check_lengths(config: Config, train_data: TrainData, eval_data: EvalData) ->
         for seq_len in (
             {stage.seq_len_at(step) for step in (0, *(until for until, _ in stage.curriculum))} if stage.steps else ()
         ):
-            train_data.batch(0, batch_size=stage.batch_size, seq_len=seq_len)
+            train_data.check(batch_size=stage.batch_size, seq_len=seq_len)
     eval_data.check(config.eval)
 
 

@@ -1,4 +1,7 @@
-"""A retrofit for eight devices that a few seconds can train: `--config` of test_processes_retrofit."""
+"""A retrofit for eight devices that a few seconds can train: `--config` of test_processes_retrofit.
+
+Half of the rows are text that is read as it goes, from the files given after the colon.
+"""
 
 from tests.dsa_jax.train.tiny import tiny_config
 
@@ -10,6 +13,8 @@ def get_config(arg=""):
     for name in ("warmup", "sparse"):
         stage = getattr(config.train, name)
         stage.batch_size, stage.checkpoint_every = 8, 3
+    config.data.recall_fraction = 0.5
+    config.data.text.path, config.data.text.source, config.data.text.held_out_fraction = arg, "grain", 0.2
     config.eval.rows = ("sparse",)
     config.eval.batch_size = 8
     config.parallel.preset = "fsdp4_tp2"

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from dsa_jax.params import parameter_paths
 from dsa_jax.train.init import load_run
@@ -21,6 +22,19 @@ ROOT = Path(__file__).parents[3]
 MAIN = Path(__file__).with_name("process_main.py")
 RECIPE = Path(__file__).with_name("process_recipe.py")
 SECONDS = 240
+
+
+@pytest.fixture(scope="module", autouse=True)
+def text(tmp_path_factory):
+    """Documents that are read as training goes: fewer than it needs, so that it is in a later epoch when it stops."""
+    file = tmp_path_factory.mktemp("text") / "text.array_record"
+    writer = ArrayRecordWriter(str(file), "group_size:1")
+    for i in range(20):
+        writer.write((f"{i:02d}" + "the rain in spain stays " * 2)[: 6 + 2 * i].encode())
+    writer.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSA_TEST_TEXT", str(file))
+        yield
 
 
 def free_port():
@@ -43,7 +57,7 @@ def launch(workdir, *, n_processes=1, when=("never",), number="SIGTERM", by_slur
     command = [sys.executable, "-W", "error", MAIN]
     processes = []
     for i in range(n_processes):
-        flags = [f"--config={RECIPE}", f"--workdir={workdir}"]
+        flags = [f"--config={RECIPE}:{os.environ['DSA_TEST_TEXT']}", f"--workdir={workdir}"]
         own = {}
         if by_slurm:
             own = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_TASKS": f"{n_processes}"}
