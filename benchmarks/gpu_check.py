@@ -8,7 +8,6 @@ Items run in a process of their own; one that crashes, or overruns, takes down t
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 import time
@@ -19,7 +18,6 @@ from typing import Any, NamedTuple
 from dsa_jax.benchmarks.op_calls import IMPLEMENTATIONS
 from dsa_jax.benchmarks.op_shapes import INTERPRETED, OPS, SHAPES
 from dsa_jax.benchmarks.worker import NoGpuError, Worker
-from pallas_kernels import tuning
 
 TOTAL_SECONDS = 450.0
 ITEM_SECONDS = 60.0
@@ -76,10 +74,12 @@ def perform(item: Item, *, dry_run: bool = False) -> dict[str, Any]:
 
     `tiles` are those that the kernels ran with, and where each comes from: the tuning table or the default rule.
     """
+    from dsa_jax.benchmarks import ops
+    from pallas_kernels import tuning
+
     with tuning.recorded() as choices:
         result = _perform(item, dry_run=dry_run)
-    tiles = [{"kernel": x.kernel, "source": x.source, **dataclasses.asdict(x.tiles)} for x in choices]
-    return {**result, "tiles": list({str(x): x for x in tiles}.values())} if tiles else result
+    return {**result, "tiles": ops.tiles_of(choices)} if choices else result
 
 
 def _perform(item: Item, *, dry_run: bool) -> dict[str, Any]:

@@ -66,7 +66,8 @@ def read_rows(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """The timed ops of files that `experiments.benchmark` (JSON Lines) or `benchmarks.gpu_check` (one object) wrote.
 
     Rows without the sizes of an op, such as those of --op=layer, are left out; so are interpreted kernels, which are no
-    measurement.
+    measurement, and other libraries' kernels, except for dense attention: what sparse attention is compared with is the best
+    there is.
 
     Raises:
         ConfigError: for a file that cannot be read or is neither.
@@ -80,7 +81,8 @@ def read_rows(paths: Sequence[Path]) -> list[dict[str, Any]]:
                 f"{path} is no benchmark file ({error}); expected what experiments.benchmark --output or benchmarks.gpu_check "
                 "writes."
             ) from error
-    return [row for row in rows if "sizes" in row and not row["interpreted"]]
+    measured = [row for row in rows if "sizes" in row and not row["interpreted"]]
+    return [row for row in measured if row["op"] == "dense_attention" or not row["implementation"].startswith("peer:")]
 
 
 def _parse(text: str) -> list[dict[str, Any]]:

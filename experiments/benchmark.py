@@ -6,6 +6,7 @@ python -m experiments.benchmark --op=sparse_attention --shape=128_heads --implem
 """
 
 import json
+import os
 from pathlib import Path
 
 from absl import flags
@@ -17,6 +18,7 @@ _OP = flags.DEFINE_enum("op", "layer", ["layer", "train_step", *OPS], "What to m
 _LENGTHS = flags.DEFINE_list("lengths", [], "layer, train_step: sequence lengths in tokens; empty: the operation's own list.")
 _SHAPE = flags.DEFINE_list("shape", [], "Other ops: names of shapes; empty: laptop on CPU, all others on a GPU.")
 _IMPLEMENTATION = flags.DEFINE_list("implementation", [], "Other ops: implementations; empty: those of the platform.")
+_PEERS = flags.DEFINE_bool("peers", True, "Other ops: other libraries' kernels beside ours, where they are installed.")
 _OUTPUT = flags.DEFINE_string("output", "", "JSON Lines file that rows are appended to; empty: none.")
 
 DEFAULT_LENGTHS = {"layer": [4096, 16384, 32768], "train_step": [8192, 16384]}
@@ -25,7 +27,7 @@ DEFAULT_LENGTHS = {"layer": [4096, 16384, 32768], "train_step": [8192, 16384]}
 def main(argv: list[str]) -> int | None:
     """Measure; the modules print as they go. A wrong result ends in one line and status 1, without any time."""
     del argv
-    from dsa_jax.benchmarks import layer, ops, train_step
+    from dsa_jax.benchmarks import layer, ops, peers, train_step
     from dsa_jax.benchmarks.op_checks import CheckError
     from dsa_jax.train.rundir import describe_environment
 
@@ -34,9 +36,11 @@ def main(argv: list[str]) -> int | None:
         wrong, right = ("--lengths", "--shape") if is_op else ("--shape and --implementation", "--lengths")
         raise flags.ValidationError(f"{wrong} do not apply to --op={_OP.value}; expected {right}.")
     if is_op:
+        if _PEERS.value:
+            peers.share_memory(os.environ)
         lines: list[str] = []
         try:
-            rows = ops.run(_OP.value, _SHAPE.value, _IMPLEMENTATION.value, report=lines.append)
+            rows = ops.run(_OP.value, _SHAPE.value, _IMPLEMENTATION.value, with_peers=_PEERS.value, report=lines.append)
         except CheckError as error:
             print(f"wrong, nothing is timed: {error}")
             return 1

@@ -1,5 +1,6 @@
 """Whether an op is right on this device: against its definition, which runs here too, in float32."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -58,13 +59,43 @@ def _check(op: str, shape: OpShape, implementation: str, arrays: Arrays, sample:
         for name, x in actual.items():
             if not np.array_equal(np.asarray(x), np.asarray(again[name]), equal_nan=True):
                 raise CheckError(f"{op}, {implementation}: {name} has other bits in a second run; expected the same.")
+    return _compare_results(op, shape, implementation, actual, arrays, sample)
+
+
+def check_peer(op: str, shape: OpShape, name: str, results: Callable[[OpShape, Arrays], Arrays]) -> str:
+    """Checks another library's kernel: at reduced sizes as `check_reduced` does, then at `shape` as `check_real` does.
+
+    Dense attention of others sees all keys: it is not given ranges. They need not return every result of the op.
+
+    Args:
+        results: from shape and arrays to some or all of the op's results, by name.
+
+    Raises:
+        CheckError: for a result that is not the definition's, or none at all.
+    """
+    reduced = shape.reduced(64, 1100, 512)
+    arrays = make_inputs(op, reduced, seed=1)
+    arrays = arrays if op == "dense_attention" else _hostile(arrays)
+    _compare_results(op, reduced, name, results(reduced, arrays), arrays, None)
+    sample = np.unique(np.linspace(0, shape.queries - 1, min(64, shape.queries)).astype(np.int32))
+    arrays = make_inputs(op, shape, seed=2)
+    return _compare_results(op, shape, name, results(shape, arrays), arrays, sample)
+
+
+def _compare_results(
+    op: str, shape: OpShape, implementation: str, actual: Arrays, arrays: Arrays, sample: np.ndarray | None
+) -> str:
     given = {name: _widened(x if sample is None or name not in _PER_QUERY else x[:, sample]) for name, x in arrays.items()}
     expected = jax.jit(make_call(op, shape, "reference"))(**given)
+    if not actual.keys() & expected.keys():
+        raise CheckError(f"{op}, {implementation}: no result; expected some of {', '.join(expected)}.")
     for name, want in expected.items():
+        if name not in actual:
+            continue
         got = actual[name] if sample is None or name in _PER_KEY_RESULTS else actual[name][:, sample]
         compare(f"{op}, {implementation}: {name}", np.asarray(got), np.asarray(want), *_limits(op, name, shape.dtype))
     compared = shape.queries if sample is None else len(sample)
-    return f"{', '.join(expected)}: {compared} of {shape.queries} queries, {shape.keys} keys"
+    return f"{', '.join(x for x in expected if x in actual)}: {compared} of {shape.queries} queries, {shape.keys} keys"
 
 
 def _widened(x: Array) -> Array:

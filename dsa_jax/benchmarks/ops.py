@@ -1,14 +1,16 @@
 """Times one op at named shapes, after it has been found right on the same device; a wrong one gets no time."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from dsa_jax.benchmarks import op_checks, timing
+from dsa_jax.benchmarks import op_checks, peers, timing
 from dsa_jax.benchmarks.costs import cost, floor_seconds
 from dsa_jax.benchmarks.op_calls import IMPLEMENTATIONS, make_inputs, timed_call
 from dsa_jax.benchmarks.op_shapes import SHAPES, OpShape
+from pallas_kernels import tuning
 
 Row = dict[str, Any]
 
@@ -18,6 +20,7 @@ def run(
     shapes: Sequence[str] = (),
     implementations: Sequence[str] = (),
     *,
+    with_peers: bool = False,
     small: bool = False,
     report: Callable[[str], None] = print,
 ) -> list[Row]:
@@ -27,11 +30,12 @@ def run(
         op: a key of `SHAPES`.
         shapes: names out of `SHAPES[op]`; none: "laptop" on CPU, all others on a GPU.
         implementations: none: "reference" and "xla" on CPU, all but "reference" on a GPU, leaving out what is not there.
+        with_peers: measure other libraries' kernels after ours, at each shape, where they are installed.
         small: check at the sizes for interpreted kernels, and time two repeats.
         report: receives one line per row, and the reason for each that is left out.
 
     Returns:
-        The rows of `measure`.
+        The rows of `measure`; of a peer without `tiles`, and of one that is wrong only {op, shape, implementation, wrong}.
 
     Raises:
         ValueError: an op, shape or implementation that does not exist.
@@ -47,6 +51,7 @@ def run(
             raise ValueError(f"{op}: {kind} is {unknown[0]!r}; expected one of {', '.join(known)}.")
     rows: list[Row] = []
     report(format_header())
+    others = peers.of_op(op, report=report) if with_peers else []
     for name in names:
         for implementation in implementations or default_implementations(op):
             try:
@@ -58,6 +63,13 @@ def run(
                 continue
             rows.append(measure(op, name, SHAPES[op][name], implementation, repeats=2 if small else 20))
             report(format_row(rows[-1]))
+        for peer in others:
+            found = peers.run(op, name, SHAPES[op][name], peer, repeats=2 if small else 20, report=report)
+            if isinstance(found, timing.Timing):
+                rows.append(_row(op, name, SHAPES[op][name], peer.label(), found))
+                report(format_row(rows[-1]))
+            elif found is not None:
+                rows.append({"op": op, "shape": name, "implementation": peer.label(), **found})
     return rows
 
 
@@ -86,14 +98,25 @@ def measure(
 
     Returns:
         {op, shape, sizes, dtype, implementation, interpreted, device, seconds, p10, p90, repeats, timing, flops, bytes,
-        tflops_per_second, terabytes_per_second, floor_seconds, share_of_floor}: `seconds` is the median; floor and share are
-        None on devices whose peaks are not known.
+        tflops_per_second, terabytes_per_second, floor_seconds, share_of_floor, tiles}: `seconds` is the median; floor and share
+        are None on devices whose peaks are not known; `tiles` are the block sizes of each kernel, and where they come from.
     """
     arrays = make_inputs(op, shape)
     function, given = timed_call(op, shape, implementation, arrays)
     if warm_seconds is None:
         warm_seconds = 0.3 if repeats >= 10 else 0.0
-    timed = timing.measure(function, given, repeats=repeats, warm_seconds=warm_seconds)
+    with tuning.recorded() as choices:
+        timed = timing.measure(function, given, repeats=repeats, warm_seconds=warm_seconds)
+    return {**_row(op, name, shape, implementation, timed), "tiles": tiles_of(choices)}
+
+
+def tiles_of(choices: Sequence[tuning.Choice]) -> list[dict[str, Any]]:
+    """The block sizes of each kernel that ran, {kernel, source, ...}: `source` is "table", "default" or "trial"."""
+    found = [{"kernel": x.kernel, "source": x.source, **dataclasses.asdict(x.tiles)} for x in choices]
+    return list({str(x): x for x in found}.values())
+
+
+def _row(op: str, name: str, shape: OpShape, implementation: str, timed: timing.Timing) -> Row:
     device = jax.devices()[0].device_kind
     needed, floor = cost(op, shape), floor_seconds(op, shape, device)
     return {
@@ -121,7 +144,7 @@ def measure(
 def format_header() -> str:
     """The heading over lines of `format_row`."""
     return (
-        f"{'op':26} {'shape':24} {'implementation':16} {'ms':>10} {'p10':>10} {'p90':>10} {'TFLOP/s':>9} {'TB/s':>8} "
+        f"{'op':26} {'shape':24} {'implementation':24} {'ms':>10} {'p10':>10} {'p90':>10} {'TFLOP/s':>9} {'TB/s':>8} "
         f"{'floor':>7}  timing"
     )
 
@@ -132,6 +155,6 @@ def format_row(row: Row) -> str:
     share = "-" if row["share_of_floor"] is None else f"{row['share_of_floor']:.0%}"
     note = ", interpreted" if row["interpreted"] else ""
     return (
-        f"{row['op']:26} {row['shape']:24} {row['implementation']:16} {times} {row['tflops_per_second']:9.3f} "
+        f"{row['op']:26} {row['shape']:24} {row['implementation']:24} {times} {row['tflops_per_second']:9.3f} "
         f"{row['terabytes_per_second']:8.4f} {share:>7}  {row['timing']}{note}"
     )

@@ -47,6 +47,37 @@ def measure(
     return _summary([_once(chain, arrays) / count for _ in range(repeats)], f"chain of {count}")
 
 
+def measure_events(
+    call: Callable[[], Any],
+    cuda: Any,
+    *,
+    repeats: int = 20,
+    warm_seconds: float = 0.3,
+    chain_below: float = CHAIN_BELOW_SECONDS,
+) -> Timing:
+    """Times `call()`, which puts work on the GPU through torch, by CUDA events; `cuda` is `torch.cuda`.
+
+    A call shorter than `chain_below` is put there many times between two events, so that the GPU does not wait for the next.
+    """
+
+    def once(count: int) -> float:
+        start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(count):
+            call()
+        end.record()
+        cuda.synchronize()
+        return start.elapsed_time(end) / 1e3 / count
+
+    spent, began = [once(1)], time.perf_counter()
+    while time.perf_counter() - began < warm_seconds or len(spent) < 2:
+        spent.append(once(1))
+    estimate = max(min(spent), 1e-6)
+    count = 1 if estimate >= chain_below else max(2, min(2000, int(CHAIN_SECONDS / estimate)))
+    repeats = repeats if estimate < 1 else min(repeats, 3)
+    return _summary([once(count) for _ in range(repeats)], "CUDA events" + (f" around {count}" if count > 1 else ""))
+
+
 def _once(compiled: Callable[..., Any], arrays: Sequence[Any]) -> float:
     start = time.perf_counter()
     jax.block_until_ready(compiled(*arrays))

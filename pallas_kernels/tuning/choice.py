@@ -71,8 +71,10 @@ def trial(tiles: Mapping[str, AnyTiles]) -> Iterator[None]:
 def recorded() -> Iterator[list[Choice]]:
     """Collects the distinct choices of what is traced inside."""
     choices: list[Choice] = []
-    token = _record.set(choices)
+    outer, token = _record.get(), _record.set(choices)
     try:
         yield choices
     finally:
         _record.reset(token)
+        if outer is not None:
+            outer.extend(x for x in choices if x not in outer)

@@ -110,6 +110,7 @@ def test_files(rows, tmp_path):
     lines.write_text("".join(json.dumps({**row, "environment": {}}) + "\n" for row in [*rows, layer]))
     items = [{"status": "timed", "row": row} for row in rows] + [{"status": "passed"}]
     items.append({"status": "timed", "row": rows[0] | {"interpreted": True}})
+    items.append({"status": "timed", "row": rows[0] | {"op": "decode", "implementation": "peer:flash_mla 1.0"}})
     check.write_text(json.dumps({"items": items}))
     assert [row["op"] for row in read_rows([lines, check])] == 2 * [row["op"] for row in rows]
     lines.write_text("no rows")
