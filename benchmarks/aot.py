@@ -2,6 +2,7 @@
 
     make aot                      # all kernels
     make aot AOT_ARGS=indexer     # those whose name or shape contains a word
+    make aot AOT_ARGS="--candidates=runs/tune/unfit.jsonl decode"    # other block sizes, too: what experiments.tune may skip
 
 Exit status 1 when a kernel spills registers, asks for more shared memory than the device has, or does not compile. What is
 compiled is not run: nothing here says how fast or how right a kernel is.
@@ -14,9 +15,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "0"
 os.environ["TF_CPP_VMODULE"] = "subprocess_compilation=5"
 
+import argparse
 import atexit
 import contextlib
+import dataclasses
 import functools
+import json
 import re
 import shutil
 import subprocess
@@ -25,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 DUMP = tempfile.mkdtemp(prefix="aot-")
 atexit.register(shutil.rmtree, DUMP, ignore_errors=True)
@@ -37,9 +41,10 @@ from jax.experimental import topologies  # noqa: E402
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh  # noqa: E402
 
 from benchmarks.kernel_cases import KernelCase, cases  # noqa: E402
-from pallas_kernels.tuning import AnyTiles  # noqa: E402
+from pallas_kernels import tuning  # noqa: E402
 
 TARGET = Path(__file__).with_name("h200.txtpb")
+MESH = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", 132, "cuda"))
 PTXAS = re.compile(
     r"Compiling entry function '(?P<name>[^']+)'.*?(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
     r".*?Used (?P<registers>\d+) registers",
@@ -82,8 +87,7 @@ def compile_case(case: KernelCase, sharding: SingleDeviceSharding) -> list[Compi
     for old in Path(DUMP).glob("module_*"):
         old.unlink()
     arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in case.arrays]
-    mesh = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", 132, "cuda"))
-    with captured_stderr() as log, use_abstract_mesh(mesh):
+    with captured_stderr() as log, use_abstract_mesh(MESH):
         temporary = jax.jit(case.function).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
     reports = {match["name"]: match for match in PTXAS.finditer(log.read_text(errors="replace"))}
     thunks = "\n".join(path.read_text() for path in Path(DUMP).glob("*thunk_sequence.txt"))
@@ -94,23 +98,64 @@ def compile_case(case: KernelCase, sharding: SingleDeviceSharding) -> list[Compi
     return [Compiled(name, *_registers_and_spills(reports[name]), *sizes[name], temporary) for name in case.kernels]
 
 
+def try_candidates(case: KernelCase, sharding: SingleDeviceSharding, limit: int) -> Iterator[dict[str, Any]]:
+    """Compiles a case with other block sizes, a kernel at a time: {kernel, shape, tiles, unfit}, `unfit` None where it fits."""
+    arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in case.arrays]
+    with tuning.recorded() as choices, use_abstract_mesh(MESH):
+        jax.eval_shape(case.function, *arrays)
+    for choice in {choice.kernel: choice for choice in choices if choice.kernel in case.kernels}.values():
+        for tiles in tuning.candidates(choice.kernel, choice.default, choice.shape, limit=limit)[1:]:
+            jax.clear_caches()
+            unfit = None
+            try:
+                with tuning.trial({choice.kernel: tiles}):
+                    compiled = {x.kernel: x for x in compile_case(case, sharding)}
+                if compiled[choice.kernel].spilled_bytes:
+                    unfit = f"{compiled[choice.kernel].spilled_bytes} bytes spilled"
+            except Exception as error:  # a candidate that does not compile is what is looked for
+                unfit = str(error).splitlines()[0][:200]
+            yield {"kernel": choice.kernel, "shape": choice.shape, "tiles": dataclasses.asdict(tiles), "unfit": unfit}
+
+
+def write_candidates(path: Path, words: list[str], limit: int) -> int:
+    """Adds what fits and what does not to a JSON Lines file, for `experiments.tune --unfit`; returns how many were tried."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tried = 0
+    sharding = h200()
+    for case in cases():
+        if not all(word in f"{', '.join(case.kernels)} {case.name}: {case.shape}" for word in words):
+            continue
+        for row in try_candidates(case, sharding, limit):
+            tried += 1
+            sizes = " ".join(f"{name}={size}" for name, size in row["tiles"].items())
+            print(f"{case.name}: {case.shape}: {row['kernel']} {sizes}: {row['unfit'] or 'fits'}", flush=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**row, "jax": jax.__version__}) + "\n")
+    return tried
+
+
 def _registers_and_spills(report: re.Match[str]) -> tuple[int, int]:
     return int(report["registers"]), int(report["stores"]) + int(report["loads"])
 
 
-def rows() -> Iterator[tuple[str, str, Callable[[], list[Compiled]]]]:
-    """(kernels, shape, what compiles them) of every case."""
+def h200() -> SingleDeviceSharding:
+    """An H200 to compile for."""
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name="h200", target_config=TARGET.read_text(), topology="1x1x1"
     )
-    sharding = SingleDeviceSharding(topology.devices[0])
+    return SingleDeviceSharding(topology.devices[0])
+
+
+def rows() -> Iterator[tuple[str, str, Callable[[], list[Compiled]]]]:
+    """(kernels, shape, what compiles them) of every case."""
+    sharding = h200()
     for case in cases():
         yield ", ".join(case.kernels), f"{case.name}: {case.shape}", functools.partial(compile_case, case, sharding)
     for width in (32768, 131072):
         yield "radix_select", f"index_topk: {width} keys, topk 2048", functools.partial(compile_radix_select, width)
 
 
-def compile_radix_select(width: int, tiles: AnyTiles | None = None) -> list[Compiled]:
+def compile_radix_select(width: int) -> list[Compiled]:
     """The Triton kernel, compiled by Triton for sm_90a and assembled by the ptxas that XLA uses.
 
     Raises:
@@ -123,8 +168,7 @@ def compile_radix_select(width: int, tiles: AnyTiles | None = None) -> list[Comp
     from pallas_kernels.index_topk.triton_kernels import radix_select
     from pallas_kernels.tuning import ScanTiles
 
-    tiles = tiles or ScanTiles()
-    assert isinstance(tiles, ScanTiles)
+    tiles = ScanTiles()
     os.environ["TRITON_CACHE_DIR"] = DUMP  # jax-triton empties it
     constants = {"WIDTH": width, "TOPK": 2048, "BLOCK": tiles.block}
     signature = {"ranked": "*fp32", "positions": "*i32", **dict.fromkeys(constants, "constexpr")}
@@ -169,4 +213,12 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="only cases whose kernels or name contain all of them")
+    parser.add_argument("--candidates", type=Path, help="compile other block sizes instead, and add what fits to this file")
+    parser.add_argument("--limit", type=int, default=24, help="candidates of each kernel")
+    given = parser.parse_args()
+    if given.candidates is not None:
+        print(f"{write_candidates(given.candidates, given.words, given.limit)} tried: {given.candidates}")
+        sys.exit(0)
+    sys.exit(main(given.words))

@@ -114,9 +114,10 @@ def read_unfit(path: Path) -> set[tuple[str, str]]:
 
 
 def unfit_key(kernel: str, shape: tuning.Shape, tiles: Mapping[str, int]) -> tuple[str, str]:
-    """A kernel with what decides whether it fits: not how many queries or keys there are."""
+    """A kernel with what decides whether it fits: not how many keys there are, nor queries unless they are few."""
     exact = {name: shape[name] for name in tuning.KERNELS[kernel].exact}
-    return kernel, json.dumps([exact, dict(tiles)], sort_keys=True)
+    is_few = "queries" in shape and tuning.has_few_queries(shape)
+    return kernel, json.dumps([exact, is_few, dict(tiles)], sort_keys=True)
 
 
 def run(

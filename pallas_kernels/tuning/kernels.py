@@ -124,6 +124,11 @@ def candidates(kernel: str, default: AnyTiles, shape: Shape, *, limit: int | Non
     return [default, *found][:limit]
 
 
+def has_few_queries(shape: Shape) -> bool:
+    """Whether programs may share a query: such a call writes partial results, in float32."""
+    return _number(shape, "queries") * int(shape.get("groups", 1)) < 4 * PROCESSORS
+
+
 def _values(name: str, shape: Shape) -> list[int]:
     """What is tried of a field."""
     if name == "num_warps":
@@ -131,9 +136,7 @@ def _values(name: str, shape: Shape) -> list[int]:
     if name == "num_stages":
         return [1, 2, 3, 4]
     if name == "programs":
-        # Only few queries are split.
-        is_few = _number(shape, "queries") * _number(shape, "groups") < 4 * PROCESSORS
-        return [PROCESSORS, 2 * PROCESSORS, 4 * PROCESSORS] if is_few else [PROCESSORS]
+        return [PROCESSORS, 2 * PROCESSORS, 4 * PROCESSORS] if has_few_queries(shape) else [PROCESSORS]
     smallest, largest, of = {
         "block_h": (SMALLEST_SIDE, 128, shape.get("heads", 1)),
         "block_k": (SMALLEST_SIDE, 256, shape.get("topk", shape.get("keys", 1))),

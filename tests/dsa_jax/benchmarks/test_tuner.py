@@ -126,10 +126,14 @@ def test_no_entry_where_the_whole_is_wrong_or_nothing_runs(search):
 
 def test_unfit_file(tmp_path):
     path, tiles = tmp_path / "unfit.jsonl", dataclasses.asdict(DEFAULT[OTHER])
-    rows = [{"kernel": OTHER, "shape": SHAPE, "tiles": tiles, "unfit": reason} for reason in ("8 bytes spilled", None)]
+    rows = [
+        {"kernel": OTHER, "shape": SHAPE | {"queries": 5}, "tiles": tiles, "unfit": reason}
+        for reason in ("8 bytes spilled", None)
+    ]
     rows[1]["shape"] = {**SHAPE, "heads": 8}
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert tuner.read_unfit(path) == {tuner.unfit_key(OTHER, SHAPE, tiles)}
+    assert tuner.unfit_key(OTHER, SHAPE, tiles) != tuner.unfit_key(OTHER, SHAPE | {"queries": 4096}, tiles)
 
 
 @pytest.mark.slow
