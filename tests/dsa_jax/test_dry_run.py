@@ -39,7 +39,7 @@ from tests.dsa_jax.model.conftest import compile_quickly
 from tests.dsa_jax.train.tiny import tiny_config
 
 __all__ = ["compile_quickly"]
-RECIPES = [name for _, name, _ in pkgutil.iter_modules(configs.__path__)]
+RECIPES = [name for _, name, is_package in pkgutil.iter_modules(configs.__path__) if not is_package]
 
 
 def recipe(preset="fsdp4_tp2", **tiny):

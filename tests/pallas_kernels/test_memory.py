@@ -57,7 +57,14 @@ def kl_selected(x, visible):
     return kl(x, visible, x["topk_indices"])
 
 
-@pytest.mark.parametrize("run", [topk, sparse, dense, kl, kl_selected], ids=lambda f: f.__name__)
+def blocks(x, visible):
+    geometry = pk.BlockGeometry(32, 16, 64, topk=16, n_initial=1, n_local=2)
+    n_keys = x["k"].shape[1]
+    settings = {"softmax_scale": 1.0, "n_keys": n_keys, "geometry": geometry, "implementation": "xla"}
+    return pk.block_topk(x["q"], x["k"][:, : geometry.n_compressed(n_keys)], x["lse"], **settings, **visible)
+
+
+@pytest.mark.parametrize("run", [topk, sparse, dense, kl, kl_selected, blocks], ids=lambda f: f.__name__)
 def test_temporaries_grow_linearly(run):
     def temporaries(length):
         def call(x):
