@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from dsa_jax.model.attention import AttentionOutput, attend, needs_dense_heads, needs_indexer
+from dsa_jax.model.attention import AttentionOutput, AttentionParts, attend, needs_dense_heads, needs_indexer
 from dsa_jax.model.cache import INDEX_KEYS, CacheEntry, LayerCache
 from dsa_jax.model.cached_attention import CachedAttentionOutput, attend_cached
 from dsa_jax.model.indexer import Indexer
@@ -92,6 +92,11 @@ class GQA(nn.Module):
             implementation=self.implementation,
         )
         return result._replace(out=self._project_out(result.out))
+
+    def parts(self, x: Float[Array, "B T E"], positions: Int[Array, "B T"]) -> AttentionParts:
+        """What it would attend with; `x` is normed."""
+        index = None if self.indexer is None else self.indexer(x, x, positions)
+        return AttentionParts(self._heads(x, positions), index, self.head_dim**-0.5)
 
     def extend(
         self,

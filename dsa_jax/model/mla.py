@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from dsa_jax.model.attention import AttentionOutput, attend, needs_dense_heads, needs_indexer
+from dsa_jax.model.attention import AttentionOutput, AttentionParts, attend, needs_dense_heads, needs_indexer
 from dsa_jax.model.cache import INDEX_KEYS, CacheEntry, LayerCache
 from dsa_jax.model.cached_attention import CachedAttentionOutput, attend_cached
 from dsa_jax.model.indexer import Indexer
@@ -106,6 +106,13 @@ class MLA(nn.Module):
             implementation=self.implementation,
         )
         return result._replace(out=self._project_out(self._expand_values(result.out) if selects else result.out))
+
+    def parts(self, x: Float[Array, "B T E"], positions: Int[Array, "B T"]) -> AttentionParts:
+        """What it would attend with, expanded per head; `x` is normed."""
+        parts = self._project(x, positions)
+        index = None if self.indexer is None else self.indexer(x, parts.q_input, positions)
+        heads = self.mha_heads(parts.q_nope, parts.q_rope, parts.latent, parts.k_rope)
+        return AttentionParts(heads, index, self.softmax_scale)
 
     def extend(
         self,
