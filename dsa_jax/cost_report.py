@@ -19,6 +19,15 @@ CACHE_DTYPES = ("bfloat16", "fp8")
 N_POINTS = 512
 _SHOWN = 8
 
+PUBLISHED_POSITIONS = (0, 2048, 8192, 16384, 32768, 65536, 98304, 131072)
+PUBLISHED_DOLLARS = {
+    ("prefill", "dense"): (0.0529, 0.0624, 0.0912, 0.1295, 0.2061, 0.3593, 0.5125, 0.6658),
+    ("prefill", "sparse"): (0.0611, 0.0729, 0.1009, 0.1067, 0.1182, 0.1412, 0.1641, 0.1871),
+    ("decode", "dense"): (0.0705, 0.1031, 0.2008, 0.3310, 0.5915, 1.1124, 1.6334, 2.154),
+    ("decode", "sparse"): (0.0952, 0.1444, 0.1506, 0.1572, 0.1703, 0.1965, 0.2228, 0.2491),
+}
+"""Dollars per million tokens of the DeepSeek-V3.2-Exp report, figure 3, read off its vector paths."""
+
 
 def cost_tables(config: ModelConfig, rates: Rates, max_length: int) -> dict[str, Any]:
     """Everything the report shows, as JSON values: positions, dollars by phase and attention, cache bytes, training FLOPs.

@@ -22,14 +22,22 @@ def plot_ablation(result: Mapping[str, Any], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("the plot needs matplotlib. Run: pip install 'dsa-jax[plot]'") from error
-    lines = answers(result)
-    dense = next((line for line in lines if line.name == BEFORE.name), None)
-    variants = [line for line in lines if line is not dense]
-    names = [n for n in dict.fromkeys(n for line in variants for n in line.quantities) if n not in _NOT_SHOWN]
-    on_axis = all(line.place is not None for line in variants)
-    n_rows = -(-len(names) // _PANELS_PER_ROW)
+    figure = Figure(figsize=figure_size(result), layout="constrained")
+    draw_ablation(figure, result)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def figure_size(result: Mapping[str, Any]) -> tuple[float, float]:
+    """Width and height in inches that `draw_ablation` needs."""
+    _, variants, names, on_axis = _content(result)
     height = 2.9 if on_axis else 1.0 + 0.32 * len(variants)
-    figure = Figure(figsize=(11.5, 0.5 + height * n_rows), layout="constrained")
+    return 11.5, 0.5 + height * -(-len(names) // _PANELS_PER_ROW)
+
+
+def draw_ablation(figure: Any, result: Mapping[str, Any]) -> None:
+    """Fill a matplotlib figure; its layout should be constrained."""
+    dense, variants, names, on_axis = _content(result)
+    n_rows = -(-len(names) // _PANELS_PER_ROW)
     figure.suptitle(result["question"], fontsize=12)
     panels = figure.subplots(n_rows, min(len(names), _PANELS_PER_ROW), squeeze=False)
     for panel, name in zip(panels.flat, names, strict=False):
@@ -42,7 +50,15 @@ def plot_ablation(result: Mapping[str, Any], path: Path) -> None:
         panel.set_visible(False)
     handles, labels = panels.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def _content(result: Mapping[str, Any]) -> tuple[Answer | None, list[Answer], list[str], bool]:
+    """Dense attention, the variants, the quantities shown, and whether the variants lie on an axis."""
+    lines = answers(result)
+    dense = next((line for line in lines if line.name == BEFORE.name), None)
+    variants = [line for line in lines if line is not dense]
+    names = [n for n in dict.fromkeys(n for line in variants for n in line.quantities) if n not in _NOT_SHOWN]
+    return dense, variants, names, all(line.place is not None for line in variants)
 
 
 def _along_axis(panel: Any, name: str, variants: Sequence[Answer], axis: str) -> None:

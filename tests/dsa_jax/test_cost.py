@@ -12,16 +12,7 @@ from dsa_jax.cost import (
     pays_from,
     training_flops_per_token,
 )
-from dsa_jax.cost_report import cost_tables, format_costs, plot_costs
-
-# DeepSeek-V3.2-Exp report, figure 3, read off its vector paths.
-POSITIONS = (0, 2048, 8192, 16384, 32768, 65536, 98304, 131072)
-PUBLISHED = {
-    ("prefill", "dense"): (0.0529, 0.0624, 0.0912, 0.1295, 0.2061, 0.3593, 0.5125, 0.6658),
-    ("prefill", "sparse"): (0.0611, 0.0729, 0.1009, 0.1067, 0.1182, 0.1412, 0.1641, 0.1871),
-    ("decode", "dense"): (0.0705, 0.1031, 0.2008, 0.3310, 0.5915, 1.1124, 1.6334, 2.154),
-    ("decode", "sparse"): (0.0952, 0.1444, 0.1506, 0.1572, 0.1703, 0.1965, 0.2228, 0.2491),
-}
+from dsa_jax.cost_report import PUBLISHED_DOLLARS, PUBLISHED_POSITIONS, cost_tables, format_costs, plot_costs
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +20,11 @@ def v32():
     return deepseek_v32.get_config().model
 
 
-@pytest.mark.parametrize(("phase", "attention"), PUBLISHED)
+@pytest.mark.parametrize(("phase", "attention"), PUBLISHED_DOLLARS)
 def test_curves_of_the_report(v32, phase, attention):
     """Within 2 percent at 32K, 64K, 96K and 128K as at every other position that was read off."""
-    ours = dollars_per_million_tokens(v32, POSITIONS, phase=phase, attention=attention, rates=H800_REPORT)
-    np.testing.assert_allclose(ours, PUBLISHED[phase, attention], rtol=0.02)
+    ours = dollars_per_million_tokens(v32, PUBLISHED_POSITIONS, phase=phase, attention=attention, rates=H800_REPORT)
+    np.testing.assert_allclose(ours, PUBLISHED_DOLLARS[phase, attention], rtol=0.02)
 
 
 def test_flops_of_v32_by_hand(v32):
