@@ -1,11 +1,12 @@
-# make quickstart | test | lint | parity | aot | clean.  VENV and PYTHON choose another environment; PINS adds requirements, e.g. PINS="jax==0.11.2".
+# make quickstart | test | lint | parity | notebooks | aot | clean.  VENV and PYTHON choose another environment; PINS adds requirements, e.g. PINS="jax==0.11.2".
 VENV ?= .venv
 PYTHON ?= python3
 PINS ?=
 PARITY_VENV ?= .venv-parity
+NOTEBOOKS_VENV ?= .venv-notebooks
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint parity aot gpu-check clean
+.PHONY: quickstart test lint parity notebooks aot gpu-check clean
 
 quickstart: $(VENV)/.has-plot
 	$(BIN)/python -m experiments.retrofit --config=configs/quickstart.py --workdir=runs/quickstart
@@ -28,6 +29,11 @@ $(PARITY_VENV)/.has-parity: setup.py pyproject.toml
 	$(PARITY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[parity,test]"
 	touch $@
 
+# Runs every notebook from its source and writes its outputs; trained anew, in a directory for temporary files of its own.
+notebooks:
+	$(MAKE) $(NOTEBOOKS_VENV)/.has-notebooks VENV=$(NOTEBOOKS_VENV)
+	export TMPDIR=$$(mktemp -d) && $(NOTEBOOKS_VENV)/bin/python -m experiments.notebooks.build; status=$$?; rm -r "$$TMPDIR"; exit $$status
+
 $(VENV)/.has-%: setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) --editable ".[$*]"
@@ -45,4 +51,4 @@ gpu-check:
 	$(GPU_PYTHON) -m benchmarks.gpu_check --output=benchmarks/results/gpu_check.json
 
 clean:
-	rm -rf $(VENV) $(PARITY_VENV) build *.egg-info
+	rm -rf $(VENV) $(PARITY_VENV) $(NOTEBOOKS_VENV) build *.egg-info

@@ -43,7 +43,7 @@ setup(
         "plot": PLOT,
         "data": DATA,
         "tensorboard": ["tensorboardX>=2.6.5"],
-        "notebooks": ["jupytext>=1.19", "nbmake>=1.5.5", "ipykernel", *PLOT],
+        "notebooks": ["jupytext>=1.19", "nbclient>=0.10", "ipykernel", *PLOT],
         "parity": PARITY,
         "test": TEST,
         "dev": [*TEST, "tensorboardX>=2.6.5"],

@@ -1,0 +1,58 @@
+r"""Runs the notebooks: NAME.py, the source, becomes NAME.ipynb with its outputs.
+
+python -m experiments.notebooks.build            # all
+python -m experiments.notebooks.build costs parity
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+NAMES = ("indexer", "retrofit", "parity", "costs", "ablations")
+
+
+def build(name: str) -> float:
+    """Execute one notebook from its source and write it; the seconds that took.
+
+    Raises:
+        ImportError: when the `notebooks` extra is not installed, with the command that installs it.
+        nbclient.exceptions.CellExecutionError: when a cell fails; nothing is written.
+    """
+    try:
+        import jupytext
+        from nbclient import NotebookClient
+    except ImportError as error:
+        raise ImportError("notebooks need jupytext and nbclient. Run: pip install 'dsa-jax[notebooks]'") from error
+    started = time.perf_counter()
+    notebook: Any = jupytext.read(FOLDER / f"{name}.py", fmt="py:percent")
+    # In the kernel the repository is the working directory, so that nothing in the outputs names another.
+    resources = {"metadata": {"path": str(FOLDER.parents[1])}}
+    NotebookClient(notebook, timeout=900, kernel_name="python3", resources=resources, record_timing=False).execute()
+    notebook.metadata = {
+        "jupytext": {"formats": "ipynb,py:percent"},
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    }
+    for number, cell in enumerate(notebook.cells):
+        cell["id"], cell["metadata"] = f"cell-{number}", {}  # drawn at random otherwise
+        if cell["cell_type"] == "code":
+            # Figures and prints are what a reader sees; the value of a last expression is an object's address.
+            cell["outputs"] = [output for output in cell["outputs"] if output["output_type"] != "execute_result"]
+    jupytext.write(notebook, FOLDER / f"{name}.ipynb", fmt="ipynb")
+    return time.perf_counter() - started
+
+
+def main(names: list[str]) -> int:
+    """The command."""
+    unknown = [name for name in names if name not in NAMES]
+    if unknown:
+        print(f"error: there is no notebook {unknown[0]}; expected one of {', '.join(NAMES)}.", file=sys.stderr)
+        return 2
+    for name in names or NAMES:
+        print(f"{name}: {build(name):.0f} seconds", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
