@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dsa_jax.parallel.placement import place
 from dsa_jax.params import parameter_paths
@@ -18,24 +19,30 @@ VARIANT = (
     ("forced_sink", 1),
     ("forced_local", 2),
     ("distill_shared", True),
+    ("coarse_block_size", 4),
+    ("coarse_loss_weight", 0.5),
 )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def gradients(model, params, input_ids):
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def gradients(model, params, input_ids, indexer_loss):
     def loss(params):
-        out = model.apply({"params": params}, input_ids, attention="sparse", indexer_loss="sparse", return_topk_indices=True)
+        asked = {"attention": "sparse", "indexer_loss": indexer_loss, "return_topk_indices": True}
+        out = model.apply({"params": params}, input_ids, **asked)
         return jax.nn.logsumexp(out.logits, axis=-1).mean() + out.indexer_kl.sum(), (out.indexer_kl, out.topk_indices)
 
     return jax.grad(loss, has_aux=True)(params)
 
 
-def test_rows_heads_and_positions_split():
+@pytest.mark.parametrize("indexer_loss", ["sparse", "dense"])
+def test_rows_heads_and_positions_split(indexer_loss):
     model, params = built("gqa", layer_types=("full", "shared"), implementation="xla", variant=VARIANT)
     input_ids = random_ids(4)
-    wanted, (kl, indices) = jax.device_get(gradients(model, params, input_ids))
+    wanted, (kl, indices) = jax.device_get(gradients(model, params, input_ids, indexer_loss))
     with jax.set_mesh(mesh("fsdp2_tp2_cp2")):
-        got, (sharded_kl, sharded_indices) = jax.device_get(gradients(model, place(params), jnp.asarray(input_ids)))
+        got, (sharded_kl, sharded_indices) = jax.device_get(
+            gradients(model, place(params), jnp.asarray(input_ids), indexer_loss)
+        )
     np.testing.assert_allclose(sharded_kl, kl, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(sharded_indices, indices)
     for path, gradient in parameter_paths(wanted).items():
