@@ -2,10 +2,9 @@
 
 import json
 import logging
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -24,7 +23,7 @@ from dsa_jax.evals.parity import BEFORE, evaluate_parity
 from dsa_jax.model import build_model
 from dsa_jax.train.init import load_run
 from dsa_jax.train.retrofit import retrofit
-from dsa_jax.train.rundir import RunError, atomic_write_text, describe_environment
+from dsa_jax.train.rundir import RunError, atomic_write_text
 
 _LOG = logging.getLogger(__name__)
 
@@ -36,7 +35,8 @@ def run_ablation(ablation: Ablation, workdir: Path, results: Path, *, command: s
     """Train what `results` does not hold yet, and write `results`/<name>.json after every run.
 
     The dense pretraining is done once per seed and shared. A run that another sweep in `results` holds already is taken from
-    there. A run that ends in an error is recorded with its message, and tried again by the next call.
+    there; seeds that the sweep's own file holds beside those asked for stay in it. A run that ends in an error is recorded with
+    its message, and tried again by the next call.
 
     Args:
         ablation: the sweep.
@@ -52,30 +52,38 @@ def run_ablation(ablation: Ablation, workdir: Path, results: Path, *, command: s
     """
     ablation.validate()
     results.mkdir(parents=True, exist_ok=True)
-    known = {run["key"]: run for run in known_runs(results) if "rows" in run}
     path = results / f"{ablation.name}.json"
+    known = {run["key"]: run for run in known_runs(results) if "rows" in run}
+    earlier = {run["seed"] for run in _read(path)} if path.exists() else set()
+    seeds = sorted({*ablation.seeds, *earlier})
+    jobs = {(variant.name, seed): ablation.key(variant, seed) for seed in seeds for variant in ablation.variants}
     summary: dict[str, Any] = {
         "name": ablation.name,
         "question": ablation.question,
         "axis": ablation.axis,
         "command": command,
-        "seeds": list(ablation.seeds),
         "variants": [_described(v) for v in ablation.variants],
         "base": differences(ablation.base),
-        "runs": [],
     }
-    jobs = [(variant, seed) for seed in ablation.seeds for variant in ablation.variants]
-    for number, (variant, seed) in enumerate(jobs, start=1):
-        key = ablation.key(variant, seed)
+
+    def write() -> None:
+        found = [{**known[k], "variant": name, "seed": seed, "key": k} for (name, seed), k in jobs.items() if k in known]
+        summary["seeds"] = sorted({run["seed"] for run in found})
+        summary["runs"] = found
+        atomic_write_text(path, json.dumps(summary, indent=1) + "\n")
+
+    wanted = [(variant, seed) for seed in ablation.seeds for variant in ablation.variants]
+    for number, (variant, seed) in enumerate(wanted, start=1):
+        key = jobs[variant.name, seed]
         if key not in known:
-            _LOG.info("%s: %s, seed %d (run %d of %d)", ablation.name, variant.name, seed, number, len(jobs))
+            _LOG.info("%s: %s, seed %d (run %d of %d)", ablation.name, variant.name, seed, number, len(wanted))
             run = _run(ablation, variant, seed, workdir)
             jax.clear_caches()  # the next run has programs of its own
             if run is None:
                 return None
             known[key] = run
-        summary["runs"].append({**known[key], "variant": variant.name, "seed": seed, "key": key})
-        atomic_write_text(path, json.dumps(summary, indent=1) + "\n")
+            write()
+    write()
     return summary
 
 
@@ -98,45 +106,49 @@ def known_runs(results: Path) -> Iterator[Run]:
         RunError: for a file that is no result file.
     """
     for path in sorted(results.glob("*.json")):
-        try:
-            yield from json.loads(path.read_text(encoding="utf-8"))["runs"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{path} is no result of an ablation ({error}). Restore it or delete it.") from error
+        yield from _read(path)
+
+
+def _read(path: Path) -> list[Run]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["runs"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is no result of an ablation ({error}). Restore it or delete it.") from error
 
 
 def _run(ablation: Ablation, variant: Variant, seed: int, workdir: Path) -> Run | None:
     """One run's outcome; None if a signal stopped it."""
-    config = ablation.config(variant, seed)
-    started = time.perf_counter()
     try:
-        trained = _train(config, workdir)
+        trained = _train(ablation.config(variant, seed), workdir)
         if trained is None:
             return None
-        report = _finished(trained)
-        rows = report["rows"] if variant.retains_run else _evaluate(trained, variant, report["rows"])
+        report = _finished(trained.run)
+        rows = report["rows"] if variant.retains_run else _evaluate(trained.run, variant, report["rows"])
     except RunError as error:
         _LOG.error("%s, seed %d: %s", variant.name, seed, error)
         return {"failed": str(error)}
     return {
         "rows": rows,
-        "stages": {
-            stage: {name: round(entry[name], 2) for name in ("steps", "seconds", "compile_seconds") if name in entry}
-            for stage, entry in report["stages"].items()
-        },
-        "seconds": round(time.perf_counter() - started, 1),
-        "environment": describe_environment(),
+        "trained": [{"key": path.name, "seconds": _seconds(path)} for path in (trained.dense, trained.run) if path],
+        "environment": {name: report["environment"][name] for name in ("python", "versions", "device", "git")},
     }
 
 
-def _train(config: Config, workdir: Path) -> Path | None:
-    """The run directory of `config`, complete; None if a signal stopped it."""
-    dense = dense_part(config)
+class _Trained(NamedTuple):
+    run: Path
+    dense: Path | None
+
+
+def _train(config: Config, workdir: Path) -> _Trained | None:
+    """The run directory of `config`, complete, and that of its dense part; None if a signal stopped one of them."""
+    dense, dense_run = dense_part(config), None
     if dense is not None:
         dense_run = _complete(dense, workdir)
         if dense_run is None:
             return None
         config = after_dense(config, str(dense_run))
-    return _complete(config, workdir)
+    run = _complete(config, workdir)
+    return None if run is None else _Trained(run, dense_run)
 
 
 def _complete(config: Config, workdir: Path) -> Path | None:
@@ -150,6 +162,12 @@ def _complete(config: Config, workdir: Path) -> Path | None:
 
 def _finished(run: Path) -> dict[str, Any]:
     return json.loads((run / REPORT).read_text(encoding="utf-8"))
+
+
+def _seconds(run: Path) -> float:
+    """Wall time of all stages, evaluation and compilation included."""
+    stages = _finished(run)["stages"].values()
+    return round(sum(stage["seconds"] + stage.get("compile_seconds", 0.0) for stage in stages), 1)
 
 
 def _evaluate(trained: Path, variant: Variant, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """What a sweep found: for each variant and each quantity its values over the seeds, beside dense attention."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +94,7 @@ def format_markdown(result: Mapping[str, Any]) -> str:
         f"Command: `{result['command']}`",
         "",
         *(f"{text}." for text in environments(result)),
-        f"{len(result['runs'])} runs, {total_seconds(result) / 60:.0f} minutes, dense pretraining and compilation included.",
+        f"{len(result['runs'])} runs in {total_seconds(result) / 60:.0f} minutes, dense pretraining and compilation included.",
         "",
     ]
     return "\n".join(page)
@@ -111,5 +112,6 @@ def environments(result: Mapping[str, Any]) -> list[str]:
 
 
 def total_seconds(result: Mapping[str, Any]) -> float:
-    """Wall time of the runs, added up; what several of them share is counted where it was done."""
-    return sum(run.get("seconds", 0.0) for run in result["runs"])
+    """Wall time of all training that the sweep rests on; what several runs share counts once."""
+    trained = {part["key"]: part["seconds"] for run in result["runs"] for part in run.get("trained", ())}
+    return math.fsum(trained.values())

@@ -116,10 +116,12 @@ def test_a_sweep_trains_each_run_once_and_continues(tmp_path, monkeypatch):
     assert (tmp_path / "sweep.png").stat().st_size > 5000
 
 
-def finished(tmp_path, rows=()):
+def finished(tmp_path):
+    environment = {"python": "3", "versions": {"jax": "0"}, "device": {"count": 1, "kind": "cpu"}, "git": None}
+    report = {"rows": [], "stages": {"sparse": {"seconds": 4.0, "compile_seconds": 2.0}}, "environment": environment}
     (tmp_path / "run").mkdir(exist_ok=True)
-    (tmp_path / "run" / "report.json").write_text(json.dumps({"rows": list(rows), "stages": {}}))
-    return tmp_path / "run"
+    (tmp_path / "run" / "report.json").write_text(json.dumps(report))
+    return run_module._Trained(tmp_path / "run", None)
 
 
 def test_a_run_that_fails_is_recorded_and_tried_again(tmp_path, monkeypatch):
@@ -146,6 +148,16 @@ def test_a_signal_stops_the_sweep_and_keeps_what_is_done(tmp_path, monkeypatch):
     assert [run["variant"] for run in known_runs(tmp_path / "results")] == ["two"]
 
 
+def test_other_seeds_of_the_same_sweep_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "_train", lambda config, workdir: finished(tmp_path))
+    places = tmp_path / "runs", tmp_path / "results"
+    run_ablation(sweep(Variant("two", {TOPK: 2}), seeds=(0, 1)), *places, command="both")
+    again = run_ablation(sweep(Variant("two", {TOPK: 2}), Variant("base"), seeds=(1,)), *places, command="one")
+    assert again["seeds"] == [0, 1]
+    assert [(run["variant"], run["seed"]) for run in again["runs"]] == [("two", 0), ("two", 1), ("base", 1)]
+    assert again["runs"][0]["trained"] == [{"key": "run", "seconds": 6.0}]
+
+
 def test_a_file_that_is_no_result_is_named(tmp_path):
     (tmp_path / "x.json").write_text("[1]")
     with pytest.raises(RunError, match=r"x\.json is no result"):
@@ -157,8 +169,9 @@ def test_the_page_shows_means_and_spreads():
 
     def run(variant, seed, accuracy):
         row = {"recall_accuracy": accuracy, "text_loss": None, "coverage": 0.5, "keys_per_query": 8.0}
+        trained = [{"key": "dense", "seconds": 90.0}, {"key": f"{variant}{seed}", "seconds": 30.0}]
         rows = [{"name": BEFORE.name, **row, "recall_accuracy": 1.0}, {"name": "sparse", **row}]
-        return {"variant": variant, "seed": seed, "rows": rows, "seconds": 30.0, "environment": environment}
+        return {"variant": variant, "seed": seed, "rows": rows, "trained": trained, "environment": environment}
 
     result = {
         "name": "n", "question": "Why?", "axis": "kind", "command": "c", "seeds": [0, 1],
@@ -168,4 +181,4 @@ def test_the_page_shows_means_and_spreads():
     page = format_markdown(result)
     assert "| a | 0.850 ± 0.050 | 0.500 ± 0.000 | 8.000 ± 0.000 |" in page
     assert f"| {BEFORE.name} | 1.000 ± 0.000 |" in page
-    assert "2 runs, 1 minutes" in page and "1 x cpu, Python 3, jax 0." in page
+    assert "2 runs in 2 minutes" in page and "1 x cpu, Python 3, jax 0." in page
