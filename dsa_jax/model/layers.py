@@ -1,6 +1,9 @@
 """How the layers of a model group into stacks of one kind, as a pure function of the config."""
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
 
 from dsa_jax.config import ModelConfig
 
@@ -33,6 +36,26 @@ def layer_stacks(config: ModelConfig) -> list[LayerStack]:
         name = f"{mlp}_layers" if runs.count(mlp) == 1 else f"{mlp}_layers_{first}"
         stacks.append(LayerStack(name, first, end - first, mlp, indexer))
     return stacks
+
+
+def restacked(flat: Mapping[str, Any], source: Sequence[LayerStack], target: Sequence[LayerStack]) -> dict[str, Any]:
+    """Parameters by path, from the stacks of one model to those of another with the same layers.
+
+    Layers group differently where some of them share an indexer. A parameter that only some layers of a new stack have is left
+    out, for it cannot be part of that stack.
+    """
+    layers: dict[int, dict[str, Any]] = {}
+    others = dict(flat)
+    for stack in source:
+        for path in [path for path in others if path.startswith(f"{stack.name}/")]:
+            leaf = others.pop(path)
+            for i in range(stack.n_layers):
+                layers.setdefault(stack.first_layer + i, {})[path.removeprefix(f"{stack.name}/")] = leaf[i]
+    for stack in target:
+        members = [layers[stack.first_layer + i] for i in range(stack.n_layers)]
+        shared = [name for name in members[0] if all(name in member for member in members)]
+        others |= {f"{stack.name}/{name}": jnp.stack([member[name] for member in members]) for name in shared}
+    return others
 
 
 def _mlp_kind(config: ModelConfig, layer: int) -> str:

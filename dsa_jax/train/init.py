@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from dsa_jax.config import STAGES as STAGE_ORDER
 from dsa_jax.config import Config, ConfigError
 from dsa_jax.model import Transformer, build_model, init_params
+from dsa_jax.model.layers import layer_stacks, restacked
 from dsa_jax.model.selection import NSA
 from dsa_jax.parallel.placement import with_shardings
 from dsa_jax.parallel.processes import on_main
@@ -90,6 +91,10 @@ def initial_params(config: Config, model: Transformer, *, abstract: bool = False
             "model.attention.mode to that."
         )
     target, have = parameter_paths(fresh), parameter_paths(loaded.params)
+    theirs, ours = layer_stacks(loaded.config.model), layer_stacks(config.model)
+    same_layers = config.model.n_layers == loaded.config.model.n_layers
+    if same_layers and [stack.name for stack in theirs] != [stack.name for stack in ours]:
+        have = restacked(have, theirs, ours)
     problems = [
         f"{path}: here {tuple(target[path].shape)}, there {tuple(have[path].shape) if path in have else 'absent'}"
         for path in target
