@@ -141,23 +141,19 @@ class _Trained(NamedTuple):
 
 def _train(config: Config, workdir: Path) -> _Trained | None:
     """The run directory of `config`, complete, and that of its dense part; None if a signal stopped one of them."""
-    dense, dense_run = dense_part(config), None
+    run, dense, dense_run = workdir / run_key(config), dense_part(config), None
     if dense is not None:
-        dense_run = _complete(dense, workdir)
-        if dense_run is None:
+        dense_run = workdir / run_key(dense)
+        if not _complete(dense, dense_run):
             return None
         config = after_dense(config, str(dense_run))
-    run = _complete(config, workdir)
-    return None if run is None else _Trained(run, dense_run)
+    return _Trained(run, dense_run) if _complete(config, run) else None
 
 
-def _complete(config: Config, workdir: Path) -> Path | None:
-    # Named by what it computes: variants of several sweeps may be this one run.
-    config.name = run_key(config)
-    path = workdir / config.name
-    if not (path / REPORT).exists() and retrofit(config, path) is None:
-        return None
-    return path
+def _complete(config: Config, path: Path) -> bool:
+    """Whether `path` holds the finished run of `config`, trained here unless it was before; False if a signal stopped it."""
+    config.name = path.name  # by what it computes: variants of several sweeps may be this one run
+    return (path / REPORT).exists() or retrofit(config, path) is not None
 
 
 def _finished(run: Path) -> dict[str, Any]:
