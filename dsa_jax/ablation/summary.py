@@ -105,7 +105,7 @@ def environments(result: Mapping[str, Any]) -> list[str]:
     found = [run["environment"] for run in result["runs"] if "environment" in run]
     texts = [
         f"{where['device']['count']} x {where['device']['kind']}, Python {where['python']}, "
-        + ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+        + ", ".join(f"{name} {version}" for name, version in sorted(where["versions"].items()))
         for where in found
     ]
     return list(dict.fromkeys(texts))
