@@ -56,6 +56,7 @@ class IndexerConfig:
     forced_local: int = 0  # last visible keys that they always select, within topk
     coarse_block_size: int = 128  # keys per block of the modes coarse_to_fine and blocks
     coarse_blocks: int = 64  # blocks that coarse_to_fine searches key by key, beside the first and the last visible one
+    coarse_loss_weight: float = 0.0  # of the KL that teaches mean index keys to choose blocks, in the warm-up
     layer_types: tuple[str, ...] = ()  # per layer "full" or "shared" (reuses the previous full layer); empty: all full
     distill_shared: bool = False  # an indexer learns from all layers that its selection serves, not from its own alone
 
@@ -65,7 +66,7 @@ class IndexerConfig:
             return
         for name in ("n_heads", "head_dim", "coarse_block_size", "coarse_blocks"):
             positive(f"model.attention.indexer.{name}", getattr(self, name))
-        for name in ("forced_sink", "forced_local"):
+        for name in ("forced_sink", "forced_local", "coarse_loss_weight"):
             not_negative(f"model.attention.indexer.{name}", getattr(self, name))
         if 0 < self.forced_sink + self.forced_local >= self.topk:
             raise ConfigError(

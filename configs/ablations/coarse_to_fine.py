@@ -31,10 +31,14 @@ def get_config(arg: str = "") -> Ablation:
         name = f"blocks of {block_size}, {scored(block_size, n_blocks):.0%} of the scores"
         return Variant(name, row="coarse_to_fine", at_evaluation=coarse(block_size, n_blocks))
 
-    def trained(block_size: int, n_blocks: int) -> Variant:
-        training = {"train.sparse_attention": "coarse_to_fine", "eval.rows": ("coarse_to_fine",)}
-        name = f"{untrained(block_size, n_blocks).name}, trained"
-        return Variant(name, {**coarse(block_size, n_blocks), **training}, row="coarse_to_fine")
+    def trained(block_size: int, n_blocks: int, how: str, loss_weight: float) -> Variant:
+        settings = {
+            **coarse(block_size, n_blocks),
+            f"{INDEXER}.coarse_loss_weight": loss_weight,
+            "train.sparse_attention": "coarse_to_fine",
+            "eval.rows": ("coarse_to_fine",),
+        }
+        return Variant(f"{untrained(block_size, n_blocks).name}, {how}", settings, row="coarse_to_fine")
 
     return Ablation(
         name="coarse_to_fine",
@@ -48,6 +52,8 @@ def get_config(arg: str = "") -> Ablation:
             untrained(8, 14),
             untrained(16, 26),
             untrained(16, 10),
-            trained(16, 10),
+            trained(16, 10, "trained on its selection", 0.0),
+            trained(16, 10, "blocks learned in the warm-up", 1.0),
+            trained(8, 14, "blocks learned in the warm-up", 1.0),
         ),
     )

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from dsa_jax.model.coarse_loss import coarse_kl
 from dsa_jax.model.outputs import AttentionRequest
 from dsa_jax.model.selection import DENSE, NSA, SELECTORS, Budget, Heads, IndexHeads, SelectionInputs, attention_modes
 from dsa_jax.model.visibility import Visibility, mean_over_valid
@@ -273,17 +274,17 @@ def _attend(
             target = selected if sparse_loss else dense
             lse = kept_lse if sparse_loss else everything.lse if everything is not None else None
             assert target is not None and lse is not None
-            kl = indexer_kl(
-                *measured,
-                target.q,
-                target.k,
-                lse,
-                softmax_scale=softmax_scale,
-                topk_indices=indices if sparse_loss else None,
-                activation=activation,
-                head_axis=axis_if_split("tensor"),
-                **visible,
-            )
+            settings: dict[str, Any] = {
+                "softmax_scale": softmax_scale,
+                "activation": activation,
+                "head_axis": axis_if_split("tensor"),
+            }
+            chosen = indices if sparse_loss else None
+            q_index, k_index, weights = measured
+            kl = indexer_kl(q_index, k_index, weights, target.q, target.k, lse, topk_indices=chosen, **settings, **visible)
+            if budget.coarse_loss_weight and not sparse_loss:
+                settings |= {"block_size": budget.block_size, "visibility": visibility, "implementation": implementation}
+                kl += budget.coarse_loss_weight * coarse_kl(measured, target, lse, **settings)
 
     coverage = None
     if request.coverage:

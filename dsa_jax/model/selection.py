@@ -41,7 +41,7 @@ class Budget(NamedTuple):
     """What a rule may keep, `topk` keys, and look at where it goes by blocks: `n_blocks` of `block_size` keys each.
 
     Where the indexer chooses key by key ("sparse", "coarse_to_fine"), the first `forced_sink` and the last `forced_local`
-    visible keys are always among the topk.
+    visible keys are always among the topk. Choosing blocks counts `coarse_loss_weight` in the indexer's dense loss.
     """
 
     topk: int
@@ -49,6 +49,7 @@ class Budget(NamedTuple):
     n_blocks: int
     forced_sink: int = 0
     forced_local: int = 0
+    coarse_loss_weight: float = 0.0
 
 
 class SelectionInputs(NamedTuple):
@@ -107,7 +108,11 @@ def select_coarse_to_fine(inputs: SelectionInputs) -> Int[Array, "B T K"]:
     assert inputs.index_heads is not None
     return index_topk_coarse_to_fine(
         *inputs.index_heads,
-        **inputs.budget._asdict(),
+        topk=inputs.topk,
+        block_size=inputs.budget.block_size,
+        n_blocks=inputs.budget.n_blocks,
+        forced_sink=inputs.budget.forced_sink,
+        forced_local=inputs.budget.forced_local,
         visible_start=inputs.visibility.start,
         visible_end=inputs.visibility.end,
         activation=inputs.activation,

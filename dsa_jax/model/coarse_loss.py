@@ -1,0 +1,57 @@
+"""How an indexer learns to choose blocks, for the selection from coarse to fine."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dsa_jax.model.selection import Heads, IndexHeads
+from dsa_jax.model.visibility import Visibility
+from pallas_kernels import indexer_kl
+
+
+def coarse_kl(
+    index: IndexHeads,
+    heads: Heads,
+    lse: Float[Array, "B T H"],
+    *,
+    block_size: int,
+    visibility: Visibility,
+    **settings: Any,
+) -> Float[Array, "B T"]:
+    """KL of the attention that falls on each block from the softmax over the scores of the blocks' mean index keys.
+
+    Over the blocks that a query sees as a whole, which are those that compete; 0 for a query that sees none. It is computed as
+    the KL of single keys of which each has its block's mean for index key: that adds how unevenly attention lies inside the
+    blocks, a constant in the indexer's parameters, so the gradient is that of the blocks, and nothing of size T x S is held.
+
+    Args:
+        index: index heads of all keys.
+        heads: of dense attention, the target.
+        lse: of dense attention.
+        block_size: keys per block; blocks lie at multiples of it.
+        visibility: of the queries.
+        settings: `softmax_scale` and what else `indexer_kl` takes.
+    """
+    first = -(-visibility.start // block_size) * block_size
+    end = visibility.end // block_size * block_size
+    sees_some = end > first
+    return indexer_kl(
+        index.q,
+        with_block_means(index.k, block_size),
+        index.weights,
+        heads.q,
+        heads.k,
+        lse,
+        visible_start=jnp.where(sees_some, first, 0),
+        visible_end=jnp.where(sees_some, end, 0),
+        **settings,
+    )
+
+
+def with_block_means(k: Float[Array, "B S D"], block_size: int) -> Float[Array, "B S D"]:
+    """Each key replaced by the mean of its block, in float32 on the way; an incomplete last block counts zeros, too."""
+    batch, length, dim = k.shape
+    padded = jnp.pad(k, ((0, 0), (0, -length % block_size), (0, 0))).astype(jnp.float32)
+    means = padded.reshape(batch, -1, block_size, dim).mean(axis=2)
+    return jnp.repeat(means, block_size, axis=1)[:, :length].astype(k.dtype)
