@@ -2,7 +2,7 @@ r"""Find faster block sizes for the kernels of an operation on the GPU at hand, 
 
 python -m experiments.tune --op=sparse_attention --shape=128_heads
 python -m experiments.tune --op=decode --limit=48 --unfit=runs/tune/unfit.jsonl
-python -m experiments.tune --op=index_scores --interpret --table=/tmp/table.json    # on CPU: to see it work, not to measure
+python -m experiments.tune --op=index_scores --interpret --table=table.json    # on CPU: to see it work, not to measure
 
 A run that was cut off continues where it was: trials in --log are not repeated.
 """
