@@ -56,7 +56,8 @@ class IndexerConfig:
     forced_local: int = 0  # last visible keys that they always select, within topk
     coarse_block_size: int = 128  # keys per block of the modes coarse_to_fine and blocks
     coarse_blocks: int = 64  # blocks that coarse_to_fine searches key by key, beside the first and the last visible one
-    coarse_loss_weight: float = 0.0  # of the KL that teaches mean index keys to choose blocks, in the warm-up
+    coarse_pooling: str = "mean"  # mean | salient: how coarse_to_fine makes one key of a block
+    coarse_loss_weight: float = 0.0  # of the KL that teaches pooled index keys to choose blocks, in the warm-up
     layer_types: tuple[str, ...] = ()  # per layer "full" or "shared" (reuses the previous full layer); empty: all full
     distill_shared: bool = False  # an indexer learns from all layers that its selection serves, not from its own alone
 
@@ -75,6 +76,7 @@ class IndexerConfig:
             )
         one_of("model.attention.indexer.rope_layout", self.rope_layout, ("half_split", "interleaved"))
         one_of("model.attention.indexer.activation", self.activation, ("relu", "none", "softmax"))
+        one_of("model.attention.indexer.coarse_pooling", self.coarse_pooling, ("mean", "salient"))
         one_of("model.attention.indexer.head_weights", self.head_weights, ("learned", "constant"))
         if self.rope_dim % 2 or not 0 <= self.rope_dim <= self.head_dim:
             raise ConfigError(

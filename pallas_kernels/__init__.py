@@ -9,6 +9,7 @@ from pallas_kernels.block_topk.api import block_topk
 from pallas_kernels.block_topk.geometry import BlockGeometry
 from pallas_kernels.dense_attention.api import DenseAttentionOutput, attention_topk, dense_attention
 from pallas_kernels.index_topk.api import index_scores, index_topk
+from pallas_kernels.index_topk.block_pooling import pool_blocks
 from pallas_kernels.index_topk.coarse_to_fine import index_topk_coarse_to_fine
 from pallas_kernels.indexer_loss.api import indexer_kl
 from pallas_kernels.sparse_attention.api import SparseAttentionOutput, sparse_attention, sparse_attention_fp8
@@ -26,6 +27,7 @@ __all__ = [
     "index_topk",
     "index_topk_coarse_to_fine",
     "indexer_kl",
+    "pool_blocks",
     "resolve_implementation",
     "sparse_attention",
     "sparse_attention_fp8",

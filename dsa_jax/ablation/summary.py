@@ -13,6 +13,7 @@ QUANTITIES = {
     "text_loss": "text loss, nats per token",
     "coverage": "attention mass kept",
     "keys_per_query": "keys per query",
+    "indexer_recall": "share of the indexer's top-k kept",
 }
 """Columns of the parity table by the words for them; tasks follow as `accuracy, <task>`."""
 

@@ -53,6 +53,8 @@ class TaskResult:
         accuracy: share of targets that argmax over the vocabulary hits.
         coverage: per layer, the share of dense attention mass that the attended keys hold, over queries and heads.
         keys_per_query: keys attended, mean over queries and layers.
+        indexer_recall: share of the indexer's top-k keys that a selection of blocks holds, mean over queries and layers with an
+            indexer; None for other selections.
         loss_by_position: nats per target in equal buckets of positions; nan where a bucket has no target.
         accuracy_by_group: share of the targets of each group that argmax hits; nan for an empty group, empty without groups.
         n_targets: positions that counted.
@@ -63,6 +65,7 @@ class TaskResult:
     accuracy: float
     coverage: list[float]
     keys_per_query: float
+    indexer_recall: float | None
     loss_by_position: list[float]
     accuracy_by_group: list[float]
     n_targets: int
@@ -101,6 +104,8 @@ def make_eval_step(model: Transformer, attention: str) -> Callable[[Params, Batc
             "keys": output.keys_per_query * queries,
             "queries": queries,
         }
+        if output.indexer_recall is not None:
+            sums["indexer_recall"] = jnp.nanmean(output.indexer_recall) * queries
         return replicate(sums)
 
     return jax.jit(eval_step)
@@ -134,6 +139,7 @@ def evaluate_task(
         accuracy=mean(n_hits, n_targets),
         coverage=[mean(x, n_queries) for x in total["coverage"]],
         keys_per_query=mean(total["keys"].mean(), n_queries),
+        indexer_recall=mean(total["indexer_recall"], n_queries) if "indexer_recall" in total else None,
         loss_by_position=[mean(total["nll"][b].sum(), total["targets"][b].sum()) for b in buckets],
         accuracy_by_group=[mean(hits, targets) for hits, targets in hits_and_targets.T],
         n_targets=int(n_targets),
@@ -161,8 +167,9 @@ def evaluate_parity(
 
     Every row runs the same weights but `dense, before sparse training`, which runs `params_before` where given: it tells what
     the extra training itself changed. `sparse, untrained indexer` has freshly initialised indexer weights (seed + 1).
-    `coverage` and `keys_per_query` are means over the queries of all evaluated sequences: recall, text and tasks. A row's
-    `tasks` has an entry for each synthetic task of `config.eval`, with its accuracy also by depth, hops or rank.
+    `coverage` and `keys_per_query` are means over the queries of all evaluated sequences: recall, text and tasks; so is
+    `indexer_recall`, in rows that select blocks. A row's `tasks` has an entry for each synthetic task of `config.eval`, with
+    its accuracy also by depth, hops or rank.
 
     Args:
         model: the transformer.
@@ -216,6 +223,9 @@ def evaluate_parity(
                 "tasks": {name: _summarise(name, result) for name, result in tasks.items()},
             }
         )
+        kept = [t.indexer_recall for t in done if t.indexer_recall is not None]
+        if kept:
+            table.rows[-1]["indexer_recall"] = float(_weighted([np.asarray(x) for x in kept], done))
         if on_row is not None:
             on_row(table.rows[-1])
     return table

@@ -9,7 +9,18 @@ from jaxtyping import Array, Float, Int
 
 from dsa_jax.model.coarse_loss import coarse_kl
 from dsa_jax.model.outputs import AttentionRequest
-from dsa_jax.model.selection import DENSE, NSA, SELECTORS, Budget, Heads, IndexHeads, SelectionInputs, attention_modes
+from dsa_jax.model.selection import (
+    DENSE,
+    NSA,
+    SELECTORS,
+    Budget,
+    Heads,
+    IndexHeads,
+    SelectionInputs,
+    attention_modes,
+    select_by_indexer,
+    share_held,
+)
 from dsa_jax.model.visibility import Visibility, mean_over_valid
 from dsa_jax.parallel.ambient import ROWS, axis_if_split, mean_over, per_device
 from dsa_jax.parallel.sequence import HEADS, gather_heads, gather_keys, key_spec
@@ -28,6 +39,7 @@ class AttentionOutput(NamedTuple):
     coverage: Float[Array, ""] | None
     keys_per_query: Float[Array, ""]
     index_heads: IndexHeads | None = None
+    indexer_recall: Float[Array, ""] | None = None
 
 
 class AttentionParts(NamedTuple):
@@ -118,6 +130,11 @@ def by_indexer(request: AttentionRequest) -> bool:
     return request.attention in SELECTORS and SELECTORS[request.attention].uses_indexer
 
 
+def measures_indexer_recall(request: AttentionRequest) -> bool:
+    """Whether a selection that the indexer chooses otherwise than key by key is compared with its top-k keys."""
+    return request.coverage and by_indexer(request) and SELECTORS[request.attention].select is not select_by_indexer
+
+
 class _PerQuery(NamedTuple):
     """Results by query, None where not asked for: `out` [B, T, H, Dv], `topk_indices` [B, T, K], the others [B, T]."""
 
@@ -126,6 +143,7 @@ class _PerQuery(NamedTuple):
     topk_indices: Any = None
     indexer_kl: Any = None
     coverage: Any = None
+    indexer_recall: Any = None
 
 
 def attend(
@@ -189,6 +207,7 @@ def attend(
         topk_indices=None if request.attention == DENSE else ROWS,
         indexer_kl=None if request.indexer_loss is None else ROWS,
         coverage=ROWS if request.coverage else None,
+        indexer_recall=ROWS if measures_indexer_recall(request) else None,
     )
     # The static width of the values is no array, so it stays behind.
     arrays = [heads and heads._replace(d_v=None) for heads in (dense, selected)]
@@ -203,6 +222,7 @@ def attend(
         coverage=mean(per_query.coverage),
         keys_per_query=mean_over_valid(per_query.n_keys, visibility.valid),
         index_heads=index,
+        indexer_recall=mean(per_query.indexer_recall),
     )
 
 
@@ -230,7 +250,7 @@ def _attend(
         "visible_end": visibility.end,
         "implementation": implementation,
     }
-    everything = None
+    everything = indexer_recall = None
     if dense is not None:
         # Where dense attention is only the yardstick, no gradient may come back through it.
         heads = dense if request.attention == DENSE else jax.lax.stop_gradient(dense)
@@ -245,6 +265,8 @@ def _attend(
         if selector.uses_indexer and index is None:
             assert previous_topk is not None
             indices = previous_topk
+            if measures_indexer_recall(request):
+                indexer_recall = jnp.full(visibility.start.shape, jnp.nan, jnp.float32)
         else:
             heads, lse = selected, None
             if selector.needs_dense_lse:
@@ -253,6 +275,8 @@ def _attend(
                 heads = heads._replace(q=gather_heads(heads.q), k=heads.k if has_shared_keys else gather_heads(heads.k))
             inputs = SelectionInputs(budget, visibility, heads, softmax_scale, index, lse, implementation, activation)
             indices = checkpoint_name(selector.select(inputs), TOPK_NAME)
+            if measures_indexer_recall(request):
+                indexer_recall = share_held(indices, select_by_indexer(inputs))
         kept = sparse_attention(
             selected.q,
             selected.k,
@@ -283,7 +307,8 @@ def _attend(
             q_index, k_index, weights = measured
             kl = indexer_kl(q_index, k_index, weights, target.q, target.k, lse, topk_indices=chosen, **settings, **visible)
             if budget.coarse_loss_weight and not sparse_loss:
-                settings |= {"block_size": budget.block_size, "visibility": visibility, "implementation": implementation}
+                settings |= {"block_size": budget.block_size, "pooling": budget.pooling}
+                settings |= {"visibility": visibility, "implementation": implementation}
                 kl += budget.coarse_loss_weight * coarse_kl(measured, target, lse, **settings)
 
     coverage = None
@@ -293,7 +318,7 @@ def _attend(
         else:
             assert everything is not None
             coverage = mean_over("tensor", attention_mass(kept_lse, everything.lse))
-    return _PerQuery(out, n_keys, indices, kl, coverage)
+    return _PerQuery(out, n_keys, indices, kl, coverage, indexer_recall)
 
 
 def attention_mass(kept_lse: Float[Array, "B T H"], all_lse: Float[Array, "B T H"]) -> Float[Array, "B T"]:

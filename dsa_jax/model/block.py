@@ -49,6 +49,7 @@ class Block(nn.Module):
             topk_indices=attended.topk_indices,
             moe=transformed.statistics,
             index_heads=attended.index_heads,
+            indexer_recall=attended.indexer_recall,
         )
         return x + transformed.out, statistics
 

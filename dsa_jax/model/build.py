@@ -162,6 +162,7 @@ def _budget(indexer: IndexerConfig) -> Budget:
         n_blocks=indexer.coarse_blocks,
         forced_sink=indexer.forced_sink,
         forced_local=indexer.forced_local,
+        pooling=indexer.coarse_pooling,
         coarse_loss_weight=indexer.coarse_loss_weight,
     )
 

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from dsa_jax.model.selection import Heads, IndexHeads
 from dsa_jax.model.visibility import Visibility
-from pallas_kernels import indexer_kl
+from pallas_kernels import indexer_kl, pool_blocks
 
 
 def coarse_kl(
@@ -16,20 +16,23 @@ def coarse_kl(
     lse: Float[Array, "B T H"],
     *,
     block_size: int,
+    pooling: str,
     visibility: Visibility,
     **settings: Any,
 ) -> Float[Array, "B T"]:
-    """KL of the attention that falls on each block from the softmax over the scores of the blocks' mean index keys.
+    """KL of the attention that falls on each block from the softmax over the scores of the blocks' pooled index keys.
 
     Over the blocks that a query sees as a whole, which are those that compete; 0 for a query that sees none. It is computed as
-    the KL of single keys of which each has its block's mean for index key: that adds how unevenly attention lies inside the
-    blocks, a constant in the indexer's parameters, so the gradient is that of the blocks, and nothing of size T x S is held.
+    the KL of single keys of which each has its block's pooled key for index key: that adds how unevenly attention lies inside
+    the blocks, a constant in the indexer's parameters, so the gradient is that of the blocks, and nothing of size T x S is
+    held.
 
     Args:
         index: index heads of all keys.
         heads: of dense attention, the target.
         lse: of dense attention.
         block_size: keys per block; blocks lie at multiples of it.
+        pooling: how a block's index keys become one, see `pool_blocks`.
         visibility: of the queries.
         settings: `softmax_scale` and what else `indexer_kl` takes.
     """
@@ -38,7 +41,7 @@ def coarse_kl(
     sees_some = end > first
     return indexer_kl(
         index.q,
-        with_block_means(index.k, block_size),
+        with_pooled_keys(index.k, block_size, pooling),
         index.weights,
         heads.q,
         heads.k,
@@ -49,9 +52,7 @@ def coarse_kl(
     )
 
 
-def with_block_means(k: Float[Array, "B S D"], block_size: int) -> Float[Array, "B S D"]:
-    """Each key replaced by the mean of its block, in float32 on the way; an incomplete last block counts zeros, too."""
-    batch, length, dim = k.shape
-    padded = jnp.pad(k, ((0, 0), (0, -length % block_size), (0, 0))).astype(jnp.float32)
-    means = padded.reshape(batch, -1, block_size, dim).mean(axis=2)
-    return jnp.repeat(means, block_size, axis=1)[:, :length].astype(k.dtype)
+def with_pooled_keys(k: Float[Array, "B S D"], block_size: int, pooling: str) -> Float[Array, "B S D"]:
+    """Each key replaced by the pooled key of its block, in the dtype of `k`; zeros in an incomplete last block."""
+    pooled = jnp.repeat(pool_blocks(k, block_size, pooling), block_size, axis=1).astype(k.dtype)
+    return jnp.pad(pooled, ((0, 0), (0, k.shape[1] - pooled.shape[1]), (0, 0)))

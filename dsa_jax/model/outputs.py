@@ -15,7 +15,7 @@ class AttentionRequest:
 
     Fields: `attention` is "dense", "nsa" or a name in `selection.SELECTORS`; `indexer_loss` None, "dense" (over all
     visible keys) or "sparse" (over the selection); `coverage` whether to measure the share of dense attention mass that the
-    selection holds.
+    selection holds, and what it holds of the indexer's top-k keys where these are not the selection.
     """
 
     attention: str = "dense"
@@ -46,6 +46,7 @@ class LayerStatistics(NamedTuple):
     topk_indices: Int[Array, "*L B T K"] | None
     moe: MoEStatistics | None
     index_heads: IndexHeads | None = None
+    indexer_recall: Float[Array, "*L"] | None = None
 
 
 class ModelOutput(NamedTuple):
@@ -61,6 +62,8 @@ class ModelOutput(NamedTuple):
             keys; 1 for dense attention, and of "nsa" its selection branch alone.
         keys_per_query: float32 [n_layers], mean number of keys attended to per valid query, over all branches of "nsa".
         moe: `MoEStatistics` stacked over the MoE layers; None in a model without any.
+        indexer_recall: float32 [n_layers], where blocks were chosen ("coarse_to_fine", "blocks") and coverage measured: the
+            share of the layer's own top-k keys that the selection holds, mean over valid queries; nan in a layer that shares.
     """
 
     logits: Float[Array, "B T V"] | None
@@ -70,6 +73,7 @@ class ModelOutput(NamedTuple):
     coverage: Float[Array, " L"] | None
     keys_per_query: Float[Array, " L"]
     moe: MoEStatistics | None
+    indexer_recall: Float[Array, " L"] | None = None
 
 
 class ExtendOutput(NamedTuple):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.model.visibility import Visibility
-from pallas_kernels import attention_topk, index_topk, index_topk_coarse_to_fine
+from pallas_kernels import attention_topk, index_topk, index_topk_coarse_to_fine, pool_blocks
 
 DENSE = "dense"
 NSA = "nsa"
@@ -41,7 +41,8 @@ class Budget(NamedTuple):
     """What a rule may keep, `topk` keys, and look at where it goes by blocks: `n_blocks` of `block_size` keys each.
 
     Where the indexer chooses key by key ("sparse", "coarse_to_fine"), the first `forced_sink` and the last `forced_local`
-    visible keys are always among the topk. Choosing blocks counts `coarse_loss_weight` in the indexer's dense loss.
+    visible keys are always among the topk. "coarse_to_fine" makes one key of a block as `pooling` says; choosing blocks so
+    counts `coarse_loss_weight` in the indexer's dense loss.
     """
 
     topk: int
@@ -49,6 +50,7 @@ class Budget(NamedTuple):
     n_blocks: int
     forced_sink: int = 0
     forced_local: int = 0
+    pooling: str = "mean"
     coarse_loss_weight: float = 0.0
 
 
@@ -103,6 +105,16 @@ def select_by_indexer(inputs: SelectionInputs) -> Int[Array, "B T K"]:
     )
 
 
+def share_held(kept: Int[Array, "B T K"], wanted: Int[Array, "B T W"]) -> Float[Array, "B T"]:
+    """Share of the keys in `wanted` that `kept` holds, too; both canonical. 1 for a query that wants none."""
+    last = jnp.iinfo(jnp.int32).max
+    ascending = jnp.where(kept >= 0, kept, last)
+    place = jax.vmap(jax.vmap(jnp.searchsorted))(ascending, wanted)
+    found = jnp.take_along_axis(ascending, jnp.minimum(place, kept.shape[-1] - 1), axis=-1) == wanted
+    n_wanted = jnp.sum(wanted >= 0, axis=-1)
+    return jnp.where(n_wanted > 0, jnp.sum(found, axis=-1) / jnp.maximum(n_wanted, 1), 1.0).astype(jnp.float32)
+
+
 def select_coarse_to_fine(inputs: SelectionInputs) -> Int[Array, "B T K"]:
     """The topk keys of the highest index score among the best blocks; as `select_by_indexer` where these cover the context."""
     assert inputs.index_heads is not None
@@ -111,6 +123,7 @@ def select_coarse_to_fine(inputs: SelectionInputs) -> Int[Array, "B T K"]:
         topk=inputs.topk,
         block_size=inputs.budget.block_size,
         n_blocks=inputs.budget.n_blocks,
+        pooling=inputs.budget.pooling,
         forced_sink=inputs.budget.forced_sink,
         forced_local=inputs.budget.forced_local,
         visible_start=inputs.visibility.start,
@@ -181,12 +194,10 @@ def select_blocks(inputs: SelectionInputs) -> Int[Array, "B T K"]:
     n_others = inputs.topk // size - 1
     chosen = own[..., None]
     if n_others:
-        padded = jnp.pad(k, ((0, 0), (0, -k.shape[1] % size), (0, 0)))
-        pooled = padded.reshape(k.shape[0], -1, size, k.shape[2]).mean(axis=2)
         first = jnp.minimum(-(-start // size), own)
         others = index_topk(
             q,
-            pooled,
+            pool_blocks(k, size).astype(k.dtype),
             weights,
             topk=n_others,
             visible_start=first,

@@ -87,7 +87,8 @@ class Transformer(nn.Module):
                 trained.
             indexer_loss: "dense" for the KL over all visible keys, "sparse" for that over the attended ones; None for neither.
             return_topk_indices: whether to return what each layer selected.
-            return_coverage: whether to measure the dense attention mass of the selection; costs a pass of dense attention.
+            return_coverage: whether to measure the dense attention mass of the selection, and where blocks are chosen how much
+                of the indexer's top-k it holds; costs a pass of dense attention and that top-k.
             return_logits: False where the loss is computed chunk by chunk with `unembed`.
             return_hidden: whether to return the final hidden state.
 
@@ -114,6 +115,7 @@ class Transformer(nn.Module):
             coverage=statistics.coverage,
             keys_per_query=statistics.keys_per_query,
             moe=statistics.moe,
+            indexer_recall=statistics.indexer_recall,
         )
 
     @nn.nowrap

@@ -16,12 +16,13 @@ COLUMNS = (
     ("coverage", "coverage"),
     ("keys_per_query", "keys/query"),
 )
+_INDEXER_RECALL = ("indexer_recall", "index recall")
 _N_QUALITY = 3  # columns before those of the tasks
 _ROW_MEANINGS = {
     "dense": "every query attends to all keys before it; what sparse attention must match",
     "dense, before sparse training": "the dense model as it was before the sparse stage; tells what the extra training changed",
     "sparse": "each query attends only to the top-k keys that the trained indexer picked",
-    "sparse, coarse to fine": "the same indexer on the best blocks of keys only, chosen by their mean index key",
+    "sparse, coarse to fine": "the same indexer on the best blocks of keys only, chosen by one pooled index key each",
     "sparse, untrained indexer": "the same model with a freshly initialised indexer; shows what training the indexer is worth",
     "window of the same budget": "the most recent keys, as many as sparse reads; shows what a selection by content is worth",
     "sink and window of the same budget": "the first four keys and the most recent ones",
@@ -35,6 +36,7 @@ _COLUMN_MEANINGS = (
     ("text loss", "cross-entropy on held-out text, nats per token; lower is better"),
     ("coverage", "share of the dense attention mass that lies on the keys read"),
     ("keys/query", "keys read per query, mean over queries and layers"),
+    ("index recall", "share of the indexer's top-k keys that a selection by blocks holds"),
 )
 _INSTALL_HINT = "Plots need matplotlib. Install it with: pip install 'dsa-jax[plot]'"
 _CSS = """
@@ -99,9 +101,10 @@ def render_page(report: Mapping[str, Any], entries: Sequence[Mapping[str, Any]])
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """(key, title) of each column of the parity table: those of every table, and one for each task that was evaluated."""
+    """(key, title) of each column of the parity table: those of every table, and what was evaluated beside, tasks first."""
     tasks = dict.fromkeys(name for row in rows for name in row.get("tasks") or {})
-    return [*COLUMNS[:_N_QUALITY], *((name, name) for name in tasks), *COLUMNS[_N_QUALITY:]]
+    recall = [_INDEXER_RECALL] if any(row.get("indexer_recall") is not None for row in rows) else []
+    return [*COLUMNS[:_N_QUALITY], *((name, name) for name in tasks), *COLUMNS[_N_QUALITY:], *recall]
 
 
 def with_tasks(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,7 +140,9 @@ def _parity(rows: Sequence[Mapping[str, Any]], has_plots: bool) -> str:
     cells = [[row["name"], *(format_cell(column, row.get(column)) for column, _ in columns[1:])] for row in rows]
     table = _table("Parity table, on held-out data", [title for _, title in columns], cells)
     tasks = [name for name, _ in columns if name in TASKS]
-    column_meanings = [*_COLUMN_MEANINGS, *((name, f"share of {TASKS[name].summary}") for name in tasks)]
+    titles = {title for _, title in columns}
+    column_meanings = [(title, meaning) for title, meaning in _COLUMN_MEANINGS if title in titles]
+    column_meanings += [(name, f"share of {TASKS[name].summary}") for name in tasks]
     meanings = [(row["name"], _ROW_MEANINGS[row["name"]]) for row in rows if row["name"] in _ROW_MEANINGS]
     figures = ""
     if has_plots:

@@ -1,4 +1,4 @@
-"""A cheaper selection: blocks of keys by their mean index key first, then the indexer on the keys inside them."""
+"""A cheaper selection: blocks of keys by one pooled index key each, then the indexer on the keys inside them."""
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from pallas_kernels._forced import check_forced, scored_range, with_forced
 from pallas_kernels._numerics import accumulation_dtype, dot, rank_scores
 from pallas_kernels._selection import canonical, largest_ascending
 from pallas_kernels.index_topk.api import index_topk
+from pallas_kernels.index_topk.block_pooling import check_pooling, pool_blocks
 
 GATHER_BUDGET = 2**22
 """Numbers of the candidates' index keys held at once: batch x queries x candidates x channels."""
@@ -28,9 +29,11 @@ def _check(
     activation,
     forced_sink,
     forced_local,
+    pooling,
     **_,
 ):
     check_activation("index_topk_coarse_to_fine", activation)
+    check_pooling("index_topk_coarse_to_fine", pooling)
     _checks.check_index_arguments("index_topk_coarse_to_fine", q_index, k_index, weights)
     _checks.check_topk("index_topk_coarse_to_fine", topk)
     check_forced("index_topk_coarse_to_fine", topk, forced_sink, forced_local)
@@ -55,14 +58,15 @@ def index_topk_coarse_to_fine(
     activation: str = "relu",
     forced_sink: int = 0,
     forced_local: int = 0,
+    pooling: str = "mean",
     implementation: str | None = None,
 ) -> Int32[Array, "B T {topk}"]:
     """The `topk` keys of the highest index score among `n_blocks` blocks of keys, plus the first and the last visible block.
 
     Blocks lie at multiples of `block_size`. Those that a query sees as a whole, its first and last one apart, compete by the
-    index score of their mean index key; the keys of the winners, of the first and of the last block are scored one by one. Per
-    query that scores S / block_size means and (n_blocks + 2) * block_size keys instead of S keys. Where these cover every
-    visible key, the result is that of `index_topk`.
+    index score of their pooled index key; the keys of the winners, of the first and of the last block are scored one by one.
+    Per query that scores S / block_size pooled keys and (n_blocks + 2) * block_size keys instead of S keys. Where these cover
+    every visible key, the result is that of `index_topk`.
 
     Args:
         topk: selected keys per query; more than the candidates hold are never selected.
@@ -70,13 +74,14 @@ def index_topk_coarse_to_fine(
         n_blocks: competing blocks that are kept, 64 in the source.
         activation: "relu" or "none", as in `index_scores`.
         forced_sink, forced_local: as in `index_topk`; the blocks are those of the keys between the forced ones.
+        pooling: how a block's keys become one, "mean" as in the source or "salient", see `block_pooling.pool_blocks`.
         implementation: of `index_topk`, which ranks the blocks; the candidates are scored in XLA.
 
     Returns:
         int32, canonical as `index_topk`. No gradient.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, sizes below 1, or a known start > end.
+        ValueError: shapes or dtypes that do not fit, sizes below 1, an unknown pooling, or a known start > end.
         NotImplementedError: activation "softmax", whose normaliser needs the products of all visible keys.
 
     Source: HISA (arXiv 2603.28458) section 3.
@@ -100,6 +105,7 @@ def index_topk_coarse_to_fine(
             visible_start=scored.start,
             visible_end=scored.end,
             activation=activation,
+            pooling=pooling,
             implementation=implementation,
         )
         return with_forced(chosen, scored, visible_start, visible_end, *forced, n_keys)
@@ -117,7 +123,17 @@ def index_topk_coarse_to_fine(
     q_index, k_index, weights = (jax.lax.stop_gradient(x) for x in (q_index, k_index, weights))
     start, end = jnp.clip(visible_start, 0, n_keys), jnp.clip(visible_end, 0, n_keys)
     first, last = start // block_size, jnp.maximum(end - 1, 0) // block_size
-    blocks = _competing_blocks(q_index, k_index, weights, first, last, block_size, n_blocks, activation, implementation)
+    # Strictly between the first and the last, ascending, -1 after the last one.
+    blocks = index_topk(
+        q_index.astype(jnp.float32),
+        pool_blocks(k_index, block_size, pooling).astype(jnp.float32),
+        weights,
+        topk=n_blocks,
+        visible_start=jnp.minimum(first + 1, last),
+        visible_end=last,
+        activation=activation,
+        implementation=implementation,
+    )
     chosen = jnp.concatenate([first[..., None], blocks, jnp.where(last > first, last, -1)[..., None]], axis=-1)
     n_candidates = chosen.shape[-1] * block_size
 
@@ -136,30 +152,3 @@ def index_topk_coarse_to_fine(
 
     block_q = rows_per_chunk(GATHER_BUDGET, len(q_index) * n_candidates * q_index.shape[-1], smallest=1)
     return map_queries(step, (q_index, weights, chosen, start, end), block_q)
-
-
-def _competing_blocks(
-    q_index: Array,
-    k_index: Array,
-    weights: Array,
-    first: Array,
-    last: Array,
-    block_size: int,
-    n_blocks: int,
-    activation: str,
-    implementation: str | None,
-) -> Array:
-    """The best blocks strictly between the first and the last, ascending, -1 after the last one."""
-    batch, n_keys, dim = k_index.shape
-    complete = n_keys // block_size
-    pooled = k_index[:, : complete * block_size].astype(jnp.float32).reshape(batch, complete, block_size, dim).mean(axis=2)
-    return index_topk(
-        q_index.astype(jnp.float32),
-        pooled,
-        weights,
-        topk=n_blocks,
-        visible_start=jnp.minimum(first + 1, last),
-        visible_end=last,
-        activation=activation,
-        implementation=implementation,
-    )

@@ -5,9 +5,9 @@ import pytest
 
 import pallas_kernels
 
-SIZES = ("topk", "block_size", "n_blocks")
+SETTINGS = ("topk", "block_size", "n_blocks", "pooling")
 index_topk = jax.jit(pallas_kernels.index_topk, static_argnames="topk")
-index_topk_coarse_to_fine = jax.jit(pallas_kernels.index_topk_coarse_to_fine, static_argnames=SIZES)
+index_topk_coarse_to_fine = jax.jit(pallas_kernels.index_topk_coarse_to_fine, static_argnames=SETTINGS)
 
 BATCH, LENGTH, HEADS, DIM = 2, 96, 2, 8
 
@@ -29,15 +29,23 @@ def ranges(start=0):
     }
 
 
-def by_hand(q, k, weights, start, end, topk, block_size, n_blocks):
-    """One query, in numpy: block means, then keys; ties to the lower position."""
+def pooled(keys, pooling):
+    """The one key of a block, [1, D], in numpy."""
+    mean = keys.mean(0)
+    squared = ((keys - mean) ** 2).sum(-1)
+    share = np.maximum(0, 1 - squared.mean() / squared) if pooling == "salient" else np.zeros(len(keys))
+    return (mean + share @ (keys - mean))[None]
+
+
+def by_hand(q, k, weights, start, end, topk, block_size, n_blocks, pooling):
+    """One query, in numpy: one key per block, then keys; ties to the lower position."""
     if end <= start:
         return []
     score = lambda keys: (np.maximum(q @ keys.T, 0) * weights[:, None]).sum(0)
     first, last = start // block_size, (end - 1) // block_size
     between = range(first + 1, last)
-    means = [score(k[b * block_size : (b + 1) * block_size].mean(0, keepdims=True))[0] for b in between]
-    kept = [between[i] for i in np.argsort(-np.array(means), kind="stable")[:n_blocks]] if means else []
+    coarse = [score(pooled(k[b * block_size : (b + 1) * block_size], pooling))[0] for b in between]
+    kept = [between[i] for i in np.argsort(-np.array(coarse), kind="stable")[:n_blocks]] if coarse else []
     candidates = [
         p for b in sorted({first, last, *kept}) for p in range(b * block_size, (b + 1) * block_size) if start <= p < end
     ]
@@ -45,16 +53,18 @@ def by_hand(q, k, weights, start, end, topk, block_size, n_blocks):
     return sorted(candidates[i] for i in order)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "salient"])
 @pytest.mark.parametrize("start", [0, 37])
 @pytest.mark.parametrize(("block_size", "n_blocks", "topk"), [(8, 2, 6), (8, 3, 64), (16, 1, 10), (10, 2, 5)])
-def test_against_a_plain_search(arrays, start, block_size, n_blocks, topk):
+def test_against_a_plain_search(arrays, start, block_size, n_blocks, topk, pooling):
     visible = ranges(start)
-    found = np.asarray(index_topk_coarse_to_fine(*arrays, topk=topk, block_size=block_size, n_blocks=n_blocks, **visible))
+    sizes = {"topk": topk, "block_size": block_size, "n_blocks": n_blocks}
+    found = np.asarray(index_topk_coarse_to_fine(*arrays, **sizes, pooling=pooling, **visible))
     q, k, w = (np.asarray(x, np.float64) for x in arrays)
     for b in range(BATCH):
         for t in range(0, LENGTH, 5):
             s, e = int(visible["visible_start"][b, t]), int(visible["visible_end"][b, t])
-            expected = by_hand(q[b, t], k[b], w[b, t], s, e, topk, block_size, n_blocks)
+            expected = by_hand(q[b, t], k[b], w[b, t], s, e, topk, block_size, n_blocks, pooling)
             assert found[b, t].tolist() == expected + [-1] * (topk - len(expected))
 
 
@@ -81,6 +91,34 @@ def test_invisible_keys_do_not_matter(arrays):
     np.testing.assert_array_equal(index_topk_coarse_to_fine(q, poisoned, w, **settings), clean)
     empty = {name: jnp.full((BATCH, LENGTH), 20, jnp.int32) for name in visible}
     assert (np.asarray(index_topk_coarse_to_fine(q, k, w, topk=5, block_size=8, n_blocks=2, **empty)) == -1).all()
+
+
+def test_keys_among_fillers_stand_for_their_block():
+    """Seven fillers and a record, six and two: an eighth of a record is left in the mean, most of each in the other."""
+    filler, record, other = np.eye(8, dtype=np.float32)[:3]
+    k = jnp.asarray(np.tile(filler, (1, 24, 1))).at[0, 11].set(record).at[0, 17].set(record).at[0, 22].set(other)
+    mean, salient = (np.asarray(pallas_kernels.pool_blocks(k, 8, pooling))[0] for pooling in ("mean", "salient"))
+    np.testing.assert_allclose(mean @ record, [0, 1 / 8, 1 / 8], rtol=1e-6)
+    # One record is seven times as far from the mean as is usual, squared: 6/7 of its deviation, 7/8, remain.
+    np.testing.assert_allclose(salient @ record, [0, 1 / 8 + 6 / 7 * 7 / 8, salient[2] @ other], rtol=1e-5)
+    assert salient[2] @ record > 0.6 and salient[0] @ filler == 1
+
+
+@pytest.mark.parametrize("pooling", ["mean", "salient"])
+def test_pooled_keys_of_any_block(pooling):
+    """Like keys, tiny and huge ones have a finite pooled key and gradient; no block tells of another."""
+    counted = jnp.arange(8.0).reshape(1, 4, 2)
+    k = jnp.concatenate([jnp.full((1, 4, 2), 3.0), 1e-15 * counted, 1e15 * counted], axis=1)
+    pool = lambda k: pallas_kernels.pool_blocks(k, 4, pooling)
+    assert pool(k[:, :11]).shape == (1, 2, 2) and pool(k[:, :3]).shape == (1, 0, 2)
+    assert np.isfinite(pool(k)).all() and np.isfinite(jax.grad(lambda k: pool(k).sum())(k)).all()
+    np.testing.assert_array_equal(pool(k.at[:, 4:8].set(jnp.nan))[:, ::2], pool(k)[:, ::2])
+    assert pool(k.astype(jnp.bfloat16)).dtype == jnp.float32
+
+
+def test_an_unknown_pooling_is_refused(arrays):
+    with pytest.raises(ValueError, match="pooling is 'median'; expected one of mean, salient"):
+        index_topk_coarse_to_fine(*arrays, topk=5, block_size=8, n_blocks=2, pooling="median", **ranges())
 
 
 def test_sizes_must_be_positive(arrays):

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsa_jax.model.coarse_loss import coarse_kl, with_block_means
+from dsa_jax.model.coarse_loss import coarse_kl, with_pooled_keys
 from dsa_jax.model.selection import Heads, IndexHeads
 from dsa_jax.model.visibility import causal_visibility
-from pallas_kernels import dense_attention
+from pallas_kernels import dense_attention, pool_blocks
 from tests.dsa_jax.model.small import built, forward, random_ids, small_config
 
 T, SIZE, SCALE = 22, 4, 0.5
@@ -21,8 +21,8 @@ def arrays(dtype):
     return IndexHeads(draw(2, T, 3, 8), draw(2, T, 8), draw(2, T, 3)), draw(2, T, 2, 4), draw(2, T, 1, 4), draw(2, T)
 
 
-def between_blocks(index, q, k, visibility):
-    """KL per query [B, T] from whole arrays: attention summed over heads and blocks, softmax over the blocks' mean keys."""
+def between_blocks(index, q, k, visibility, pooling):
+    """KL per query [B, T] from whole arrays: attention summed over heads and blocks, softmax over the blocks' pooled keys."""
     place, n_blocks = jnp.arange(T), T // SIZE
     visible = (place >= visibility.start[..., None]) & (place < visibility.end[..., None])
     logits = jnp.where(visible[:, :, None], SCALE * jnp.einsum("bthd,bsd->bths", q, k[:, :, 0]), -1e30)
@@ -31,27 +31,29 @@ def between_blocks(index, q, k, visibility):
     sees = (first >= visibility.start[..., None]) & (first + SIZE <= visibility.end[..., None])
     target = jnp.where(sees, attention.reshape(2, T, n_blocks, SIZE).sum(-1), 0)
     target = target / jnp.maximum(target.sum(-1, keepdims=True), 1e-300)
-    means = index.k[:, : n_blocks * SIZE].reshape(2, n_blocks, SIZE, 8).mean(2)
-    scores = jnp.einsum("bth,bths->bts", index.weights, jax.nn.relu(jnp.einsum("bthd,bsd->bths", index.q, means)))
+    pooled = pool_blocks(index.k, SIZE, pooling)
+    scores = jnp.einsum("bth,bths->bts", index.weights, jax.nn.relu(jnp.einsum("bthd,bsd->bths", index.q, pooled)))
     log_softmax = jax.nn.log_softmax(jnp.where(sees, scores, -1e30), axis=-1)
     return jnp.where(sees, target * (jnp.log(jnp.where(target > 0, target, 1)) - log_softmax), 0).sum(-1)
 
 
-def test_its_gradient_is_that_of_the_kl_between_blocks():
+@pytest.mark.parametrize("pooling", ["mean", "salient"])
+def test_its_gradient_is_that_of_the_kl_between_blocks(pooling):
     visibility = causal_visibility(SEGMENTS)
 
     def ours(index, q, k):
         visible = {"visible_start": visibility.start, "visible_end": visibility.end, "implementation": "xla"}
         lse = dense_attention(q, k, k, softmax_scale=SCALE, **visible).lse
         settings = {"softmax_scale": SCALE, "implementation": "xla"}
-        return coarse_kl(index, Heads(q, k, k, None), lse, block_size=SIZE, visibility=visibility, **settings)
+        settings |= {"block_size": SIZE, "pooling": pooling}
+        return coarse_kl(index, Heads(q, k, k, None), lse, visibility=visibility, **settings)
 
     index, q, k, d_kl = arrays(jnp.float32)
     values = ours(index, q, k)
     grads = jax.grad(lambda index: (ours(index, q, k) * d_kl).sum())(index)
     with jax.enable_x64(True):
         index, q, k, d_kl = arrays(jnp.float64)
-        expected = jax.grad(lambda index: (between_blocks(index, q, k, visibility) * d_kl).sum())(index)
+        expected = jax.grad(lambda index: (between_blocks(index, q, k, visibility, pooling) * d_kl).sum())(index)
     for ours_, theirs in zip(grads, expected, strict=True):
         np.testing.assert_allclose(ours_, theirs, rtol=2e-5, atol=2e-6)
     start, end = np.asarray(visibility.start), np.asarray(visibility.end)
@@ -59,9 +61,9 @@ def test_its_gradient_is_that_of_the_kl_between_blocks():
     assert sees_none.any() and not np.asarray(values)[sees_none].any() and (np.asarray(values)[~sees_none] > 0).all()
 
 
-def test_means_of_blocks():
+def test_keys_of_a_block_become_one():
     k = jnp.asarray([[[1.0], [3.0], [5.0]]])
-    np.testing.assert_array_equal(with_block_means(k, 2)[0, :, 0], [2.0, 2.0, 2.5])
+    np.testing.assert_array_equal(with_pooled_keys(k, 2, "mean")[0, :, 0], [2.0, 2.0, 0.0])
 
 
 def test_the_warm_up_learns_it_where_the_config_asks():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsa_jax.model.selection import SELECTORS, Budget, Heads, IndexHeads, SelectionInputs
+from dsa_jax.model.selection import SELECTORS, Budget, Heads, IndexHeads, SelectionInputs, share_held
 from dsa_jax.model.visibility import Visibility
 
 LENGTH, BLOCK_KEYS = 64, 16
@@ -73,6 +73,13 @@ def test_every_selection_is_canonical_and_within_its_budget(name, data, topk):
             assert b == a or b - 1 in kept
         elif name != "coarse_to_fine" or b - a <= BLOCK_KEYS:
             assert len(kept) == min(topk, b - a)
+
+
+def test_share_of_wanted_keys_that_are_held():
+    wanted = jnp.asarray([[[0, 3, 7, -1], [1, 2, 3, 4], [-1, -1, -1, -1], [5, 6, -1, -1]]], jnp.int32)
+    kept = jnp.asarray([[[0, 7, 9], [0, 5, -1], [-1, -1, -1], [-1, -1, -1]]], jnp.int32)
+    np.testing.assert_allclose(share_held(kept, wanted)[0], [2 / 3, 0.0, 1.0, 0.0])
+    np.testing.assert_allclose(share_held(wanted, wanted), 1.0)
 
 
 def test_random_keys_are_spread_over_the_range():

@@ -171,6 +171,23 @@ def test_oracle_covers_most_and_window_selects_the_last_keys():
     assert 0 < coverage["sparse"] < coverage["oracle"] < 1 and coverage["window"] < coverage["oracle"]
 
 
+def test_blocks_are_compared_with_the_keys_that_the_indexer_ranks_highest():
+    variant = (("coarse_block_size", 4), ("coarse_blocks", 1))
+    model, params = built("mla_plain", layer_types=("full", "shared", "full"), variant=variant)
+    found = {a: forward(model, params, random_ids(), attention=a, everything=True) for a in ("sparse", "coarse_to_fine")}
+    assert found["sparse"].indexer_recall is None
+    recall = np.asarray(found["coarse_to_fine"].indexer_recall)
+    assert np.isnan(recall[1])
+    # The first layer sees the same input under both, so its own selections can be compared.
+    chosen, best = (found[a].topk_indices[0] for a in ("coarse_to_fine", "sparse"))
+    share = [
+        np.mean([len({*c[c >= 0].tolist()} & {*b[b >= 0].tolist()}) / (b >= 0).sum() for c, b in zip(x, y, strict=True)])
+        for x, y in zip(np.asarray(chosen), np.asarray(best), strict=True)
+    ]
+    np.testing.assert_allclose(recall[0], np.mean(share), rtol=1e-5)
+    assert 0.5 < recall[0] < 1 and 0 < recall[2] <= 1
+
+
 def test_dense_loss_under_sparse_attention_measures_the_same_layer_as_dense():
     model, params = built("gqa", n_layers=1)
     dense = forward(model, params, random_ids(), attention="dense", indexer_loss="dense")

@@ -153,6 +153,15 @@ def test_table_for_the_terminal():
     )
 
 
+def test_index_recall_has_a_column_where_a_row_has_it():
+    rows = make_report()["rows"][:2]
+    rows[1]["indexer_recall"] = 0.875
+    assert format_table(rows).splitlines()[0::3] == [
+        "row     recall accuracy  text loss  coverage  keys/query  index recall",
+        "sparse            0.930      2.325     0.910        15.6         0.875",
+    ]
+
+
 def test_tasks_have_columns_and_their_groups_a_table(tmp_path):
     report = make_report()
     report["rows"] = report["rows"][:2]
