@@ -49,10 +49,9 @@ class Plan:
         return plgpu.TilingTransform((8, swizzle // self.dtype.itemsize)), plgpu.SwizzleTransform(swizzle)
 
 
-def plan_of(q: Array, k: Array, tiles: WarpgroupTiles, kind: Kind) -> Plan:
+def plan_of(q: Array, n_keys: int, tiles: WarpgroupTiles, kind: Kind) -> Plan:
     """The keys are cut so that few queries, as in decoding, keep every processor busy, too."""
     batch, n_queries, heads, dim = q.shape
-    n_keys = k.shape[1]
     columns = max(1, WGMMA_COLUMNS // heads)
     group = min(tiles.block_q, 1 << (columns.bit_length() - 1))
     n_tiles = pl.cdiv(n_keys, tiles.block_k)
@@ -173,7 +172,9 @@ def head_sums(
         float32; P is S rounded up to whole steps of keys; -inf outside the range and beyond S.
     """
     (batch, n_queries), n_keys = q.shape[:2], k.shape[1]
-    plan = plan_of(q, k, tiles, kind)
+    # TMA cuts keys into the tiles of shared memory, which are eight high; the rest of a step it fills with zeros.
+    k = jnp.pad(k, ((0, 0), (0, -n_keys % 8), (0, 0))) if n_keys % 8 else k
+    plan = plan_of(q, n_keys, tiles, kind)
     blocks = pl.cdiv(n_queries, tiles.block_q)
     length, width = blocks * tiles.block_q, plan.n_tiles * tiles.block_k
     if length > n_queries:
