@@ -1,5 +1,6 @@
 """Index scores with Hopper's own products (wgmma) and copies (TMA), through Mosaic GPU: bf16, fp16 and e4m3 as it is."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -23,12 +24,17 @@ LEAST_JAX = (0, 11, 2)
 def default_tiles(queries: int, heads: int, dim: int, itemsize: int) -> WarpgroupTiles:
     """Block sizes for an H200: none spills registers when compiled for sm_90a; none has been timed.
 
-    As many queries as fit beside two stages of keys, up to 8: each key is read once for all of them.
+    A product of e4m3 should take about as long as weighing it, one of bfloat16 twice as long: four warpgroups share a step, or
+    two, one multiplying while another weighs.
+    As many queries as fit beside two stages of keys, up to 8, as each key is read once for all of them; then more stages.
     """
-    tiles = WarpgroupTiles()
-    free = SHARED_BYTES - 4096 - tiles.num_stages * tiles.block_k * dim * itemsize
-    block_q = min(tiles.block_q, max(1, free // (heads * (dim * itemsize + 4))), max(1, queries))
-    return WarpgroupTiles(block_q=1 << (block_q.bit_length() - 1))
+    shared = SHARED_BYTES - 4096
+    tiles = WarpgroupTiles(num_warpgroups=4 if itemsize == 1 else 2)
+    query, step = heads * (dim * itemsize + 4), tiles.block_k * dim * itemsize
+    block_q = max(1, min(tiles.block_q, (shared - 2 * step) // query, queries))
+    block_q = 1 << (block_q.bit_length() - 1)
+    num_stages = max(1, min(4, (shared - block_q * query) // step))
+    return dataclasses.replace(tiles, block_q=block_q, num_stages=num_stages)
 
 
 def check_call(q_index: Array, k_index: Array, weights: Array, k_scale: Array | None, interpret: bool | None) -> None:

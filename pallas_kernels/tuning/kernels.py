@@ -167,7 +167,7 @@ def _values(name: str, shape: Shape) -> list[int]:
     if name == "rows":
         return [WGMMA_ROWS, 2 * WGMMA_ROWS]
     if name == "num_warpgroups":
-        return [1, 2]
+        return [1, 2, 3, 4]
     if name == "num_stages":
         return [1, 2, 3, 4]
     if name == "programs":

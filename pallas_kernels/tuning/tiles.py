@@ -20,7 +20,7 @@ class AnyTiles:
             name, size = field.name, getattr(self, field.name)
             smallest = SMALLEST_SIDE if name in ("block_h", "block_k", "block_rows", "block") else 1
             smallest = WGMMA_ROWS if name == "rows" else smallest
-            is_power = name not in ("num_stages", "programs")
+            is_power = name not in ("num_stages", "programs", "num_warpgroups")
             if size < smallest or (is_power and size & (size - 1)):
                 kind = "a power of two" if is_power else "a number"
                 raise ValueError(f"{type(self).__name__}: {name} is {size}; expected {kind} of at least {smallest}.")

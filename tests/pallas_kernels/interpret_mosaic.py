@@ -8,7 +8,7 @@ import os
 import sys
 
 # Read when jax starts: the interpreter takes a thread of XLA for every warpgroup, and waits forever for one that is not there.
-os.environ["NPROC"] = "16"
+os.environ["NPROC"] = "32"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax

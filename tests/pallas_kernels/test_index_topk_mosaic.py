@@ -59,6 +59,7 @@ def arguments_of(shape, kind, dtype, maker=normal):
     return {"q_index": q, "k_index": k, "weights": weights, **visible}
 
 
+@pytest.mark.slow
 @needs_mosaic
 def test_scores_match_float64(tmp_path):
     given = {name: arguments_of(shape, kind, dtype) for name, (shape, dtype, kind, _) in SHAPES.items()}
@@ -70,6 +71,7 @@ def test_scores_match_float64(tmp_path):
         assert_close(scores[name], in_float64(reference.index_scores, *arrays, **visible), what=name)
 
 
+@pytest.mark.slow
 @needs_mosaic
 def test_invisible_keys_never_matter_and_scales_multiply(tmp_path):
     shape, rng = ODD, np.random.default_rng(3)
@@ -95,6 +97,7 @@ def test_invisible_keys_never_matter_and_scales_multiply(tmp_path):
     assert_close(scores["fp8"], in_float64(reference.index_scores, *rounded, clean["weights"], **visible), what="fp8")
 
 
+@pytest.mark.slow
 @needs_mosaic
 def test_selection_is_exact(tmp_path):
     shapes = {"odd": (ODD, "random", "bfloat16"), "parts": (MANY_PARTS, "causal", "float8_e4m3fn")}
@@ -145,9 +148,10 @@ def test_it_is_never_the_default_and_does_not_run_here(op):
 
 
 def test_blocks_fit_in_shared_memory():
-    for heads, dim, itemsize in ((64, 128, 2), (64, 128, 1), (128, 128, 2), (256, 128, 2), (8, 32, 1)):
+    for heads, dim, itemsize in ((64, 128, 2), (64, 128, 1), (128, 128, 2), (256, 256, 2), (8, 32, 1)):
         tiles = mosaic_gpu.default_tiles(4096, heads, dim, itemsize)
         rows = tiles.block_q * heads + tiles.num_stages * tiles.block_k
         assert rows * dim * itemsize + 4 * tiles.block_q * heads < 232448
-    assert mosaic_gpu.default_tiles(1, 64, 128, 2).block_q == 1
-    assert mosaic_gpu.default_tiles(5, 64, 128, 1).block_q == 4
+    assert mosaic_gpu.default_tiles(4096, 64, 128, 2) == WarpgroupTiles(8, 64, 2, 2)
+    assert mosaic_gpu.default_tiles(1, 64, 128, 2) == WarpgroupTiles(1, 64, 2, 4)
+    assert mosaic_gpu.default_tiles(5, 64, 128, 1) == WarpgroupTiles(4, 64, 4, 4)
