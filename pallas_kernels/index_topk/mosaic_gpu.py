@@ -25,11 +25,11 @@ def default_tiles(queries: int, heads: int, dim: int, itemsize: int) -> Warpgrou
     """Block sizes for an H200: none spills registers when compiled for sm_90a; none has been timed.
 
     A product of e4m3 should take about as long as weighing it, one of bfloat16 twice as long: four warpgroups share a step, or
-    two, one multiplying while another weighs.
+    two, one multiplying while another weighs; with four, more than 64 weights for each would not fit in registers.
     As many queries as fit beside two stages of keys, up to 8, as each key is read once for all of them; then more stages.
     """
     shared = SHARED_BYTES - 4096
-    tiles = WarpgroupTiles(num_warpgroups=4 if itemsize == 1 else 2)
+    tiles = WarpgroupTiles(num_warpgroups=4 if itemsize == 1 and heads <= 64 else 2)
     query, step = heads * (dim * itemsize + 4), tiles.block_k * dim * itemsize
     block_q = max(1, min(tiles.block_q, (shared - 2 * step) // query, queries))
     block_q = 1 << (block_q.bit_length() - 1)

@@ -72,7 +72,7 @@ def _seen_tiles(ranges: Sequence[tuple[Array, Array]], first: Array, last: Array
 
 
 def _kernel(
-    q_ref: Any,  # [B, T / group, group x H, D]
+    q_ref: Any,  # [B x T / group, group x H, D]: one axis less than a copy can have
     k_ref: Any,  # [B, S, D]
     weights_ref: Any,  # [B, T, H]
     start_ref: Any,  # [B, T]
@@ -103,7 +103,8 @@ def _kernel(
 
     @pl.when(warpgroup == 0)
     def _() -> None:
-        plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(query_block * groups, groups)], q_smem, has_arrived)
+        block = batch * (out_ref.shape[1] // tiles.block_q) + query_block
+        plgpu.copy_gmem_to_smem(q_ref.at[pl.ds(block * groups, groups)], q_smem, has_arrived)
         plgpu.copy_gmem_to_smem(weights_ref.at[batch, pl.ds(first_query, tiles.block_q)], weights_smem, has_arrived)
 
     @pl.when(warpgroup < tiles.num_warpgroups)
@@ -198,5 +199,5 @@ def head_sums(
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
     scale = jnp.pad(k_scale, ((0, 0), (0, width - n_keys)))
-    out = call(q.reshape(batch, length // plan.group, columns, plan.dim), k, weights, start, end, scale)
+    out = call(q.reshape(batch * length // plan.group, columns, plan.dim), k, weights, start, end, scale)
     return out[:, :n_queries]

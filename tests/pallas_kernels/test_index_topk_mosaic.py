@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lowering import lower_for_h200
 from ops_helpers import assert_close, in_float64, normal, ranges
 from test_index_topk import inputs
 
@@ -114,6 +115,26 @@ def test_selection_is_exact(tmp_path):
         np.testing.assert_array_equal(picked, expected, err_msg=name)
 
 
+@needs_mosaic
+@pytest.mark.parametrize("name", SHAPES)
+def test_lowers_at_awkward_sizes(name):
+    """The interpreter does not check what TMA and wgmma can do."""
+    shape, dtype, _, tiles = SHAPES[name]
+    rows = shape.batch, shape.queries
+    low = [
+        jax.ShapeDtypeStruct(size, dtype) for size in ((*rows, shape.heads, shape.dim), (shape.batch, shape.keys, shape.dim))
+    ]
+    visible = [jax.ShapeDtypeStruct(rows, jnp.int32)] * 2
+    given = *low, jax.ShapeDtypeStruct((*rows, shape.heads), jnp.float32), *visible
+
+    def loss(weights, q, k, *visible):
+        return mosaic_gpu.index_scores(q, k, weights, *visible, interpret=False, tiles=tiles).sum()
+
+    for function in (loss, jax.grad(loss)) if name == "fp8" else (loss,):
+        text = lower_for_h200(lambda q, k, weights, *visible, f=function: f(weights, q, k, *visible), *given)
+        assert ("mosaic_scores" in text) == (function is loss)
+
+
 def call(dtype=jnp.bfloat16, heads=8, dim=32, **options):
     shape = IndexShape(1, 3, 5, heads, dim, 2)
     q, k, weights = inputs(shape)
@@ -148,7 +169,7 @@ def test_it_is_never_the_default_and_does_not_run_here(op):
 
 
 def test_blocks_fit_in_shared_memory():
-    for heads, dim, itemsize in ((64, 128, 2), (64, 128, 1), (128, 128, 2), (256, 256, 2), (8, 32, 1)):
+    for heads, dim, itemsize in ((64, 128, 2), (64, 128, 1), (256, 128, 1), (128, 128, 2), (256, 256, 2), (8, 32, 1)):
         tiles = mosaic_gpu.default_tiles(4096, heads, dim, itemsize)
         rows = tiles.block_q * heads + tiles.num_stages * tiles.block_k
         assert rows * dim * itemsize + 4 * tiles.block_q * heads < 232448
