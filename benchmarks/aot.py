@@ -34,6 +34,10 @@ from typing import Any, NamedTuple
 DUMP = tempfile.mkdtemp(prefix="aot-")
 atexit.register(shutil.rmtree, DUMP, ignore_errors=True)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={DUMP}"
+# Mosaic GPU calls the assembler itself, and XLA launches its kernels without knowing their threads and shared memory.
+MOSAIC_DUMP = Path(DUMP) / "mosaic"
+MOSAIC_DUMP.mkdir()
+os.environ["MOSAIC_GPU_DUMP_TO"] = str(MOSAIC_DUMP)
 
 import jax  # noqa: E402
 import nvidia.cu13  # noqa: E402
@@ -51,6 +55,8 @@ PTXAS = re.compile(
     re.DOTALL,
 )
 THUNK = re.compile(r"\]\s+(\S+) grid: \[[^\]]*\] threads: \[(\d+), 1, 1\]\s+shared_memory: (\d+) bytes")
+MOSAIC_THREADS = re.compile(r"\.(?:maxntid|reqntid) (\d+), 1, 1")
+MOSAIC_SHARED = re.compile(r"dynamic_shared_memory_size %c(\d+)_i32")
 
 
 class Compiled(NamedTuple):
@@ -84,7 +90,7 @@ def compile_case(case: KernelCase, sharding: SingleDeviceSharding) -> list[Compi
     Raises:
         RuntimeError: when a kernel of the case is not in the compiler's report.
     """
-    for old in Path(DUMP).glob("module_*"):
+    for old in (*Path(DUMP).glob("module_*"), *MOSAIC_DUMP.iterdir()):
         old.unlink()
     arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in case.arrays]
     with captured_stderr() as log, use_abstract_mesh(MESH):
@@ -92,10 +98,22 @@ def compile_case(case: KernelCase, sharding: SingleDeviceSharding) -> list[Compi
     reports = {match["name"]: match for match in PTXAS.finditer(log.read_text(errors="replace"))}
     thunks = "\n".join(path.read_text() for path in Path(DUMP).glob("*thunk_sequence.txt"))
     sizes = {name: (int(threads), int(shared)) for name, threads, shared in THUNK.findall(thunks)}
+    for name, report, size in mosaic_reports():
+        reports[name], sizes[name] = report, size
     missing = [name for name in case.kernels if name not in reports or name not in sizes]
     if missing:
         raise RuntimeError(f"no report on {', '.join(missing)}; reports on {sorted(reports)}, launches of {sorted(sizes)}")
     return [Compiled(name, *_registers_and_spills(reports[name]), *sizes[name], temporary) for name in case.kernels]
+
+
+def mosaic_reports() -> Iterator[tuple[str, re.Match[str], tuple[int, int]]]:
+    """(kernel, the assembler's report, (threads, shared bytes)) of every Mosaic GPU kernel that was compiled."""
+    for path in MOSAIC_DUMP.glob("*.ptxas"):
+        report = PTXAS.search(path.read_text())
+        threads = MOSAIC_THREADS.search(path.with_suffix(".ptx").read_text())
+        shared = MOSAIC_SHARED.search(path.with_suffix(".before_layout_inference.txt").read_text())
+        if report and threads and shared:
+            yield report["name"].removesuffix("_mosaic_gpu_kernel"), report, (int(threads[1]), int(shared[1]))
 
 
 def try_candidates(case: KernelCase, sharding: SingleDeviceSharding, limit: int) -> Iterator[dict[str, Any]]:

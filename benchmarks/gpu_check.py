@@ -24,7 +24,7 @@ ITEM_SECONDS = 60.0
 # What is done unless --all asks for every shape: each kernel at its most telling ones.
 _ATTENTION = ("128_heads", "32_heads_8_groups")
 MAIN_SHAPES: dict[str, tuple[str, ...]] = {
-    "index_scores": ("prefill_32k", "decode_128k_fp8"),
+    "index_scores": ("prefill_32k", "prefill_32k_fp8", "decode_128k_fp8"),
     "index_topk": ("prefill_128k", "decode_128k"),
     "sparse_attention": _ATTENTION,
     "sparse_attention_backward": _ATTENTION,
@@ -62,7 +62,7 @@ def items(*, dry_run: bool, words: Sequence[str] = (), every_shape: bool = False
             shapes = [name for name in shapes if dry_run or every_shape or name in MAIN_SHAPES[op]]
             # XLA is timed for comparison; the CPU tests are its checks.
             wanted = [name for name in IMPLEMENTATIONS[op] if name not in ("reference", *(() if kind == "time" else ("xla",)))]
-            wanted = [name for name in wanted if not (dry_run and name in ("xla", "triton"))]
+            wanted = [name for name in wanted if not (dry_run and name in ("xla", "triton", "mosaic"))]
             yield from (Item(kind, op, shape, implementation) for shape in shapes for implementation in wanted)
 
     kinds = ("check_reduced", "check_real", "time")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.index_topk import mosaic_gpu
 from pallas_kernels.index_topk import pallas_gpu as index_topk
 from pallas_kernels.index_topk import triton_gpu as selection_by_radix
 from pallas_kernels.indexer_loss import pallas_gpu as indexer_loss
@@ -170,5 +171,21 @@ def _index_scores() -> Iterator[KernelCase]:
             if dtype == jnp.bfloat16 and importlib.util.find_spec("jax_triton") is not None:
                 by_radix = functools.partial(selection_by_radix.index_topk, topk=2048, compute_capability=90, interpret=False)
                 yield KernelCase("index_topk, radix", name, by_radix, arrays[:5], kernels[1], index_topk.SCORE_BUDGET)
+            if jax.__version_info__ >= mosaic_gpu.LEAST_JAX:
+                yield from _mosaic(name, arrays)
             yield KernelCase("index_scores", name, scores, arrays, kernels[0], batch * queries * keys)
             yield KernelCase("index_topk", name, selection, arrays, kernels[1], index_topk.SCORE_BUDGET)
+
+
+def _mosaic(name: str, arrays: tuple[jax.ShapeDtypeStruct, ...]) -> Iterator[KernelCase]:
+    """As the cases of the same arrays through Triton."""
+
+    def scores(q: Any, k: Any, w: Any, start: Any, end: Any, k_scale: Any) -> Any:
+        return mosaic_gpu.index_scores(q, k, w, start, end, k_scale=k_scale, interpret=False)
+
+    def selection(q: Any, k: Any, w: Any, start: Any, end: Any, k_scale: Any) -> Any:
+        return mosaic_gpu.index_topk(q, k, w, start, end, k_scale=k_scale, topk=2048, interpret=False)
+
+    most = arrays[0].shape[0] * arrays[0].shape[1] * arrays[1].shape[1]
+    yield KernelCase("index_scores, mosaic", name, scores, arrays, ("mosaic_scores",), most)
+    yield KernelCase("index_topk, mosaic", name, selection, arrays, ("mosaic_ranked_scores",), index_topk.SCORE_BUDGET)

@@ -18,7 +18,9 @@ from experiments.flags import run_main
 
 _OP = flags.DEFINE_enum("op", None, OPS, "Whose kernels to tune.", required=True)
 _SHAPE = flags.DEFINE_list("shape", [], "Names of shapes; empty: all that are meant for a GPU.")
-_IMPLEMENTATION = flags.DEFINE_string("implementation", "pallas", "pallas, pallas_ordered or triton, where the op has it.")
+_IMPLEMENTATION = flags.DEFINE_string(
+    "implementation", "pallas", "pallas, pallas_ordered, triton or mosaic, where the op has it."
+)
 _KERNEL = flags.DEFINE_list("kernel", [], "Only these of the op's kernels; empty: all.")
 _LIMIT = flags.DEFINE_integer("limit", 24, "Candidates of each kernel, the default first, then the nearest.", lower_bound=1)
 _UNFIT = flags.DEFINE_string("unfit", "", "File that benchmarks.aot --candidates wrote; what failed there is not tried.")

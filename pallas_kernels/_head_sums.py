@@ -73,7 +73,8 @@ def _sum_of_heads(
     return lax.fori_loop(0, problem.head_blocks(tiles), body, jnp.zeros((tiles.block_k,), jnp.float32))
 
 
-def _finish(kind: Kind, total: Array) -> Array:
+def finish(kind: Kind, total: Array) -> Array:
+    """The sum of a visible key as `kind` wants it."""
     if kind != "ranked_scores":
         return total
     lowest = float(jnp.finfo(jnp.float32).min)
@@ -112,7 +113,7 @@ def _visible_kernel(
                 total = total if scale is None else total * scale
                 total = total if previous is None else total + previous(t)
                 visible = (position >= refs["start"][t]) & (position < refs["end"][t])
-                store(t, jnp.where(visible, _finish(kind, total), hidden_value(kind)))
+                store(t, jnp.where(visible, finish(kind, total), hidden_value(kind)))
 
         over_queries(0, None)
         if problem.groups > 1:
@@ -209,7 +210,7 @@ def _selected_kernel(refs: Refs, out_ref: Any, *, problem: Problem, tiles: Tiles
             return total + _sum_of_heads(refs, keys, problem, tiles, kind, group, 0)
 
         total = lax.fori_loop(0, problem.groups, body, jnp.zeros((tiles.block_k,), jnp.float32))
-        out_ref[slots] = jnp.where(refs["indices"][slots] >= 0, _finish(kind, total), hidden_value(kind))
+        out_ref[slots] = jnp.where(refs["indices"][slots] >= 0, finish(kind, total), hidden_value(kind))
 
     @pl.when(~is_used)
     def _() -> None:

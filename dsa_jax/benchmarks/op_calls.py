@@ -14,8 +14,8 @@ from pallas_kernels.quantize import pack_latent_fp8
 # "pallas_ordered" is pallas asked for the same gradients, bit by bit, every run.
 _PLAIN = ("reference", "xla", "pallas")
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "index_scores": _PLAIN,
-    "index_topk": (*_PLAIN, "triton"),
+    "index_scores": (*_PLAIN, "mosaic"),
+    "index_topk": (*_PLAIN, "triton", "mosaic"),
     "sparse_attention": _PLAIN,
     "sparse_attention_backward": (*_PLAIN, "pallas_ordered"),
     "decode": _PLAIN,

@@ -10,18 +10,20 @@ from pallas_kernels import _checks, _dispatch
 from pallas_kernels._activation import check_activation
 from pallas_kernels._activation_options import activation_options
 from pallas_kernels._forced import check_forced, scored_range, with_forced
-from pallas_kernels.index_topk import pallas_gpu, reference, triton_gpu, xla
+from pallas_kernels.index_topk import mosaic_gpu, pallas_gpu, reference, triton_gpu, xla
 
 _SCORES: dict[str, Callable[..., Any]] = {
     "reference": reference.index_scores,
     "xla": xla.index_scores,
     "pallas": pallas_gpu.index_scores,
+    "mosaic": mosaic_gpu.index_scores,
 }
 _TOPK: dict[str, Callable[..., Any]] = {
     "reference": reference.index_topk,
     "xla": xla.index_topk,
     "pallas": pallas_gpu.index_topk,
     "triton": triton_gpu.index_topk,
+    "mosaic": mosaic_gpu.index_topk,
 }
 
 

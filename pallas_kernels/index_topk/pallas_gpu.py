@@ -18,13 +18,15 @@ from pallas_kernels._selection import all_visible, canonical
 from pallas_kernels._threshold import COUNT_GROUPS, largest_by_threshold
 from pallas_kernels.index_topk import xla
 from pallas_kernels.sparse_attention import pallas_gpu_tiles as tiling
-from pallas_kernels.tuning.tiles import QueryTiles
+from pallas_kernels.tuning.tiles import AnyTiles, QueryTiles
 
 SCORE_BUDGET = 2**26
 """Scores of one chunk: batch x queries x keys. A quarter of a GiB; the search reads them about as often again."""
 
+Scores = Callable[..., Array]
 
-def _scores(
+
+def kernel_scores(
     q_index: Array,
     k_index: Array,
     weights: Array,
@@ -53,7 +55,7 @@ def _scores(
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def _differentiable_scores(
     q_index: Array,
     k_index: Array,
@@ -61,24 +63,27 @@ def _differentiable_scores(
     visible_start: Array,
     visible_end: Array,
     k_scale: Array | None,
+    scores: Scores,
     interpret: bool | None,
-    tiles: QueryTiles | None,
+    tiles: AnyTiles | None,
 ) -> Array:
     ranges = visible_start, visible_end
-    return _scores(q_index, k_index, weights, *ranges, k_scale, "scores", interpret, tiles)[..., : k_index.shape[1]]
+    return scores(q_index, k_index, weights, *ranges, k_scale, "scores", interpret, tiles)[..., : k_index.shape[1]]
 
 
 def _forward(*arguments: Any) -> tuple[Array, tuple[Any, ...]]:
     return _differentiable_scores(*arguments), arguments[:6]
 
 
-def _backward(interpret: bool | None, tiles: QueryTiles | None, residuals: tuple[Any, ...], d_scores: Array) -> tuple[Any, ...]:
+def _backward(
+    scores: Scores, interpret: bool | None, tiles: AnyTiles | None, residuals: tuple[Any, ...], d_scores: Array
+) -> tuple[Any, ...]:
     q_index, k_index, weights, start, end, k_scale = residuals
 
-    def scores(q: Array, k: Array, w: Array, scale: Array | None) -> Array:
+    def by_xla(q: Array, k: Array, w: Array, scale: Array | None) -> Array:
         return xla.index_scores(q, k, w, start, end, k_scale=scale)
 
-    d_q, d_k, d_weights, d_scale = jax.vjp(scores, q_index, k_index, weights, k_scale)[1](d_scores)
+    d_q, d_k, d_weights, d_scale = jax.vjp(by_xla, q_index, k_index, weights, k_scale)[1](d_scores)
     no_gradient = np.zeros(start.shape, float0)
     return d_q, d_k, d_weights, no_gradient, no_gradient, d_scale
 
@@ -94,12 +99,14 @@ def index_scores(
     visible_end: Int32[Array, "B T"],
     *,
     k_scale: Float[Array, "B S"] | None = None,
+    scores: Scores = kernel_scores,
     interpret: bool | None = None,
-    tiles: QueryTiles | None = None,
+    tiles: AnyTiles | None = None,
 ) -> Float[Array, "B T S"]:
     """The whole score matrix; its gradient is computed by XLA.
 
     Args:
+        scores: computes them, as `kernel_scores` does.
         interpret: run the kernel without a GPU; None does so on CPU.
         tiles: block sizes; None takes those of the tuning table, or else `_head_sums.default_tiles`.
 
@@ -108,7 +115,7 @@ def index_scores(
     """
     if 0 in (q_index.size, k_index.shape[1]):
         return jnp.zeros((*q_index.shape[:2], k_index.shape[1]), jnp.float32)
-    return _differentiable_scores(q_index, k_index, weights, visible_start, visible_end, k_scale, interpret, tiles)
+    return _differentiable_scores(q_index, k_index, weights, visible_start, visible_end, k_scale, scores, interpret, tiles)
 
 
 def largest_by_counting(ranked: Float[Array, "B C W"], topk: int) -> Int32[Array, "B C {topk}"]:
@@ -130,15 +137,16 @@ def index_topk(
     k_scale: Float[Array, "B S"] | None = None,
     score_budget: int = SCORE_BUDGET,
     largest: Callable[[Array, int], Array] = largest_by_counting,
+    scores: Scores = kernel_scores,
     interpret: bool | None = None,
-    tiles: QueryTiles | None = None,
+    tiles: AnyTiles | None = None,
 ) -> Int32[Array, "B T {topk}"]:
     """Canonical selection: a kernel scores a chunk of queries, XLA finds each row's threshold by counting.
 
     Args:
         score_budget: scores held at a time.
         largest: selects the positions of the largest scores of rows, as `largest_by_counting` does.
-        interpret, tiles: as in `index_scores`.
+        scores, interpret, tiles: as in `index_scores`.
     """
     batch, n_keys = k_index.shape[:2]
     if topk >= n_keys or q_index.size == 0:
@@ -150,8 +158,8 @@ def index_topk(
         start, end = jnp.maximum(start, 0), jnp.minimum(end, n_keys)
 
         def select(_: None) -> Array:
-            scores = _scores(q, k_index, w, start, end, k_scale, "ranked_scores", interpret, tiles)
-            return canonical(largest(scores, topk), n_keys, topk)
+            ranked = scores(q, k_index, w, start, end, k_scale, "ranked_scores", interpret, tiles)
+            return canonical(largest(ranked, topk), n_keys, topk)
 
         return lax.cond((end - start).max() > topk, select, lambda _: all_visible(start, end, topk), None)
 

@@ -294,13 +294,15 @@ def is_interpreted(op: str) -> bool:
     return platform == "cpu"
 
 
-def check_dtypes(op: str, names: str, *arrays: Array | None, allowed: Sequence[str] = HALF_AND_SINGLE) -> None:
+def check_dtypes(
+    op: str, names: str, *arrays: Array | None, allowed: Sequence[str] = HALF_AND_SINGLE, implementation: str = "pallas"
+) -> None:
     """Raises NotImplementedError unless all arrays, called `names`, have one and the same of the allowed dtypes."""
     found = {x.dtype.name for x in arrays if x is not None}
     if len(found) != 1 or not found <= set(allowed):
         raise NotImplementedError(
-            f"{op}: pallas got {', '.join(sorted(found))}; it needs {names} of one dtype out of {', '.join(allowed)}. "
-            "Cast them, or pass implementation='xla'."
+            f"{op}: {implementation} got {', '.join(sorted(found))}; it needs {names} of one dtype out of "
+            f"{', '.join(allowed)}. Cast them, or pass implementation='xla'."
         )
 
 

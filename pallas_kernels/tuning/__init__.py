@@ -7,7 +7,7 @@ with what measured them. A kernel asks `choose`; without an entry that fits it r
 from pallas_kernels.tuning.choice import Choice, choose, recorded, trial
 from pallas_kernels.tuning.kernels import KERNELS, KernelSpec, Shape, candidates, has_few_queries, misfit
 from pallas_kernels.tuning.table import TABLE, Entry, TuningError, merge, nearest, read, write
-from pallas_kernels.tuning.tiles import AnyTiles, QueryTiles, RowTiles, ScanTiles, SplitTiles, Tiles
+from pallas_kernels.tuning.tiles import AnyTiles, QueryTiles, RowTiles, ScanTiles, SplitTiles, Tiles, WarpgroupTiles
 
 __all__ = [
     "KERNELS",
@@ -23,6 +23,7 @@ __all__ = [
     "SplitTiles",
     "Tiles",
     "TuningError",
+    "WarpgroupTiles",
     "candidates",
     "choose",
     "has_few_queries",

@@ -8,7 +8,19 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from pallas_kernels.tuning.tiles import PROCESSORS, SMALLEST_SIDE, AnyTiles, QueryTiles, RowTiles, ScanTiles, SplitTiles, Tiles
+from pallas_kernels.tuning.tiles import (
+    PROCESSORS,
+    SMALLEST_SIDE,
+    WGMMA_COLUMNS,
+    WGMMA_ROWS,
+    AnyTiles,
+    QueryTiles,
+    RowTiles,
+    ScanTiles,
+    SplitTiles,
+    Tiles,
+    WarpgroupTiles,
+)
 
 Shape = Mapping[str, int | str | bool]
 """What a call is, by name: `dtype`; `heads` that share a key; `dim` and `width`, channels of keys and values; whether the
@@ -22,7 +34,8 @@ REGISTERS = 255
 class KernelSpec(NamedTuple):
     """A kernel: its tiles; the parts of a `Shape` that a tuned entry must share with a call, and those it may be near to.
 
-    `numbers(tiles, shape)` are the float32 sums that a program keeps, `loads` the numbers of one step that it reads in `dtype`.
+    `numbers(tiles, shape)` are the float32 sums that a program keeps, `loads` the numbers of one step that it reads in `dtype`,
+    `threads(tiles)` those that share the sums.
     """
 
     tiles: type[AnyTiles]
@@ -31,6 +44,7 @@ class KernelSpec(NamedTuple):
     numbers: Callable[..., int] = lambda tiles, shape: 0
     loads: Callable[..., int] = lambda tiles, shape: 0
     holds_all_heads: bool = False
+    threads: Callable[..., int] = lambda tiles: 32 * tiles.num_warps
 
 
 def _columns(shape: Shape) -> int:
@@ -68,6 +82,22 @@ def _index_gradients(sizes: tuple[str, ...], rows: Callable[[Tiles], int]) -> Ke
     return KernelSpec(Tiles, _INDEXER, sizes, numbers, _heads_and_keys, holds_all_heads=True)
 
 
+def _warpgroup_scores(tiles: WarpgroupTiles, shape: Shape) -> int:
+    """Queries that stay, and keys of all stages."""
+    rows = tiles.block_q * _number(shape, "heads") + tiles.num_stages * tiles.block_k
+    return rows * _number(shape, "dim")
+
+
+_WARPGROUP_SCORES = KernelSpec(
+    WarpgroupTiles,
+    _INDEXER,
+    _VISIBLE,
+    lambda tiles, shape: tiles.block_k * max(WGMMA_COLUMNS, _number(shape, "heads")),
+    _warpgroup_scores,
+    threads=lambda tiles: 128 * tiles.num_warpgroups,
+)
+
+
 KERNELS: dict[str, KernelSpec] = {
     "sparse_attention_forward": _FORWARD,
     "sparse_attention_fp8_forward": _FORWARD,
@@ -81,6 +111,7 @@ KERNELS: dict[str, KernelSpec] = {
     "sparse_attention_ordered_sum": KernelSpec(RowTiles, ("width",), ("groups", "keys", "slots")),
     **{f"head_sums_visible_{kind}": _head_sums(QueryTiles, _VISIBLE) for kind in ("scores", "ranked_scores", "probability")},
     **{f"head_sums_selected_{kind}": _head_sums(Tiles, _SELECTED) for kind in ("scores", "probability")},
+    **{f"mosaic_{kind}": _WARPGROUP_SCORES for kind in ("scores", "ranked_scores")},
     "index_gradients_selected": _index_gradients(_SELECTED, lambda tiles: tiles.block_h + tiles.block_k),
     "index_gradients_visible_query": _index_gradients(_VISIBLE, lambda tiles: tiles.block_h),
     "index_gradients_visible_key": _index_gradients(_VISIBLE, lambda tiles: tiles.block_k),
@@ -99,7 +130,7 @@ def misfit(kernel: str, tiles: AnyTiles, shape: Shape) -> str | None:
     spec = KERNELS[kernel]
     if spec.holds_all_heads and isinstance(tiles, Tiles) and tiles.block_h < _number(shape, "heads"):
         return f"block_h is {tiles.block_h}; a program of this kernel holds all {shape['heads']} heads"
-    per_thread = math.ceil(spec.numbers(tiles, shape) / (32 * dataclasses.asdict(tiles)["num_warps"]))
+    per_thread = math.ceil(spec.numbers(tiles, shape) / (spec.threads(tiles)))
     if per_thread >= REGISTERS:
         return f"its sums take {per_thread} registers of a thread, which has {REGISTERS}"
     size = jnp.dtype(str(shape["dtype"])).itemsize if "dtype" in shape else 4
@@ -133,6 +164,10 @@ def _values(name: str, shape: Shape) -> list[int]:
     """What is tried of a field."""
     if name == "num_warps":
         return [2, 4, 8]
+    if name == "rows":
+        return [WGMMA_ROWS, 2 * WGMMA_ROWS]
+    if name == "num_warpgroups":
+        return [1, 2, 3, 4]
     if name == "num_stages":
         return [1, 2, 3, 4]
     if name == "programs":

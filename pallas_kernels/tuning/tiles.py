@@ -4,19 +4,23 @@ import dataclasses
 
 # Triton multiplies no matrix with a side below 16, and holds no array whose size is not a power of two.
 SMALLEST_SIDE = 16
+# Of Hopper's product of a warpgroup: its rows; and the columns that make it read no more from shared memory than it can.
+WGMMA_ROWS, WGMMA_COLUMNS = 64, 128
 # Of an H200.
 PROCESSORS = 132
 
 
 @dataclasses.dataclass(frozen=True)
 class AnyTiles:
-    """What all have beside their blocks: `num_warps` of a program, `num_stages` of loads that are in flight at a time."""
+    """What all have beside their blocks: `num_warps` of a program, or its warpgroups, four warps each, that compute;
+    `num_stages` of loads that are in flight at a time."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             name, size = field.name, getattr(self, field.name)
             smallest = SMALLEST_SIDE if name in ("block_h", "block_k", "block_rows", "block") else 1
-            is_power = name not in ("num_stages", "programs")
+            smallest = WGMMA_ROWS if name == "rows" else smallest
+            is_power = name not in ("num_stages", "programs", "num_warpgroups")
             if size < smallest or (is_power and size & (size - 1)):
                 kind = "a power of two" if is_power else "a number"
                 raise ValueError(f"{type(self).__name__}: {name} is {size}; expected {kind} of at least {smallest}.")
@@ -44,6 +48,21 @@ class QueryTiles(Tiles):
     """As `Tiles`, for programs that hold a block of keys and walk over `block_q` queries."""
 
     block_q: int = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class WarpgroupTiles(AnyTiles):
+    """Of kernels that warpgroups share: each multiplies `rows` keys of a step with the `block_q` queries of its program."""
+
+    block_q: int = 8
+    rows: int = 64
+    num_warpgroups: int = 2
+    num_stages: int = 2
+
+    @property
+    def block_k(self) -> int:
+        """Keys of a step."""
+        return self.rows * self.num_warpgroups
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,13 +81,18 @@ def test_wrong_arguments(name):
     assert str(caught.value).startswith(f"{op}: ") and "\n" not in str(caught.value)
 
 
-HAS_TRITON, WITHOUT_PALLAS = ("index_topk",), ("dense_attention",)
+HAS_TRITON, HAS_MOSAIC, WITHOUT_PALLAS = ("index_topk",), ("index_scores", "index_topk"), ("dense_attention",)
 
 
 @pytest.mark.parametrize("op", CALLS)
 def test_missing_implementations_raise_and_the_choice_is_recorded(op):
     function, arguments = CALLS[op]
-    absent = [("triton", op not in HAS_TRITON), ("cute", True), ("pallas", op in WITHOUT_PALLAS)]
+    absent = [
+        ("triton", op not in HAS_TRITON),
+        ("mosaic", op not in HAS_MOSAIC),
+        ("cute", True),
+        ("pallas", op in WITHOUT_PALLAS),
+    ]
     for missing in (name for name, is_absent in absent if is_absent):
         with pytest.raises(NotImplementedError, match=re.escape(f"{op}: there is no implementation '{missing}'")):
             function(**arguments, implementation=missing)

@@ -16,7 +16,8 @@ def test_lowers_for_h200(name):
     case = CASES[name]
     text = lower_for_h200(case.function, *case.arrays)
     for kernel in case.kernels:
-        assert f'"{kernel}"' in text
+        # Mosaic GPU puts its kernels, names and all, into a string of bytes.
+        assert f'"{kernel}"' in text or f"\\00{kernel}\\00" in text
     given = max(x.size for x in case.arrays)
     largest = max(math.prod(map(int, x.split("x")[:-1])) for x in re.findall(r"tensor<((?:\d+x)+)[a-z]", text))
     assert largest <= max(given, case.most_numbers)

@@ -9,7 +9,7 @@ import pytest
 
 import pallas_kernels as pk
 from pallas_kernels import tuning
-from pallas_kernels.tuning import QueryTiles, RowTiles, ScanTiles, SplitTiles, Tiles, table
+from pallas_kernels.tuning import QueryTiles, RowTiles, ScanTiles, SplitTiles, Tiles, WarpgroupTiles, table
 
 SHAPE = {"dtype": "float32", "heads": 2, "dim": 16, "groups": 1, "queries": 8, "keys": 64}
 MEASURED = {"seconds": 1e-3, "default_seconds": 2e-3, "command": "made up", "versions": {"jax": "0"}}
@@ -123,13 +123,19 @@ def test_a_call_takes_trial_then_table_then_default(install):
 
 DEEPSEEK = {"dtype": "bfloat16", "heads": 128, "dim": 576, "width": 512, "shared": True}
 SIZES = {"groups": 1, "queries": 4096, "keys": 32768, "topk": 2048, "slots": 4096 * 2048}
-DEFAULTS = {SplitTiles: SplitTiles(64, 32), QueryTiles: QueryTiles(32, 64), RowTiles: RowTiles(), ScanTiles: ScanTiles()}
+DEFAULTS = {
+    SplitTiles: SplitTiles(64, 32),
+    QueryTiles: QueryTiles(32, 64),
+    RowTiles: RowTiles(),
+    ScanTiles: ScanTiles(),
+    WarpgroupTiles: WarpgroupTiles(),
+}
 
 
 @pytest.mark.parametrize("kernel", tuning.KERNELS)
 def test_candidates(kernel):
     shape = {**DEEPSEEK, **SIZES}
-    if kernel.startswith("index_gradients"):
+    if kernel.startswith(("index_gradients", "mosaic")):
         shape |= {"heads": 64, "dim": 128, "width": 128}
     default = DEFAULTS.get(tuning.KERNELS[kernel].tiles, Tiles(64, 32))
     found = tuning.candidates(kernel, default, shape)

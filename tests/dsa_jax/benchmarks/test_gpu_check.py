@@ -120,7 +120,8 @@ def test_every_op_and_kernel_implementation_is_an_item():
     assert {item.op for item in todo} == set(OPS)
     kinds = [item.kind for item in todo]
     assert kinds == sorted(kinds, key=("check_reduced", "check_real", "time").index)
-    assert {item.implementation for item in todo if item.op == "index_topk"} == {"xla", "pallas", "triton"}
+    assert {item.implementation for item in todo if item.op == "index_topk"} == {"xla", "pallas", "triton", "mosaic"}
+    assert {item.implementation for item in todo if item.op == "index_scores"} == {"xla", "pallas", "mosaic"}
 
 
 def test_table():
