@@ -25,11 +25,13 @@ def long_base() -> Config:
     config.name = "long_base"
     config.data.recall_fraction, config.data.tasks = 0.5, (("multi_needle", 0.25),)
     config.data.recall.tokens_per_record = 32
-    config.model.attention.indexer.topk = 32
+    indexer = config.model.attention.indexer
+    # Wider than in the quickstart: where blocks compete, one key speaks for several.
+    indexer.topk, indexer.n_heads, indexer.head_dim, indexer.rope_dim = 32, 8, 64, 32
     config.train.pretrain.steps = 2900
     config.train.pretrain.curriculum = ((1900, 64), (2200, 128), (2500, 256), (2700, 512))
     config.train.pretrain.seq_len = 1024
-    for stage, steps in ((config.train.warmup, 100), (config.train.sparse, 100)):
+    for stage, steps in ((config.train.warmup, 300), (config.train.sparse, 100)):
         stage.steps, stage.seq_len, stage.batch_size = steps, 1024, 8
     config.eval.recall_len = config.eval.text_len = config.eval.task_len = 1024
     config.eval.tasks = ("multi_needle",)

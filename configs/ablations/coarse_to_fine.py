@@ -1,7 +1,8 @@
-"""Can blocks of pooled index keys spare the indexer most of its scores? Untrained for it, and trained.
+"""Can pooled blocks of index keys spare the indexer most of its scores? Untrained for it, and trained.
 
-A query scores the means of blocks of keys, then key by key the best blocks and the first and the last one. Records are single
-tokens among fillers, the hardest case for a mean: the larger the block, the less of a record is left in it.
+A query scores one key for each block of keys, then key by key the best blocks and the first and the last one. Records are
+single tokens among fillers, the hardest case for a mean: the larger the block, the less of a record is left in it. A salient
+key keeps what stands out (`pallas_kernels.pool_blocks`).
 
 Command:   python -m experiments.ablate --config=configs/ablations/coarse_to_fine.py
 Hardware:  two CPU cores.
@@ -19,41 +20,44 @@ def scored(block_size: int, n_blocks: int) -> float:
     return (LENGTH // block_size + block_size * (n_blocks + 2)) / LENGTH
 
 
+def coarse(pooling: str, block_size: int, n_blocks: int) -> dict[str, str | int]:
+    return {
+        f"{INDEXER}.coarse_pooling": pooling,
+        f"{INDEXER}.coarse_block_size": block_size,
+        f"{INDEXER}.coarse_blocks": n_blocks,
+    }
+
+
+def untrained(pooling: str, block_size: int, n_blocks: int) -> Variant:
+    name = f"{pooling} of {block_size}, {scored(block_size, n_blocks):.0%} of the scores"
+    return Variant(name, row="coarse_to_fine", at_evaluation=coarse(pooling, block_size, n_blocks))
+
+
+def learned(pooling: str, block_size: int, n_blocks: int) -> Variant:
+    settings = {
+        **coarse(pooling, block_size, n_blocks),
+        f"{INDEXER}.coarse_loss_weight": 3.0,
+        "eval.rows": ("coarse_to_fine",),
+    }
+    return Variant(f"{untrained(pooling, block_size, n_blocks).name}, learned", settings, row="coarse_to_fine")
+
+
 def get_config(arg: str = "") -> Ablation:
     del arg
-    recipe = long_base()
-    recipe.model.attention.indexer.coarse_block_size = 16
-
-    def coarse(block_size: int, n_blocks: int) -> dict[str, int]:
-        return {f"{INDEXER}.coarse_block_size": block_size, f"{INDEXER}.coarse_blocks": n_blocks}
-
-    def untrained(block_size: int, n_blocks: int) -> Variant:
-        name = f"blocks of {block_size}, {scored(block_size, n_blocks):.0%} of the scores"
-        return Variant(name, row="coarse_to_fine", at_evaluation=coarse(block_size, n_blocks))
-
-    def trained(block_size: int, n_blocks: int, how: str, loss_weight: float) -> Variant:
-        settings = {
-            **coarse(block_size, n_blocks),
-            f"{INDEXER}.coarse_loss_weight": loss_weight,
-            "train.sparse_attention": "coarse_to_fine",
-            "eval.rows": ("coarse_to_fine",),
-        }
-        return Variant(f"{untrained(block_size, n_blocks).name}, {how}", settings, row="coarse_to_fine")
-
     return Ablation(
         name="coarse_to_fine",
         question="Can pooled blocks of index keys spare the indexer most of its scores?",
         axis="scores computed for the last of 1024 keys",
-        base=recipe,
+        base=long_base(),
         variants=(
             Variant("all scores"),
-            untrained(4, 62),
-            untrained(8, 46),
-            untrained(8, 14),
-            untrained(16, 26),
-            untrained(16, 10),
-            trained(16, 10, "trained on its selection", 0.0),
-            trained(16, 10, "blocks learned in the warm-up", 1.0),
-            trained(8, 14, "blocks learned in the warm-up", 1.0),
+            untrained("mean", 8, 46),
+            untrained("mean", 8, 14),
+            untrained("mean", 16, 10),
+            untrained("salient", 8, 46),
+            untrained("salient", 8, 14),
+            untrained("salient", 16, 10),
+            learned("mean", 8, 14),
+            learned("salient", 8, 14),
         ),
     )
