@@ -16,13 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pallas_kernels import dense_attention, index_topk, sparse_attention
+from pallas_kernels import dense_attention, index_topk, index_topk_coarse_to_fine, sparse_attention
 from pallas_kernels.sparse_attention.xla import gather_rows, with_zero_row
 
 Row = dict[str, Any]
 
 # Logits of all heads that `jax.nn.dot_product_attention` holds at once; beyond this it is skipped.
 MAX_LOGIT_BYTES = 6 * 2**30
+
+# Keys per block where blocks are chosen first, of which a quarter of the keys are then scored one by one.
+COARSE_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,12 @@ def _phase(
         visible: dict[str, Any] = {"visible_start": visible_start, "visible_end": visible_end}
         return index_topk(q_index, k_index, weights, topk=shape.topk, **visible, implementation="xla")
 
+    def select_by_blocks(**given: Array) -> Array:
+        visible: dict[str, Any] = {name: given[name] for name in ("visible_start", "visible_end")}
+        indexer = given["q_index"], given["k_index"], given["weights"]
+        options = visible | {"block_size": COARSE_BLOCK, "n_blocks": max(1, length // (4 * COARSE_BLOCK) - 2)}
+        return index_topk_coarse_to_fine(*indexer, topk=shape.topk, **options, implementation="xla")
+
     def score(**given: Array) -> Array:
         visible: dict[str, Any] = {name: given[name] for name in ("visible_start", "visible_end")}
         indexer = given["q_index"], given["k_index"], given["weights"]
@@ -164,6 +173,7 @@ def _phase(
     selected = arrays | {"topk_indices": jax.jit(select)(**arrays)}
     scoring = measure("scores, and their maximum", "xla", score, arrays, "sparse layer")
     choosing = measure("scores and selection", "xla", select, arrays, "sparse layer")
+    measure("the same, coarse to fine", "xla", select_by_blocks, arrays, "sparse layer")
     # Negative when the machine was busier during the first of the two: the split is then not resolved, and says so.
     alone = f"{(choosing - scoring) * 1e3:.2f} ms" if choosing > scoring else "not resolved, the machine is too noisy"
     report(f"{phase:8} {length:7d}    selection alone, by difference: {alone}")
