@@ -46,6 +46,9 @@ def test_literal_case(implementation):
     np.testing.assert_array_equal(picked, [[[1, 2], [-1, -1], [1, 2]]])
     best = pk.attention_topk(q, k, lse, softmax_scale=1.0, topk=1, **visible, implementation=implementation)
     np.testing.assert_array_equal(best, [[[2], [-1], [1]]])  # query 2: a tie, the lower position wins
+    visible = {name: jnp.where(x == 2, np.iinfo(np.int32).max, x) for name, x in visible.items()}
+    picked = pk.attention_topk(q, k, lse, softmax_scale=1.0, topk=4, **visible, implementation=implementation)
+    np.testing.assert_array_equal(picked, [[[0, 1, 2, -1], [-1] * 4, [1, 2, -1, -1]]])
 
 
 CASES = [
