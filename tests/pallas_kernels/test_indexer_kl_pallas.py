@@ -138,13 +138,16 @@ def test_heads_split_over_a_mesh_axis_give_the_same():
         assert_close(got, jax.jit(kl)(q, lse))
 
 
-def test_without_queries_or_keys_and_what_is_not_covered():
+def test_without_queries_keys_or_slots_and_what_is_not_covered():
     for name in ("no_queries", "no_keys"):
         shape = TEST_SHAPES[name]
         arrays, visible = inputs(shape), ranges("causal", 1, shape.queries, shape.keys)
         lse = jnp.zeros((1, shape.queries, shape.heads))
         call = functools.partial(pk.indexer_kl, softmax_scale=SCALE, implementation="pallas", **visible)
         np.testing.assert_array_equal(call(*arrays, lse), np.zeros((1, shape.queries)))
+    _, arrays, visible = case("latent", "random", True)
+    (_, kl), gradients = run(True)(*arrays[:-1], arrays[-1][..., :0], **visible)
+    assert np.all(np.asarray(kl) == 0) and all(np.all(np.asarray(x) == 0) for x in gradients)
     _, arrays, visible = case("latent", "causal", False)
     call = functools.partial(pk.indexer_kl, softmax_scale=SCALE, implementation="pallas", **visible)
     with pytest.raises(NotImplementedError, match="pallas got bfloat16, float32; it needs q and k of one dtype"):
