@@ -99,6 +99,14 @@ def test_what_lies_outside_every_set_may_hold_anything(sparse):
         jax.tree.map(np.testing.assert_array_equal, (dirty, gradients), (clean, clean_gradients))
 
 
+@pytest.mark.parametrize("sparse", [False, True], ids=["visible", "selected"])
+def test_runs_where_64_bit_types_are_enabled(sparse):
+    _, arrays, visible = case("grouped", "packed", sparse)
+    expected = run(sparse, deterministic=True, **SMALL)(*arrays, **visible)
+    with jax.enable_x64(True):
+        jax.tree.map(assert_close, run(sparse, deterministic=True, **SMALL)(*arrays, **visible), expected)
+
+
 def test_ordered_sums_repeat_their_bits():
     _, arrays, visible = case("grouped", "packed", True)
     function = run(True, deterministic=True, **SMALL)
