@@ -234,6 +234,23 @@ def test_impossible_requests_are_refused(kind, arguments, message):
         model.apply({"params": params}, random_ids(), **arguments)
 
 
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        ("input_ids", np.zeros(LENGTH, np.int32), r"input_ids has shape \[24\]; expected \[B, T\]"),
+        ("input_ids", np.zeros((2, LENGTH), np.float32), "input_ids has dtype float32; expected whole numbers"),
+        ("positions", np.zeros((1, LENGTH), np.int32), r"positions has shape \[1, 24\]; expected \[2, 24\]"),
+        ("positions", np.zeros((2, LENGTH), np.float32), "positions has dtype float32"),
+        ("segment_ids", np.ones((2, LENGTH - 1), np.int32), r"segment_ids has shape \[2, 23\]; expected \[2, 24\]"),
+        ("segment_ids", np.ones((2, LENGTH), bool), "segment_ids has dtype bool"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(name, array, message):
+    model, params = built()
+    with pytest.raises(ValueError, match=message):
+        model.apply({"params": params}, **{"input_ids": random_ids(), name: array})
+
+
 def test_parameters_of_another_depth_are_refused():
     _, params = built("gqa")
     with pytest.raises(ValueError, match="dense_layers has 2 layers in the parameters; expected 3"):
