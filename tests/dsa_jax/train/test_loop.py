@@ -127,6 +127,16 @@ def test_nan_stops_with_stage_step_and_checkpoint(tmp_path, monkeypatch):
         retrofit(tiny_config(), tmp_path)
 
 
+def test_nan_before_the_first_checkpoint_of_a_stage_names_that_of_the_stage_before(tmp_path):
+    config = tiny_config()
+    config.train.warmup.optimizer.learning_rate = 1e30
+    with pytest.raises(NotFiniteError, match=r"stage warmup, step 2; the last checkpoint is step 6 of stage pretrain \("):
+        retrofit(config, tmp_path)
+    config.train.pretrain.optimizer.learning_rate = 1e30
+    with pytest.raises(NotFiniteError, match="stage pretrain, step 2; there is no checkpoint yet"):
+        retrofit(config, tmp_path / "other")
+
+
 def test_nan_can_be_skipped_and_counted(tmp_path, monkeypatch):
     config = tiny_config()
     config.train.nan_policy = "skip"
