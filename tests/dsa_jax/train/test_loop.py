@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -11,6 +12,7 @@ from dsa_jax.config import ConfigError, InitConfig, to_dict
 from dsa_jax.model import build_model
 from dsa_jax.params import parameter_paths
 from dsa_jax.train import loop
+from dsa_jax.train import retrofit as retrofit_module
 from dsa_jax.train.init import initial_params, load_run
 from dsa_jax.train.loop import NotFiniteError
 from dsa_jax.train.metrics import read_metrics
@@ -85,6 +87,22 @@ def test_interrupted_and_resumed_equals_undisturbed(undisturbed, tmp_path, monke
     for path in want:
         np.testing.assert_array_equal(got[path], want[path], err_msg=path)
     assert (tmp_path / "metrics.jsonl").read_bytes() == (undisturbed[0] / "metrics.jsonl").read_bytes()
+
+
+def test_a_signal_during_the_evaluation_stops_after_a_row(undisturbed, tmp_path, monkeypatch, caplog):
+    workdir = shutil.copytree(undisturbed[0], tmp_path / "run")
+    (workdir / "report.json").unlink()
+    evaluate = retrofit_module.evaluate_parity
+
+    def signalled(*args, on_row, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, on_row=on_row, **kwargs)
+
+    monkeypatch.setattr(retrofit_module, "evaluate_parity", signalled)
+    assert retrofit(tiny_config(), workdir) is None and not (workdir / "report.json").exists()
+    assert "stopped by SIGTERM while evaluating" in caplog.text
+    monkeypatch.undo()
+    assert retrofit(tiny_config(), workdir)["rows"] == undisturbed[1]["rows"]
 
 
 def test_damaged_checkpoint_is_skipped_and_retrained(undisturbed, tmp_path, caplog):
