@@ -82,7 +82,7 @@ class Transformer(nn.Module):
         """One forward pass over whole rows.
 
         Args:
-            input_ids: token ids; one outside the vocabulary gives NaN.
+            input_ids: token ids; one outside the vocabulary gives NaN. Padding may hold anything.
             positions: for the rotary embedding; None counts from the start of each segment.
             segment_ids: runs of equal non-zero ids attend within themselves, 0 is padding; None is one segment per row.
             attention: "dense", "sparse" (keys chosen by the indexer), "window" (the last topk keys), "oracle" (keys chosen by
@@ -104,7 +104,12 @@ class Transformer(nn.Module):
         check_request(request, **known, return_topk_indices=return_topk_indices)
         input_ids = jnp.asarray(input_ids)
         check_rows(input_ids.shape)
-        segment_ids = jnp.ones_like(input_ids) if segment_ids is None else jnp.asarray(segment_ids)
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(input_ids)
+        else:
+            segment_ids = jnp.asarray(segment_ids)
+            # The NaN of an id outside the vocabulary would reach gradients and the balance loss, with a weight of 0.
+            input_ids = jnp.where(segment_ids == 0, 0, input_ids)
         visibility = jax.tree.map(to_balanced, causal_visibility(segment_ids))
         positions = segment_positions(segment_ids) if positions is None else jnp.asarray(positions)
         x = self.embed(to_balanced(input_ids))

@@ -234,6 +234,23 @@ def test_impossible_requests_are_refused(kind, arguments, message):
         model.apply({"params": params}, random_ids(), **arguments)
 
 
+def test_padding_may_hold_tokens_outside_the_vocabulary():
+    model, params = built(moe=True)
+    segment_ids = jnp.asarray([[1] * 9 + [0] * 4 + [2] * 11])
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, ids):
+        output = model.apply({"params": params}, ids, segment_ids=segment_ids, attention="sparse", indexer_loss="sparse")
+        return output.indexer_kl.sum() + output.moe.balance_loss.sum() + output.logits[0, -1].sum()
+
+    ids = random_ids(1)
+    clean, padded = (gradient(params, jnp.where(segment_ids == 0, token, ids)) for token in (3, -100))
+    for path, value in parameter_paths(clean).items():
+        assert np.all(np.isfinite(value)), path
+        np.testing.assert_array_equal(parameter_paths(padded)[path], value, err_msg=path)
+
+
 @pytest.mark.parametrize(
     ("name", "array", "message"),
     [
