@@ -4,9 +4,9 @@ r"""The parity table of a checkpoint: dense, sparse and the baselines on the sam
     python -m experiments.evaluate --checkpoint=runs/quickstart --tasks=multi_needle,passkey --task_len=256
     python -m experiments.evaluate --checkpoint=HF_DIR --config.data.text.path=TEXT --config.eval.text_len=4096
 
-A run directory brings its own data and evaluation settings; for a Hugging Face directory they come from `--config`. The layout
-of devices is always that of `--config`, such as --config.parallel.preset=fsdp8, whatever the run was trained on; several
-processes are launched as for experiments.retrofit.
+A run directory brings its own data and evaluation settings, and no others can be set; for a Hugging Face directory they come
+from `--config`. The layout of devices is always that of `--config`, such as --config.parallel.preset=fsdp8, whatever the run
+was trained on; several processes are launched as for experiments.retrofit.
 """
 
 import dataclasses
@@ -42,6 +42,7 @@ def main(argv: list[str]) -> None:
         tasks=_TASKS.value,
         task_len=_TASK_LEN.value,
         task_sequences=_TASK_SEQUENCES.value,
+        overrides=_CONFIG.overrides,
     )
     if not is_main():
         return

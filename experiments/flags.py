@@ -48,6 +48,15 @@ class ConfigFlag:
             flags.DEFINE_string(f"config.{name}", None, text, flag_values=flag_values)
 
     @property
+    def overrides(self) -> list[str]:
+        """The fields that the command line sets, such as `config.train.warmup.steps`."""
+        return list(self._overrides())
+
+    def _overrides(self) -> dict[str, str]:
+        texts = {name: self._flag_values[name].value for name in self._fields}
+        return {name: text for name, text in texts.items() if text is not None}
+
+    @property
     def value(self) -> Any:
         """A new config: the recipe's, with the overrides of the command line. Not validated: `main` calls `validate()`.
 
@@ -55,14 +64,12 @@ class ConfigFlag:
             ConfigError: for a missing recipe or an override of the wrong kind.
         """
         config = load_config(self._file.value, self._kind)
-        for name, kind in self._fields.items():
-            text = self._flag_values[name].value
-            if text is not None:
-                *parents, field = name.removeprefix("config.").split(".")
-                node = config
-                for parent in parents:
-                    node = getattr(node, parent)
-                setattr(node, field, parse_value(name, text, kind))
+        for name, text in self._overrides().items():
+            *parents, field = name.removeprefix("config.").split(".")
+            node = config
+            for parent in parents:
+                node = getattr(node, parent)
+            setattr(node, field, parse_value(name, text, self._fields[name]))
         return config
 
 

@@ -24,7 +24,7 @@ def canonical(indices: Int32[Array, "*batch K"], absent: int, topk: int) -> Int3
 
 
 def all_visible(start: Int32[Array, "B C"], end: Int32[Array, "B C"], topk: int) -> Int32[Array, "B C {topk}"]:
-    """The selection of queries that see at most `topk` keys: all of them."""
+    """The selection of queries that see at most `topk` keys: all of them; bounds within the keys, or `start` may overflow."""
     position = start[..., None] + jnp.arange(topk, dtype=jnp.int32)
     return jnp.where(position < end[..., None], position, -1)
 

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsa_jax.config import Config, TrainConfig
+from dsa_jax.config import Config, ConfigError, TrainConfig
 from dsa_jax.data import make_eval_data
 from dsa_jax.evals.parity import Parity, evaluate_parity
 from dsa_jax.open_checkpoint import is_hf_directory
@@ -25,6 +25,7 @@ def evaluate_checkpoint(
     tasks: Sequence[str] = (),
     task_len: int | None = None,
     task_sequences: int | None = None,
+    overrides: Sequence[str] = (),
 ) -> tuple[str, Parity]:
     """(where the parameters are from, the table) of a run directory or a Hugging Face one.
 
@@ -36,9 +37,11 @@ def evaluate_checkpoint(
         tasks: synthetic tasks to evaluate; none: as the configuration has it.
         task_len: their length in tokens; None: as the configuration has it.
         task_sequences: rows of each; None: as the configuration has it.
+        overrides: fields of `config` that somebody asked for, by names such as `config.eval.text_len`.
 
     Raises:
-        ConfigError: where the layout does not fit the model, the evaluation or the devices, or the model lacks a task's tokens.
+        ConfigError: where a run cannot follow the overrides, the layout does not fit the model, the evaluation or the devices,
+            or the model lacks a task's tokens.
         RunError, CheckpointError: when the directory cannot be used.
     """
     is_hf = on_main(lambda: is_hf_directory(directory))
@@ -49,6 +52,11 @@ def evaluate_checkpoint(
         own = resolve_checkpoint(own)
     else:
         own = find_run(directory).config()
+        if ignored := [name for name in overrides if not name.startswith("config.parallel.")]:
+            raise ConfigError(
+                f"{ignored[0]} is set, but {directory} is a run, which is evaluated as its own config.json says; expected only "
+                "config.parallel fields. Leave it out, or evaluate what experiments.convert --to_hf writes."
+            )
     own.parallel = config.parallel
     own.eval.rows, own.eval.tasks = tuple(rows) or own.eval.rows, tuple(tasks) or own.eval.tasks
     own.eval.task_len = own.eval.task_len if task_len is None else task_len

@@ -1,6 +1,7 @@
 """Text from a model: prefill in chunks, then one token per step for all rows at once."""
 
 import math
+import operator
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -94,6 +95,7 @@ def generate(
         check_request(request, has_indexer=model.has_indexer, has_nsa=model.has_nsa, cached=True)
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(str(error)) from error
+    max_new_tokens, seed = _whole("max_new_tokens", max_new_tokens), _whole("seed", seed)
     rows = _checked_prompts(prompts, config, max_new_tokens)
     _check_numbers(temperature, top_p, seed, prefill_chunk)
     if max_new_tokens == 0:
@@ -153,6 +155,13 @@ class _Record:
             if self._on_token is not None:
                 self._on_token(row, token)
         self.open_rows = [row for row in self.open_rows if self.tokens[row][-1] not in self._stop]
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ConfigError(f"{name} is {value!r}; expected a whole number.") from None
 
 
 def _checked_prompts(prompts: Sequence[Any], config: ModelConfig, max_new_tokens: int) -> list[np.ndarray]:

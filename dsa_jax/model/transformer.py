@@ -13,12 +13,14 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from dsa_jax.model.attention import TOPK_NAME, by_indexer, check_request
 from dsa_jax.model.block import Block
 from dsa_jax.model.cache import INDEX_KEYS, Cache, LayerCache, allocate_cache, token_slots
+from dsa_jax.model.inputs import check_inputs
 from dsa_jax.model.kernels import pick, widens_slices
 from dsa_jax.model.norm import RMSNorm
 from dsa_jax.model.outputs import AttentionRequest, ExtendOutput, LayerStatistics, ModelOutput
 from dsa_jax.model.selection import DENSE
 from dsa_jax.model.visibility import Visibility, causal_visibility, segment_positions
 from dsa_jax.parallel.sequence import check_rows, constrain, from_balanced, to_balanced
+from pallas_kernels._checks import checked
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Transformer(nn.Module):
         if not self.tie_embeddings:
             self.lm_head = Head(self.hidden_dim, self.vocab_size, self.init_std, self.param_dtype)
 
+    @checked(check_inputs)
     def __call__(
         self,
         input_ids: Int[Array | np.ndarray, "B T"],
@@ -79,7 +82,7 @@ class Transformer(nn.Module):
         """One forward pass over whole rows.
 
         Args:
-            input_ids: token ids; one outside the vocabulary gives NaN.
+            input_ids: token ids; one outside the vocabulary gives NaN. Padding may hold anything.
             positions: for the rotary embedding; None counts from the start of each segment.
             segment_ids: runs of equal non-zero ids attend within themselves, 0 is padding; None is one segment per row.
             attention: "dense", "sparse" (keys chosen by the indexer), "window" (the last topk keys), "oracle" (keys chosen by
@@ -93,7 +96,8 @@ class Transformer(nn.Module):
             return_hidden: whether to return the final hidden state.
 
         Raises:
-            ValueError: for an unknown mode, or a combination that this model cannot compute.
+            ValueError: for an unknown mode, or a combination that this model cannot compute; for input_ids, positions or
+                segment_ids that are not whole numbers of one shape [B, T].
             NotImplementedError: for the selection of native sparse attention.
         """
         request = AttentionRequest(attention or self.default_attention, indexer_loss, return_coverage)
@@ -101,7 +105,12 @@ class Transformer(nn.Module):
         check_request(request, **known, return_topk_indices=return_topk_indices)
         input_ids = jnp.asarray(input_ids)
         check_rows(input_ids.shape)
-        segment_ids = jnp.ones_like(input_ids) if segment_ids is None else jnp.asarray(segment_ids)
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(input_ids)
+        else:
+            segment_ids = jnp.asarray(segment_ids)
+            # The NaN of an id outside the vocabulary would reach gradients and the balance loss, with a weight of 0.
+            input_ids = jnp.where(segment_ids == 0, 0, input_ids)
         visibility = jax.tree.map(to_balanced, causal_visibility(segment_ids))
         positions = segment_positions(segment_ids) if positions is None else jnp.asarray(positions)
         x = self.embed(to_balanced(input_ids))

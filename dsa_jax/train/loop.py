@@ -61,10 +61,10 @@ def latest_position(run: RunDirectory, config: Config) -> tuple[str, int] | None
 class _Judge:
     """Reads the metrics of finished steps: decides on values that are not finite, and logs."""
 
+    run: RunDirectory
     stage: Stage
     config: Config
     metrics: MetricsLog
-    store: CheckpointStore
     saved_step: int | None
     final: dict[str, float]
     stops: bool = False  # a process has voted to stop
@@ -85,22 +85,24 @@ class _Judge:
 
     def _not_finite(self, step: int, in_a_row: int) -> None:
         where = f"stage {self.stage.name}, step {step}"
-        saved = (
-            "no checkpoint of this stage exists"
-            if self.saved_step is None
-            else f"the last checkpoint is step {self.saved_step}"
-        )
         advice = f"Lower train.{self.stage.name}.optimizer.learning_rate"
         if self.config.train.nan_policy == "stop":
             raise NotFiniteError(
-                f"loss or gradient is not finite in {where}; {saved} ({self.store.directory}). {advice}, or set "
+                f"loss or gradient is not finite in {where}; {self._last_checkpoint()}. {advice}, or set "
                 "train.nan_policy=skip to drop such updates."
             )
         if in_a_row >= self.config.train.max_skipped_steps:
             raise NotFiniteError(
-                f"{in_a_row} updates in a row were not finite up to {where}; {saved} ({self.store.directory}). {advice}."
+                f"{in_a_row} updates in a row were not finite up to {where}; {self._last_checkpoint()}. {advice}."
             )
         _LOG.warning("%s: the update is not finite and was dropped (%d in a row)", where, in_a_row)
+
+    def _last_checkpoint(self) -> str:
+        position = latest_position(self.run, self.config) if self.saved_step is None else (self.stage.name, self.saved_step)
+        if position is None:
+            return "there is no checkpoint yet"
+        stage, step = position
+        return f"the last checkpoint is step {step} of stage {stage} ({self.run.checkpoint_dir(stage)})"
 
 
 def run_stage(
@@ -156,7 +158,7 @@ def run_stage(
         metrics.truncate_after(STAGE_ORDER, stage.name, step)
         train_step = make_train_step(model, stage, config)
         voted_step = with_votes(train_step) if jax.process_count() > 1 else None
-        judge = _Judge(stage, config, metrics, store, resume_step, before["final"])
+        judge = _Judge(run, stage, config, metrics, resume_step, before["final"])
         stream = None if is_main() else Discard()
         with Progress(stage.name, settings.steps, start_step=step, stream=stream) as progress:
 

@@ -5,6 +5,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from dsa_jax.config import STAGES as STAGE_ORDER
 from dsa_jax.config import Config, to_dict
 from dsa_jax.data import EvalData, TrainData, make_eval_data, make_train_data
@@ -35,7 +37,7 @@ def retrofit(config: Config, workdir: Path, *, tensorboard: bool = False) -> dic
     attention.
 
     Returns:
-        The report (also in report.json), or None if a signal stopped the run after saving.
+        The report (also in report.json), or None if a signal stopped the run, with all it had done saved.
 
     Raises:
         ConfigError, RunError: with one line that says what was wrong and what to do.
@@ -96,7 +98,9 @@ def _retrofit(config: Config, workdir: Path, tensorboard: bool) -> dict[str, Any
                     )
                     return None
             first_batch += steps
-    report = evaluate_and_report(run, config, model, params, summaries, eval_data)
+        report = evaluate_and_report(run, config, model, params, summaries, eval_data, stop)
+    if report is None:
+        return None
     if config.init.hf_dir and model.has_nsa:
         _LOG.warning("no Hugging Face checkpoint: no published format holds native sparse attention")
     elif config.init.hf_dir:
@@ -140,6 +144,10 @@ def _dense_params_before(run: RunDirectory, config: Config) -> dict[str, Any] | 
         return None
 
 
+class _EvaluationStopped(Exception):
+    """A signal came while the parity table was filled."""
+
+
 def evaluate_and_report(
     run: RunDirectory,
     config: Config,
@@ -147,11 +155,25 @@ def evaluate_and_report(
     params: dict[str, Any],
     summaries: dict[str, dict[str, Any]],
     data: EvalData,
-) -> dict[str, Any]:
-    """Fill the parity table, write report.json and report.html (the first process does), and return the report."""
+    stop: StopRequest,
+) -> dict[str, Any] | None:
+    """Fill the parity table, write report.json and report.html (the first process does), and return the report.
+
+    On a stop request the row in progress is finished and None returned; with several processes, which would wait for one that
+    stopped, the request comes too late.
+    """
     started = time.perf_counter()
-    announce = lambda row: _LOG.info("evaluated %s", row["name"])
-    table = evaluate_parity(model, params, data, config, params_before=_dense_params_before(run, config), on_row=announce)
+
+    def announce(row: dict[str, Any]) -> None:
+        _LOG.info("evaluated %s", row["name"])
+        if stop.requested and jax.process_count() == 1:
+            raise _EvaluationStopped
+
+    try:
+        table = evaluate_parity(model, params, data, config, params_before=_dense_params_before(run, config), on_row=announce)
+    except _EvaluationStopped:
+        _LOG.warning("stopped by %s while evaluating, every step is saved; the same command continues", stop.signal_name)
+        return None
     _record_implementations(run)
     summaries = summaries | {"evaluate": {"seconds": time.perf_counter() - started}}
     report = make_report(config, table, summaries, data.describe(), run.environment())

@@ -32,12 +32,14 @@ def dense_attention(
     """(out, lse) over the visible keys."""
     visible = visible_mask(visible_start, visible_end, k.shape[1])
     # A key nobody sees and a query that sees nothing may hold NaN, which a mask alone would let into the gradients.
-    seen = visible.any(1)[..., None, None]
+    seen, some = visible.any(1)[..., None, None], visible.any(2)[..., None, None]
     k, values = jnp.where(seen, k, 0), jnp.where(seen, values_of(k, v, d_v), 0)
-    q = jnp.where(visible.any(2)[..., None, None], q, 0)
+    q = jnp.where(some, q, 0)
     probability, lse = softmax_and_lse(attention_logits(q, k, softmax_scale), visible[:, :, None, None, :])
     out = jnp.einsum("btghs,bsgd->btghd", probability, values.astype(probability.dtype), precision=jax.lax.Precision.HIGHEST)
-    return out.reshape(*q.shape[:3], values.shape[-1]).astype(q.dtype), lse.reshape(q.shape[:3])
+    # Stops a cotangent that is not finite where there is nothing to learn.
+    out = jnp.where(some, out.reshape(*q.shape[:3], values.shape[-1]), 0)
+    return out.astype(q.dtype), lse.reshape(q.shape[:3])
 
 
 def attention_topk(

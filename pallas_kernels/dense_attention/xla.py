@@ -49,7 +49,7 @@ def attention_topk(
     """Canonical selection by head-summed probability, one chunk of queries after the other."""
     n_keys = k.shape[1]
     if topk >= n_keys or q.size == 0:
-        return all_visible(jnp.maximum(visible_start, 0), jnp.minimum(visible_end, n_keys), topk)
+        return all_visible(jnp.clip(visible_start, 0, n_keys), jnp.clip(visible_end, 0, n_keys), topk)
     block_q, block_k = _block_q(q, n_keys), min(BLOCK_K, n_keys)
 
     def step(chunk: tuple[Array, ...]) -> Array:

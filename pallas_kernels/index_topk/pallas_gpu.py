@@ -150,12 +150,12 @@ def index_topk(
     """
     batch, n_keys = k_index.shape[:2]
     if topk >= n_keys or q_index.size == 0:
-        return all_visible(jnp.maximum(visible_start, 0), jnp.minimum(visible_end, n_keys), topk)
+        return all_visible(jnp.clip(visible_start, 0, n_keys), jnp.clip(visible_end, 0, n_keys), topk)
     block_q = rows_per_chunk(score_budget, batch * n_keys, smallest=1, largest=q_index.shape[1])
 
     def step(chunk: tuple[Array, ...]) -> Array:
         q, w, start, end = chunk
-        start, end = jnp.maximum(start, 0), jnp.minimum(end, n_keys)
+        start, end = jnp.clip(start, 0, n_keys), jnp.clip(end, 0, n_keys)
 
         def select(_: None) -> Array:
             ranked = scores(q, k_index, w, start, end, k_scale, "ranked_scores", interpret, tiles)

@@ -73,7 +73,7 @@ def index_topk(
     q_index, k_index = widen_fp8(q_index), widen_fp8(k_index)
     n_keys = k_index.shape[1]
     if topk >= n_keys or q_index.size == 0:
-        return all_visible(jnp.maximum(visible_start, 0), jnp.minimum(visible_end, n_keys), topk)
+        return all_visible(jnp.clip(visible_start, 0, n_keys), jnp.clip(visible_end, 0, n_keys), topk)
     batch, length, heads, _ = q_index.shape
     block_q = rows_per_chunk(SCORE_BUDGET, batch * n_keys)
     blocks = max(1, min(BLOCK_BUDGET // (batch * min(block_q, length) * heads), n_keys) // BLOCK_K)

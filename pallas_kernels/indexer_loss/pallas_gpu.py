@@ -76,7 +76,7 @@ def indexer_kl(
     interpret = tiling.is_interpreted("indexer_kl") if interpret is None else interpret
     static = Settings(float(softmax_scale), interpret, head_axis, deterministic, **settings)
     n_keys = k.shape[1]
-    if 0 in (q.size, n_keys):
+    if 0 in (q.size, n_keys) or (topk_indices is not None and topk_indices.shape[2] == 0):
         return jnp.zeros(q.shape[:2], jnp.float32)
     start, end = jnp.clip(visible_start, 0, n_keys), jnp.clip(visible_end, 0, n_keys)
     lse = constant_lse(lse, jnp.dtype(jnp.float32))

@@ -316,7 +316,9 @@ def call(
     if not problem.interpret:
         warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
     parameters = plt.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
-    return pl.pallas_call(kernel, compiler_params=parameters, interpret=problem.interpret, **kwargs)(*arguments)
+    # The kernels count in int32, with which a Python integer does not mix where 64-bit types are enabled.
+    with jax.enable_x64(False):
+        return pl.pallas_call(kernel, compiler_params=parameters, interpret=problem.interpret, **kwargs)(*arguments)
 
 
 def whole(x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:

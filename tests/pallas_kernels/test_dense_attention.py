@@ -46,6 +46,9 @@ def test_literal_case(implementation):
     np.testing.assert_array_equal(picked, [[[1, 2], [-1, -1], [1, 2]]])
     best = pk.attention_topk(q, k, lse, softmax_scale=1.0, topk=1, **visible, implementation=implementation)
     np.testing.assert_array_equal(best, [[[2], [-1], [1]]])  # query 2: a tie, the lower position wins
+    visible = {name: jnp.where(x == 2, np.iinfo(np.int32).max, x) for name, x in visible.items()}
+    picked = pk.attention_topk(q, k, lse, softmax_scale=1.0, topk=4, **visible, implementation=implementation)
+    np.testing.assert_array_equal(picked, [[[0, 1, 2, -1], [-1] * 4, [1, 2, -1, -1]]])
 
 
 CASES = [
@@ -87,8 +90,8 @@ def test_keys_nobody_sees_and_empty_queries_may_hold_anything(implementation):
     (_, clean), clean_gradients = function(q, k, v, *cotangents, **visible)
     for poison in (np.nan, 3e38):
         dirty_k, dirty_v = (x.at[:, :4].set(poison).at[:, 18:].set(poison) for x in (k, v))
-        dirty_q = jnp.where(empty[..., None, None], poison, q)
-        (_, dirty), gradients = function(dirty_q, dirty_k, dirty_v, *cotangents, **visible)
+        dirty_q, dirty_cotangent = (jnp.where(empty[..., None, None], poison, x) for x in (q, cotangents[0]))
+        (_, dirty), gradients = function(dirty_q, dirty_k, dirty_v, dirty_cotangent, cotangents[1], **visible)
         jax.tree.map(np.testing.assert_array_equal, (dirty, gradients), (clean, clean_gradients))
     assert np.all(np.asarray(clean_gradients[0])[empty] == 0) and np.all(np.asarray(clean_gradients[1])[:, :4] == 0)
 

@@ -74,6 +74,17 @@ def test_selection_is_exact(name, kind):
         np.testing.assert_array_equal(actual, expected, err_msg=implementation)
 
 
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "pallas"])
+@pytest.mark.parametrize("topk", [2, 3, 5])
+def test_bounds_as_far_out_as_int32_goes_are_clamped(topk, implementation):
+    low, high = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+    q, k, weights = jnp.ones((1, 4, 1, 1)), jnp.ones((1, 3, 1)), jnp.ones((1, 4, 1))
+    start, end = jnp.asarray([[high, high - 1, low, low]]), jnp.asarray([[high, high, high, low + 1]])
+    picked = jitted(q, k, weights, start, end, topk=topk, implementation=implementation)
+    everything = [*range(min(topk, 3)), *[-1] * (topk - 3)]
+    np.testing.assert_array_equal(picked, [[[-1] * topk, [-1] * topk, everything, [-1] * topk]])
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_scores_and_their_gradient_match_float64(implementation):
     shape, rng = TEST_SHAPES["odd_lengths"], np.random.default_rng(1)

@@ -99,6 +99,14 @@ def test_what_lies_outside_every_set_may_hold_anything(sparse):
         jax.tree.map(np.testing.assert_array_equal, (dirty, gradients), (clean, clean_gradients))
 
 
+@pytest.mark.parametrize("sparse", [False, True], ids=["visible", "selected"])
+def test_runs_where_64_bit_types_are_enabled(sparse):
+    _, arrays, visible = case("grouped", "packed", sparse)
+    expected = run(sparse, deterministic=True, **SMALL)(*arrays, **visible)
+    with jax.enable_x64(True):
+        jax.tree.map(assert_close, run(sparse, deterministic=True, **SMALL)(*arrays, **visible), expected)
+
+
 def test_ordered_sums_repeat_their_bits():
     _, arrays, visible = case("grouped", "packed", True)
     function = run(True, deterministic=True, **SMALL)
@@ -138,13 +146,16 @@ def test_heads_split_over_a_mesh_axis_give_the_same():
         assert_close(got, jax.jit(kl)(q, lse))
 
 
-def test_without_queries_or_keys_and_what_is_not_covered():
+def test_without_queries_keys_or_slots_and_what_is_not_covered():
     for name in ("no_queries", "no_keys"):
         shape = TEST_SHAPES[name]
         arrays, visible = inputs(shape), ranges("causal", 1, shape.queries, shape.keys)
         lse = jnp.zeros((1, shape.queries, shape.heads))
         call = functools.partial(pk.indexer_kl, softmax_scale=SCALE, implementation="pallas", **visible)
         np.testing.assert_array_equal(call(*arrays, lse), np.zeros((1, shape.queries)))
+    _, arrays, visible = case("latent", "random", True)
+    (_, kl), gradients = run(True)(*arrays[:-1], arrays[-1][..., :0], **visible)
+    assert np.all(np.asarray(kl) == 0) and all(np.all(np.asarray(x) == 0) for x in gradients)
     _, arrays, visible = case("latent", "causal", False)
     call = functools.partial(pk.indexer_kl, softmax_scale=SCALE, implementation="pallas", **visible)
     with pytest.raises(NotImplementedError, match="pallas got bfloat16, float32; it needs q and k of one dtype"):

@@ -70,6 +70,15 @@ def interpreted(shape, options):
     return jax.jit(lambda arrays, indices, cotangents: gradients(function, shape, arrays, indices, cotangents))
 
 
+@pytest.mark.parametrize("options", [ORDERED, ATOMIC], ids=["ordered", "atomic"])
+def test_runs_where_64_bit_types_are_enabled(options):
+    shape = CASES["2_heads_per_group"][0]
+    arrays = case(shape)
+    expected = interpreted(shape, options)(*arrays)
+    with jax.enable_x64(True):
+        jax.tree.map(assert_close, interpreted(shape, options)(*arrays), expected)
+
+
 def compare(actual, expected, dtype="float32"):
     names = ("out", "lse", "dq", "dk", "dv")
     for what, got, want in zip(names, jax.tree.leaves(actual), jax.tree.leaves(expected), strict=False):

@@ -6,6 +6,7 @@ import pytest
 from dsa_jax import save_pretrained
 from dsa_jax.config import Config, ConfigError, DataConfig, RecallConfig
 from dsa_jax.evals.checkpoint import evaluate_checkpoint
+from dsa_jax.train.rundir import RunError, open_run
 from tests.dsa_jax.model.small import built, small_config
 
 
@@ -30,6 +31,14 @@ def test_tasks_of_the_command_line_are_evaluated_at_their_length(tmp_path):
     assert row["keys_per_query"] == row["tasks"]["passkey"]["keys_per_query"] == pytest.approx(12.5)
     by_depth = np.asarray(row["tasks"]["passkey"]["by_depth"])
     assert by_depth.shape == (4,) and np.isfinite(by_depth).any()
+
+
+def test_settings_that_a_run_would_not_follow_are_refused(tmp_path):
+    open_run(tmp_path, recipe())
+    with pytest.raises(ConfigError, match=r"config\.eval\.text_len is set, but .* is a run"):
+        evaluate_checkpoint(tmp_path, recipe(), overrides=("config.parallel.preset", "config.eval.text_len"))
+    with pytest.raises(RunError, match="checkpoint"):
+        evaluate_checkpoint(tmp_path, recipe(), overrides=("config.parallel.preset",))
 
 
 def test_a_checkpoint_without_the_tokens_of_a_task_is_refused(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 import dsa_jax.generation.programs as programs
 from dsa_jax.generation import generate
-from dsa_jax.generation.api import _checked_prompts
+from dsa_jax.generation.api import _checked_prompts, _whole
 from dsa_jax.pretrained import Pretrained
 from tests.dsa_jax.model.small import VOCAB, built, forward, small_config
 
@@ -157,6 +157,13 @@ def test_text_in_place_of_tokens():
     # Past `generate`, whose own types are checked in a test run.
     with pytest.raises(ValueError, match="prompts hold text; expected lists of token ids"):
         _checked_prompts(["hello"], small_config("gqa"), 3)
+
+
+def test_whole_numbers_of_any_kind_and_no_others():
+    count = _whole("max_new_tokens", np.int64(3))
+    assert (type(count), count) == (int, 3)
+    with pytest.raises(ValueError, match=r"max_new_tokens is 2\.5; expected a whole number"):
+        _whole("max_new_tokens", 2.5)
 
 
 def test_parameters_on_a_mesh():

@@ -251,6 +251,40 @@ def test_impossible_requests_are_refused(kind, arguments, message):
         model.apply({"params": params}, random_ids(), **arguments)
 
 
+def test_padding_may_hold_tokens_outside_the_vocabulary():
+    model, params = built(moe=True)
+    segment_ids = jnp.asarray([[1] * 9 + [0] * 4 + [2] * 11])
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, ids):
+        output = model.apply({"params": params}, ids, segment_ids=segment_ids, attention="sparse", indexer_loss="sparse")
+        return output.indexer_kl.sum() + output.moe.balance_loss.sum() + output.logits[0, -1].sum()
+
+    ids = random_ids(1)
+    clean, padded = (gradient(params, jnp.where(segment_ids == 0, token, ids)) for token in (3, -100))
+    for path, value in parameter_paths(clean).items():
+        assert np.all(np.isfinite(value)), path
+        np.testing.assert_array_equal(parameter_paths(padded)[path], value, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        ("input_ids", np.zeros(LENGTH, np.int32), r"input_ids has shape \[24\]; expected \[B, T\]"),
+        ("input_ids", np.zeros((2, LENGTH), np.float32), "input_ids has dtype float32; expected whole numbers"),
+        ("positions", np.zeros((1, LENGTH), np.int32), r"positions has shape \[1, 24\]; expected \[2, 24\]"),
+        ("positions", np.zeros((2, LENGTH), np.float32), "positions has dtype float32"),
+        ("segment_ids", np.ones((2, LENGTH - 1), np.int32), r"segment_ids has shape \[2, 23\]; expected \[2, 24\]"),
+        ("segment_ids", np.ones((2, LENGTH), bool), "segment_ids has dtype bool"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(name, array, message):
+    model, params = built()
+    with pytest.raises(ValueError, match=message):
+        model.apply({"params": params}, **{"input_ids": random_ids(), name: array})
+
+
 def test_parameters_of_another_depth_are_refused():
     _, params = built("gqa")
     with pytest.raises(ValueError, match="dense_layers has 2 layers in the parameters; expected 3"):

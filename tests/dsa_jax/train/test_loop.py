@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -11,6 +12,7 @@ from dsa_jax.config import ConfigError, InitConfig, to_dict
 from dsa_jax.model import build_model
 from dsa_jax.params import parameter_paths
 from dsa_jax.train import loop
+from dsa_jax.train import retrofit as retrofit_module
 from dsa_jax.train.init import initial_params, load_run
 from dsa_jax.train.loop import NotFiniteError
 from dsa_jax.train.metrics import read_metrics
@@ -87,6 +89,22 @@ def test_interrupted_and_resumed_equals_undisturbed(undisturbed, tmp_path, monke
     assert (tmp_path / "metrics.jsonl").read_bytes() == (undisturbed[0] / "metrics.jsonl").read_bytes()
 
 
+def test_a_signal_during_the_evaluation_stops_after_a_row(undisturbed, tmp_path, monkeypatch, caplog):
+    workdir = shutil.copytree(undisturbed[0], tmp_path / "run")
+    (workdir / "report.json").unlink()
+    evaluate = retrofit_module.evaluate_parity
+
+    def signalled(*args, on_row, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, on_row=on_row, **kwargs)
+
+    monkeypatch.setattr(retrofit_module, "evaluate_parity", signalled)
+    assert retrofit(tiny_config(), workdir) is None and not (workdir / "report.json").exists()
+    assert "stopped by SIGTERM while evaluating" in caplog.text
+    monkeypatch.undo()
+    assert retrofit(tiny_config(), workdir)["rows"] == undisturbed[1]["rows"]
+
+
 def test_damaged_checkpoint_is_skipped_and_retrained(undisturbed, tmp_path, caplog):
     retrofit(tiny_config(), tmp_path)
     newest = max((tmp_path / "checkpoints" / "sparse").glob("[0-9]*"), key=lambda p: int(p.name))
@@ -125,6 +143,16 @@ def test_nan_stops_with_stage_step_and_checkpoint(tmp_path, monkeypatch):
     poisoned(monkeypatch, {5})
     with pytest.raises(NotFiniteError, match=r"stage pretrain, step 5; the last checkpoint is step 4"):
         retrofit(tiny_config(), tmp_path)
+
+
+def test_nan_before_the_first_checkpoint_of_a_stage_names_that_of_the_stage_before(tmp_path):
+    config = tiny_config()
+    config.train.warmup.optimizer.learning_rate = 1e30
+    with pytest.raises(NotFiniteError, match=r"stage warmup, step 2; the last checkpoint is step 6 of stage pretrain \("):
+        retrofit(config, tmp_path)
+    config.train.pretrain.optimizer.learning_rate = 1e30
+    with pytest.raises(NotFiniteError, match="stage pretrain, step 2; there is no checkpoint yet"):
+        retrofit(config, tmp_path / "other")
 
 
 def test_nan_can_be_skipped_and_counted(tmp_path, monkeypatch):
