@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from dsa_jax.config_checks import ConfigError, not_negative, one_of, positive
+from dsa_jax.implementations import AUTO, PORTABLE, parse_implementations
 
 BY_INDEXER = ("sparse", "coarse_to_fine", "blocks")
 """Attentions whose keys the indexer chooses, which its KL therefore trains."""
@@ -171,7 +172,7 @@ class AttentionConfig:
     use_bias: bool = False  # gqa: bias on q, k and v
     use_out_bias: bool = False  # gqa: bias on the output projection
     latent_norm_eps: float = 1e-6  # mla: norms of the query and the key-value latent
-    implementation: str = "auto"  # auto | reference | xla | pallas | triton | cute
+    implementation: str = AUTO  # auto | reference | xla | by op: sparse_attention=pallas,index_topk=triton,indexer_kl=pallas
     rope: RopeConfig = field(default_factory=RopeConfig)
     indexer: IndexerConfig = field(default_factory=IndexerConfig)
     nsa: NSAConfig = field(default_factory=NSAConfig)  # gqa
@@ -179,7 +180,7 @@ class AttentionConfig:
     def validate(self, n_layers: int) -> None:
         one_of("model.attention.kind", self.kind, ("mla", "gqa"))
         one_of("model.attention.rope_layout", self.rope_layout, ("half_split", "interleaved"))
-        one_of("model.attention.implementation", self.implementation, ("auto", "reference", "xla", "pallas", "triton", "cute"))
+        implementations = parse_implementations("model.attention.implementation", self.implementation)
         positive("model.attention.n_heads", self.n_heads)
         if self.kind == "gqa":
             positive("model.attention.n_kv_heads", self.n_kv_heads)
@@ -206,7 +207,8 @@ class AttentionConfig:
                     f"model.attention.indexer.rope_dim is {self.indexer.rope_dim}; expected at most the {available} rotary "
                     "channels of the attention when rope scaling is on."
                 )
-            if self.indexer.activation != "relu" and self.implementation in ("pallas", "triton", "cute"):
+            scoring = {implementations.index_topk, implementations.indexer_kl}
+            if self.indexer.activation != "relu" and not scoring <= {None, *PORTABLE}:
                 raise ConfigError(
                     f"model.attention.indexer.activation is {self.indexer.activation!r}, which the kernels of "
                     f"model.attention.implementation={self.implementation!r} do not have; expected 'relu'. Set the "

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from dsa_jax.implementations import Implementations
 from dsa_jax.model.coarse_loss import coarse_kl
 from dsa_jax.model.outputs import AttentionRequest
 from dsa_jax.model.selection import (
@@ -158,7 +159,7 @@ def attend(
     softmax_scale: float,
     visibility: Visibility,
     activation: str,
-    implementation: str | None,
+    implementations: Implementations,
 ) -> AttentionOutput:
     """Attention as `request` asks, in the form of heads that suits it.
 
@@ -197,7 +198,7 @@ def attend(
             softmax_scale,
             visibility,
             activation,
-            implementation,
+            implementations,
             has_shared_keys=selected is not None and selected.k.shape[2] == 1,
         )
 
@@ -241,20 +242,24 @@ def _attend(
     softmax_scale: float,
     visibility: Visibility,
     activation: str,
-    implementation: str | None,
+    implementations: Implementations,
     *,
     has_shared_keys: bool,
 ) -> _PerQuery:
-    visible: dict[str, Any] = {
-        "visible_start": visibility.start,
-        "visible_end": visibility.end,
-        "implementation": implementation,
-    }
+    visible: dict[str, Any] = {"visible_start": visibility.start, "visible_end": visibility.end}
     everything = indexer_recall = None
     if dense is not None:
         # Where dense attention is only the yardstick, no gradient may come back through it.
         heads = dense if request.attention == DENSE else jax.lax.stop_gradient(dense)
-        everything = dense_attention(heads.q, heads.k, heads.v, softmax_scale=softmax_scale, d_v=heads.d_v, **visible)
+        everything = dense_attention(
+            heads.q,
+            heads.k,
+            heads.v,
+            softmax_scale=softmax_scale,
+            d_v=heads.d_v,
+            implementation=implementations.dense_attention,
+            **visible,
+        )
     if request.attention == DENSE:
         assert everything is not None
         out, indices, kept_lse = everything.out, None, None
@@ -273,7 +278,7 @@ def _attend(
                 assert everything is not None
                 lse = gather_heads(everything.lse)
                 heads = heads._replace(q=gather_heads(heads.q), k=heads.k if has_shared_keys else gather_heads(heads.k))
-            inputs = SelectionInputs(budget, visibility, heads, softmax_scale, index, lse, implementation, activation)
+            inputs = SelectionInputs(budget, visibility, heads, softmax_scale, index, lse, implementations, activation)
             indices = checkpoint_name(selector.select(inputs), TOPK_NAME)
             if measures_indexer_recall(request):
                 indexer_recall = share_held(indices, select_by_indexer(inputs))
@@ -284,7 +289,7 @@ def _attend(
             indices,
             softmax_scale=softmax_scale,
             d_v=selected.d_v,
-            implementation=implementation,
+            implementation=implementations.sparse_attention,
         )
         out, kept_lse = kept.out, kept.lse
         n_keys = jnp.sum(indices >= 0, axis=-1).astype(jnp.float32)
@@ -302,13 +307,13 @@ def _attend(
                 "softmax_scale": softmax_scale,
                 "activation": activation,
                 "head_axis": axis_if_split("tensor"),
+                "implementation": implementations.indexer_kl,
             }
             chosen = indices if sparse_loss else None
             q_index, k_index, weights = measured
             kl = indexer_kl(q_index, k_index, weights, target.q, target.k, lse, topk_indices=chosen, **settings, **visible)
             if budget.coarse_loss_weight and not sparse_loss:
-                settings |= {"block_size": budget.block_size, "pooling": budget.pooling}
-                settings |= {"visibility": visibility, "implementation": implementation}
+                settings |= {"block_size": budget.block_size, "pooling": budget.pooling, "visibility": visibility}
                 kl += budget.coarse_loss_weight * coarse_kl(measured, target, lse, **settings)
 
     coverage = None

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from dsa_jax.config import IndexerConfig, ModelConfig
+from dsa_jax.implementations import parse_implementations
 from dsa_jax.model.block import Block
 from dsa_jax.model.gqa import GQA
 from dsa_jax.model.indexer import Indexer
@@ -106,7 +107,7 @@ def _attention(config: ModelConfig, *, with_indexer: bool) -> MLA | GQA:
         "budget": _budget(attention.indexer),
         "indexer": _indexer(config) if with_indexer else None,
         "activation": attention.indexer.activation,
-        "implementation": None if attention.implementation == "auto" else attention.implementation,
+        "implementations": parse_implementations("model.attention.implementation", attention.implementation),
         "parent": None,
         **_init_stds(config),
         **_weights(config),

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsa_jax.implementations import Implementations
 from dsa_jax.model.cache import INDEX_KEYS, LayerCache
 from dsa_jax.model.selection import DENSE, SELECTORS, Budget, Heads, IndexHeads, SelectionInputs
 from dsa_jax.model.visibility import Visibility
@@ -33,7 +34,7 @@ def attend_cached(
     softmax_scale: float,
     visibility: Visibility,
     activation: str,
-    implementation: str | None,
+    implementations: Implementations,
 ) -> CachedAttentionOutput:
     """What `attention.attend` computes for the same tokens, with keys and values from the cache.
 
@@ -56,8 +57,9 @@ def attend_cached(
     selector = None if attention == DENSE else SELECTORS[attention]
     everything = None
     if selector is None or selector.needs_dense_lse:
+        settings: dict[str, Any] = {"softmax_scale": softmax_scale, "d_v": d_v}
         everything = dense_attention(
-            heads.q, heads.k, heads.v, softmax_scale=softmax_scale, d_v=d_v, implementation=implementation, **visible
+            heads.q, heads.k, heads.v, **settings, **visible, implementation=implementations.dense_attention
         )
     if selector is None:
         assert everything is not None
@@ -70,10 +72,10 @@ def attend_cached(
         if index is not None:
             index = index._replace(k=cache.read(INDEX_KEYS, index.q.dtype))
         lse = None if everything is None else everything.lse
-        inputs = SelectionInputs(budget, visibility, heads, softmax_scale, index, lse, implementation, activation)
+        inputs = SelectionInputs(budget, visibility, heads, softmax_scale, index, lse, implementations, activation)
         indices = selector.select(inputs)
     topk = indices.shape[-1]
-    settings: dict[str, Any] = {"softmax_scale": softmax_scale, "d_v": d_v, "implementation": implementation}
+    settings = {"softmax_scale": softmax_scale, "d_v": d_v, "implementation": implementations.sparse_attention}
     if q.shape[1] * topk > cache.capacity:
         out = sparse_attention(heads.q, heads.k, heads.v, indices, **settings).out
         return CachedAttentionOutput(out, indices, cache)

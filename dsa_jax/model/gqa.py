@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from dsa_jax.implementations import Implementations
 from dsa_jax.model.attention import AttentionOutput, AttentionParts, attend, needs_dense_heads, needs_indexer
 from dsa_jax.model.cache import INDEX_KEYS, CacheEntry, LayerCache
 from dsa_jax.model.cached_attention import CachedAttentionOutput, attend_cached
@@ -41,7 +42,7 @@ class GQA(nn.Module):
     indexer: Indexer | None
     activation: str
     nsa: NSA | None
-    implementation: str | None
+    implementations: Implementations
     init_std: float
     out_init_std: float
     dtype: jnp.dtype
@@ -89,7 +90,7 @@ class GQA(nn.Module):
             softmax_scale=self.head_dim**-0.5,
             visibility=visibility,
             activation=self.activation,
-            implementation=self.implementation,
+            implementations=self.implementations,
         )
         return result._replace(out=self._project_out(result.out))
 
@@ -128,7 +129,7 @@ class GQA(nn.Module):
             softmax_scale=self.head_dim**-0.5,
             visibility=visibility,
             activation=self.activation,
-            implementation=self.implementation,
+            implementations=self.implementations,
         )
         return result._replace(out=self._project_out(result.out))
 
@@ -158,7 +159,7 @@ class GQA(nn.Module):
             wants_coverage=request.coverage,
             softmax_scale=self.head_dim**-0.5,
             visibility=visibility,
-            implementation=self.implementation,
+            implementations=self.implementations,
         )
         return result._replace(out=self._project_out(result.out))
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from dsa_jax.implementations import Implementations
 from dsa_jax.model.attention import AttentionOutput, AttentionParts, attend, needs_dense_heads, needs_indexer
 from dsa_jax.model.cache import INDEX_KEYS, CacheEntry, LayerCache
 from dsa_jax.model.cached_attention import CachedAttentionOutput, attend_cached
@@ -53,7 +54,7 @@ class MLA(nn.Module):
     budget: Budget
     indexer: Indexer | None
     activation: str
-    implementation: str | None
+    implementations: Implementations
     init_std: float
     out_init_std: float
     dtype: jnp.dtype
@@ -103,7 +104,7 @@ class MLA(nn.Module):
             softmax_scale=self.softmax_scale,
             visibility=visibility,
             activation=self.activation,
-            implementation=self.implementation,
+            implementations=self.implementations,
         )
         return result._replace(out=self._project_out(self._expand_values(result.out) if selects else result.out))
 
@@ -144,7 +145,7 @@ class MLA(nn.Module):
             softmax_scale=self.softmax_scale,
             visibility=visibility,
             activation=self.activation,
-            implementation=self.implementation,
+            implementations=self.implementations,
         )
         return result._replace(out=self._project_out(self._expand_values(result.out)))
 

@@ -1,5 +1,6 @@
 """Native sparse attention as a function of heads: three branches, each over its own keys, added with their gates."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
+from dsa_jax.implementations import Implementations
 from dsa_jax.model.attention import TOPK_NAME, AttentionOutput, attention_mass
 from dsa_jax.model.nsa import Branch, NSABranches
 from dsa_jax.model.visibility import Visibility, mean_over_valid
@@ -35,7 +37,7 @@ def attend_natively(
     wants_coverage: bool,
     softmax_scale: float,
     visibility: Visibility,
-    implementation: str | None,
+    implementations: Implementations,
 ) -> AttentionOutput:
     """sum over branches of gate * attention(q, k, v of the branch).
 
@@ -59,22 +61,32 @@ def attend_natively(
     ) -> _PerQuery:
         select, window_branch = (Branch(*map(gather_keys, branch)) for branch in (select, window_branch))
         start, end = visibility.start, visibility.end
-        settings: dict[str, Any] = {"softmax_scale": softmax_scale, "implementation": implementation}
+        attend = functools.partial(dense_attention, softmax_scale=softmax_scale, implementation=implementations.dense_attention)
         visible: dict[str, Any] = {"visible_start": start, "visible_end": end}
         n_keys = select.k.shape[1]
         first, last = geometry.compressed_range(start, end)
-        coarse = dense_attention(q, *compress, visible_start=first, visible_end=last, **settings)
-        blocks = block_topk(q, compress.k, coarse.lse, n_keys=n_keys, geometry=geometry, **visible, **settings)
+        coarse = attend(q, *compress, visible_start=first, visible_end=last)
+        blocks = block_topk(
+            q,
+            compress.k,
+            coarse.lse,
+            softmax_scale=softmax_scale,
+            n_keys=n_keys,
+            geometry=geometry,
+            implementation=implementations.block_topk,
+            **visible,
+        )
         blocks = checkpoint_name(blocks, TOPK_NAME)
+        settings = {"softmax_scale": softmax_scale, "implementation": implementations.sparse_attention}
         fine, fine_lse, n_fine = _attend_to_blocks(q, select, blocks, geometry, visibility, settings)
         near = jnp.maximum(start, end - window)
-        local = dense_attention(q, *window_branch, visible_start=near, visible_end=end, **settings)
+        local = attend(q, *window_branch, visible_start=near, visible_end=end)
         outs = jnp.stack([coarse.out, fine, local.out], axis=-2).astype(gates.dtype)
         out = jnp.sum(gates[..., None] * outs, axis=-2).astype(q.dtype)
         coverage = None
         if wants_coverage:
             yardstick = jax.lax.stop_gradient((q, *select))
-            everything = dense_attention(yardstick[0], yardstick[1], yardstick[2], **visible, **settings)
+            everything = attend(*yardstick, **visible)
             coverage = mean_over("tensor", attention_mass(fine_lse, everything.lse))
         return _PerQuery(out, mean_over("tensor", n_fine) + (last - first) + (end - near), coverage)
 

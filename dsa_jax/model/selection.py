@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsa_jax.implementations import Implementations
 from dsa_jax.model.visibility import Visibility
 from pallas_kernels import attention_topk, index_topk, index_topk_coarse_to_fine, pool_blocks
 
@@ -66,7 +67,7 @@ class SelectionInputs(NamedTuple):
     softmax_scale: float
     index_heads: IndexHeads | None
     dense_lse: Float[Array, "B T H"] | None
-    implementation: str | None
+    implementations: Implementations
     activation: str = "relu"
 
     @property
@@ -101,7 +102,7 @@ def select_by_indexer(inputs: SelectionInputs) -> Int[Array, "B T K"]:
         activation=inputs.activation,
         forced_sink=inputs.budget.forced_sink,
         forced_local=inputs.budget.forced_local,
-        implementation=inputs.implementation,
+        implementation=inputs.implementations.index_topk,
     )
 
 
@@ -129,7 +130,7 @@ def select_coarse_to_fine(inputs: SelectionInputs) -> Int[Array, "B T K"]:
         visible_start=inputs.visibility.start,
         visible_end=inputs.visibility.end,
         activation=inputs.activation,
-        implementation=inputs.implementation,
+        implementation=inputs.implementations.index_topk,
     )
 
 
@@ -152,7 +153,7 @@ def select_oracle(inputs: SelectionInputs) -> Int[Array, "B T K"]:
         topk=inputs.topk,
         visible_start=inputs.visibility.start,
         visible_end=inputs.visibility.end,
-        implementation=inputs.implementation,
+        implementation=inputs.implementations.attention_topk,
     )
 
 
@@ -203,7 +204,7 @@ def select_blocks(inputs: SelectionInputs) -> Int[Array, "B T K"]:
             visible_start=first,
             visible_end=own,
             activation=inputs.activation,
-            implementation=inputs.implementation,
+            implementation=inputs.implementations.index_topk,
         )
         chosen = jnp.concatenate([others, chosen], axis=-1)
     keys = (chosen[..., None] * size + jnp.arange(size, dtype=jnp.int32)).reshape(*chosen.shape[:2], -1)

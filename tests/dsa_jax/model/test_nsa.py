@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dsa_jax.config import ConfigError, NSAConfig
+from dsa_jax.implementations import Implementations
 from dsa_jax.model import build_model, init_params
 from dsa_jax.model.nsa import Branch, Compressor, NSABranches
 from dsa_jax.model.nsa_attention import attend_natively
@@ -73,7 +74,12 @@ def random_heads(length=LENGTH, groups=2, heads=4, dim=8, dtype=np.float32):
 def attend(q, select, branches, segment_ids=SEGMENTS, *, implementation="xla", geometry=GEOMETRY, window=WINDOW):
     settings = {"geometry": geometry, "window": window, "softmax_scale": q.shape[-1] ** -0.5, "wants_coverage": True}
     return attend_natively(
-        q, select, branches, visibility=causal_visibility(segment_ids), implementation=implementation, **settings
+        q,
+        select,
+        branches,
+        visibility=causal_visibility(segment_ids),
+        implementations=Implementations.every(implementation),
+        **settings,
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsa_jax.implementations import Implementations
 from dsa_jax.model.selection import SELECTORS, Budget, Heads, IndexHeads, SelectionInputs, share_held
 from dsa_jax.model.visibility import Visibility
 
@@ -25,7 +26,7 @@ def pick(name, start, end, topk):
     """Indices of every query; `start` and `end` are lists of LENGTH numbers."""
     start, end = (jnp.asarray([x], jnp.int32) for x in (start, end))
     visibility, budget = Visibility(start, end, end > start), Budget(topk, block_size=BLOCK_KEYS, n_blocks=1)
-    inputs = SelectionInputs(budget, visibility, HEADS, 1.0, INDEX, None, "reference")
+    inputs = SelectionInputs(budget, visibility, HEADS, 1.0, INDEX, None, Implementations.every("reference"))
     return np.asarray(SELECTORS[name].select(inputs)[0])
 
 
