@@ -37,13 +37,20 @@ def quantities_of(row: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def answers(result: Mapping[str, Any]) -> list[Answer]:
-    """The lines of a result file: dense attention before the retrofit first, then the variants in order."""
+    """The lines of a result file: dense attention before the retrofit first, then the variants in order.
+
+    Where variants start from dense models of their own, each has its dense line before it.
+    """
     lines = []
-    dense = [_row(run, BEFORE.name) for run in result["runs"]]
-    by_seed = {run["seed"]: row for run, row in zip(result["runs"], dense, strict=True) if row}
-    if by_seed:
+    dense = {(run["seed"], run["variant"]): row for run in result["runs"] if (row := _row(run, BEFORE.name))}
+    by_seed = {seed: row for (seed, _), row in dense.items()}
+    is_shared = all(row == by_seed[seed] for (seed, _), row in dense.items())
+    if by_seed and is_shared:
         lines.append(Answer(BEFORE.name, None, _spreads(list(by_seed.values()))))
     for variant in result["variants"]:
+        own = [row for (_, name), row in dense.items() if name == variant["name"]]
+        if own and not is_shared:
+            lines.append(Answer(f"{variant['name']}, dense", None, _spreads(own)))
         runs = [run for run in result["runs"] if run["variant"] == variant["name"]]
         rows = [row for run in runs if (row := _row(run, ROWS[variant["row"]].name))]
         failures = tuple(f"seed {run['seed']}: {run['failed']}" for run in runs if "failed" in run)

@@ -164,6 +164,26 @@ def test_a_file_that_is_no_result_is_named(tmp_path):
         list(known_runs(tmp_path))
 
 
+def test_dense_models_that_differ_have_a_line_each():
+    def run(variant, before):
+        row = {"recall_accuracy": 0.5, "text_loss": None, "coverage": 0.5, "keys_per_query": 8.0}
+        return {
+            "variant": variant,
+            "seed": 0,
+            "rows": [row | {"name": BEFORE.name, "coverage": before}, row | {"name": "sparse"}],
+        }
+
+    def result(*before):
+        runs = [run(variant, value) for variant, value in zip("ab", before, strict=True)]
+        variants = [{"name": variant, "settings": {}, "row": "sparse", "place": None} for variant in "ab"]
+        return {"name": "n", "question": "Why?", "axis": "kind", "variants": variants, "runs": runs, "seeds": [0]}
+
+    assert [line.name for line in answers(result(0.9, 0.9))] == [BEFORE.name, "a", "b"]
+    lines = answers(result(0.9, 0.8))
+    assert [line.name for line in lines] == ["a, dense", "a", "b, dense", "b"]
+    assert [line.quantities["attention mass kept"].mean for line in lines] == [0.9, 0.5, 0.8, 0.5]
+
+
 def test_the_page_shows_means_and_spreads():
     environment = {"device": {"count": 1, "kind": "cpu"}, "python": "3", "versions": {"jax": "0"}}
 
