@@ -23,6 +23,7 @@ sweeps = {
     module.name: importlib.import_module(f"configs.ablations.{module.name}").get_config()
     for module in pkgutil.iter_modules(configs.ablations.__path__)
 }
+plt.rcParams["figure.dpi"] = 72  # one figure per sweep, all of them in this file
 results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
 
 # %% [markdown]
