@@ -47,7 +47,7 @@ def parse_implementations(field: str, text: str) -> Implementations:
     if text == AUTO:
         return Implementations()
     if "=" not in text:
-        chosen = dict.fromkeys(Implementations._fields, text)
+        chosen = Implementations.every(text)._asdict()
     else:
         chosen = {}
         for part in text.split(","):
