@@ -27,8 +27,14 @@ def pool_blocks(k: Float[Array, "B S D"], block_size: int, pooling: str = "mean"
     Returns:
         [B, S // block_size, D], in float32 or the dtype of `k` where that is wider.
 
+    Raises:
+        ValueError: for an unknown pooling, or a block_size below 1.
+
     Source: HISA (arXiv 2603.28458) section 3 for the mean; "salient" is ours.
     """
+    check_pooling("pool_blocks", pooling)
+    if block_size < 1:
+        raise ValueError(f"pool_blocks: block_size is {block_size}; expected a positive number of keys.")
     batch, length, dim = k.shape
     n_blocks = length // block_size
     blocks = k[:, : n_blocks * block_size].astype(jnp.promote_types(k.dtype, jnp.float32))

@@ -130,7 +130,7 @@ def misfit(kernel: str, tiles: AnyTiles, shape: Shape) -> str | None:
     spec = KERNELS[kernel]
     if spec.holds_all_heads and isinstance(tiles, Tiles) and tiles.block_h < _number(shape, "heads"):
         return f"block_h is {tiles.block_h}; a program of this kernel holds all {shape['heads']} heads"
-    per_thread = math.ceil(spec.numbers(tiles, shape) / (spec.threads(tiles)))
+    per_thread = math.ceil(spec.numbers(tiles, shape) / spec.threads(tiles))
     if per_thread >= REGISTERS:
         return f"its sums take {per_thread} registers of a thread, which has {REGISTERS}"
     size = jnp.dtype(str(shape["dtype"])).itemsize if "dtype" in shape else 4

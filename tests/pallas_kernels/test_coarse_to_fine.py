@@ -119,6 +119,10 @@ def test_pooled_keys_of_any_block(pooling):
 def test_an_unknown_pooling_is_refused(arrays):
     with pytest.raises(ValueError, match="pooling is 'median'; expected one of mean, salient"):
         index_topk_coarse_to_fine(*arrays, topk=5, block_size=8, n_blocks=2, pooling="median", **ranges())
+    with pytest.raises(ValueError, match="pool_blocks: pooling is 'median'"):
+        pallas_kernels.pool_blocks(arrays[1], 8, "median")
+    with pytest.raises(ValueError, match="block_size is 0"):
+        pallas_kernels.pool_blocks(arrays[1], 0)
 
 
 def test_sizes_must_be_positive(arrays):
