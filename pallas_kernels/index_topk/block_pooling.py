@@ -20,9 +20,9 @@ def pool_blocks(k: Float[Array, "B S D"], block_size: int, pooling: str = "mean"
     """One key for each complete block of `block_size` keys; the keys after the last one are left out. Differentiable.
 
     "mean" is their mean m. "salient" adds what remains of the keys' deviations from m when each is shrunk as by James and
-    Stein, m + sum_s max(0, 1 - v / |k_s - m|^2) (k_s - m) with v the mean of |k_s - m|^2 over the block: a key that stands out
-    from its block is not averaged away, nor are two of them, and a block of like keys has its mean. Neither depends on another
-    block, so what a query does not see never reaches the keys of blocks that it does see.
+    Stein, m + sum_s max(0, 1 - v / |k_s - m|^2) (k_s - m) with v the median of |k_s - m|^2 over the block: keys that stand out
+    from their block, fewer than half of it, are not averaged away, and a block of like keys has its mean. Neither depends on
+    another block, so what a query does not see never reaches the keys of blocks that it does see.
 
     Returns:
         [B, S // block_size, D], in float32 or the dtype of `k` where that is wider.
@@ -44,7 +44,8 @@ def pool_blocks(k: Float[Array, "B S D"], block_size: int, pooling: str = "mean"
         return mean
     deviation = blocks - mean[:, :, None]
     squared = jnp.square(deviation).sum(axis=-1)
-    usual = squared.mean(axis=-1, keepdims=True)
+    # The median, which keys that stand out do not raise: with the mean, two of them would shrink each other.
+    usual = jnp.median(squared, axis=-1, keepdims=True)
     # Its square, in the gradient, must not underflow.
     stands_out = squared > jnp.maximum(usual, jnp.finfo(blocks.dtype).tiny ** 0.5)
     share = jnp.where(stands_out, 1 - usual / jnp.where(stands_out, squared, 1), 0)

@@ -33,7 +33,7 @@ def pooled(keys, pooling):
     """The one key of a block, [1, D], in numpy."""
     mean = keys.mean(0)
     squared = ((keys - mean) ** 2).sum(-1)
-    share = np.maximum(0, 1 - squared.mean() / squared) if pooling == "salient" else np.zeros(len(keys))
+    share = np.maximum(0, 1 - np.median(squared) / squared) if pooling == "salient" else np.zeros(len(keys))
     return (mean + share @ (keys - mean))[None]
 
 
@@ -94,14 +94,17 @@ def test_invisible_keys_do_not_matter(arrays):
 
 
 def test_keys_among_fillers_stand_for_their_block():
-    """Seven fillers and a record, six and two: an eighth of a record is left in the mean, most of each in the other."""
+    """Seven fillers and a record, six and two: an eighth of a record is left in the mean, nearly all of each in the other."""
     filler, record, other = np.eye(8, dtype=np.float32)[:3]
     k = jnp.asarray(np.tile(filler, (1, 24, 1))).at[0, 11].set(record).at[0, 17].set(record).at[0, 22].set(other)
     mean, salient = (np.asarray(pallas_kernels.pool_blocks(k, 8, pooling))[0] for pooling in ("mean", "salient"))
     np.testing.assert_allclose(mean @ record, [0, 1 / 8, 1 / 8], rtol=1e-6)
-    # One record is seven times as far from the mean as is usual, squared: 6/7 of its deviation, 7/8, remain.
-    np.testing.assert_allclose(salient @ record, [0, 1 / 8 + 6 / 7 * 7 / 8, salient[2] @ other], rtol=1e-5)
-    assert salient[2] @ record > 0.6 and salient[0] @ filler == 1
+    # The squared distance from the mean: of one record 49 times that of a filler; of two (49 + 1 + 36) / (1 + 1 + 4) times.
+    one, two = 1 - 1 / 49, 1 - 6 / 86
+    expected = [0, 1 / 8 + one * 7 / 8, 1 / 8 + two * (7 / 8 - 1 / 8)]
+    np.testing.assert_allclose(salient @ record, expected, rtol=1e-5)
+    np.testing.assert_allclose(salient[2] @ other, expected[2], rtol=1e-5)
+    assert salient[0] @ filler == 1
 
 
 @pytest.mark.parametrize("pooling", ["mean", "salient"])
