@@ -23,9 +23,8 @@ def coarse_kl(
     """KL of the attention that falls on each block from the softmax over the scores of the blocks' pooled index keys.
 
     Over the blocks that a query sees as a whole, which are those that compete; 0 for a query that sees none. It is computed as
-    the KL of single keys of which each has its block's pooled key for index key: that adds how unevenly attention lies inside
-    the blocks, a constant in the indexer's parameters, so the gradient is that of the blocks, and nothing of size T x S is
-    held.
+    the KL of single keys that share the pooled index key of their block: that adds how unevenly attention lies inside the
+    blocks, a constant in the indexer's parameters, so the gradient is that of the blocks, and nothing of size T x S is held.
 
     Args:
         index: index heads of all keys.
@@ -36,23 +35,22 @@ def coarse_kl(
         visibility: of the queries.
         settings: `softmax_scale` and what else `indexer_kl` takes.
     """
+    pooled = pool_blocks(index.k, block_size, pooling).astype(index.k.dtype)
+    n_keys = pooled.shape[1] * block_size
+    if not n_keys:
+        return jnp.zeros(visibility.start.shape, jnp.float32)
     first = -(-visibility.start // block_size) * block_size
     end = visibility.end // block_size * block_size
     sees_some = end > first
     return indexer_kl(
         index.q,
-        with_pooled_keys(index.k, block_size, pooling),
+        pooled,
         index.weights,
         heads.q,
-        heads.k,
+        heads.k[:, :n_keys],
         lse,
         visible_start=jnp.where(sees_some, first, 0),
         visible_end=jnp.where(sees_some, end, 0),
+        keys_per_index_key=block_size,
         **settings,
     )
-
-
-def with_pooled_keys(k: Float[Array, "B S D"], block_size: int, pooling: str) -> Float[Array, "B S D"]:
-    """Each key replaced by the pooled key of its block, in the dtype of `k`; zeros in an incomplete last block."""
-    pooled = jnp.repeat(pool_blocks(k, block_size, pooling), block_size, axis=1).astype(k.dtype)
-    return jnp.pad(pooled, ((0, 0), (0, k.shape[1] - pooled.shape[1]), (0, 0)))

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import _checks, _dispatch
@@ -13,11 +14,19 @@ from pallas_kernels.indexer_loss import pallas_gpu, reference, xla
 _IMPLEMENTATIONS = {"reference": reference.indexer_kl, "xla": xla.indexer_kl, "pallas": pallas_gpu.indexer_kl}
 
 
-def _check_kl(q_index, k_index, weights, q, k, lse, visible_start, visible_end, topk_indices, activation, **_):
+def _check_kl(
+    q_index, k_index, weights, q, k, lse, visible_start, visible_end, topk_indices, activation, keys_per_index_key, **_
+):
     _checks.check_index_arguments("indexer_kl", q_index, k_index, weights)
     _checks.check_attention_arguments("indexer_kl", q, k)
     _checks.check_shape("indexer_kl", "q", q, (*q_index.shape[:2], None, None), "[B, T] of q_index, heads, head dim")
-    _checks.check_shape("indexer_kl", "k", k, (*k_index.shape[:2], None, None), "[B, S] of k_index, key heads, head dim")
+    if keys_per_index_key < 1 or (keys_per_index_key > 1 and topk_indices is not None):
+        raise ValueError(
+            f"indexer_kl: keys_per_index_key is {keys_per_index_key}; expected a positive number, and 1 with topk_indices."
+        )
+    batch, n_index_keys = k_index.shape[:2]
+    lengths = batch, n_index_keys * keys_per_index_key, None, None
+    _checks.check_shape("indexer_kl", "k", k, lengths, "[B, S] of k_index (S times keys_per_index_key), key heads, head dim")
     _checks.check_lse("indexer_kl", lse, q)
     _checks.check_ranges("indexer_kl", visible_start, visible_end, *q_index.shape[:2])
     check_activation("indexer_kl", activation)
@@ -28,7 +37,7 @@ def _check_kl(q_index, k_index, weights, q, k, lse, visible_start, visible_end, 
 @_checks.checked(_check_kl)
 def indexer_kl(
     q_index: Float[Array, "B T Hi Di"],
-    k_index: Float[Array, "B S Di"],
+    k_index: Float[Array, "B N Di"],
     weights: Float[Array, "B T Hi"],
     q: Float[Array, "B T H Dk"],
     k: Float[Array, "B S G Dk"],
@@ -39,6 +48,7 @@ def indexer_kl(
     visible_end: Int32[Array, "B T"],
     topk_indices: Int32[Array, "B T K"] | None = None,
     activation: str = "relu",
+    keys_per_index_key: int = 1,
     head_axis: str | None = None,
     deterministic: bool = False,
     implementation: str | None = None,
@@ -51,6 +61,7 @@ def indexer_kl(
     in the score, g = softmax(score) - p on the set and 0 elsewhere; the gradient of the ReLU at 0 is 0.
 
     Args:
+        k_index: one for each key, N = S, unless `keys_per_index_key` says otherwise.
         weights: float32, signed, static scales folded in (they are the temperature of the softmax here).
         lse: natural log-sum-exp of the attention performed: the dense one in warm-up, that of `sparse_attention` for a
             selection. It weighs the heads against each other; p sums to 1 in any case.
@@ -59,6 +70,8 @@ def indexer_kl(
         activation: of the index score, as in `index_scores`. The normaliser of a "softmax" runs over all visible keys in the
             sparse loss, too, since the selection ranks by that score; a gradient then reaches unselected keys through it, and
             both passes cost one more walk over the visible keys.
+        keys_per_index_key: how many consecutive keys have one index key, and so one score; S is N times that. The products of
+            q_index with an index key are then computed once ("xla", not for a "softmax"; elsewhere the index key is repeated).
         head_axis: inside `shard_map`, the mesh axis over which the heads of q and lse are split; the sum over heads runs over
             its devices too, so that all of them return the same. The index arguments must be equal on them.
         deterministic: the same gradients, bit by bit, every run on a GPU, too; slower with a selection, see `sparse_attention`.
@@ -78,6 +91,11 @@ def indexer_kl(
     run = _dispatch.choose("indexer_kl", implementation, _IMPLEMENTATIONS, platform=platform)
     options: dict[str, Any] = _dispatch.same_bits("indexer_kl", run, pallas_gpu.indexer_kl, deterministic, platform=platform)
     portable = reference.indexer_kl, xla.indexer_kl
+    if keys_per_index_key > 1:
+        if run is xla.indexer_kl and activation != "softmax":
+            options["keys_per_index_key"] = keys_per_index_key
+        else:
+            k_index = jnp.repeat(k_index, keys_per_index_key, axis=1)
     ranges = visible_start, visible_end
     options |= activation_options("indexer_kl", activation, run, portable, q_index, k_index, *ranges, implementation)
     target = [jax.lax.stop_gradient(x) for x in (q, k, lse)]

@@ -12,7 +12,7 @@ from pallas_kernels.sparse_attention.xla import join_batch, join_batch_indices
 
 def indexer_kl(
     q_index: Float[Array, "B T Hi Di"],
-    k_index: Float[Array, "B S Di"],
+    k_index: Float[Array, "B N Di"],
     weights: Float[Array, "B T Hi"],
     q: Float[Array, "B T H Dk"],
     k: Float[Array, "B S G Dk"],
@@ -25,6 +25,7 @@ def indexer_kl(
     head_axis: str | None = None,
     activation: str = "relu",
     head_lse: Float[Array, "B T Hi"] | None = None,
+    keys_per_index_key: int = 1,
 ) -> Float[Array, "B T"]:
     """KL over the visible keys, or over the selected visible keys."""
     if 0 in (q.size, k.shape[1]):
@@ -32,7 +33,7 @@ def indexer_kl(
     arrays = (q_index, k_index, weights, head_lse, q, k, lse)
     static = float(softmax_scale), head_axis, activation
     if topk_indices is None:
-        return kl_over_visible(*arrays, visible_start, visible_end, *static)
+        return kl_over_visible(*arrays, visible_start, visible_end, *static, keys_per_index_key)
     n_keys = k.shape[1]
     first = n_keys * jnp.arange(k.shape[0], dtype=jnp.int32)[:, None]
     ranges = [jnp.clip(bound, 0, n_keys) + first for bound in (visible_start, visible_end)]

@@ -27,10 +27,21 @@ def _block_q(q_index: Array, q: Array, n_keys: int) -> int:
     return rows_per_chunk(LOGIT_BUDGET, q.shape[0] * heads * min(BLOCK_K, n_keys))
 
 
-def _products(q_index: Array, k_index: Array, walk: KeyWalk, first: Array, visible: Array) -> tuple[Array, Array]:
-    """(key block, q_index . k_index) with zeros for keys the chunk does not see: 0 * NaN would not vanish in the gradient."""
-    k_block = jnp.where(visible.any(1)[..., None], slice_chunk(k_index, first, walk.block_k), 0)
+def _walk(start: Array, end: Array, n_keys: int, shared: int) -> KeyWalk:
+    """The chunk's key blocks; none divides the `shared` keys of an index key."""
+    return key_walk(start, end, n_keys, shared * max(1, BLOCK_K // shared))
+
+
+def _products(q_index: Array, k_index: Array, walk: KeyWalk, first: Array, visible: Array, shared: int) -> tuple[Array, Array]:
+    """(block of index keys, q_index . k_index) with zeros for those the chunk does not see: 0 * NaN is no 0 in the gradient."""
+    seen = _by_index_key(visible.any(1), shared).any(-1)
+    k_block = jnp.where(seen[..., None], slice_chunk(k_index, first // shared, walk.block_k // shared), 0)
     return k_block, head_products(q_index, k_block, accumulation_dtype(q_index, k_index))
+
+
+def _by_index_key(per_key: Array, shared: int) -> Array:
+    """[..., S] as [..., N, shared]."""
+    return per_key.reshape(*per_key.shape[:-1], -1, shared)
 
 
 def _clean(x: Array, walk: KeyWalk) -> Array:
@@ -51,6 +62,7 @@ def _statistics(
     softmax_scale: float,
     head_axis: str | None,
     activation: str,
+    shared: int,
 ) -> tuple[Array, Array, Array]:
     """(kl, log-sum-exp of the scores, sum of the unnormalised target), each [B, T]."""
     n_keys = k.shape[1]
@@ -58,7 +70,7 @@ def _statistics(
 
     def step(chunk: tuple[Any, ...]) -> tuple[Array, Array, Array]:
         q_index, weights, head_lse, q, lse, start, end = chunk
-        walk = key_walk(start, end, n_keys, BLOCK_K)
+        walk = _walk(start, end, n_keys, shared)
         q_index, weights, rows = _clean(q_index, walk), _clean(weights, walk), as_rows(q, k.shape[2])
 
         def add_block(number: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -67,8 +79,8 @@ def _statistics(
             target = probability_mass(rows, slice_chunk(k, first, walk.block_k), lse, softmax_scale)
             target = sum_over_axis(target, head_axis)
             target = jnp.where(visible, target, 0).astype(dtype)
-            _, products = _products(q_index, k_index, walk, first, visible)
-            scores = weighted_sum(products, weights, activation, head_lse)
+            _, products = _products(q_index, k_index, walk, first, visible, shared)
+            scores = jnp.repeat(weighted_sum(products, weights, activation, head_lse), shared, axis=-1)
             new_largest = jnp.maximum(largest, jnp.where(visible, scores, -jnp.inf).max(-1))
             shift = jnp.where(new_largest > -jnp.inf, new_largest, 0)
             shifted = scores - shift[..., None]
@@ -90,7 +102,7 @@ def _statistics(
     return map_queries(step, chunks, _block_q(q_index, q, n_keys))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(9, 10, 11))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(9, 10, 11, 12))
 def kl_over_visible(
     q_index: Array,
     k_index: Array,
@@ -104,26 +116,30 @@ def kl_over_visible(
     softmax_scale: float,
     head_axis: str | None,
     activation: str,
+    shared: int,
 ) -> Array:
-    """KL(p || softmax(score)) over the visible keys, [B, T]; gradient in q_index, k_index, weights, head_lse."""
+    """KL(p || softmax(score)) over the visible keys, [B, T]; gradient in q_index, k_index, weights, head_lse.
+
+    Each row of `k_index` scores for `shared` consecutive keys.
+    """
     arrays = q_index, k_index, weights, head_lse, q, k, lse, visible_start, visible_end
-    return _statistics(*arrays, softmax_scale, head_axis, activation)[0]
+    return _statistics(*arrays, softmax_scale, head_axis, activation, shared)[0]
 
 
 def _forward(*arguments: Any) -> tuple[Array, tuple[Any, ...]]:
     kl, score_lse, mass = _statistics(*arguments)
-    return kl, (*arguments[:-3], score_lse, mass)
+    return kl, (*arguments[:-4], score_lse, mass)
 
 
 def _backward(
-    softmax_scale: float, head_axis: str | None, activation: str, residuals: tuple[Any, ...], d_kl: Array
+    softmax_scale: float, head_axis: str | None, activation: str, shared: int, residuals: tuple[Any, ...], d_kl: Array
 ) -> tuple[Any, ...]:
     q_index, k_index, weights, head_lse, q, k, lse, visible_start, visible_end, score_lse, mass = residuals
     dtype = accumulation_dtype(q_index, k_index, weights)
 
     def step(d_k: Array, chunk: tuple[Any, ...]) -> tuple[Array, tuple[Any, ...]]:
         q_index, weights, head_lse, q, lse, start, end, score_lse, mass, d_kl = chunk
-        walk = key_walk(start, end, k.shape[1], BLOCK_K)
+        walk = _walk(start, end, k.shape[1], shared)
         q_index, weights, rows = _clean(q_index, walk), _clean(weights, walk), as_rows(q, k.shape[2])
         inverse = jnp.where(mass > 0, 1 / jnp.where(mass > 0, mass, 1), 0)[..., None]
         score_lse, d_kl = score_lse[..., None], jnp.where(mass > 0, d_kl, 0)[..., None]
@@ -133,14 +149,15 @@ def _backward(
             first, visible = walk.block(number)
             target = probability_mass(rows, slice_chunk(k, first, walk.block_k), lse, softmax_scale)
             target = inverse * sum_over_axis(target, head_axis)
-            k_block, products = _products(q_index, k_index, walk, first, visible)
-            scores = weighted_sum(products, weights, activation, head_lse)
+            k_block, products = _products(q_index, k_index, walk, first, visible, shared)
+            scores = jnp.repeat(weighted_sum(products, weights, activation, head_lse), shared, axis=-1)
             d_scores = jnp.where(visible, d_kl * (jnp.exp(scores - score_lse) - target), 0).astype(dtype)
+            d_scores = _by_index_key(d_scores, shared).sum(-1)
             d_activated = d_scores[:, :, None] * weights[..., None].astype(dtype)
             d_products = times_slope(d_activated, products, head_lse, activation)
             d_weights = d_weights + (d_scores[:, :, None] * activate(products, head_lse, activation)).sum(-1)
             d_q_block, d_k_block = head_products_transposed(d_products, q_index, k_block, dtype)
-            return d_q + d_q_block, d_weights, add_to_chunk(d_k, d_k_block, first)
+            return d_q + d_q_block, d_weights, add_to_chunk(d_k, d_k_block, first // shared)
 
         state = jnp.zeros(q_index.shape, dtype), jnp.zeros(weights.shape, dtype), d_k
         d_q, d_weights, d_k = lax.fori_loop(walk.low, walk.high, block_gradients, state)

@@ -135,6 +135,46 @@ def test_what_lies_outside_every_set_may_hold_anything(implementation, sparse):
         jax.tree.map(np.testing.assert_array_equal, (dirty, gradients), (clean, clean_gradients))
 
 
+@pytest.mark.parametrize(("implementation", "activation"), [*((name, "relu") for name in IMPLEMENTATIONS), ("xla", "softmax")])
+@pytest.mark.parametrize(("n_index_keys", "shared"), [(9, 4), (100, 6), (1, 600)])
+def test_keys_that_share_an_index_key(implementation, activation, n_index_keys, shared):
+    """As if each had a copy of it; lengths of less and of more than one block of keys, ranges that cut index keys."""
+    rng = np.random.default_rng(4)
+    keys, queries = n_index_keys * shared, 10
+    arrays = [normal(rng, 2, queries, 3, 8), normal(rng, 2, n_index_keys, 8), normal(rng, 2, queries, 3)]
+    arrays += [normal(rng, 2, queries, 2, 4), normal(rng, 2, keys, 1, 4), normal(rng, 2, queries, 2), normal(rng, 2, queries)]
+    visible = ranges("random", 2, queries, keys)
+
+    def run(implementation, one_each):
+        def loss(q_index, k_index, weights, q, k, lse, d_kl):
+            settings = {"softmax_scale": SCALE, "activation": activation, "implementation": implementation, **visible}
+            if one_each:
+                k_index = jnp.repeat(k_index, shared, axis=1)
+            else:
+                settings["keys_per_index_key"] = shared
+            return (pk.indexer_kl(q_index, k_index, weights, q, k, lse, **settings) * d_kl).sum()
+
+        return jax.value_and_grad(loss, (0, 1, 2))
+
+    for ours, theirs in zip(
+        jax.tree.leaves(jax.jit(run(implementation, False))(*arrays)),
+        jax.tree.leaves(in_float64(run("reference", True), *arrays)),
+        strict=True,
+    ):
+        assert_close(ours, theirs, what=implementation)
+
+
+def test_shared_index_keys_that_do_not_fit():
+    _, (*arrays, _), visible = case("grouped", "causal", False)
+    settings = {"softmax_scale": SCALE, **visible}
+    with pytest.raises(ValueError, match="S times keys_per_index_key"):
+        pk.indexer_kl(*arrays, keys_per_index_key=2, **settings)
+    with pytest.raises(ValueError, match="keys_per_index_key is 0; expected a positive number"):
+        pk.indexer_kl(*arrays, keys_per_index_key=0, **settings)
+    with pytest.raises(ValueError, match="keys_per_index_key is 2; expected a positive number, and 1 with"):
+        pk.indexer_kl(*arrays, keys_per_index_key=2, topk_indices=jnp.zeros((*arrays[0].shape[:2], 1), jnp.int32), **settings)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_selecting_everything_equals_the_visible_form(implementation):
     shape, arrays, visible = case("grouped", "packed", False)

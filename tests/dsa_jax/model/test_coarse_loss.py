@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsa_jax.model.coarse_loss import coarse_kl, with_pooled_keys
+from dsa_jax.model.coarse_loss import coarse_kl
 from dsa_jax.model.selection import Heads, IndexHeads
 from dsa_jax.model.visibility import causal_visibility
 from pallas_kernels import dense_attention, pool_blocks
@@ -59,11 +59,6 @@ def test_its_gradient_is_that_of_the_kl_between_blocks(pooling):
     start, end = np.asarray(visibility.start), np.asarray(visibility.end)
     sees_none = end // SIZE * SIZE <= -(-start // SIZE) * SIZE
     assert sees_none.any() and not np.asarray(values)[sees_none].any() and (np.asarray(values)[~sees_none] > 0).all()
-
-
-def test_keys_of_a_block_become_one():
-    k = jnp.asarray([[[1.0], [3.0], [5.0]]])
-    np.testing.assert_array_equal(with_pooled_keys(k, 2, "mean")[0, :, 0], [2.0, 2.0, 0.0])
 
 
 def test_the_warm_up_learns_it_where_the_config_asks():
