@@ -4,6 +4,7 @@ Every op has one public function with an `implementation` argument; None takes t
 arrays only: no parameters, no model configuration.
 """
 
+from pallas_kernels._checks import checked
 from pallas_kernels._dispatch import IMPLEMENTATIONS, implementations_chosen, resolve_implementation, traced_platform
 from pallas_kernels.block_topk.api import block_topk
 from pallas_kernels.block_topk.geometry import BlockGeometry
@@ -21,6 +22,7 @@ __all__ = [
     "SparseAttentionOutput",
     "attention_topk",
     "block_topk",
+    "checked",
     "dense_attention",
     "implementations_chosen",
     "index_scores",

@@ -68,6 +68,8 @@ def check_index_arguments(
         raise ValueError(f"{op}: weights has dtype {weights.dtype}; expected float32. Cast with weights.astype(jnp.float32).")
     check_shape(op, "q_index", q_index, (None,) * 4, "[B, T, index heads, index head dim]")
     batch, length, heads, dim = q_index.shape
+    if 0 in (heads, dim):
+        raise ValueError(f"{op}: q_index has shape {list(q_index.shape)}; expected at least one head and one channel.")
     check_shape(op, "k_index", k_index, (batch, None, dim), "[B, S, index head dim]")
     check_shape(op, "weights", weights, (batch, length, heads), "[B, T, index heads]")
     if k_scale is not None:

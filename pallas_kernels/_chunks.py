@@ -87,7 +87,7 @@ def map_queries(step: Callable[[Any], Any], arrays: Any, block_q: int, *, per_st
 
     def group(carry: tuple[()], chunk: Any) -> tuple[tuple[()], Any]:
         length = jax.tree.leaves(chunk)[0].shape[1]
-        cuts = [(first, min(first + block_q, length)) for first in range(0, length, block_q)]
+        cuts = [(first, min(first + block_q, length)) for first in range(0, length, block_q)] or [(0, 0)]
         parts = [step(jax.tree.map(lambda x, cut=cut: x[:, slice(*cut)], chunk)) for cut in cuts]
         return carry, jax.tree.map(lambda *pieces: jnp.concatenate(pieces, axis=1), *parts)
 

@@ -21,7 +21,7 @@ def traced_platform() -> str:
     They differ where a program is compiled for devices that are not here.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.abstract_device is None or mesh.abstract_device.platform is None:
+    if mesh.abstract_device is None or mesh.abstract_device.platform is None:
         return jax.default_backend()
     return "gpu" if mesh.abstract_device.platform in ("cuda", "rocm") else mesh.abstract_device.platform
 
@@ -29,7 +29,7 @@ def traced_platform() -> str:
 def traced_device_kind() -> str:
     """The kind of device ("NVIDIA H200", "cpu") that code is being traced for, as JAX names it; see `traced_platform`."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.abstract_device is None:
+    if mesh.abstract_device is None:
         return jax.devices()[0].device_kind
     return mesh.abstract_device.device_kind
 
@@ -94,5 +94,5 @@ def same_bits(
 
 
 def implementations_chosen() -> dict[str, str]:
-    """Implementations that ran in this process so far, by op; several for one op are joined by a comma."""
+    """Implementations that were asked for, or taken by default, in this process so far, by op; several joined by a comma."""
     return {op: ",".join(sorted(names)) for op, names in sorted(_chosen.items())}

@@ -1,6 +1,7 @@
 """Public op: the blocks of keys that native sparse attention selects."""
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import _checks, _dispatch
@@ -16,6 +17,13 @@ def _check(q, k_compressed, lse, n_keys, geometry, visible_start, visible_end, *
     _checks.check_lse(op, lse, q)
     _checks.check_ranges(op, visible_start, visible_end, *q.shape[:2])
     _checks.check_topk(op, geometry.topk)
+    sizes = {name: getattr(geometry, name) for name in ("compress_block", "select_block")}
+    forced = {name: getattr(geometry, name) for name in ("n_initial", "n_local")}
+    if min(sizes.values()) < 1 or min(forced.values()) < 0 or sum(forced.values()) > geometry.topk:
+        raise ValueError(
+            f"{op}: {', '.join(f'{name} is {value}' for name, value in {**sizes, **forced}.items())}, topk {geometry.topk}; "
+            "expected blocks of at least one key, and no more forced blocks than topk."
+        )
     stride = geometry.compress_stride
     if stride < 1 or geometry.compress_block % stride or geometry.select_block % stride:
         raise ValueError(
@@ -52,7 +60,7 @@ def block_topk(
         k_compressed: one key per compressed block; those that a query does not see as a whole never matter to it.
         lse: of attention to the compressed keys, natural log; -inf where there is none.
         n_keys: keys that the blocks are made of, S.
-        visible_start, visible_end: visible range of keys (not of compressed ones), within [0, n_keys].
+        visible_start, visible_end: visible range of keys (not of compressed ones); bounds outside [0, n_keys] are clamped.
         implementation: see `pallas_kernels.IMPLEMENTATIONS`; None is the default of the device.
 
     Returns:
@@ -65,4 +73,5 @@ def block_topk(
     """
     run = _dispatch.choose("block_topk", implementation, _IMPLEMENTATIONS, platform=_dispatch.traced_platform())
     stopped = [jax.lax.stop_gradient(x) for x in (q, k_compressed, lse)]
-    return run(*stopped, visible_start, visible_end, softmax_scale=softmax_scale, n_keys=n_keys, geometry=geometry)
+    start, end = jnp.clip(visible_start, 0, n_keys), jnp.clip(visible_end, 0, n_keys)
+    return run(*stopped, start, end, softmax_scale=softmax_scale, n_keys=n_keys, geometry=geometry)

@@ -38,9 +38,9 @@ def _check(
     _checks.check_topk("index_topk_coarse_to_fine", topk)
     check_forced("index_topk_coarse_to_fine", topk, forced_sink, forced_local)
     _checks.check_ranges("index_topk_coarse_to_fine", visible_start, visible_end, *q_index.shape[:2])
-    if block_size < 1 or n_blocks < 1:
+    if not all(type(size) is int and size > 0 for size in (block_size, n_blocks)):
         raise ValueError(
-            f"index_topk_coarse_to_fine: block_size is {block_size} and n_blocks {n_blocks}; expected positive numbers."
+            f"index_topk_coarse_to_fine: block_size is {block_size} and n_blocks {n_blocks}; expected positive whole numbers."
         )
 
 
@@ -125,8 +125,8 @@ def index_topk_coarse_to_fine(
     first, last = start // block_size, jnp.maximum(end - 1, 0) // block_size
     # Strictly between the first and the last, ascending, -1 after the last one.
     blocks = index_topk(
-        q_index.astype(jnp.float32),
-        pool_blocks(k_index, block_size, pooling).astype(jnp.float32),
+        q_index,
+        pool_blocks(k_index, block_size, pooling).astype(k_index.dtype),
         weights,
         topk=n_blocks,
         visible_start=jnp.minimum(first + 1, last),

@@ -37,35 +37,34 @@ def default_tiles(queries: int, heads: int, dim: int, itemsize: int) -> Warpgrou
     return dataclasses.replace(tiles, block_q=block_q, num_stages=num_stages)
 
 
-def check_call(q_index: Array, k_index: Array, weights: Array, k_scale: Array | None, interpret: bool | None) -> None:
-    """Whether the kernel covers a call, here.
+def check_call(op: str, q_index: Array, k_index: Array, weights: Array, k_scale: Array | None, interpret: bool | None) -> None:
+    """Whether the kernel covers a call of `op`, here.
 
     Raises:
         NotImplementedError: an older jax; no Hopper GPU, unless `interpret` is given; dtypes and sizes that it lacks.
     """
     if jax.__version_info__ < LEAST_JAX:
         raise NotImplementedError(
-            f"index_scores: mosaic needs jax {'.'.join(map(str, LEAST_JAX))} or later, as Mosaic GPU changed; this is "
+            f"{op}: mosaic needs jax {'.'.join(map(str, LEAST_JAX))} or later, as Mosaic GPU changed; this is "
             f"{jax.__version__}. Update jax, or pass implementation='pallas'."
         )
     device = traced_device_kind() if traced_platform() == "gpu" else traced_platform()
     if interpret is None and not any(name in device for name in HOPPER):
         raise NotImplementedError(
-            f"index_scores: mosaic runs on GPUs of the Hopper generation; this is {device!r}. Pass implementation='pallas' or "
-            "'xla'."
+            f"{op}: mosaic runs on GPUs of the Hopper generation; this is {device!r}. Pass implementation='pallas' or 'xla'."
         )
-    check = functools.partial(tiling.check_dtypes, "index_scores", implementation="mosaic")
+    check = functools.partial(tiling.check_dtypes, op, implementation="mosaic")
     check("q_index and k_index", q_index, k_index, allowed=("bfloat16", "float16", "float8_e4m3fn"))
     check("weights (and k_scale)", weights, k_scale, allowed=("float32",))
     (heads, dim), itemsize = q_index.shape[2:], q_index.dtype.itemsize
     if heads % 8 or heads > MOST_COLUMNS:
         raise NotImplementedError(
-            f"index_scores: mosaic needs a multiple of 8 heads and at most {MOST_COLUMNS}, which are the columns of its "
+            f"{op}: mosaic needs a multiple of 8 heads and at most {MOST_COLUMNS}, which are the columns of its "
             f"products; got {heads}. Pass implementation='pallas'."
         )
     if dim * itemsize % 32:
         raise NotImplementedError(
-            f"index_scores: mosaic needs channels that fill a multiple of 32 bytes; got {dim} of {itemsize} bytes each. Pass "
+            f"{op}: mosaic needs channels that fill a multiple of 32 bytes; got {dim} of {itemsize} bytes each. Pass "
             "implementation='pallas'."
         )
 
@@ -121,7 +120,7 @@ def index_scores(
     Raises:
         NotImplementedError: a jax, device, dtype, number of heads or of channels that the kernel does not cover.
     """
-    check_call(q_index, k_index, weights, k_scale, interpret)
+    check_call("index_scores", q_index, k_index, weights, k_scale, interpret)
     return pallas_gpu.index_scores(
         q_index,
         k_index,
@@ -148,7 +147,7 @@ def index_topk(
     **options: Any,
 ) -> Int32[Array, "B T {topk}"]:
     """Canonical selection over these scores, as `pallas_gpu.index_topk`, which takes the same `options`."""
-    check_call(q_index, k_index, weights, k_scale, interpret)
+    check_call("index_topk", q_index, k_index, weights, k_scale, interpret)
     return pallas_gpu.index_topk(
         q_index,
         k_index,

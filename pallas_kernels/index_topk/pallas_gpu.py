@@ -41,6 +41,7 @@ def kernel_scores(
     allowed = (*tiling.HALF_AND_SINGLE, "float8_e4m3fn")
     tiling.check_dtypes("index_scores", "q_index and k_index", q_index, k_index, allowed=allowed)
     tiling.check_dtypes("index_scores", "weights (and k_scale)", weights, k_scale, allowed=("float32",))
+    tiling.check_offsets("index_scores", "k_index", k_index)
     interpret = tiling.is_interpreted("index_scores") if interpret is None else interpret
     return _head_sums.head_sums_visible(
         q_index,

@@ -20,9 +20,9 @@ def _check_kl(
     _checks.check_index_arguments("indexer_kl", q_index, k_index, weights)
     _checks.check_attention_arguments("indexer_kl", q, k)
     _checks.check_shape("indexer_kl", "q", q, (*q_index.shape[:2], None, None), "[B, T] of q_index, heads, head dim")
-    if keys_per_index_key < 1 or (keys_per_index_key > 1 and topk_indices is not None):
+    if type(keys_per_index_key) is not int or keys_per_index_key < 1 or (keys_per_index_key > 1 and topk_indices is not None):
         raise ValueError(
-            f"indexer_kl: keys_per_index_key is {keys_per_index_key}; expected a positive number, and 1 with topk_indices."
+            f"indexer_kl: keys_per_index_key is {keys_per_index_key}; expected a positive whole number, 1 with topk_indices."
         )
     batch, n_index_keys = k_index.shape[:2]
     lengths = batch, n_index_keys * keys_per_index_key, None, None
@@ -71,7 +71,7 @@ def indexer_kl(
             sparse loss, too, since the selection ranks by that score; a gradient then reaches unselected keys through it, and
             both passes cost one more walk over the visible keys.
         keys_per_index_key: how many consecutive keys have one index key, and so one score; S is N times that. The products of
-            q_index with an index key are then computed once ("xla", not for a "softmax"; elsewhere the index key is repeated).
+            q_index with an index key are then computed once ("xla"; the others repeat the index key).
         head_axis: inside `shard_map`, the mesh axis over which the heads of q and lse are split; the sum over heads runs over
             its devices too, so that all of them return the same. The index arguments must be equal on them.
         deterministic: the same gradients, bit by bit, every run on a GPU, too; slower with a selection, see `sparse_attention`.
@@ -91,13 +91,9 @@ def indexer_kl(
     run = _dispatch.choose("indexer_kl", implementation, _IMPLEMENTATIONS, platform=platform)
     options: dict[str, Any] = _dispatch.same_bits("indexer_kl", run, pallas_gpu.indexer_kl, deterministic, platform=platform)
     portable = reference.indexer_kl, xla.indexer_kl
-    if keys_per_index_key > 1:
-        if run is xla.indexer_kl and activation != "softmax":
-            options["keys_per_index_key"] = keys_per_index_key
-        else:
-            k_index = jnp.repeat(k_index, keys_per_index_key, axis=1)
     ranges = visible_start, visible_end
-    options |= activation_options("indexer_kl", activation, run, portable, q_index, k_index, *ranges, implementation)
+    each = jnp.repeat(k_index, keys_per_index_key, axis=1)
+    options |= activation_options("indexer_kl", activation, run, portable, q_index, each, *ranges, implementation)
     target = [jax.lax.stop_gradient(x) for x in (q, k, lse)]
     return run(
         q_index,
@@ -108,5 +104,6 @@ def indexer_kl(
         topk_indices=topk_indices,
         softmax_scale=softmax_scale,
         head_axis=head_axis,
+        keys_per_index_key=keys_per_index_key,
         **options,
     )

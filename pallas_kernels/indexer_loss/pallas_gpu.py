@@ -37,6 +37,7 @@ class Settings:
     softmax_scale: float
     interpret: bool
     head_axis: str | None = None
+    keys_per_index_key: int = 1
     deterministic: bool = False
     score_budget: int = 2**26
     budget_bytes: int = 2**28
@@ -46,7 +47,7 @@ class Settings:
 
 def indexer_kl(
     q_index: Float[Array, "B T Hi Di"],
-    k_index: Float[Array, "B S Di"],
+    k_index: Float[Array, "B N Di"],
     weights: Float[Array, "B T Hi"],
     q: Float[Array, "B T H Dk"],
     k: Float[Array, "B S G Dk"],
@@ -57,6 +58,7 @@ def indexer_kl(
     softmax_scale: float,
     topk_indices: Int32[Array, "B T K"] | None,
     head_axis: str | None = None,
+    keys_per_index_key: int = 1,
     deterministic: bool = False,
     interpret: bool | None = None,
     **settings: Any,
@@ -74,7 +76,7 @@ def indexer_kl(
     tiling.check_dtypes("indexer_kl", "q and k", q, k)
     tiling.check_dtypes("indexer_kl", "weights and lse", weights, lse, allowed=("float32",))
     interpret = tiling.is_interpreted("indexer_kl") if interpret is None else interpret
-    static = Settings(float(softmax_scale), interpret, head_axis, deterministic, **settings)
+    static = Settings(float(softmax_scale), interpret, head_axis, keys_per_index_key, deterministic, **settings)
     n_keys = k.shape[1]
     if 0 in (q.size, n_keys) or (topk_indices is not None and topk_indices.shape[2] == 0):
         return jnp.zeros(q.shape[:2], jnp.float32)
@@ -172,6 +174,7 @@ def _kl_over_visible(
     end: Array,
     static: Settings,
 ) -> Array:
+    k_index = jnp.repeat(k_index, static.keys_per_index_key, axis=1)
     step = lambda chunk: _visible_chunk(chunk, k_index, k, static)[0]
     return map_queries(step, (q_index, weights, q, lse, start, end), _block_q(q, k, static))
 
@@ -181,7 +184,8 @@ def _visible_forward(*arguments: Any) -> tuple[Array, tuple[Array, ...]]:
 
 
 def _visible_backward(static: Settings, residuals: tuple[Array, ...], d_kl: Array) -> tuple[Any, ...]:
-    q_index, k_index, weights, q, k, lse, start, end = residuals
+    q_index, index_keys, weights, q, k, lse, start, end = residuals
+    k_index = jnp.repeat(index_keys, static.keys_per_index_key, axis=1)
     problem = _head_sums.index_problem(q_index, static.interpret)
 
     def step(total: Array, chunk: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
@@ -196,6 +200,8 @@ def _visible_backward(static: Settings, residuals: tuple[Array, ...], d_kl: Arra
     chunks = (q_index, weights, q, lse, start, end, d_kl)
     zeros = jnp.zeros(k_index.shape, jnp.float32)
     d_k, (d_q, d_weights) = scan_queries(step, zeros, chunks, _block_q(q, k, static))
+    # Summed before it is rounded: what the copies of an index key get cancels for the most part.
+    d_k = d_k.reshape(*index_keys.shape[:2], static.keys_per_index_key, -1).sum(2)
     no_range = np.zeros(start.shape, float0)
     return d_q, d_k.astype(k_index.dtype), d_weights, None, None, None, no_range, no_range
 

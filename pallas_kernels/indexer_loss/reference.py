@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels._numerics import constant_lse, sum_over_axis, visible_mask
+from pallas_kernels._numerics import accumulation_dtype, constant_lse, sum_over_axis, visible_mask
 from pallas_kernels.dense_attention.reference import attention_logits
 from pallas_kernels.index_topk.reference import index_scores
 
@@ -19,7 +19,7 @@ def selected_mask(topk_indices: Int32[Array, "B T K"], n_keys: int) -> Bool[Arra
 
 def indexer_kl(
     q_index: Float[Array, "B T Hi Di"],
-    k_index: Float[Array, "B S Di"],
+    k_index: Float[Array, "B N Di"],
     weights: Float[Array, "B T Hi"],
     q: Float[Array, "B T H Dk"],
     k: Float[Array, "B S G Dk"],
@@ -32,9 +32,13 @@ def indexer_kl(
     head_axis: str | None = None,
     activation: str = "relu",
     head_lse: Float[Array, "B T Hi"] | None = None,
+    keys_per_index_key: int = 1,
 ) -> Float[Array, "B T"]:
     """sum_s p (log p - log_softmax(score)) over the set."""
     n_keys = k.shape[1]
+    if keys_per_index_key > 1:
+        # Widened first, so that the gradient is rounded once, after the sum over the copies.
+        k_index = jnp.repeat(k_index.astype(accumulation_dtype(q_index, k_index, weights)), keys_per_index_key, axis=1)
     members = visible_mask(visible_start, visible_end, n_keys)
     if topk_indices is not None:
         members = members & selected_mask(topk_indices, n_keys)

@@ -22,14 +22,14 @@ from pallas_kernels._numerics import (
 from pallas_kernels.dense_attention.xla import BLOCK_K, LOGIT_BUDGET, as_rows, probability_mass
 
 
-def _block_q(q_index: Array, q: Array, n_keys: int) -> int:
+def _block_k(n_keys: int, shared: int) -> int:
+    """Keys of a block, which does not divide the `shared` keys of an index key."""
+    return min(shared * max(1, BLOCK_K // shared), n_keys)
+
+
+def _block_q(q_index: Array, q: Array, n_keys: int, shared: int) -> int:
     heads = max(q.shape[2], q_index.shape[2])
-    return rows_per_chunk(LOGIT_BUDGET, q.shape[0] * heads * min(BLOCK_K, n_keys))
-
-
-def _walk(start: Array, end: Array, n_keys: int, shared: int) -> KeyWalk:
-    """The chunk's key blocks; none divides the `shared` keys of an index key."""
-    return key_walk(start, end, n_keys, shared * max(1, BLOCK_K // shared))
+    return rows_per_chunk(LOGIT_BUDGET, q.shape[0] * heads * _block_k(n_keys, shared))
 
 
 def _products(q_index: Array, k_index: Array, walk: KeyWalk, first: Array, visible: Array, shared: int) -> tuple[Array, Array]:
@@ -70,7 +70,7 @@ def _statistics(
 
     def step(chunk: tuple[Any, ...]) -> tuple[Array, Array, Array]:
         q_index, weights, head_lse, q, lse, start, end = chunk
-        walk = _walk(start, end, n_keys, shared)
+        walk = key_walk(start, end, n_keys, _block_k(n_keys, shared))
         q_index, weights, rows = _clean(q_index, walk), _clean(weights, walk), as_rows(q, k.shape[2])
 
         def add_block(number: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -99,7 +99,7 @@ def _statistics(
         return kl, largest + log_total, mass
 
     chunks = (q_index, weights, head_lse, q, lse, visible_start, visible_end)
-    return map_queries(step, chunks, _block_q(q_index, q, n_keys))
+    return map_queries(step, chunks, _block_q(q_index, q, n_keys, shared))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(9, 10, 11, 12))
@@ -139,7 +139,7 @@ def _backward(
 
     def step(d_k: Array, chunk: tuple[Any, ...]) -> tuple[Array, tuple[Any, ...]]:
         q_index, weights, head_lse, q, lse, start, end, score_lse, mass, d_kl = chunk
-        walk = _walk(start, end, k.shape[1], shared)
+        walk = key_walk(start, end, k.shape[1], _block_k(k.shape[1], shared))
         q_index, weights, rows = _clean(q_index, walk), _clean(weights, walk), as_rows(q, k.shape[2])
         inverse = jnp.where(mass > 0, 1 / jnp.where(mass > 0, mass, 1), 0)[..., None]
         score_lse, d_kl = score_lse[..., None], jnp.where(mass > 0, d_kl, 0)[..., None]
@@ -165,7 +165,7 @@ def _backward(
 
     chunks = (q_index, weights, head_lse, q, lse, visible_start, visible_end, score_lse, mass, d_kl)
     zeros = jnp.zeros(k_index.shape, dtype)
-    d_k, (d_q, d_weights, d_head_lse) = scan_queries(step, zeros, chunks, _block_q(q_index, q, k.shape[1]))
+    d_k, (d_q, d_weights, d_head_lse) = scan_queries(step, zeros, chunks, _block_q(q_index, q, k.shape[1], shared))
     gradients = d_q.astype(q_index.dtype), d_k.astype(k_index.dtype), d_weights.astype(weights.dtype)
     no_gradient = np.zeros(visible_start.shape, float0)
     return *gradients, d_head_lse, None, None, None, no_gradient, no_gradient

@@ -90,8 +90,8 @@ def dequantize_part(
 
 
 def _checked(block: tuple[int, int]) -> tuple[int, int]:
-    if min(block) < 1:
-        raise ValueError(f"quantize_blocks: block is {block}; expected at least one row and one column, such as (128, 128).")
+    if len(block) != 2 or min(block) < 1:
+        raise ValueError(f"fp8 blocks: block is {block}; expected rows and columns, at least one each, such as (128, 128).")
     return block
 
 

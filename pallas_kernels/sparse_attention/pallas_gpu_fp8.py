@@ -76,6 +76,7 @@ def default_tiles(problem: Problem, dtype: jnp.dtype) -> SplitTiles:
 def _views(pool: UInt8[Array, "P bytes"]) -> dict[str, Array]:
     """The pool as fp8, float32 and bfloat16 numbers; on a GPU the three are the same memory."""
     rows, size = pool.shape
+    tiling.check_offsets("sparse_attention_fp8", "the pool", pool)
 
     def view(dtype: Any) -> Array:
         width = jnp.dtype(dtype).itemsize

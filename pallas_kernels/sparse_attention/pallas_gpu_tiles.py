@@ -306,6 +306,18 @@ def check_dtypes(
         )
 
 
+def check_offsets(op: str, name: str, array: Array) -> None:
+    """Raises NotImplementedError for numbers of one byte of which the last have no offset in int32.
+
+    Pallas takes 64-bit offsets from 2^32 bytes on, as if no number were smaller than two bytes.
+    """
+    if array.dtype.itemsize == 1 and 2**31 < array.size <= 2**32:
+        raise NotImplementedError(
+            f"{op}: pallas reads at most 2^31 numbers of one byte; {name} has {array.size}. Split it, or pass "
+            "implementation='xla'."
+        )
+
+
 def call(
     kernel: Callable[..., None], problem: Problem, tiles: Tiles | RowTiles, arguments: tuple[Any, ...], **kwargs: Any
 ) -> Any:

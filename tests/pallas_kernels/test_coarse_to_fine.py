@@ -74,6 +74,14 @@ def test_exact_where_the_candidates_cover_the_context(arrays):
         np.testing.assert_array_equal(found, index_topk(*arrays, topk=7, **ranges()))
 
 
+@pytest.mark.parametrize(("batch", "queries"), [(2, 0), (0, 5)])
+def test_no_queries_or_rows(batch, queries):
+    q, k, w = jnp.zeros((batch, queries, HEADS, DIM)), jnp.zeros((batch, LENGTH, DIM)), jnp.zeros((batch, queries, HEADS))
+    empty = jnp.zeros((batch, queries), jnp.int32)
+    settings = {"topk": 6, "block_size": 8, "n_blocks": 2, "visible_start": empty, "visible_end": empty}
+    assert index_topk_coarse_to_fine(q, k, w, **settings).shape == (batch, queries, 6)
+
+
 def test_early_queries_are_exact_too(arrays):
     """The first four blocks of eight: two that compete, the first and the last."""
     found = index_topk_coarse_to_fine(*arrays, topk=6, block_size=8, n_blocks=2, **ranges())

@@ -164,14 +164,33 @@ def test_keys_that_share_an_index_key(implementation, activation, n_index_keys, 
         assert_close(ours, theirs, what=implementation)
 
 
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "pallas"])
+def test_a_shared_index_key_gets_its_gradient_rounded_once(implementation):
+    """In bfloat16 what its keys contribute cancels but for less than the rounding of each."""
+    rng = np.random.default_rng(5)
+    q_index, k_index = normal(rng, 1, 16, 2, 16, dtype=jnp.bfloat16), normal(rng, 1, 2, 16, dtype=jnp.bfloat16)
+    arrays = [normal(rng, 1, 16, 2), normal(rng, 1, 16, 1, 16), normal(rng, 1, 128, 1, 16), normal(rng, 1, 16, 1)]
+    visible = {"visible_start": jnp.zeros((1, 16), jnp.int32), "visible_end": jnp.full((1, 16), 128, jnp.int32)}
+
+    def gradient(implementation, dtype):
+        def loss(k_index):
+            settings = {"softmax_scale": SCALE, "keys_per_index_key": 64, "implementation": implementation, **visible}
+            return pk.indexer_kl(q_index.astype(dtype), k_index, *arrays, **settings).sum()
+
+        return np.asarray(jax.grad(loss)(k_index.astype(dtype)), np.float32)
+
+    expected = gradient("reference", jnp.float32)
+    assert np.abs(gradient(implementation, jnp.bfloat16) - expected).max() < 0.01 * np.abs(expected).max()
+
+
 def test_shared_index_keys_that_do_not_fit():
     _, (*arrays, _), visible = case("grouped", "causal", False)
     settings = {"softmax_scale": SCALE, **visible}
     with pytest.raises(ValueError, match="S times keys_per_index_key"):
         pk.indexer_kl(*arrays, keys_per_index_key=2, **settings)
-    with pytest.raises(ValueError, match="keys_per_index_key is 0; expected a positive number"):
+    with pytest.raises(ValueError, match="keys_per_index_key is 0; expected a positive whole number"):
         pk.indexer_kl(*arrays, keys_per_index_key=0, **settings)
-    with pytest.raises(ValueError, match="keys_per_index_key is 2; expected a positive number, and 1 with"):
+    with pytest.raises(ValueError, match="keys_per_index_key is 2; expected a positive whole number, 1 with"):
         pk.indexer_kl(*arrays, keys_per_index_key=2, topk_indices=jnp.zeros((*arrays[0].shape[:2], 1), jnp.int32), **settings)
 
 
