@@ -18,8 +18,10 @@ def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
     """Build the dataclass `cls` from nested dicts as `to_dict` writes them; missing fields keep their defaults.
 
     Raises:
-        ConfigError: for a field that `cls` does not have, with the nearest name.
+        ConfigError: for a field that `cls` does not have, with the nearest name, or a value of another kind than its field.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{cls.__name__} is {values!r}; expected an object with its fields.")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     arguments: dict[str, Any] = {}
     for name, value in values.items():
@@ -31,8 +33,15 @@ def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
         if dataclasses.is_dataclass(kind):
             arguments[name] = from_dict(kind, value)  # type: ignore[arg-type]
         else:
+            _check_kind(f"{cls.__name__}.{name}", kind, value)
             arguments[name] = _tuples(value)
     return cls(**arguments)
+
+
+def _check_kind(name: str, kind: Any, value: Any) -> None:
+    fits = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}.get(kind, (list, tuple))
+    if type(value) not in fits:
+        raise ConfigError(f"{name} is {value!r}; expected {' or '.join(each.__name__ for each in fits)}.")
 
 
 def _tuples(value: Any) -> Any:

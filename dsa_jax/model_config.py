@@ -35,6 +35,15 @@ class RopeConfig:
         positive("attention.rope.theta", self.theta)
         positive("attention.rope.factor", self.factor)
         not_negative("attention.rope.attention_factor", self.attention_factor)
+        if self.scaling != "none":
+            positive("attention.rope.original_max_positions", self.original_max_positions)
+        if self.scaling == "yarn" and self.theta == 1.0:
+            raise ConfigError("attention.rope.theta is 1 with yarn, where every frequency is the same; expected more than 1.")
+        if self.scaling == "llama3" and not self.high_freq_factor > self.low_freq_factor:
+            raise ConfigError(
+                f"attention.rope.high_freq_factor is {self.high_freq_factor}; expected more than low_freq_factor "
+                f"({self.low_freq_factor})."
+            )
 
 
 @dataclass
@@ -65,6 +74,11 @@ class IndexerConfig:
     def validate(self, n_layers: int) -> None:
         positive("model.attention.indexer.topk", self.topk)  # the budget of the baselines, too
         if not self.enabled:
+            if self.distill_shared or self.coarse_loss_weight:
+                raise ConfigError(
+                    "model.attention.indexer.distill_shared and coarse_loss_weight teach an indexer, and there is none. Set "
+                    "model.attention.indexer.enabled=True."
+                )
             return
         for name in ("n_heads", "head_dim", "coarse_block_size", "coarse_blocks"):
             positive(f"model.attention.indexer.{name}", getattr(self, name))
@@ -194,6 +208,7 @@ class AttentionConfig:
         else:
             for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
                 positive(f"model.attention.{name}", getattr(self, name))
+            not_negative("model.attention.q_lora_rank", self.q_lora_rank)
             if self.qk_rope_head_dim % 2:
                 raise ConfigError(
                     f"model.attention.qk_rope_head_dim is {self.qk_rope_head_dim}; expected an even number for rotation."
@@ -264,6 +279,7 @@ class MoEConfig:
             return
         positive("model.moe.n_routed_experts", self.n_routed_experts)
         positive("model.moe.expert_dim", self.expert_dim)
+        not_negative("model.moe.n_shared_experts", self.n_shared_experts)
         one_of("model.moe.scoring", self.scoring, ("sigmoid", "softmax"))
         one_of("model.moe.group_score", self.group_score, ("top2_sum", "max"))
         if not 1 <= self.n_experts_per_token <= self.n_routed_experts:
@@ -326,6 +342,7 @@ class ModelConfig:
     def validate(self) -> None:
         for name in ("vocab_size", "hidden_dim", "n_layers", "mlp_dim", "max_positions"):
             positive(f"model.{name}", getattr(self, name))
+        not_negative("model.norm_eps", self.norm_eps)
         one_of("model.param_dtype", self.param_dtype, ("float32", "bfloat16"))
         one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
         one_of("model.weight_format", self.weight_format, WEIGHT_FORMATS)

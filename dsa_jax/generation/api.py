@@ -89,20 +89,26 @@ def generate(
     Raises:
         ConfigError: (a ValueError) for arguments that do not fit the model or make no sense.
     """
-    config, model, params = pretrained.config, pretrained.model, pretrained.params
+    config, model = pretrained.config, pretrained.model
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, pretrained.params)
     request = AttentionRequest(attention or model.default_attention)
     try:
         check_request(request, has_indexer=model.has_indexer, has_nsa=model.has_nsa, cached=True)
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(str(error)) from error
     max_new_tokens, seed = _whole("max_new_tokens", max_new_tokens), _whole("seed", seed)
+    prefill_chunk, page_size = (
+        _whole("prefill_chunk", prefill_chunk),
+        None if page_size is None else _whole("page_size", page_size),
+    )
+    stop = config.eos_token_ids if stop_tokens is None else _stop_tokens(stop_tokens)
+    temperature, top_p = _number("temperature", temperature), _number("top_p", top_p)
     rows = _checked_prompts(prompts, config, max_new_tokens)
     _check_numbers(temperature, top_p, seed, prefill_chunk)
     if max_new_tokens == 0:
         return GenerateOutput([[] for _ in rows], Timings())
 
     place = _placement(params)
-    stop = config.eos_token_ids if stop_tokens is None else stop_tokens
     sampling = _sampling(seed, temperature, top_p, stop)
     # The last new token of a row is never read again, so it takes no slot.
     needs = [len(row) + max_new_tokens - 1 for row in rows]
@@ -164,6 +170,21 @@ def _whole(name: str, value: Any) -> int:
         raise ConfigError(f"{name} is {value!r}; expected a whole number.") from None
 
 
+def _number(name: str, value: Any) -> float:
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        return float(value)
+    except TypeError:
+        raise ConfigError(f"{name} is {value!r}; expected a number.") from None
+
+
+def _stop_tokens(tokens: Any) -> tuple[int, ...]:
+    if isinstance(tokens, str) or not np.iterable(tokens):
+        raise ConfigError(f"stop_tokens is {tokens!r}; expected a list of token ids.")
+    return tuple(_whole("stop_tokens", token) for token in tokens)
+
+
 def _checked_prompts(prompts: Sequence[Any], config: ModelConfig, max_new_tokens: int) -> list[np.ndarray]:
     if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
         raise ConfigError("prompts hold text; expected lists of token ids. Encode them with pretrained.tokenizer.encode.")
@@ -173,7 +194,10 @@ def _checked_prompts(prompts: Sequence[Any], config: ModelConfig, max_new_tokens
         raise ConfigError(f"max_new_tokens is {max_new_tokens}; expected 0 or more.")
     rows = []
     for i, prompt in enumerate(prompts):
-        ids = np.asarray(prompt)
+        try:
+            ids = np.asarray(prompt)
+        except ValueError:
+            raise ConfigError(f"prompts[{i}] is no list of token ids: its entries differ in shape.") from None
         if ids.size == 0:
             if config.bos_token_id < 0:
                 raise ConfigError(f"prompts[{i}] is empty and the model has no bos_token_id to start from. Give it a token.")

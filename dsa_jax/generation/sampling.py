@@ -45,5 +45,7 @@ def nucleus(probability: Float[Array, "B V"], top_p: Float[Array, ""]) -> Bool[A
     ranked = jnp.take_along_axis(probability, order, axis=-1)
     upto = jnp.cumsum(ranked, axis=-1)
     before = jnp.concatenate([jnp.zeros_like(upto[:, :1]), upto[:, :-1]], axis=-1)
+    # The first one always, even where a tiny top_p has become 0 in float32.
+    kept = (before < top_p).at[:, 0].set(True)
     rows = jnp.arange(len(probability))[:, None]
-    return jnp.zeros(probability.shape, bool).at[rows, order].set(before < top_p, unique_indices=True)
+    return jnp.zeros(probability.shape, bool).at[rows, order].set(kept, unique_indices=True)

@@ -1,6 +1,5 @@
 """Loading a Hugging Face checkpoint, one stacked parameter at a time."""
 
-import copy
 import dataclasses
 import logging
 import math
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
+from dsa_jax.config_checks import ConfigError
 from dsa_jax.hf.errors import CheckpointError
 from dsa_jax.hf.families import FAMILIES
 from dsa_jax.hf.fp8 import block_size
@@ -81,7 +81,10 @@ def load_pretrained(
     config = read_model_config(directory)
     content = read_json(directory / "config.json")
     if dtype is not None:
-        config.param_dtype = config.dtype = jnp.dtype(dtype).name
+        try:
+            config.param_dtype = config.dtype = jnp.dtype(dtype).name
+        except TypeError:
+            raise ConfigError(f"dtype is {dtype!r}; expected 'float32' or 'bfloat16'.") from None
     config.weight_format = weight_format
     _say_what_is_converted(directory, content, config)
     brings_indexer = config.attention.indexer.enabled
@@ -179,14 +182,21 @@ def _put(value: Any, path: str, where: Placement | None) -> jax.Array:
 
 def _attach(config: ModelConfig, indexer: IndexerConfig, directory: Path) -> None:
     if config.attention.indexer.enabled:
-        if config.attention.indexer != indexer:
+        if _as_computed(config.attention.indexer, config) != _as_computed(indexer, config):
             raise CheckpointError(
                 f"{directory} has indexers of its own, {config.attention.indexer}; expected just these, got {indexer}. Leave "
                 "`indexer` out."
             )
         return
-    config.attention.indexer = copy.deepcopy(indexer)
-    config.attention.indexer.enabled = True
+    config.attention.indexer = dataclasses.replace(indexer, enabled=True)
+
+
+def _as_computed(indexer: IndexerConfig, config: ModelConfig) -> IndexerConfig:
+    """Without what only training reads, and with one spelling of layers that all have an indexer."""
+    plain = IndexerConfig()
+    unread = {name: getattr(plain, name) for name in ("coarse_loss_weight", "distill_shared", "detach_input")}
+    kinds = indexer.layer_types if indexer.layer_types != ("full",) * config.n_layers else ()
+    return dataclasses.replace(indexer, enabled=True, layer_types=kinds, **unread)
 
 
 def _new_parameters(model: Transformer, seed: int, paths: Sequence[str]) -> dict[str, jax.Array]:

@@ -1,7 +1,9 @@
 """config.json of a Hugging Face checkpoint as a `ModelConfig`.
 
 Every field that changes what is computed is honoured or refused. Where a field is absent the family's default in transformers
-holds; where transformers ignores a field that the weights were trained with (the indexer's rotary layout), the field wins.
+holds, but for the tokens that begin and end a text, of which there are none then, and the number of key heads, which is that
+of all heads. Where transformers ignores a field that the weights were trained with (the indexer's rotary layout), the field
+wins.
 """
 
 import logging
@@ -125,8 +127,10 @@ def _refuse_unsupported(fields: Fields) -> None:
             fields.fail("sliding_window", "null, or use_sliding_window false: only full attention is computed")
     layer_types = fields.content.get("layer_types")
     fields.asked.add("layer_types")
-    if layer_types is not None and set(layer_types) - {"full_attention", "indexed_attention"}:
-        fields.fail("layer_types", "full_attention in every layer")
+    # The last one is what transformers first called the one before.
+    computed = ("full_attention", "indexed_attention", "deepseek_sparse_attention")
+    if layer_types is not None and not (isinstance(layer_types, list) and all(kind in computed for kind in layer_types)):
+        fields.fail("layer_types", f"a list of {', '.join(computed)}")
 
 
 def _gqa(fields: Fields, family: Family) -> AttentionConfig:
@@ -294,13 +298,15 @@ def _groups(fields: Fields, family: Family) -> dict[str, int]:
 def _with_own_fields(config: ModelConfig, fields: Fields) -> ModelConfig:
     """Apply what only this project writes: values by their dotted name in `ModelConfig`."""
     own = fields.content[OWN_FIELD]
+    if not isinstance(own, dict):
+        fields.fail(OWN_FIELD, "an object of fields by dotted name")
     values = to_dict(config)
-    for name, value in own.items() if isinstance(own, dict) else ():
+    for name, value in own.items():
         *folders, last = name.split(".")
-        place = values
+        place: Any = values
         for folder in folders:
-            place = place.get(folder, {})
-        if last not in place:
+            place = place.get(folder) if isinstance(place, dict) else None
+        if not isinstance(place, dict) or last not in place:
             raise CheckpointError(f"{fields.file}: {OWN_FIELD}.{name} is no field of a model config.")
         place[last] = value
     return from_dict(ModelConfig, values)

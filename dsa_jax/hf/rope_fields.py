@@ -40,7 +40,11 @@ def read_rope(fields: Fields) -> RopeConfig:
     if config.scaling == "none":
         return config
     positions = fields.whole("max_position_embeddings")
-    config.original_max_positions = rope.whole("original_max_position_embeddings", positions)
+    # Beside the scaling it counts for more than inside, as in transformers 5.
+    name = "original_max_position_embeddings"
+    config.original_max_positions = fields.whole(name) if fields.has(name) else rope.whole(name, positions)
+    if config.original_max_positions < 1:
+        (fields if fields.has(name) else rope).fail(name, "a positive number of tokens")
     if config.scaling == "llama3":
         config.factor = rope.number("factor")
         config.low_freq_factor, config.high_freq_factor = rope.number("low_freq_factor"), rope.number("high_freq_factor")

@@ -21,7 +21,7 @@ from dsa_jax.hf.families import FAMILIES, OWN_MODEL_TYPE
 from dsa_jax.hf.names import Piece, pieces, tensor_name
 from dsa_jax.hf.safetensors_file import TensorToWrite, write_file
 from dsa_jax.hf.tokenizer_files import BYTES_FIELD, TOKENIZER_FILES, copy_tokenizer_files
-from dsa_jax.hf.weights import INDEX_FILE, SINGLE_FILE
+from dsa_jax.hf.weights import INDEX_FILE, SINGLE_FILE, read_json
 from dsa_jax.hf.write_config import Layout, choose_layout
 from dsa_jax.model import build_model, init_params, layer_stacks
 from dsa_jax.model_config import FP8_BLOCKS, ModelConfig
@@ -29,8 +29,8 @@ from dsa_jax.params import is_block_scales_path, parameter_paths
 
 _LOG = logging.getLogger(__name__)
 _METADATA = {"format": "pt"}
-# Suffixes of what a checkpoint directory may hold and saving may therefore replace.
-_REPLACEABLE = (".json", ".safetensors", ".md", ".txt", ".jinja", ".model", ".gitattributes")
+# What a checkpoint directory may hold beside its .safetensors, and saving may therefore replace.
+_REPLACEABLE = frozenset({"config.json", INDEX_FILE, *TOKENIZER_FILES, "README.md", "LICENSE", ".gitattributes"})
 
 
 def save_pretrained(
@@ -64,7 +64,7 @@ def save_pretrained(
         CheckpointError: when the parameters do not fit the config, no format holds the model (`choose_layout`), or the
             directory cannot be written; it is then as before.
     """
-    target = Path(directory).absolute()
+    target = Path(directory).resolve()
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes is {shard_bytes}; expected a positive number.")
     leaves = _checked_leaves(config, params)
@@ -85,6 +85,7 @@ def save_pretrained(
             _write_weights(temporary, tensors, shard_bytes)
             source = _tokenizer_directory(tokenizer)
             carried = copy_tokenizer_files(source, temporary) if source else []
+            _state_end_tokens(temporary / "generation_config.json", config)
             _write_json(temporary / "config.json", content)
             temporary.chmod(0o777 & ~_umask())
             _sync(temporary)
@@ -226,6 +227,17 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
         os.fsync(stream.fileno())
 
 
+def _state_end_tokens(file: Path, config: ModelConfig) -> None:
+    """Let the generation settings that came with a tokenizer name the model's end tokens, since readers prefer these."""
+    if not file.is_file():
+        return
+    settings = read_json(file)
+    stated, ours = settings.pop("eos_token_id", None), list(config.eos_token_ids)
+    if ours in (stated, [stated]) or (stated is None and not ours):
+        return
+    _write_json(file, settings | ({"eos_token_id": ours} if ours else {}))
+
+
 def _tokenizer_directory(tokenizer: Tokenizer | str | Path | None) -> Path | None:
     if tokenizer is None or isinstance(tokenizer, ByteTokenizer):
         return None
@@ -250,7 +262,7 @@ def _check_target(target: Path) -> None:
     others = [
         entry.name
         for entry in sorted(target.iterdir())
-        if entry.is_dir() or not (entry.name.endswith(_REPLACEABLE) or entry.name in (*TOKENIZER_FILES, "LICENSE"))
+        if entry.is_dir() or not (entry.suffix == ".safetensors" or entry.name in _REPLACEABLE)
     ]
     if names and ("config.json" not in names or not any(name.endswith(".safetensors") for name in names)):
         raise CheckpointError(f"{target} holds {names[0]} and is no checkpoint; expected a new or empty directory.")
@@ -265,7 +277,11 @@ def _replace(temporary: Path, target: Path) -> None:
     aside = None
     if target.exists():
         aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-        os.replace(target, aside)
+        try:
+            os.replace(target, aside)
+        except OSError:
+            aside.rmdir()
+            raise
     try:
         os.replace(temporary, target)
     except OSError:
@@ -300,6 +316,8 @@ def _say_who_can_read(target: Path, config: ModelConfig, layout: Layout) -> None
             "%s is a %s checkpoint with indexer tensors: dsa-jax reads them, others refuse or ignore them and run it dense",
             target, layout.model_type,
         )  # fmt: skip
-    if layout.own:
-        shown = ", ".join(f"{name} = {value}" for name, value in layout.own.items())
+    selects_blocks = config.attention.mode in ("coarse_to_fine", "blocks")
+    own = {k: v for k, v in layout.own.items() if selects_blocks or not k.startswith("attention.indexer.coarse_")}
+    if own:
+        shown = ", ".join(f"{name} = {value}" for name, value in own.items())
         _LOG.warning("%s: only dsa-jax honours %s; others compute something else", target, shown)

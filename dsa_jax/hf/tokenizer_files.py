@@ -1,5 +1,6 @@
 """The tokenizer of a checkpoint directory: reading it, and carrying its files over to another one."""
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -44,6 +45,13 @@ def load_checkpoint_tokenizer(directory: Path, content: dict[str, Any], vocab_si
             "expected at most that many tokens. The tokenizer is that of another model."
         )
     return tokenizer
+
+
+def tokenizer_name(directory: str | Path) -> str:
+    """By which name `dsa_jax.data.load_tokenizer` loads the tokenizer of a checkpoint: "bytes", or its directory."""
+    content = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    is_bytes = content.get(BYTES_FIELD) == "bytes" and not (Path(directory) / "tokenizer.json").is_file()
+    return "bytes" if is_bytes else str(directory)
 
 
 def copy_tokenizer_files(source: Path, target: Path) -> list[str]:

@@ -29,14 +29,19 @@ from pallas_kernels.quantize.blocks import WEIGHT_BLOCK
 
 # Differences under which a checkpoint keeps its family: other readers compute something close, and are told what.
 _SOFT = frozenset(
-    {"attention.mode", "attention.latent_norm_eps", "attention.indexer.hadamard", "attention.indexer.fp8", "logits_scale"}
-)
+    {
+        "attention.mode", "attention.latent_norm_eps", "logits_scale", "attention.indexer.hadamard", "attention.indexer.fp8",
+        "attention.indexer.topk", "attention.indexer.coarse_block_size", "attention.indexer.coarse_blocks",
+        "attention.indexer.coarse_pooling",
+    }
+)  # fmt: skip
 # How a model is run or trained, and where it came from: no part of a checkpoint.
 _OF_THE_RUN = frozenset(
     {
         "family", "param_dtype", "dtype", "weight_format", "scan_layers", "remat", "initializer_range",
         "embedding_initializer_range", "attention.implementation", "attention.indexer.detach_input",
-        "attention.indexer.distill_shared", "moe.bias_update_rate", "moe.balance_loss_weight",
+        "attention.indexer.distill_shared", "attention.indexer.coarse_loss_weight", "moe.bias_update_rate",
+        "moe.balance_loss_weight",
     }
 )  # fmt: skip
 
@@ -228,7 +233,8 @@ def _canonical(config: ModelConfig) -> ModelConfig:
     for name in unused if attention.kind == "gqa" else ["n_kv_heads", "head_dim", "qk_norm", "use_bias", "use_out_bias"]:
         setattr(attention, name, getattr(plain, name))
     if not attention.indexer.enabled:
-        attention.indexer = IndexerConfig()
+        # The budget of the baselines is there without an indexer, too.
+        attention.indexer = IndexerConfig() if attention.mode == "dense" else IndexerConfig(topk=attention.indexer.topk)
     elif set(attention.indexer.layer_types) <= {"full"}:
         attention.indexer.layer_types = ()
     attention.rope = _canonical_rope(attention.rope)

@@ -169,7 +169,7 @@ def select_window_with_sink(inputs: SelectionInputs) -> Int[Array, "B T K"]:
 def select_random(inputs: SelectionInputs) -> Int[Array, "B T K"]:
     """One key drawn from each of topk equal stretches of the visible range: what a budget is worth without any choice.
 
-    The same draw in every layer and call; every visible key is about as likely.
+    The same draw in every layer and call, by the end of the query's range; every visible key is about as likely.
     """
     start, n_visible = inputs.visibility.start[..., None], (inputs.visibility.end - inputs.visibility.start)[..., None]
     rank = jnp.arange(inputs.topk, dtype=jnp.int32)
@@ -177,7 +177,9 @@ def select_random(inputs: SelectionInputs) -> Int[Array, "B T K"]:
     length, longer = n_visible // inputs.topk, n_visible % inputs.topk
     first = rank * length + jnp.minimum(rank, longer)
     width = length + (rank < longer)
-    draw = jax.random.randint(jax.random.key(0), (*start.shape[:2], inputs.topk), 0, jnp.maximum(width, 1), jnp.int32)
+    # By query rather than by call: over a cache a query is to get the keys that it gets in a whole row.
+    draw_one = lambda end, width: jax.random.randint(jax.random.fold_in(jax.random.key(0), end), width.shape, 0, width)
+    draw = jax.vmap(jax.vmap(draw_one))(inputs.visibility.end, jnp.maximum(width, 1))
     return jnp.where(width > 0, start + first + draw, -1)
 
 

@@ -13,14 +13,14 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from dsa_jax.model.attention import TOPK_NAME, by_indexer, check_request
 from dsa_jax.model.block import Block
 from dsa_jax.model.cache import INDEX_KEYS, Cache, LayerCache, allocate_cache, token_slots
-from dsa_jax.model.inputs import check_inputs
+from dsa_jax.model.inputs import check_inputs, check_new_tokens
 from dsa_jax.model.kernels import pick, widens_slices
 from dsa_jax.model.norm import RMSNorm
 from dsa_jax.model.outputs import AttentionRequest, ExtendOutput, LayerStatistics, ModelOutput
 from dsa_jax.model.selection import DENSE
 from dsa_jax.model.visibility import Visibility, causal_visibility, segment_positions
 from dsa_jax.parallel.sequence import check_rows, constrain, from_balanced, to_balanced
-from pallas_kernels._checks import checked
+from pallas_kernels import checked
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,8 @@ class Transformer(nn.Module):
             return_topk_indices: whether to return what each layer selected.
 
         Raises:
-            ValueError: for an unknown mode, or one that needs an indexer or index keys that are not there.
+            ValueError: for an unknown mode, or one that needs an indexer or index keys that are not there, token ids that are
+                no whole numbers [B, T] of the cache's rows, or known numbers of new tokens outside 0 to T.
             NotImplementedError: for native sparse attention.
         """
         request = AttentionRequest(attention or self.default_attention)
@@ -203,6 +204,7 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"attention is {request.attention!r}, but the cache holds no index keys. Make it with with_index_keys=True."
             )
+        check_new_tokens(input_ids, n_new, n_rows=cache.lengths.shape[0])
         input_ids, n_new = jnp.asarray(input_ids), jnp.asarray(n_new, jnp.int32)
         steps = jnp.arange(input_ids.shape[1], dtype=jnp.int32)
         positions = cache.lengths[:, None] + steps

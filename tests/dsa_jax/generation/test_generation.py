@@ -8,7 +8,7 @@ import pytest
 
 import dsa_jax.generation.programs as programs
 from dsa_jax.generation import generate
-from dsa_jax.generation.api import _checked_prompts, _whole
+from dsa_jax.generation.api import _checked_prompts, _number, _stop_tokens, _whole
 from dsa_jax.pretrained import Pretrained
 from tests.dsa_jax.model.small import VOCAB, built, forward, small_config
 
@@ -47,6 +47,7 @@ def by_full_passes(name, attention):
 
 
 WAYS = {
+    "random-in-chunks": {"attention": "random", "prefill_chunk": 5},
     "dense-contiguous": {"attention": "dense"},
     "sparse-contiguous": {"attention": "sparse"},
     "sparse-paged-in-chunks": {"attention": "sparse", "page_size": 4, "prefill_chunk": 5},
@@ -164,6 +165,18 @@ def test_whole_numbers_of_any_kind_and_no_others():
     assert (type(count), count) == (int, 3)
     with pytest.raises(ValueError, match=r"max_new_tokens is 2\.5; expected a whole number"):
         _whole("max_new_tokens", 2.5)
+    assert _number("top_p", np.float32(0.5)) == 0.5 and _stop_tokens(np.arange(2)) == (0, 1)
+    with pytest.raises(ValueError, match=r"temperature is '1'; expected a number"):
+        _number("temperature", "1")
+    with pytest.raises(ValueError, match=r"stop_tokens is 3; expected a list of token ids"):
+        _stop_tokens(3)
+
+
+def test_parameters_as_numpy_arrays():
+    loaded = pretrained("gqa")
+    by_numpy = loaded._replace(params=jax.tree.map(np.asarray, loaded.params))
+    run = lambda loaded: generate(loaded, PROMPTS[:1], max_new_tokens=2).token_ids
+    assert run(by_numpy) == run(loaded)
 
 
 def test_parameters_on_a_mesh():

@@ -17,6 +17,7 @@ def number(x, dtype=jnp.float32):
 @pytest.mark.parametrize(
     ("top_p", "kept"),
     [
+        (0.0, [0, 1, 0, 0]),  # what is left of 1e-50 in float32
         (0.01, [0, 1, 0, 0]),
         (0.5, [0, 1, 0, 0]),
         (0.51, [0, 1, 1, 0]),

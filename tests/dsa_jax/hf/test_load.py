@@ -1,5 +1,6 @@
 """What loading gives: the config in both spellings, and every tensor in its place."""
 
+import dataclasses
 import json
 import logging
 
@@ -10,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from dsa_jax import load_pretrained
-from dsa_jax.config import IndexerConfig
+from dsa_jax.config import ConfigError, IndexerConfig
 from dsa_jax.hf import CheckpointError, read_model_config
 from dsa_jax.model import build_model, init_params
 from dsa_jax.params import is_indexer_path, parameter_paths
@@ -160,8 +161,15 @@ def test_an_indexer_that_is_there_already_must_be_the_one_asked_for(tmp_path):
     directory = write_checkpoint(tmp_path, config_of("deepseek_v32"))
     theirs = read_model_config(directory).attention.indexer
     assert load_pretrained(directory, indexer=theirs).config.attention.mode == "sparse"
+    same = dataclasses.replace(theirs, enabled=False, coarse_loss_weight=1.0, layer_types=("full",) * LAYERS)
+    assert load_pretrained(directory, indexer=same).config.attention.indexer == theirs
     with pytest.raises(CheckpointError, match="has indexers of its own"):
         load_pretrained(directory, indexer=IndexerConfig(enabled=True))
+
+
+def test_a_dtype_that_there_is_not(tmp_path):
+    with pytest.raises(ConfigError, match="dtype is 'fp32'; expected 'float32' or 'bfloat16'"):
+        load_pretrained(write_checkpoint(tmp_path, config_of("llama")), dtype="fp32")
 
 
 def test_multi_token_prediction_layers_are_skipped_by_index_and_counted(tmp_path, caplog):

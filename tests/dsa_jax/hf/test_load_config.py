@@ -38,6 +38,18 @@ def test_the_index_rotation_is_the_one_the_config_names(tmp_path):
     assert config.attention.indexer.rope_layout == "half_split"
 
 
+@pytest.mark.parametrize("kind", ["indexed_attention", "deepseek_sparse_attention"])
+def test_layer_types_of_sparse_models(kind, tmp_path):
+    directory = write_checkpoint(tmp_path, config_of("deepseek_v32", layer_types=[kind] * 3))
+    assert read_model_config(directory).attention.mode == "sparse"
+
+
+def test_the_original_length_beside_the_scaling_wins(tmp_path):
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    content = config_of("llama", rope_scaling=scaling, original_max_position_embeddings=32)
+    assert read_model_config(write_checkpoint(tmp_path, content)).attention.rope.original_max_positions == 32
+
+
 @pytest.mark.parametrize(
     ("scaling", "magnitude"),
     [
@@ -70,6 +82,15 @@ def test_yarn_magnitude(scaling, magnitude, tmp_path):
         ("llama", {"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}}, "rope_scaling.truncate is False"),
         ("llama", {"rope_scaling": {"type": "default", "mrope_section": [1]}}, "rope_scaling.mrope_section is [1]"),
         ("llama", {"layer_types": ["full_attention"] * 2 + ["sliding_attention"]}, "layer_types is ['full_attention'"),
+        ("llama", {"layer_types": 5}, "layer_types is 5; expected a list of full_attention"),
+        ("llama", {"dsa_jax": "x"}, "dsa_jax is 'x'; expected an object"),
+        ("llama", {"dsa_jax": {"vocab_size.x": 1}}, "dsa_jax.vocab_size.x is no field of a model config"),
+        ("llama", {"dsa_jax": {"logits_scale": "abc"}}, "ModelConfig.logits_scale is 'abc'; expected int or float"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0}},
+            "original_max_position_embeddings is 0; expected a positive number",
+        ),
         ("llama", {"torch_dtype": "float64"}, "torch_dtype is 'float64'; expected one of float32, bfloat16, float16"),
         ("llama", {"num_hidden_layers": "three"}, "num_hidden_layers is 'three'; expected a whole number"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config.quant_method is 'gptq'"),

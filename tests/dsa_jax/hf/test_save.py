@@ -163,6 +163,32 @@ def test_what_only_we_read_is_said_and_survives(tmp_path, caplog):
     assert load_pretrained(tmp_path / "ours").config == loaded.config
 
 
+def test_the_budget_of_a_window_survives(tmp_path):
+    config = ModelConfig(
+        vocab_size=48, hidden_dim=32, mlp_dim=40, n_layers=2, attention=gqa(mode="window", indexer=IndexerConfig(topk=4))
+    )
+    save_pretrained(tmp_path, config, drawn(config))
+    assert config_json(tmp_path)["model_type"] == "llama"
+    indexer = load_pretrained(tmp_path).config.attention.indexer
+    assert (indexer.enabled, indexer.topk) == (False, 4)
+
+
+@pytest.mark.parametrize("mode", ["sparse", "coarse_to_fine"])
+def test_settings_of_block_selection_leave_the_family_alone(mode, tmp_path, caplog):
+    blocks = {"coarse_block_size": 4, "coarse_blocks": 2, "coarse_pooling": "salient"}
+    loaded = load_pretrained(
+        write_checkpoint(tmp_path / "dense", config_of("deepseek_v3")),
+        indexer=dataclasses.replace(INDEXER, coarse_loss_weight=1.0, **blocks),
+        attention=mode,
+    )
+    with caplog.at_level(logging.WARNING):
+        save_pretrained(tmp_path / "sparse", loaded.config, loaded.params)
+    assert config_json(tmp_path / "sparse")["model_type"] == "deepseek_v32"
+    assert ("coarse_blocks = 2" in caplog.text) == (mode == "coarse_to_fine")
+    again = load_pretrained(tmp_path / "sparse").config.attention.indexer
+    assert {name: getattr(again, name) for name in blocks} == blocks and again.coarse_loss_weight == 0.0
+
+
 def mla(**fields):
     sizes = {"kv_lora_rank": 24, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10, "rope_layout": "interleaved"}
     return AttentionConfig(kind="mla", n_heads=4, **(sizes | fields))
@@ -321,8 +347,10 @@ def test_nothing_but_a_checkpoint_is_replaced(saved):
             save_pretrained(directory, loaded.config, loaded.params)
         assert (sorted(directory.rglob("*")) if directory.is_dir() else directory.read_bytes()) == before
 
-    (target / "thesis.tex").write_text("years of work")
-    refused(target, r"also holds thesis\.tex")
+    for name in ("results.json", "thesis.txt"):
+        (target / name).write_text("years of work")
+        refused(target, f"also holds {name}")
+        (target / name).unlink()
     other = target.parent / "other"
     other.mkdir()
     (other / "notes.txt").write_text("notes")
@@ -352,6 +380,7 @@ def word_tokenizer(directory):
 def test_tokenizer_files_come_along(saved, given):
     target, loaded = saved
     source = word_tokenizer(target.parent / "tokenizer")
+    loaded.config.eos_token_ids = (2,)
     save_pretrained(target, loaded.config, loaded.params, tokenizer=given(source))
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (target / name).read_bytes() == (source / name).read_bytes()
@@ -381,6 +410,27 @@ class OtherTokenizer:
 
     def decode(self, ids):
         return "?" * len(ids)
+
+
+def test_the_models_own_end_tokens_go_with_the_files_of_a_tokenizer(saved):
+    target, loaded = saved
+    folder = target.parent / "words"
+    folder.mkdir()
+    word_tokenizer(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "top_k": 3}))
+    for ends in ((5,), (5, 6), ()):
+        loaded.config.eos_token_ids = ends
+        save_pretrained(target, loaded.config, loaded.params, tokenizer=folder)
+        assert load_pretrained(target).config.eos_token_ids == ends
+        assert json.loads((target / "generation_config.json").read_text())["top_k"] == 3
+
+
+def test_a_link_to_a_directory_is_followed(saved):
+    target, loaded = saved
+    link = target.parent / "link"
+    link.symlink_to(target)
+    save_pretrained(link, loaded.config, loaded.params)
+    assert link.is_symlink() and sorted(entry.name for entry in target.parent.iterdir()) == ["link", "target", "theirs"]
 
 
 def test_a_tokenizer_must_be_one(saved):

@@ -84,8 +84,10 @@ def test_share_of_wanted_keys_that_are_held():
 
 
 def test_random_keys_are_spread_over_the_range():
-    """Half of 64 keys, 64 queries that see them all: each key is drawn about every other time."""
-    rows = pick("random", [0] * LENGTH, [LENGTH] * LENGTH, LENGTH // 2)
-    counts = np.bincount(rows.reshape(-1), minlength=LENGTH)
-    assert counts.min() > LENGTH // 8 and counts.max() < LENGTH * 7 // 8
-    assert len({tuple(row) for row in rows.tolist()}) == LENGTH
+    """Eight stretches of 2 to 8 keys: anywhere in a stretch about as often, and by other draws for every query."""
+    rows = pick("random", *causal(), 8)
+    lengths = np.arange(2, LENGTH // 8 + 1)
+    offsets = np.stack([rows[8 * length - 1] - length * np.arange(8) for length in lengths])
+    assert (offsets >= 0).all() and (offsets < lengths[:, None]).all()
+    assert 0.4 < ((offsets + 0.5) / lengths[:, None]).mean() < 0.6
+    assert len({tuple(row) for row in offsets.tolist()}) == len(lengths)

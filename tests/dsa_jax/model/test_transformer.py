@@ -7,6 +7,7 @@ import pytest
 
 from dsa_jax.model import build_model, init_params
 from dsa_jax.model.attention import TOPK_NAME
+from dsa_jax.model.inputs import check_inputs, check_new_tokens
 from dsa_jax.params import is_indexer_path, is_score_bias_path, parameter_paths
 from tests.dsa_jax.model.small import LENGTH, VOCAB, built, forward, random_ids, small_config
 
@@ -283,6 +284,24 @@ def test_inputs_that_do_not_fit_are_refused(name, array, message):
     model, params = built()
     with pytest.raises(ValueError, match=message):
         model.apply({"params": params}, **{"input_ids": random_ids(), name: array})
+
+
+def test_a_list_in_place_of_an_array():
+    with pytest.raises(ValueError, match=r"input_ids is a list; expected an array\. Make it one"):
+        check_inputs([[1, 2]], None, None)
+
+
+@pytest.mark.parametrize(
+    ("shape", "n_new", "message"),
+    [
+        ((2, 3), [1, 4], r"n_new is \[1, 4\]; expected numbers from 0 to 3, the length of input_ids"),
+        ((2, 3), [1], r"n_new has shape \[1\]; expected \[2\]"),
+        ((1, 3), [1, 1], "input_ids has 1 rows; expected 2, as many as the cache"),
+    ],
+)
+def test_new_tokens_that_do_not_fit_the_cache(shape, n_new, message):
+    with pytest.raises(ValueError, match=message):
+        check_new_tokens(np.zeros(shape, np.int32), np.asarray(n_new), n_rows=2)
 
 
 def test_parameters_of_another_depth_are_refused():
