@@ -11,8 +11,7 @@ with the stages' steps set.
 from dsa_jax.config import AttentionConfig, Config, IndexerConfig, ModelConfig, MoEConfig, RopeConfig
 
 
-def get_config(arg: str = "") -> Config:
-    del arg
+def get_config() -> Config:
     rope = RopeConfig(scaling="yarn", factor=40.0, original_max_positions=4096, mscale=0.707, mscale_all_dim=0.707)
     attention = AttentionConfig(
         kind="mla",

@@ -15,8 +15,7 @@ Command: `python -m experiments.dry_run --config=configs/deepseek_v32.py` (alloc
 from dsa_jax.config import AttentionConfig, Config, IndexerConfig, ModelConfig, MoEConfig, RopeConfig
 
 
-def get_config(arg: str = "") -> Config:
-    del arg
+def get_config() -> Config:
     rope = RopeConfig(scaling="yarn", factor=40.0, original_max_positions=4096, mscale=1.0, mscale_all_dim=1.0)
     attention = AttentionConfig(
         kind="mla",

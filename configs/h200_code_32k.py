@@ -32,7 +32,7 @@ def get_config(arg: str = "") -> Config:
     for stage in (config.train.pretrain, config.train.warmup, config.train.sparse):
         stage.curriculum, stage.seq_len, stage.batch_size = (), length, 4
         stage.steps = 2 if arg else 100
-    config.train.pretrain.optimizer.learning_rate = 2e-4
+    config.train.pretrain.optimizer.learning_rate, config.train.pretrain.optimizer.warmup_steps = 2e-4, 10
     config.eval.recall_len = config.eval.text_len = config.eval.task_len = length
     config.eval.batch_size = 1
     return config

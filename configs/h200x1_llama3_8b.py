@@ -17,8 +17,7 @@ from configs import llama3_8b
 from dsa_jax.config import Config, DataConfig, EvalConfig, OptimizerConfig, StageConfig
 
 
-def get_config(arg: str = "") -> Config:
-    del arg
+def get_config() -> Config:
     config = llama3_8b.get_config()
     config.name = "h200x1_llama3_8b"
     config.model.param_dtype = "float32"

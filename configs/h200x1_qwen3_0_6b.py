@@ -16,8 +16,7 @@ from configs import qwen3_0_6b
 from dsa_jax.config import Config, DataConfig, EvalConfig, OptimizerConfig, StageConfig
 
 
-def get_config(arg: str = "") -> Config:
-    del arg
+def get_config() -> Config:
     config = qwen3_0_6b.get_config()
     config.name = "h200x1_qwen3_0_6b"
     config.model.param_dtype = "float32"

@@ -5,12 +5,12 @@ Command:   python -m experiments.retrofit --config=configs/h200x8_deepseek_v2_li
            TEXT is a .txt, .jsonl or .npy file or a directory of them. The result is runs/v2_lite/hf.
            configs/h200x8_deepseek_v2_lite.py:ep8 spreads the experts instead, at 32K tokens.
 Hardware:  eight H200 of 141 GB in one machine. Set XLA_PYTHON_CLIENT_MEM_FRACTION=0.97: without it JAX takes three quarters.
-Memory:    per GPU, warm-up 30.2 GB estimated, 51.7 by the compiler; sparse training 131.2 and 135.1, which is tight; with ep8
-           117.2 by the compiler (experiments.dry_run --target=h200x8, experiments/results/dry_run.md).
+Memory:    per GPU, warm-up 30.2 GB estimated, 51.7 by the compiler; sparse training 131.0 and 135.1, which is tight; with ep8
+           72.5 and 75.4 (experiments.dry_run --target=h200x8, experiments/results/dry_run.md).
 Not measured: time, and the quality that comes out. Nothing here has run on a GPU yet.
 
-fsdp8 gives each GPU one row and gathers a layer's experts as it comes to them. Expert parallelism moves the rows instead, but
-its buffers have room for every row going to one GPU: at 128K tokens that alone is 312 GB per GPU with ep8, hence 32K.
+fsdp8 gives each GPU one row and gathers a layer's experts as it comes to them. Expert parallelism moves the rows instead, in
+pieces that one GPU has room for; at 128K tokens it did not fit before it did that, and has not been compiled since, hence 32K.
 Parameters are float32 and products bfloat16: at these learning rates most updates are smaller than the steps between two
 bfloat16 numbers. 1.0e9 tokens of warm-up, 2.1e9 of sparse training.
 """

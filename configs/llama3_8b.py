@@ -11,8 +11,7 @@ stages' steps set.
 from dsa_jax.config import AttentionConfig, Config, IndexerConfig, ModelConfig, RopeConfig
 
 
-def get_config(arg: str = "") -> Config:
-    del arg
+def get_config() -> Config:
     rope = RopeConfig(
         theta=5e5, scaling="llama3", factor=8.0, original_max_positions=8192, low_freq_factor=1.0, high_freq_factor=4.0
     )

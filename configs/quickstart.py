@@ -9,8 +9,7 @@ Result:    recall of sparse attention with 16 of 256 keys within 0.02 of dense, 
 from dsa_jax.config import Config, DataConfig, OptimizerConfig, StageConfig
 
 
-def get_config(arg: str = "") -> Config:
-    del arg
+def get_config() -> Config:
     config = Config(name="quickstart")
     model = config.model
     model.vocab_size, model.hidden_dim, model.n_layers, model.mlp_dim = 640, 64, 2, 128

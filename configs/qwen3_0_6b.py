@@ -10,8 +10,7 @@ stages' steps set.
 from dsa_jax.config import AttentionConfig, Config, IndexerConfig, ModelConfig, RopeConfig
 
 
-def get_config(arg: str = "") -> Config:
-    del arg
+def get_config() -> Config:
     attention = AttentionConfig(
         n_heads=16,
         n_kv_heads=8,

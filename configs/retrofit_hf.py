@@ -16,8 +16,7 @@ indexer has the shape of V3.2's with a quarter of its heads.
 from dsa_jax.config import Config, DataConfig, EvalConfig, IndexerConfig, OptimizerConfig, StageConfig
 
 
-def get_config(arg: str = "") -> Config:
-    del arg
+def get_config() -> Config:
     config = Config(name="retrofit_hf")
     config.model.remat = "full"
     config.model.attention.indexer = IndexerConfig(enabled=True, n_heads=16, head_dim=128, rope_dim=64, topk=2048)

@@ -155,7 +155,7 @@ class OptimizerConfig:
     learning_rate: float = 3e-3
     schedule: str = "cosine"  # constant | linear | cosine, after the warm-up
     warmup_steps: int = 20
-    final_fraction: float = 0.1  # of learning_rate, at the last step
+    final_fraction: float = 0.1  # of learning_rate, where the schedule ends, one step after the last
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
@@ -169,7 +169,8 @@ class OptimizerConfig:
         not_negative(f"{prefix}.warmup_steps", self.warmup_steps)
         not_negative(f"{prefix}.clip_norm", self.clip_norm)
         not_negative(f"{prefix}.weight_decay", self.weight_decay)
-        fraction(f"{prefix}.final_fraction", self.final_fraction)
+        for name in ("final_fraction", "b1", "b2"):
+            fraction(f"{prefix}.{name}", getattr(self, name))
 
 
 @dataclass
@@ -362,10 +363,13 @@ class Config:
             raise ConfigError(
                 "train.warmup.steps is positive, but the model has no indexer. Set model.attention.indexer.enabled=True."
             )
+        stages = [stage for name in STAGES if (stage := getattr(self.train, name)).steps]
         longest = max(
-            [getattr(self.train, name).seq_len_at(s) for name in STAGES for s in (0, 10**12) if getattr(self.train, name).steps]
-            + [self.eval.recall_len, self.eval.text_len]
-            + [self.eval.task_len] * bool(self.eval.tasks)
+            [length for stage in stages for length in (stage.seq_len, *(length for _, length in stage.curriculum))]
+            + [self.eval.recall_len] * bool(self.eval.recall_sequences)
+            + [self.eval.text_len] * bool(self.eval.text_sequences)
+            + [self.eval.task_len] * bool(self.eval.tasks),
+            default=0,
         )
         if longest > self.model.max_positions:
             raise ConfigError(

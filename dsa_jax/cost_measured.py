@@ -75,14 +75,13 @@ def read_rows(paths: Sequence[Path]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for path in paths:
         try:
-            rows += _parse(path.read_text(encoding="utf-8"))
+            rows += [row for row in _parse(path.read_text(encoding="utf-8")) if "sizes" in row and not row["interpreted"]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"{path} is no benchmark file ({error}); expected what experiments.benchmark --output or benchmarks.gpu_check "
                 "writes."
             ) from error
-    measured = [row for row in rows if "sizes" in row and not row["interpreted"]]
-    return [row for row in measured if row["op"] == "dense_attention" or not row["implementation"].startswith("peer:")]
+    return [row for row in rows if row["op"] == "dense_attention" or not row["implementation"].startswith("peer:")]
 
 
 def _parse(text: str) -> list[dict[str, Any]]:

@@ -5,21 +5,20 @@ python -m experiments.benchmark --op=train_step --lengths=8192,16384
 python -m experiments.benchmark --op=sparse_attention --shape=128_heads --implementation=xla,pallas
 """
 
-import json
 import os
-from pathlib import Path
 
 from absl import flags
 
 from dsa_jax.benchmarks.op_shapes import OPS
 from experiments.flags import run_main
+from experiments.output import define_output
 
 _OP = flags.DEFINE_enum("op", "layer", ["layer", "train_step", *OPS], "What to measure.")
 _LENGTHS = flags.DEFINE_list("lengths", [], "layer, train_step: sequence lengths in tokens; empty: the operation's own list.")
 _SHAPE = flags.DEFINE_list("shape", [], "Other ops: names of shapes; empty: laptop on CPU, all others on a GPU.")
 _IMPLEMENTATION = flags.DEFINE_list("implementation", [], "Other ops: implementations; empty: those of the platform.")
 _PEERS = flags.DEFINE_bool("peers", True, "Other ops: other libraries' kernels beside ours, where they are installed.")
-_OUTPUT = flags.DEFINE_string("output", "", "JSON Lines file that rows are appended to; empty: none.")
+_OUTPUT = define_output("JSON Lines file that rows are appended to; empty: none.")
 
 DEFAULT_LENGTHS = {"layer": [4096, 16384, 32768], "train_step": [8192, 16384]}
 
@@ -31,6 +30,7 @@ def main(argv: list[str]) -> int | None:
     from dsa_jax.benchmarks.op_checks import CheckError
     from dsa_jax.train.rundir import describe_environment
 
+    _OUTPUT.check()
     is_op = _OP.value in OPS
     if _LENGTHS.value if is_op else _SHAPE.value or _IMPLEMENTATION.value:
         wrong, right = ("--lengths", "--shape") if is_op else ("--shape and --implementation", "--lengths")
@@ -48,17 +48,14 @@ def main(argv: list[str]) -> int | None:
             raise flags.ValidationError(str(error)) from error
         print("\n".join(lines))
     else:
-        try:
-            lengths = [int(x) for x in _LENGTHS.value] or DEFAULT_LENGTHS[_OP.value]
-        except ValueError as error:
+        if not all(text.isdecimal() and int(text) for text in _LENGTHS.value):
             raise flags.ValidationError(
-                f"--lengths is {','.join(_LENGTHS.value)}; expected integers such as 4096,16384."
-            ) from error
+                f"--lengths is {','.join(_LENGTHS.value)}; expected positive integers such as 4096,16384."
+            )
+        lengths = [int(text) for text in _LENGTHS.value] or DEFAULT_LENGTHS[_OP.value]
         rows = {"layer": layer, "train_step": train_step}[_OP.value].run(lengths)
-    if _OUTPUT.value:
-        where = describe_environment()
-        with Path(_OUTPUT.value).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({**row, "environment": where}) + "\n" for row in rows)
+    where = describe_environment()
+    _OUTPUT.append({**row, "environment": where} for row in rows)
     return None
 
 

@@ -27,6 +27,8 @@ def main(argv: list[str]) -> None:
 
     if bool(_TO_HF.value) == bool(_TO_RUN.value):
         raise ConfigError("give exactly one of --to_hf=DIR and --to_run=DIR.")
+    if _TO_RUN.value and _WEIGHT_FORMAT.value != "plain":
+        raise ConfigError(f"--weight_format is {_WEIGHT_FORMAT.value}, but a run has plain weights; it goes with --to_hf=DIR.")
     if _TO_HF.value:
         print(to_hf(Path(_CHECKPOINT.value), Path(_TO_HF.value), weight_format=_WEIGHT_FORMAT.value))
     else:

@@ -36,7 +36,11 @@ def main(argv: list[str]) -> None:
     from dsa_jax.cost import H800_REPORT
     from dsa_jax.cost_measured import measured_tables, read_rows
     from dsa_jax.cost_report import cost_tables, format_costs, format_measured, plot_costs
+    from dsa_jax.train.rundir import atomic_write_text, make_writable_directory
 
+    directory = Path(_OUTPUT.value)
+    if _OUTPUT.value:
+        make_writable_directory(directory, flag="output")
     config = _CONFIG.value
     config.validate()
     title = config.name
@@ -55,9 +59,7 @@ def main(argv: list[str]) -> None:
         print(f"{config.name}: {rates.dollars_per_hour:g} dollars per hour, {_SPEED.value:g} times the H800's speeds")
         print(format_costs(tables))
     if _OUTPUT.value:
-        directory = Path(_OUTPUT.value)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "costs.json").write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
+        atomic_write_text(directory / "costs.json", json.dumps(tables, indent=1) + "\n")
         plot_costs(tables, title, directory / "costs.png")
         print(f"plot: {directory / 'costs.png'}")
 

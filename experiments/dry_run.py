@@ -10,15 +10,14 @@ the collectives: --compile for emulated CPU devices, whose memory is not a GPU's
 of the extra `aot`.
 """
 
-import json
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
 from experiments.flags import define_config, run_main
+from experiments.output import define_output
 
 _CONFIG = define_config()
 _COMPILE = flags.DEFINE_boolean("compile", False, "Compile the step for the recipe's mesh on emulated CPU devices.")
@@ -29,11 +28,13 @@ _STEP = flags.DEFINE_enum(
 )
 _ROWS = flags.DEFINE_integer("rows", 1, "decode: sequences.", lower_bound=1)
 _CONTEXT = flags.DEFINE_integer("context", 32768, "decode: tokens that the cache of a sequence holds.", lower_bound=1)
-_CACHE_DTYPE = flags.DEFINE_string("cache_dtype", "", "decode: float32, bfloat16 or fp8; empty: that of the activations.")
+_CACHE_DTYPE = flags.DEFINE_enum(
+    "cache_dtype", "", ["", "float32", "bfloat16", "fp8"], "decode: that of the cache; empty: that of the activations."
+)
 _MEMORY = flags.DEFINE_float(
     "device_gb", 141.0, "Memory of a device in GB (1e9 bytes), to say whether it fits.", lower_bound=1.0
 )
-_OUTPUT = flags.DEFINE_string("output", "", "JSON file for everything that is printed; empty: none.")
+_OUTPUT = define_output("JSON file for everything that is printed; empty: none.")
 
 
 def main(argv: list[str]) -> None:
@@ -57,6 +58,8 @@ def main(argv: list[str]) -> None:
     )
     from dsa_jax.train.from_hf import resolve_checkpoint
 
+    _check_flags()
+    _OUTPUT.check()
     config = _CONFIG.value
     if config.init.hf_dir:
         config = resolve_checkpoint(config)
@@ -74,8 +77,7 @@ def main(argv: list[str]) -> None:
     if _WEAK_SCALING.value:
         ladder = weak_scaling(config, _WEAK_SCALING.value, step, shape)
         print(format_weak_scaling(step, ladder))
-        if _OUTPUT.value:
-            _write({"step": step, "weak_scaling": [rung._asdict() for rung in ladder]})
+        _OUTPUT.write({"step": step, "weak_scaling": [rung._asdict() for rung in ladder]})
         return
 
     device_bytes = 1e9 * _MEMORY.value
@@ -91,12 +93,19 @@ def main(argv: list[str]) -> None:
         summary["compiled"] = {**result._asdict(), "peak": result.peak}
     else:
         print("\nCollectives per step and the compiler's own memory: --compile, or --target=h200x8.")
-    if _OUTPUT.value:
-        _write(summary)
+    _OUTPUT.write(summary)
 
 
-def _write(results: dict[str, Any]) -> None:
-    Path(_OUTPUT.value).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+def _check_flags() -> None:
+    """Reject flags that would change nothing."""
+    if _WEAK_SCALING.value and _TARGET.value:
+        raise flags.ValidationError("--weak_scaling compiles on emulated devices; expected no --target beside it.")
+    if not (_COMPILE.value or _TARGET.value or _WEAK_SCALING.value):
+        given = [flag.name for flag in (_STEP, _ROWS, _CONTEXT, _CACHE_DTYPE) if flag.present]
+        if given:
+            raise flags.ValidationError(
+                f"--{given[0]} says what to compile, and nothing is. Add --compile or --target=h200x8, or leave it out."
+            )
 
 
 if __name__ == "__main__":

@@ -10,19 +10,19 @@ was trained on; several processes are launched as for experiments.retrofit.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 from absl import flags
 
 from experiments.flags import define_config, define_processes, run_main
+from experiments.output import define_output
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, or Hugging Face directory, to evaluate.", required=True)
 _ROWS = flags.DEFINE_list("rows", [], "Rows of the table; empty: as the configuration has it.")
 _TASKS = flags.DEFINE_list("tasks", [], "Synthetic tasks, a column each; empty: as the configuration has it.")
 _TASK_LEN = flags.DEFINE_integer("task_len", None, "Tokens in a row of the tasks; empty: as the configuration has it.")
 _TASK_SEQUENCES = flags.DEFINE_integer("task_sequences", None, "Rows of each task; empty: as the configuration has it.")
-_OUTPUT = flags.DEFINE_string("output", "", "JSON file for the table; empty: none.")
+_OUTPUT = define_output("JSON file for the table; empty: none.")
 _CONFIG = define_config("configs/retrofit_hf.py")
 _PROCESSES = define_processes()
 
@@ -35,6 +35,8 @@ def main(argv: list[str]) -> None:
     from dsa_jax.train.report import format_table
 
     _PROCESSES.start()
+    if is_main():
+        _OUTPUT.check()
     source, table = evaluate_checkpoint(
         Path(_CHECKPOINT.value),
         _CONFIG.value,
@@ -48,8 +50,7 @@ def main(argv: list[str]) -> None:
         return
     print(source)
     print(format_table(table.rows))
-    if _OUTPUT.value:
-        Path(_OUTPUT.value).write_text(json.dumps(dataclasses.asdict(table), indent=1) + "\n", encoding="utf-8")
+    _OUTPUT.write(dataclasses.asdict(table))
 
 
 if __name__ == "__main__":

@@ -90,7 +90,8 @@ def load_config(path: str | None, kind: type = Config) -> Any:
     """The config of a recipe file, of class `kind`; `FILE:ARG` calls `get_config(ARG)`.
 
     Raises:
-        ConfigError: when the file is missing (listing those there are), has no get_config, or that returns another class.
+        ConfigError: when the file is missing (listing those there are), has no get_config, or that takes no argument, refuses
+            it, or returns another class.
     """
     if not path:
         raise ConfigError(f"--config is not given; expected a recipe.{_available(Path('configs'))}")
@@ -103,10 +104,13 @@ def load_config(path: str | None, kind: type = Config) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not callable(getattr(module, "get_config", None)):
-        raise ConfigError(
-            f"--config={path}: {file} has no function get_config(arg=''); expected one that returns a {kind.__name__}."
-        )
-    config = module.get_config(argument) if argument else module.get_config()
+        raise ConfigError(f"--config={path}: {file} has no function get_config(); expected one that returns a {kind.__name__}.")
+    if argument and not inspect.signature(module.get_config).parameters:
+        raise ConfigError(f"--config={path}: the recipe {file} takes no argument. Leave out ':{argument}'.")
+    try:
+        config = module.get_config(argument) if argument else module.get_config()
+    except ValueError as error:
+        raise ConfigError(f"--config={path}: {error}") from error
     if not isinstance(config, kind):
         raise ConfigError(
             f"--config={path}: get_config returned a {type(config).__name__}; expected a {kind.__module__}.{kind.__name__}."

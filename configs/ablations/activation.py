@@ -9,8 +9,7 @@ from configs.ablations import INDEXER, base
 from dsa_jax.ablation.ablation import Ablation, Variant
 
 
-def get_config(arg: str = "") -> Ablation:
-    del arg
+def get_config() -> Ablation:
     return Ablation(
         name="activation",
         question="What does the ReLU of the indexer do?",

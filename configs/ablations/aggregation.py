@@ -12,8 +12,7 @@ from configs.ablations import INDEXER, base
 from dsa_jax.ablation.ablation import Ablation, Variant
 
 
-def get_config(arg: str = "") -> Ablation:
-    del arg
+def get_config() -> Ablation:
     recipe = base()
     recipe.data.recall_fraction, recipe.data.tasks = 0.0, (("common_words", 1.0),)
     recipe.train.pretrain.steps, recipe.train.pretrain.curriculum = 1800, ((1200, 64),)

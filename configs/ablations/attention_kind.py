@@ -9,8 +9,7 @@ from configs.ablations import base
 from dsa_jax.ablation.ablation import Ablation, Variant
 
 
-def get_config(arg: str = "") -> Ablation:
-    del arg
+def get_config() -> Ablation:
     attention = "model.attention"
     latent = {
         f"{attention}.kind": "mla",

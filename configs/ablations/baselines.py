@@ -21,8 +21,7 @@ NATIVE = {
 }
 
 
-def get_config(arg: str = "") -> Ablation:
-    del arg
+def get_config() -> Ablation:
     recipe = base()
     recipe.eval.rows = ROWS
 

@@ -42,8 +42,7 @@ def learned(pooling: str, block_size: int, n_blocks: int) -> Variant:
     return Variant(f"{untrained(pooling, block_size, n_blocks).name}, learned", settings, row="coarse_to_fine")
 
 
-def get_config(arg: str = "") -> Ablation:
-    del arg
+def get_config() -> Ablation:
     return Ablation(
         name="coarse_to_fine",
         question="Can pooled blocks of index keys spare the indexer most of its scores?",

@@ -9,8 +9,7 @@ from configs.ablations import INDEXER, base
 from dsa_jax.ablation.ablation import Ablation, Variant
 
 
-def get_config(arg: str = "") -> Ablation:
-    del arg
+def get_config() -> Ablation:
     return Ablation(
         name="forced_keys",
         question="Does it help to force the first and the last keys into the selection?",

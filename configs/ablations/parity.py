@@ -13,8 +13,7 @@ from dsa_jax.evals.parity import ROWS
 SHOWN = ("dense", "sparse", "untrained", "window", "sink_window", "random", "oracle")
 
 
-def get_config(arg: str = "") -> Ablation:
-    del arg
+def get_config() -> Ablation:
     base = quickstart.get_config()
     base.eval.rows = SHOWN
     return Ablation(

@@ -20,8 +20,7 @@ def outliers(params: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
     return with_outlier_channels(params, config, n_channels=1, factor=8.0, key_factor=8.0)
 
 
-def get_config(arg: str = "") -> Ablation:
-    del arg
+def get_config() -> Ablation:
     return Ablation(
         name="precision",
         question="Does the indexer need more than fp8, and does the Hadamard rotation help?",

@@ -11,8 +11,7 @@ from configs.ablations import INDEXER, base
 from dsa_jax.ablation.ablation import Ablation, Variant
 
 
-def get_config(arg: str = "") -> Ablation:
-    del arg
+def get_config() -> Ablation:
     shared = {f"{INDEXER}.layer_types": ("full", "shared")}
     return Ablation(
         name="sharing",

@@ -9,8 +9,7 @@ from configs.ablations import base
 from dsa_jax.ablation.ablation import Ablation, Variant
 
 
-def get_config(arg: str = "") -> Ablation:
-    del arg
+def get_config() -> Ablation:
     return Ablation(
         name="sparse_kl",
         question="Must the indexer go on learning while the model trains sparse?",

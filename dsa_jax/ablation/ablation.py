@@ -20,7 +20,8 @@ class Variant:
     Fields: `name` in table and plot; `settings` the changed fields by dotted path; `row` the row of the parity table that
     answers for it (a key of `dsa_jax.evals.parity.ROWS`); `place` on the horizontal axis, None where variants have no order.
     Variants with equal `settings` are one training run. `at_evaluation` are fields changed only once it is trained, and
-    `change_params` what is done to its parameters, which gets them and the model's config.
+    `change_params` what is done to its parameters, which gets them and the model's config: a function of a module, known in the
+    results by its name.
     """
 
     name: str
@@ -82,6 +83,11 @@ class Ablation:
             not_negative("seed", seed)
         for variant in self.variants:
             config = self.config(variant, self.seeds[0])
+            if variant.change_params and "<" in variant.change_params.__qualname__:
+                raise ConfigError(
+                    f"ablation {self.name}, variant {variant.name!r}: change_params is {variant.change_params.__qualname__}, "
+                    "which has no name of its own to tell its results from others by. Define it at the top of a module."
+                )
             try:
                 config.validate()
                 evaluation_config(config, variant).validate()
@@ -138,12 +144,13 @@ def evaluation_config(config: Config, variant: Variant) -> Config:
 
 
 # What a run is called and how often it writes do not change what it computes.
-_WITHOUT_EFFECT = ("name", "log_every", "checkpoint_every", "keep_checkpoints")
+_WITHOUT_EFFECT = ("log_every", "checkpoint_every", "keep_checkpoints")
 
 
 def run_key(config: Config) -> str:
     """Ten letters that equal recipes share, whatever they are called."""
-    return _digest({p: v for p, v in differences(config).items() if p.rsplit(".", 1)[-1] not in _WITHOUT_EFFECT})
+    changed = differences(config).items()
+    return _digest({p: v for p, v in changed if p != "name" and p.rsplit(".", 1)[-1] not in _WITHOUT_EFFECT})
 
 
 def _digest(values: Any) -> str:

@@ -42,7 +42,7 @@ def run_ablation(ablation: Ablation, workdir: Path, results: Path, *, command: s
         ablation: the sweep.
         workdir: holds run directories, named by their recipe: several sweeps may share it, one at a time.
         results: directory of result files.
-        command: what the user typed, recorded with the results.
+        command: what the user typed, recorded with the results; after the command of the file, where that has other seeds.
 
     Returns:
         The content of the result file, or None if a signal stopped it; the same call then continues.
@@ -56,6 +56,9 @@ def run_ablation(ablation: Ablation, workdir: Path, results: Path, *, command: s
     known = {run["key"]: run for run in known_runs(results) if "rows" in run}
     earlier = {run["seed"] for run in _read(path)} if path.exists() else set()
     seeds = sorted({*ablation.seeds, *earlier})
+    if earlier - set(ablation.seeds):
+        before = json.loads(path.read_text(encoding="utf-8"))["command"].split(" && ")
+        command = " && ".join(dict.fromkeys([*before, command]))
     jobs = {(variant.name, seed): ablation.key(variant, seed) for seed in seeds for variant in ablation.variants}
     summary: dict[str, Any] = {
         "name": ablation.name,

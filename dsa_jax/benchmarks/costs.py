@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from dsa_jax.benchmarks.op_shapes import OpShape
+from dsa_jax.devices import peaks_of
 from pallas_kernels.quantize import latent_row_bytes
 
 
@@ -13,18 +14,6 @@ class Cost(NamedTuple):
 
     flops: float
     bytes: float
-
-
-class Peaks(NamedTuple):
-    """Operations a second in bfloat16 and in fp8, bytes a second."""
-
-    flops: float
-    fp8_flops: float
-    bytes: float
-
-
-# H200: bfloat16 and bandwidth measured by others on one, fp8 assumed. H100: the same chip; its bandwidth is the data sheet's.
-PEAKS = {"H200": Peaks(788e12, 1500e12, 4.3e12), "H100": Peaks(788e12, 1500e12, 3.35e12)}
 
 
 def cost(op: str, shape: OpShape) -> Cost:
@@ -66,7 +55,7 @@ def cost(op: str, shape: OpShape) -> Cost:
 
 def floor_seconds(op: str, shape: OpShape, device_kind: str) -> float | None:
     """The longer of arithmetic and memory traffic at the device's peaks; None for a device whose peaks are not listed."""
-    peaks = next((peaks for name, peaks in PEAKS.items() if name in device_kind), None)
+    peaks = peaks_of(device_kind)
     if peaks is None:
         return None
     needed = cost(op, shape)

@@ -49,7 +49,7 @@ class TrainData:
         epoch, in an order of the epoch's own. Where text is streamed, it goes on where it stopped and steps follow each other.
 
         Raises:
-            ConfigError: if a task cannot be made at this length, its share of the batch is no row at all, or the corpus is
+            ConfigError: if a task cannot be made at this length, a share of the batch is no row at all, or the corpus is
                 shorter than one row.
             ValueError: for a negative step, or a size that is not positive; for a step out of order where text is streamed.
         """
@@ -59,7 +59,9 @@ class TrainData:
             )
         n_recall = n_rows = round(self.recall_fraction * batch_size)
         parts = []
-        if self.recall is not None and n_recall:
+        if self.recall is not None:
+            if not n_recall:
+                raise _no_row("data.recall_fraction gives recall", self.recall_fraction, batch_size)
             rng = np.random.default_rng((_TRAIN_RECALL, self.seed, step))
             parts.append(recall_rows(self.recall, rng, n_rows=n_recall, seq_len=seq_len))
         total = self.recall_fraction
@@ -67,16 +69,15 @@ class TrainData:
             total += share
             n_task = round(total * batch_size) - n_rows
             if share and not n_task:
-                raise ConfigError(
-                    f"data.tasks gives {name} a share of {share:g}, which is no row of a batch of {batch_size}. Raise the "
-                    "share or the batch size."
-                )
+                raise _no_row(f"data.tasks gives {name}", share, batch_size)
             rng = np.random.default_rng((_TRAIN_TASK, self.seed, step, TASK_NAMES.index(name)))
             parts.append(get_task(name).rows(self.setting, rng, n_rows=n_task, seq_len=seq_len))
             n_rows += n_task
+        if self.text is not None and n_rows == batch_size:
+            raise _no_row("data.recall_fraction and data.tasks leave text", 1 - total, batch_size)
         if isinstance(self.text, TextReader):
             parts.append(self.text.rows(step, batch_size - n_rows, seq_len))
-        elif self.text is not None and n_rows < batch_size:
+        elif self.text is not None:
             parts.append(self._text_rows(self.text.train, step, batch_size - n_rows, seq_len))
         return stack_rows(parts)
 
@@ -274,6 +275,13 @@ def _load(config: DataConfig, vocab_size: int, use: Callable[[StreamedCorpus], A
         "setting": setting,
         "tasks": config.tasks,
     }
+
+
+def _no_row(what: str, share: float, batch_size: int) -> ConfigError:
+    return ConfigError(
+        f"{what} a share of {share:g}, which is no row of a batch of {batch_size}. Raise the share or the batch size, or make "
+        "it 0."
+    )
 
 
 def _padded_batches(row: Callable[[int], Batch], n_sequences: int, batch_size: int) -> Iterator[Batch]:

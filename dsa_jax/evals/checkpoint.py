@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dsa_jax.config import Config, ConfigError, TrainConfig
 from dsa_jax.data import make_eval_data
-from dsa_jax.evals.parity import Parity, evaluate_parity
+from dsa_jax.evals.parity import ROWS, Parity, can_run, evaluate_parity
 from dsa_jax.open_checkpoint import is_hf_directory
 from dsa_jax.parallel.check import check_layout
 from dsa_jax.parallel.placement import on_mesh
@@ -40,8 +40,8 @@ def evaluate_checkpoint(
         overrides: fields of `config` that somebody asked for, by names such as `config.eval.text_len`.
 
     Raises:
-        ConfigError: where a run cannot follow the overrides, the layout does not fit the model, the evaluation or the devices,
-            or the model lacks a task's tokens.
+        ConfigError: where the model cannot run a row of `rows` or none of the configuration's, a run cannot follow the
+            overrides, the layout does not fit the model, the evaluation or the devices, or the model lacks a task's tokens.
         RunError, CheckpointError: when the directory cannot be used.
     """
     is_hf = on_main(lambda: is_hf_directory(directory))
@@ -72,5 +72,16 @@ def evaluate_checkpoint(
             run.config.parallel, run.config.eval = own.parallel, own.eval
             own, model, params = run.config, run.model, run.params
             source = f"{directory}, stage {run.stage}"
+        _check_rows(rows, own)
         data = make_eval_data(own.data, own.seed, own.model.vocab_size)
         return source, evaluate_parity(model, params, data, own)
+
+
+def _check_rows(asked: Sequence[str], config: Config) -> None:
+    possible = [name for name in ROWS if can_run(ROWS[name], config)]
+    impossible = [name for name in asked if name not in possible]
+    if impossible or not set(config.eval.rows) & set(possible):
+        raise ConfigError(
+            f"the model cannot run {', '.join(impossible or config.eval.rows)}: it lacks an indexer, or the weights of native "
+            f"sparse attention. Expected rows among {', '.join(possible)}."
+        )

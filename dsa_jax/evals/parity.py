@@ -1,5 +1,6 @@
 """The parity table: the same weights under dense attention, under the indexer's selection and under the baselines."""
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from dsa_jax.model_config import BY_INDEXER
 from dsa_jax.parallel.placement import place, place_batch, replicate
 from dsa_jax.params import is_indexer_path, merge_parameters, split_parameters
 from dsa_jax.train.loss import forward_with_loss
+
+_LOG = logging.getLogger(__name__)
 
 Params = dict[str, Any]
 
@@ -190,7 +193,8 @@ def evaluate_parity(
         jobs.append((BEFORE, params_before))
     for key in settings.rows:
         row = ROWS[key]
-        if not _can_run(row, config):
+        if not can_run(row, config):
+            _LOG.info("no row %s: the model has nothing to attend so with", row.name)
             continue
         own = params
         if row.has_fresh_indexer:
@@ -231,8 +235,11 @@ def evaluate_parity(
     return table
 
 
-def _can_run(row: Row, config: Config) -> bool:
-    """Without an indexer, whose topk is the budget of the baselines, only what the model may have been trained under."""
+def can_run(row: Row, config: Config) -> bool:
+    """Whether the model has what a row needs.
+
+    Without an indexer, whose topk is the budget of the baselines, only what the model may have been trained under.
+    """
     if row.attention == "nsa":
         return config.model.attention.nsa.enabled
     if row.attention == "dense" or config.model.attention.indexer.enabled:

@@ -9,6 +9,7 @@ from typing import Any
 from dsa_jax.config import Config, ConfigError, ModelConfig
 from dsa_jax.data import load_tokenizer
 from dsa_jax.hf import load_pretrained, read_model_config, save_pretrained
+from dsa_jax.hf.tokenizer_files import tokenizer_name
 from dsa_jax.model import Transformer
 from dsa_jax.parallel.placement import parameter_placement
 from dsa_jax.parallel.processes import gather_to_main, on_main
@@ -27,7 +28,7 @@ def resolve_checkpoint(config: Config) -> Config:
     The model is the checkpoint's. From the recipe come `model.param_dtype`, `dtype`, `weight_format`, `scan_layers`, `remat`,
     `attention.implementation`, `attention.nsa`, the experts' balance settings and, where the checkpoint has no indexer,
     `attention.indexer`.
-    `data.text.tokenizer` "checkpoint" becomes the directory.
+    `data.text.tokenizer` "checkpoint" becomes the directory, or "bytes" where the checkpoint says that.
 
     Raises:
         ConfigError: when the recipe asks for the tokenizer of a checkpoint that it does not name.
@@ -45,7 +46,7 @@ def resolve_checkpoint(config: Config) -> Config:
                 "data.text.tokenizer is 'checkpoint', but init.hf_dir is not set. Give --config.init.hf_dir=DIR, or another "
                 "tokenizer."
             )
-        config.data.text.tokenizer = config.init.hf_dir
+        config.data.text.tokenizer = tokenizer_name(config.init.hf_dir)
     return config
 
 

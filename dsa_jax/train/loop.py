@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import jax
 
 from dsa_jax.config import STAGES as STAGE_ORDER
-from dsa_jax.config import Config, StageConfig
+from dsa_jax.config import Config, ModelConfig, StageConfig
+from dsa_jax.cost import training_flops_per_token
 from dsa_jax.data import TrainData
+from dsa_jax.devices import peaks_of
 from dsa_jax.model import Transformer
 from dsa_jax.parallel.placement import place, place_batch, with_shardings
 from dsa_jax.parallel.processes import is_main, with_votes
@@ -137,7 +139,8 @@ def run_stage(
         metrics: the run's log; entries after the resumed step are dropped.
         resume_step: a valid checkpoint of this stage, or None.
         first_batch: number of the batch of step 0, so that a stage reads on where the one before stopped.
-        summaries: of the earlier stages: steps, seconds, compile_seconds, tokens and final metrics by stage name.
+        summaries: of the earlier stages: steps, seconds, compile_seconds, tokens, those timed without compilation, and final
+            metrics by stage name.
 
     Raises:
         NotFiniteError: by `train.nan_policy`.
@@ -146,7 +149,7 @@ def run_stage(
     settings: StageConfig = getattr(config.train, stage.name)
     with CheckpointStore(run.checkpoint_dir(stage.name), keep=config.train.keep_checkpoints) as store:
         step = 0
-        before: dict[str, Any] = {"steps": 0, "seconds": 0.0, "compile_seconds": 0.0, "tokens": 0, "final": {}}
+        before: dict[str, Any] = {"seconds": 0.0, "compile_seconds": 0.0, "tokens": 0, "timed_tokens": 0, "final": {}}
         if resume_step is None:
             state = place(init_state(params, stage, settings))
         else:
@@ -160,7 +163,9 @@ def run_stage(
         voted_step = with_votes(train_step) if jax.process_count() > 1 else None
         judge = _Judge(run, stage, config, metrics, resume_step, before["final"])
         stream = None if is_main() else Discard()
-        with Progress(stage.name, settings.steps, start_step=step, stream=stream) as progress:
+        peaks = peaks_of(jax.devices()[0].device_kind)
+        peak_flops = peaks and peaks.flops * jax.device_count()
+        with Progress(stage.name, settings.steps, start_step=step, stream=stream, peak_flops=peak_flops) as progress:
 
             def summary() -> dict[str, Any]:
                 timing = progress.timing()
@@ -169,13 +174,16 @@ def run_stage(
                     "seconds": before["seconds"] + timing.seconds,
                     "compile_seconds": before["compile_seconds"] + timing.compile_seconds,
                     "tokens": before["tokens"] + timing.tokens,
+                    "timed_tokens": before.get("timed_tokens", 0) + timing.timed_tokens,
                     "final": judge.final,
                 }
 
             def finish(pending: tuple[int, dict[str, jax.Array], int, bool] | None) -> None:
                 if pending is not None:
-                    number, values, tokens, compiled = pending
-                    progress.update(number, tokens=tokens, values=judge.take(number, values), compiled=compiled)
+                    number, values, seq_len, compiled = pending
+                    tokens, per_token = settings.batch_size * seq_len, _flops_per_token(config.model, stage, seq_len)
+                    flops = None if per_token is None else tokens * per_token
+                    progress.update(number, tokens=tokens, values=judge.take(number, values), compiled=compiled, flops=flops)
                     if number % settings.log_every == 0:
                         clock = {name: value for name, value in progress.timing()._asdict().items() if value is not None}
                         metrics.log_timing(stage.name, number, clock)
@@ -202,7 +210,7 @@ def run_stage(
                 # Metrics are read a step late, so that the device need not wait for the host.
                 finish(pending)
                 step += 1
-                pending = (step, values, settings.batch_size * seq_len, compiles)
+                pending = (step, values, seq_len, compiles)
                 if step % settings.checkpoint_every == 0 or step == settings.steps:
                     finish(pending)
                     pending = None
@@ -213,3 +221,9 @@ def run_stage(
             timing_totals = summary()
         store.wait()
     return StageResult(state.params, summaries | {stage.name: timing_totals}, step == settings.steps)
+
+
+def _flops_per_token(config: ModelConfig, stage: Stage, seq_len: int) -> float | None:
+    """As the model of costs counts them; None for a warm-up and the baselines, which it does not cover."""
+    is_covered = stage.has_lm_loss and stage.attention in ("dense", "sparse")
+    return training_flops_per_token(config, seq_len, stage.attention) if is_covered else None

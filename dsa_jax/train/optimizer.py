@@ -12,7 +12,10 @@ MATRICES = ("kernel", "embedding")
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Learning rate by 0-based update: linear warm-up, then `config.schedule` down to `final_fraction` at the last step."""
+    """Learning rate by 0-based update: linear warm-up, then `config.schedule` to `final_fraction` of it at `total_steps`.
+
+    The last update, number `total_steps` - 1, is one step away from that.
+    """
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
     decay_steps = max(total_steps - config.warmup_steps, 1)
     body = {
@@ -50,21 +53,21 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
     """
     schedule = learning_rate_schedule(config, total_steps)
     decay_mask = lambda params: _by_path(params, lambda path, _: _is_matrix(path))
-    if config.name == "adamw":
-        update = optax.adamw(
-            schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decay_mask
-        )
-    else:
-        update = optax.contrib.muon(
+    update = optax.adamw(
+        schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decay_mask
+    )
+    if config.name == "muon":
+        hidden = optax.contrib.muon(
             schedule,
             beta=config.b2,
             eps=config.eps,
             weight_decay=config.weight_decay,
-            adam_b1=config.b1,
-            adam_b2=config.b2,
             muon_weight_dimension_numbers=lambda params: _by_path(params, _muon_dimensions),
             consistent_rms=0.2,
         )
+        # Not Muon's own branch for the rest, which decays biases or nothing and looks ahead as Nesterov does.
+        label = lambda path, leaf: "adamw" if _muon_dimensions(path, leaf) is None else "muon"
+        update = optax.partition({"muon": hidden, "adamw": update}, lambda params: _by_path(params, label))
     if not config.clip_norm:
         return update
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)

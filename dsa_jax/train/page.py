@@ -236,7 +236,8 @@ def _stages(stages: Mapping[str, Mapping[str, Any]]) -> str:
         seconds, tokens = stage.get("seconds"), stage.get("tokens")
         final = stage.get("final") or {}
         last = ", ".join(f"{name} {final[name]:.4g}" for name in ("loss", "accuracy", "kl") if final.get(name) is not None)
-        rate = f"{tokens / seconds:,.0f}" if tokens and seconds else "-"
+        timed = stage.get("timed_tokens")
+        rate = f"{timed / seconds:,.0f}" if timed and seconds else "-"
         times = [_time(seconds), _time(stage.get("compile_seconds"))]
         cells.append([stage_name, _count(stage.get("steps")), _count(tokens), *times, rate, last or "-"])
     return f"<h2>How long did it take?</h2>\n{_table('Time without compilation; tokens/s over the whole stage', header, cells)}"

@@ -42,12 +42,13 @@ class Discard:
 
 
 class Timing(NamedTuple):
-    """What a stage took in this process; `seconds` and the rate leave out `compile_seconds`."""
+    """What a stage took in this process; `seconds`, `timed_tokens` and the rate leave out the steps of `compile_seconds`."""
 
     steps: int
     seconds: float
     compile_seconds: float
     tokens: int
+    timed_tokens: int
     tokens_per_second: float | None
 
 
@@ -67,7 +68,6 @@ class Progress:
         *,
         start_step: int = 0,
         every_seconds: float | int = 10.0,
-        flops_per_token: float | int | None = None,
         peak_flops: float | int | None = None,
         stream: Stream | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -80,21 +80,20 @@ class Progress:
             total_steps: steps of the whole stage.
             start_step: steps done before this process.
             every_seconds: pause between plain lines.
-            flops_per_token: floating-point operations of training on one token; with `peak_flops` gives MFU.
-            peak_flops: operations per second that all devices could do together.
+            peak_flops: floating-point operations per second that all devices could do together; with those of a step gives MFU.
             stream: where to write, default stderr.
             clock: seconds, never going back.
             live: redraw one line; default: whether the stream is a terminal.
         """
         self._stage, self._total, self._step = stage, total_steps, start_step
         self._every = every_seconds
-        self._flops_per_second_and_token = flops_per_token / peak_flops if flops_per_token and peak_flops else None
+        self._peak_flops = peak_flops
         self._stream: Any = stream if stream is not None else sys.stderr
         self._clock = clock
         self._live = _is_terminal(self._stream) if live is None else live
         self._display: Any = None
         self._values: dict[str, float] = {}
-        self._recent: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
+        self._recent: deque[tuple[float, int, float]] = deque(maxlen=_WINDOW)
         self._steps = self._tokens = self._timed_tokens = 0
         self._seconds = self._compile_seconds = 0.0
         self._before = self._clock()
@@ -106,7 +105,15 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def update(self, step: int, *, tokens: int, values: Mapping[str, Any] | None = None, compiled: bool = False) -> None:
+    def update(
+        self,
+        step: int,
+        *,
+        tokens: int,
+        values: Mapping[str, Any] | None = None,
+        compiled: bool = False,
+        flops: float | int | None = None,
+    ) -> None:
         """Report that `step` steps of the stage are done.
 
         Args:
@@ -114,6 +121,7 @@ class Progress:
             tokens: processed by this step.
             values: what to show (`loss`, `kl`, ...); kept until given again.
             compiled: this step included a compilation, for instance because the sequence length changed.
+            flops: floating-point operations of this step; None where that is not known.
         """
         now = self._clock()
         elapsed, self._before = now - self._before, now
@@ -124,7 +132,7 @@ class Progress:
         else:
             self._seconds += elapsed
             self._timed_tokens += tokens
-            self._recent.append((elapsed, tokens))
+            self._recent.append((elapsed, tokens, math.nan if flops is None else flops))
         self._values |= {name: float(value) for name, value in (values or {}).items()}
         due = self._written is None or now - self._written >= (_LIVE_SECONDS if self._live else self._every)
         if due or step >= self._total or (compiled and not self._live):
@@ -135,29 +143,21 @@ class Progress:
         """Leave the time since the last step out of the rate: call it after a checkpoint or an evaluation."""
         self._before = self._clock()
 
-    def message(self, text: str) -> None:
-        """Write a line of its own, above the live one."""
-        if self._display is not None:
-            self._display.console.print(text, markup=False, highlight=False)
-        else:
-            self._stream.write(text + "\n")
-            self._stream.flush()
-
     def timing(self) -> Timing:
         """Totals of this process so far."""
         rate = self._timed_tokens / self._seconds if self._seconds > 0 else None
-        return Timing(self._steps, self._seconds, self._compile_seconds, self._tokens, rate)
+        return Timing(self._steps, self._seconds, self._compile_seconds, self._tokens, self._timed_tokens, rate)
 
     def line(self) -> str:
         """The text shown: stage, step, values, tokens/s, MFU where known, time left; what is unknown is left out."""
         parts = [f"{self._stage} {self._step}/{self._total}"]
         parts += [f"{name} {_number(value)}" for name, value in self._values.items()]
-        seconds, tokens = (sum(column) for column in zip(*self._recent, strict=True)) if self._recent else (0.0, 0)
+        seconds, tokens, flops = (sum(column) for column in zip(*self._recent, strict=True)) if self._recent else (0.0, 0, 0.0)
         if seconds > 0:
             rate = tokens / seconds
             parts.append(f"{_quantity(rate)} tokens/s")
-            if self._flops_per_second_and_token is not None:
-                parts.append(f"MFU {rate * self._flops_per_second_and_token:.1%}")
+            if self._peak_flops is not None and not math.isnan(flops):
+                parts.append(f"MFU {flops / seconds / self._peak_flops:.1%}")
             if self._step < self._total:
                 parts.append(f"{_duration((self._total - self._step) * seconds / len(self._recent))} left")
         return ", ".join(parts)

@@ -75,11 +75,16 @@ class RunDirectory:
     def update_environment(self, **values: Any) -> None:
         """Set top-level entries of environment.json, such as `implementations={"index_topk": "xla"}`.
 
-        When that changes an entry that was already filled in, the earlier environment moves to `history`.
+        What an object entry has already stays beside what it is given. When something that was filled in changes, the earlier
+        environment moves to `history`.
         """
         current = self.environment()
-        updated = {**current, **json.loads(json.dumps(values))}
-        if any(current.get(name) and current[name] != updated[name] for name in values):
+        given = json.loads(json.dumps(values))
+        updated = current | {
+            name: {**(current.get(name) or {}), **value} if isinstance(value, dict) else value for name, value in given.items()
+        }
+        before, after = _flatten(current), _flatten(updated)
+        if any(before[name] and before[name] != after.get(name) for name in before if name.split(".")[0] in given):
             updated["history"] = [*current["history"], _without_history(current)]
         if updated != current:
             _write_object(self.environment_path, updated)
@@ -95,7 +100,7 @@ def open_run(workdir: str | os.PathLike[str], config: Config) -> RunDirectory:
         RunError: when `workdir` cannot be written, is a file, or holds a run of another config (naming each differing field).
     """
     path = Path(workdir)
-    _make_writable_directory(path)
+    make_writable_directory(path)
     run = RunDirectory(path, resumed=(path / "config.json").exists())
     wanted = to_dict(config)
     if run.resumed:
@@ -199,9 +204,14 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _make_writable_directory(path: Path) -> None:
+def make_writable_directory(path: Path, *, flag: str = "workdir") -> None:
+    """Create `path` where it is missing, and write a file there to see whether one can; it is gone afterwards.
+
+    Raises:
+        RunError: when it is a file, or the file system refuses; `flag` is the option that chose it.
+    """
     if path.exists() and not path.is_dir():
-        raise RunError(f"workdir {path} is a file; expected a directory. Choose another --workdir.")
+        raise RunError(f"{flag} {path} is a file; expected a directory. Choose another --{flag}.")
     probe = path / f".probe.{os.getpid()}"
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -209,7 +219,7 @@ def _make_writable_directory(path: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise RunError(
-            f"workdir {path} cannot be written: {error.strerror or error}. Choose another --workdir, or make it writable."
+            f"{flag} {path} cannot be written: {error.strerror or error}. Choose another --{flag}, or make it writable."
         ) from error
 
 

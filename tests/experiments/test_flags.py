@@ -146,11 +146,13 @@ def test_missing_recipe_lists_the_available_ones(recipe, monkeypatch):
         ("a.py", "x = 1", r"has no function get_config"),
         ("a.py", "def get_config(arg=''): return {}", r"returned a dict; expected a dsa_jax\.config\.Config"),
         ("a.txt", "", r"is no Python file"),
+        ("a.py:small", "def get_config(): return None", r"takes no argument\. Leave out ':small'"),
+        ("a.py:x", "def get_config(arg=''): raise ValueError('no such size')", r"a\.py:x: no such size"),
     ],
-    ids=["no_function", "dict", "suffix"],
+    ids=["no_function", "dict", "suffix", "no_argument", "wrong_argument"],
 )
 def test_file_that_is_no_recipe(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name.partition(":")[0]).write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_config(str(tmp_path / name))
 

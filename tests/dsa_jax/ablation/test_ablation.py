@@ -30,6 +30,9 @@ def test_a_run_is_known_by_what_it_computes_and_not_by_its_name():
     two, base, same = (ablation.config(variant, 0) for variant in ablation.variants)
     assert run_key(base) == run_key(same) != run_key(two)
     assert run_key(base) != run_key(ablation.config(ablation.variants[1], 1))
+    muon = copy.deepcopy(base)
+    muon.train.warmup.optimizer.name = "muon"
+    assert run_key(muon) != run_key(base)
     slower_log = copy.deepcopy(base)
     slower_log.train.warmup.log_every = 99
     assert run_key(slower_log) == run_key(base)
@@ -65,8 +68,9 @@ def test_variants_share_their_dense_part_and_only_that():
         ((Variant("a", {"seed.topk": 2}),), "'topk' is unknown"),
         ((Variant("a", {TOPK: 0}),), "variant 'a': model.attention.indexer.topk is 0"),
         ((Variant("a", row="window"),), "Add it there"),
+        ((Variant("a", change_params=lambda params, config: params),), "no name of its own"),
     ],
-    ids=["none", "twice", "misspelt", "below-a-leaf", "invalid", "row-not-evaluated"],
+    ids=["none", "twice", "misspelt", "below-a-leaf", "invalid", "row-not-evaluated", "nameless-change"],
 )
 def test_a_sweep_that_cannot_run_says_so_before_anything_runs(tmp_path, variants, message):
     with pytest.raises(ConfigError, match=message):
@@ -153,7 +157,7 @@ def test_other_seeds_of_the_same_sweep_stay(tmp_path, monkeypatch):
     places = tmp_path / "runs", tmp_path / "results"
     run_ablation(sweep(Variant("two", {TOPK: 2}), seeds=(0, 1)), *places, command="both")
     again = run_ablation(sweep(Variant("two", {TOPK: 2}), Variant("base"), seeds=(1,)), *places, command="one")
-    assert again["seeds"] == [0, 1]
+    assert again["seeds"] == [0, 1] and again["command"] == "both && one"
     assert [(run["variant"], run["seed"]) for run in again["runs"]] == [("two", 0), ("two", 1), ("base", 1)]
     assert again["runs"][0]["trained"] == [{"key": "run", "seconds": 6.0}]
 

@@ -183,6 +183,12 @@ def test_tasks_alone_need_neither_recall_nor_text(config):
         data.batch(0, batch_size=2, seq_len=64)
 
 
+@pytest.mark.parametrize(("fraction", "kind"), [(0.03, "gives recall"), (0.97, "leave text")])
+def test_a_share_that_is_no_row_is_refused(config, fraction, kind):
+    with pytest.raises(ConfigError, match=rf"{kind} a share of 0\.03, which is no row of a batch of 16"):
+        make_train_data(with_fraction(config, fraction), 0, 640).batch(0, batch_size=16, seq_len=64)
+
+
 @pytest.mark.parametrize(
     ("tasks", "message"),
     [

@@ -155,14 +155,6 @@ def test_checking_a_length_changes_nothing_and_steps_must_follow_each_other(corp
         data.restore(None)
 
 
-def test_steps_without_a_text_row_count(corpus_dir):
-    data = train_data(corpus_dir, recall_fraction=0.9)
-    assert data.batch(0, batch_size=2, seq_len=32).input_ids.shape == (2, 32)
-    assert data.state()["row"] == 0 and data.state()["step"] == 1
-    data.batch(1, batch_size=10, seq_len=32)
-    assert data.state()["row"] == 1
-
-
 def share(batch, process_index, process_count):
     """The rows that a process puts on its devices."""
     size = batch.input_ids.shape[0] // process_count

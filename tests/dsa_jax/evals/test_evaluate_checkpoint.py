@@ -5,6 +5,7 @@ import pytest
 
 from dsa_jax import save_pretrained
 from dsa_jax.config import Config, ConfigError, DataConfig, RecallConfig
+from dsa_jax.data.tokenizer import ByteTokenizer
 from dsa_jax.evals.checkpoint import evaluate_checkpoint
 from dsa_jax.train.rundir import RunError, open_run
 from tests.dsa_jax.model.small import built, small_config
@@ -31,6 +32,21 @@ def test_tasks_of_the_command_line_are_evaluated_at_their_length(tmp_path):
     assert row["keys_per_query"] == row["tasks"]["passkey"]["keys_per_query"] == pytest.approx(12.5)
     by_depth = np.asarray(row["tasks"]["passkey"]["by_depth"])
     assert by_depth.shape == (4,) and np.isfinite(by_depth).any()
+
+
+def test_rows_that_the_model_lacks_the_weights_for_are_refused(tmp_path):
+    directory = checkpoint(tmp_path, 282)
+    with pytest.raises(ConfigError, match=r"the model cannot run nsa: .* Expected rows among dense, sparse"):
+        evaluate_checkpoint(directory, recipe(), ("dense", "nsa"), tasks=("passkey",), task_len=24)
+
+
+def test_the_tokenizer_that_a_checkpoint_names_is_used(tmp_path):
+    config = small_config("gqa", vocab_size=282, implementation="auto")
+    save_pretrained(tmp_path, config, built("gqa", vocab_size=282)[1], tokenizer=ByteTokenizer())
+    asks = recipe()
+    asks.data.text.tokenizer = "checkpoint"
+    _, table = evaluate_checkpoint(tmp_path, asks, ("dense",), tasks=("passkey",), task_len=24, task_sequences=4)
+    assert table.rows[0]["tasks"]["passkey"]["loss"] > 0
 
 
 def test_settings_that_a_run_would_not_follow_are_refused(tmp_path):

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from dsa_jax.config import OptimizerConfig
@@ -33,7 +34,25 @@ def test_weight_decay_moves_matrices_only(name):
     zero = jax.tree.map(jnp.zeros_like, PARAMS)
     updates, _ = optimizer.update(zero, optimizer.init(PARAMS), PARAMS)
     np.testing.assert_allclose(updates["layers"]["mlp"]["up"]["kernel"], -0.05, rtol=1e-5)
+    np.testing.assert_allclose(updates["embed"]["embedding"], -0.05, rtol=1e-5)
     np.testing.assert_array_equal(updates["layers"]["norm"]["scale"], 0.0)
+
+
+def test_what_muon_leaves_alone_moves_as_under_adamw():
+    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), PARAMS)
+
+    def moved(name):
+        optimizer = make_optimizer(OptimizerConfig(name=name, clip_norm=0.0, weight_decay=0.1), 10)
+        state, params = optimizer.init(PARAMS), PARAMS
+        for _ in range(3):
+            updates, state = optimizer.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    muon, adamw = moved("muon"), moved("adamw")
+    np.testing.assert_array_equal(muon["embed"]["embedding"], adamw["embed"]["embedding"])
+    np.testing.assert_array_equal(muon["layers"]["norm"]["scale"], adamw["layers"]["norm"]["scale"])
+    assert not np.allclose(muon["layers"]["mlp"]["up"]["kernel"], adamw["layers"]["mlp"]["up"]["kernel"])
 
 
 def test_muon_orthogonalises_each_stacked_matrix():

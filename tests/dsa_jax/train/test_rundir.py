@@ -72,6 +72,16 @@ def test_changed_implementation_keeps_the_former_one(tmp_path):
     assert run.environment()["history"][0]["implementations"] == {"index_topk": "xla"}
 
 
+def test_another_op_is_no_other_environment(tmp_path):
+    run = open_run(tmp_path, Config())
+    run.update_environment(implementations={"dense_attention": "xla"})
+    run.update_environment(implementations={"index_topk": "xla"})
+    run.update_environment(implementations={"dense_attention": "xla"})
+    environment = run.environment()
+    assert environment["implementations"] == {"dense_attention": "xla", "index_topk": "xla"}
+    assert environment["history"] == []
+
+
 def test_workdir_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="is a file; expected a directory"):

@@ -1,0 +1,45 @@
+"""The `--output` flag of commands that write what they print: checked before the work, written whole or not at all."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from dsa_jax.train.rundir import atomic_write_text, make_writable_directory
+
+
+class OutputFlag:
+    """A file that results go to, if the user names one."""
+
+    def __init__(self, text: str, flag_values: flags.FlagValues) -> None:
+        self._flag = flags.DEFINE_string("output", "", text, flag_values=flag_values)
+
+    def check(self) -> None:
+        """Make its directory; call it before anything is computed.
+
+        Raises:
+            RunError: where nothing can be written there.
+        """
+        if self._flag.value:
+            if Path(self._flag.value).is_dir():
+                raise flags.ValidationError(f"--output={self._flag.value} is a directory; expected the name of a file.")
+            make_writable_directory(Path(self._flag.value).parent, flag="output")
+
+    def write(self, results: Mapping[str, Any]) -> None:
+        """Write a JSON object, if there is a file to write."""
+        if self._flag.value:
+            atomic_write_text(self._flag.value, json.dumps(results, indent=1) + "\n")
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add a line of JSON for each row to what the file holds, if there is one to write."""
+        if self._flag.value:
+            path = Path(self._flag.value)
+            before = path.read_text(encoding="utf-8") if path.exists() else ""
+            atomic_write_text(path, before + "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def define_output(text: str, *, flag_values: flags.FlagValues = flags.FLAGS) -> OutputFlag:
+    """Define `--output`, described by `text`; in `main` call `check` first and `write` or `append` last."""
+    return OutputFlag(text, flag_values)
