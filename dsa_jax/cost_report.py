@@ -14,6 +14,7 @@ from dsa_jax.cost import (
     pays_from,
     training_flops_per_token,
 )
+from dsa_jax.extras import MissingExtraError
 
 CACHE_DTYPES = ("bfloat16", "fp8")
 N_POINTS = 512
@@ -133,12 +134,12 @@ def plot_costs(tables: dict[str, Any], title: str, path: Path) -> None:
     """The two curves, prefill and decode, as a PNG.
 
     Raises:
-        ImportError: when matplotlib is not installed, with the command that installs it.
+        MissingExtraError: when matplotlib is not installed, with the command that installs it.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("the plot needs matplotlib. Run: pip install 'dsa-jax[plot]'") from error
+        raise MissingExtraError("the plot needs matplotlib. Run: pip install 'dsa-jax[plot]'") from error
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, phase in zip(figure.subplots(1, len(PHASES)), PHASES, strict=True):
         draw_costs(axes, tables, phase)

@@ -25,10 +25,11 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from dsa_jax.config import Config, ConfigError
+from dsa_jax.extras import MissingExtraError
 from dsa_jax.hf import CheckpointError
 from dsa_jax.train.rundir import RunError
 
-_EXPECTED = (ConfigError, RunError, CheckpointError)
+_EXPECTED = (ConfigError, RunError, CheckpointError, MissingExtraError)
 _KIND_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
 
 
@@ -168,8 +169,8 @@ def define_processes(*, flag_values: flags.FlagValues = flags.FLAGS) -> ProcessF
 def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
     """Run an absl `main`; never returns.
 
-    A config, run or flag error ends as one line `error: ...` on stderr, with exit status 2 where the command line or the config
-    is at fault and 1 otherwise. Any other exception keeps its traceback.
+    A config, run or flag error, or an optional package that is missing, ends as one line `error: ...` on stderr, with exit
+    status 2 where the command line or the config is at fault and 1 otherwise. Any other exception keeps its traceback.
     """
 
     def guarded(arguments: list[str]) -> int | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from dsa_jax.ablation.summary import Answer, answers
 from dsa_jax.evals.parity import BEFORE
+from dsa_jax.extras import MissingExtraError
 
 _NOT_SHOWN = ("keys per query",)
 _COLOUR, _DENSE = "#2a6fb0", "#d9730d"
@@ -16,12 +17,12 @@ def plot_ablation(result: Mapping[str, Any], path: Path) -> None:
     """Write the figure as a PNG.
 
     Raises:
-        ImportError: when matplotlib is not installed, with the command that installs it.
+        MissingExtraError: when matplotlib is not installed, with the command that installs it.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("the plot needs matplotlib. Run: pip install 'dsa-jax[plot]'") from error
+        raise MissingExtraError("the plot needs matplotlib. Run: pip install 'dsa-jax[plot]'") from error
     figure = Figure(figsize=figure_size(result), layout="constrained")
     draw_ablation(figure, result)
     figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -20,6 +20,7 @@ from jaxtyping import Int64
 
 from dsa_jax.config import ConfigError
 from dsa_jax.data.documents import files_below
+from dsa_jax.extras import MissingExtraError
 
 KINDS = (".array_record", ".parquet")
 WINDOW_BYTES = 2**27
@@ -48,7 +49,7 @@ def open_records(path: str, column: str) -> RecordFiles:
 
     Raises:
         ConfigError: naming the file that is missing, of another kind, empty, unreadable, without the column, or not UTF-8.
-        ImportError: if a package that reads them is not installed, with the command that installs it.
+        MissingExtraError: if a package that reads them is not installed, with the command that installs it.
     """
     files = _find(path)
     kinds = {file.suffix for file in files}
@@ -62,12 +63,12 @@ def import_grain() -> Any:
     """The optional `grain` package.
 
     Raises:
-        ImportError: with the command that installs it.
+        MissingExtraError: with the command that installs it.
     """
     try:
         import grain
     except ImportError as error:
-        raise ImportError("data.text.source=grain needs the grain package. Run: pip install 'dsa-jax[data]'") from error
+        raise MissingExtraError("data.text.source=grain needs the grain package. Run: pip install 'dsa-jax[data]'") from error
     return grain
 
 
@@ -113,7 +114,7 @@ def _reading(file: Path) -> Iterator[Any]:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError(f"{file} needs the pyarrow package. Run: pip install 'dsa-jax[data]'") from error
+        raise MissingExtraError(f"{file} needs the pyarrow package. Run: pip install 'dsa-jax[data]'") from error
     try:
         with pyarrow.parquet.ParquetFile(file) as opened:
             yield opened

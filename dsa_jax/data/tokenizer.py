@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from dsa_jax.config import ConfigError
+from dsa_jax.extras import MissingExtraError
 
 # Names under which published tokenizers carry the end of a document, most specific first.
 _DEEPSEEK_END = "<\N{FULLWIDTH VERTICAL LINE}end\u2581of\u2581sentence\N{FULLWIDTH VERTICAL LINE}>"
@@ -81,7 +82,7 @@ class JsonTokenizer:
 
         Raises:
             ConfigError: if the file is missing or unreadable, or no token is known to end a document.
-            ImportError: if the `tokenizers` package is not installed, with the command that installs it.
+            MissingExtraError: if the `tokenizers` package is not installed, with the command that installs it.
         """
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         if not file.is_file():
@@ -89,7 +90,7 @@ class JsonTokenizer:
         try:
             import tokenizers
         except ImportError as error:
-            raise ImportError(
+            raise MissingExtraError(
                 f"{file} needs the tokenizers package, which is not installed. Run: pip install 'dsa-jax[hf]'"
             ) from error
         try:

@@ -17,6 +17,7 @@ import numpy as np
 
 from dsa_jax.config import ConfigError
 from dsa_jax.data import Batch
+from dsa_jax.extras import MissingExtraError
 from dsa_jax.generation import generate
 from dsa_jax.pretrained import Pretrained
 from dsa_jax.train.loss import forward_with_loss
@@ -192,12 +193,12 @@ def lm_eval_model(pretrained: Pretrained, **options: Any) -> Any:
     """A `lm_eval.api.model.LM` over `pretrained`; `options` as in `HarnessScorer`.
 
     Raises:
-        ImportError: if lm-evaluation-harness is not installed, with the command that installs it.
+        MissingExtraError: if lm-evaluation-harness is not installed, with the command that installs it.
     """
     try:
         from lm_eval.api.model import LM
     except ImportError as error:
-        raise ImportError("the lm-evaluation-harness is not installed. Run: pip install lm-eval") from error
+        raise MissingExtraError("the lm-evaluation-harness is not installed. Run: pip install lm-eval") from error
 
     class HarnessModel(HarnessScorer, LM):
         """`HarnessScorer` as the harness knows models."""

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dsa_jax.extras import MissingExtraError
+
 FOLDER = Path(__file__).parent
 NAMES = ("indexer", "retrofit", "parity", "costs", "ablations")
 
@@ -17,14 +19,14 @@ def build(name: str) -> float:
     """Execute one notebook from its source and write it; the seconds that took.
 
     Raises:
-        ImportError: when the `notebooks` extra is not installed, with the command that installs it.
+        MissingExtraError: when the `notebooks` extra is not installed, with the command that installs it.
         nbclient.exceptions.CellExecutionError: when a cell fails; nothing is written.
     """
     try:
         import jupytext
         from nbclient import NotebookClient
     except ImportError as error:
-        raise ImportError("notebooks need jupytext and nbclient. Run: pip install 'dsa-jax[notebooks]'") from error
+        raise MissingExtraError("notebooks need jupytext and nbclient. Run: pip install 'dsa-jax[notebooks]'") from error
     started = time.perf_counter()
     notebook: Any = jupytext.read(FOLDER / f"{name}.py", fmt="py:percent")
     # In the kernel the repository is the working directory, so that nothing in the outputs names another.

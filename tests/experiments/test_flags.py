@@ -7,6 +7,7 @@ import pytest
 from absl import flags
 
 from dsa_jax.config import Config, ConfigError
+from dsa_jax.extras import MissingExtraError
 from dsa_jax.train.rundir import RunError
 from experiments.flags import _walk, define_config, load_config, parse_flags, parse_value, run_main
 
@@ -226,6 +227,7 @@ def test_errors_inside_main_are_one_line(capsys, monkeypatch):
     monkeypatch.setattr("experiments.flags.app.run", lambda main, argv, flags_parser: sys.exit(main(argv)))
     assert failure(capsys, 2, fails(ConfigError("bad\nfield"))) == "error: bad field\n"
     assert failure(capsys, 1, fails(RunError("no space"))) == "error: no space\n"
+    assert failure(capsys, 1, fails(MissingExtraError("Run: pip install x"))) == "error: Run: pip install x\n"
     assert failure(capsys, 2, fails(flags.ValidationError("--lengths"))) == "error: --lengths\n"
     with pytest.raises(ZeroDivisionError):
         fails(ZeroDivisionError())()
