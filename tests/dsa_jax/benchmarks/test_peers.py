@@ -186,7 +186,8 @@ def test_a_peer_that_goes_through_jax(monkeypatch):
     attention = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *x, scale, implementation: attention(*x, scale=scale))
     timed = peers.run("dense_attention", "laptop", DENSE._replace(value_dim=16), cudnn, repeats=2)
-    assert timed.repeats == 2 and timed.method.startswith("chain of")
+    # Which of JAX's two ways depends on how busy the machine is.
+    assert timed.repeats == 2 and timed.method.startswith(("chain of", "block_until_ready"))
 
 
 def test_short_calls_share_two_events(monkeypatch):
