@@ -31,12 +31,11 @@ def main(argv: list[str]) -> None:
     """Evaluate and print."""
     del argv
     from dsa_jax.evals.checkpoint import evaluate_checkpoint
-    from dsa_jax.parallel.processes import is_main
+    from dsa_jax.parallel.processes import is_main, on_main
     from dsa_jax.train.report import format_table
 
     _PROCESSES.start()
-    if is_main():
-        _OUTPUT.check()
+    on_main(_OUTPUT.check)
     source, table = evaluate_checkpoint(
         Path(_CHECKPOINT.value),
         _CONFIG.value,

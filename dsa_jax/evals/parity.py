@@ -194,7 +194,7 @@ def evaluate_parity(
     for key in settings.rows:
         row = ROWS[key]
         if not can_run(row, config):
-            _LOG.info("no row %s: the model has nothing to attend so with", row.name)
+            _LOG.info("left out the row %s: the model lacks the weights it needs", row.name)
             continue
         own = params
         if row.has_fresh_indexer:

@@ -97,10 +97,9 @@ def generate(
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(str(error)) from error
     max_new_tokens, seed = _whole("max_new_tokens", max_new_tokens), _whole("seed", seed)
-    prefill_chunk, page_size = (
-        _whole("prefill_chunk", prefill_chunk),
-        None if page_size is None else _whole("page_size", page_size),
-    )
+    prefill_chunk = _whole("prefill_chunk", prefill_chunk)
+    if page_size is not None:
+        page_size = _whole("page_size", page_size)
     stop = config.eos_token_ids if stop_tokens is None else _stop_tokens(stop_tokens)
     temperature, top_p = _number("temperature", temperature), _number("top_p", top_p)
     rows = _checked_prompts(prompts, config, max_new_tokens)
@@ -171,12 +170,9 @@ def _whole(name: str, value: Any) -> int:
 
 
 def _number(name: str, value: Any) -> float:
-    try:
-        if isinstance(value, str):
-            raise TypeError
-        return float(value)
-    except TypeError:
-        raise ConfigError(f"{name} is {value!r}; expected a number.") from None
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise ConfigError(f"{name} is {value!r}; expected a number.")
+    return float(value)
 
 
 def _stop_tokens(tokens: Any) -> tuple[int, ...]:

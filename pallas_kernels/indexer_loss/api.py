@@ -92,7 +92,7 @@ def indexer_kl(
     options: dict[str, Any] = _dispatch.same_bits("indexer_kl", run, pallas_gpu.indexer_kl, deterministic, platform=platform)
     portable = reference.indexer_kl, xla.indexer_kl
     ranges = visible_start, visible_end
-    each = jnp.repeat(k_index, keys_per_index_key, axis=1)
+    each = k_index if keys_per_index_key == 1 else jnp.repeat(k_index, keys_per_index_key, axis=1)
     options |= activation_options("indexer_kl", activation, run, portable, q_index, each, *ranges, implementation)
     target = [jax.lax.stop_gradient(x) for x in (q, k, lse)]
     return run(
