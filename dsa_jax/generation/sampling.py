@@ -30,7 +30,9 @@ def sample_token(
         temperature: above 0.
         top_p: probability mass of the nucleus, in (0, 1]; None for no limit.
     """
-    scaled = logits / temperature
+    # Neither a temperature that is 0 in float32 nor a quotient beyond its range may take the draw from the largest logits.
+    temperature = jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny)
+    scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
     if top_p is not None:
         scaled = jnp.where(nucleus(jax.nn.softmax(scaled, axis=-1), top_p), scaled, -jnp.inf)
     return jax.vmap(jax.random.categorical)(keys, scaled).astype(jnp.int32)

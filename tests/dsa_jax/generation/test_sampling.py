@@ -50,6 +50,15 @@ def test_draws_follow_the_tempered_distribution_inside_the_nucleus():
     np.testing.assert_allclose(shares(0.5, None), squared / squared.sum(), atol=0.03)
 
 
+@pytest.mark.parametrize("top_p", [None, 0.9])
+@pytest.mark.parametrize("temperature", [1e-37, 1e-40, 0.0])  # 1e-40 is no normal number, 0.0 what float32 leaves of 1e-50
+def test_the_smallest_temperatures_take_the_largest_logit(temperature, top_p):
+    logits = jnp.broadcast_to(jnp.array([-jnp.inf, 30.0, -400.0, 31.0, 20.0]), (50, 5))
+    keys = row_keys(number(3, jnp.uint32), number(0, jnp.int32), len(logits))
+    drawn = sample_token(logits, keys, number(temperature), None if top_p is None else number(top_p))
+    assert set(drawn.tolist()) == {3}
+
+
 def test_a_row_draws_from_seed_row_and_step_alone():
     keys = lambda seed, step, n: jax.random.key_data(row_keys(number(seed, jnp.uint32), number(step, jnp.int32), n))
     np.testing.assert_array_equal(keys(1, 5, 4)[:2], keys(1, 5, 2))
