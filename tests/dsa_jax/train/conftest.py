@@ -1,12 +1,5 @@
 """These tests spend their time compiling, so they compile without optimisation."""
 
-import jax
-import pytest
+from tests.dsa_jax.model.conftest import compile_quickly
 
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+__all__ = ["compile_quickly"]
