@@ -1,8 +1,9 @@
-"""Can pooled blocks of index keys spare the indexer most of its scores? Untrained for it, and trained.
+"""Can pooled blocks of index keys spare the indexer most of its scores? Untrained for it, learned, and trained with it.
 
 A query scores one key for each block of keys, then key by key the best blocks and the first and the last one. Records are
 single tokens among fillers, the hardest case for a mean: the larger the block, the less of a record is left in it. A salient
-key keeps what stands out (`pallas_kernels.pool_blocks`).
+key keeps what stands out (`pallas_kernels.pool_blocks`). "Learned" adds the loss of choosing blocks to the warm-up; "trained
+with" lets the model itself, in the sparse stage, meet the selection that it is evaluated with.
 
 Command:   python -m experiments.ablate --config=configs/ablations/coarse_to_fine.py
 Hardware:  two CPU cores.
@@ -42,6 +43,12 @@ def learned(pooling: str, block_size: int, n_blocks: int) -> Variant:
     return Variant(f"{untrained(pooling, block_size, n_blocks).name}, learned", settings, row="coarse_to_fine")
 
 
+def trained_with(pooling: str, block_size: int, n_blocks: int) -> Variant:
+    before = learned(pooling, block_size, n_blocks)
+    settings = {**before.settings, "train.sparse_attention": "coarse_to_fine"}
+    return Variant(f"{before.name} and trained with", settings, row="coarse_to_fine")
+
+
 def get_config() -> Ablation:
     return Ablation(
         name="coarse_to_fine",
@@ -58,5 +65,6 @@ def get_config() -> Ablation:
             untrained("salient", 16, 10),
             learned("mean", 8, 14),
             learned("salient", 8, 14),
+            trained_with("salient", 8, 14),
         ),
     )
