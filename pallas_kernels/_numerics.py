@@ -44,6 +44,14 @@ def values_of(k: Float[Array, "*batch D"], v: Float[Array, "*batch Dv"] | None, 
     return k[..., : (k.shape[-1] if d_v is None else d_v)]
 
 
+def add_leading(total: Float[Array, "*batch D"], x: Float[Array, "*batch V"]) -> Float[Array, "*batch D"]:
+    """Adds `x` to the leading channels: the gradient of `values_of` where values are channels of the keys.
+
+    No `.at[].add`, a scatter whose empty index makes XLA of jax 0.11.2 crash inside `shard_map`.
+    """
+    return total + jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, total.shape[-1] - x.shape[-1])])
+
+
 def softmax_and_lse(
     logits: Float[Array, "*batch S"], valid: Bool[Array, "*#batch S"]
 ) -> tuple[Float[Array, "*batch S"], Float[Array, "*batch"]]:

@@ -69,7 +69,7 @@ def select_in_blocks(
         ranked = jnp.where(_whole_block(walk, number), rank_scores(block_scores(first)), -jnp.inf)
         return lax.dynamic_update_slice_in_dim(buffer, ranked.astype(dtype), first - base, axis=2)
 
-    buffer = jnp.full((*start.shape, widths[-1]), -jnp.inf, dtype)
+    buffer = jnp.full_like(start, -jnp.inf, dtype, (*start.shape, widths[-1]))
     buffer = lax.fori_loop(walk.low, high, score, buffer)
 
     def select(width: int) -> Callable[[Array], Array]:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import _checks, _dispatch
+from pallas_kernels._varying import vary_alike
 from pallas_kernels.block_topk import reference, xla
 from pallas_kernels.block_topk.geometry import BlockGeometry
 
@@ -74,4 +75,4 @@ def block_topk(
     run = _dispatch.choose("block_topk", implementation, _IMPLEMENTATIONS, platform=_dispatch.traced_platform())
     stopped = [jax.lax.stop_gradient(x) for x in (q, k_compressed, lse)]
     start, end = jnp.clip(visible_start, 0, n_keys), jnp.clip(visible_end, 0, n_keys)
-    return run(*stopped, start, end, softmax_scale=softmax_scale, n_keys=n_keys, geometry=geometry)
+    return run(*vary_alike(*stopped, start, end), softmax_scale=softmax_scale, n_keys=n_keys, geometry=geometry)

@@ -6,6 +6,7 @@ import jax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import _checks, _dispatch
+from pallas_kernels._varying import vary_alike
 from pallas_kernels.dense_attention import reference, xla
 
 _DENSE = {"reference": reference.dense_attention, "xla": xla.dense_attention}
@@ -54,6 +55,7 @@ def dense_attention(
         ValueError: shapes or dtypes that do not fit, or a known start > end.
     """
     run = _dispatch.choose("dense_attention", implementation, _DENSE, platform=_dispatch.traced_platform())
+    q, k, v, visible_start, visible_end = vary_alike(q, k, v, visible_start, visible_end)
     return DenseAttentionOutput(*run(q, k, v, visible_start, visible_end, softmax_scale=softmax_scale, d_v=d_v))
 
 
@@ -94,4 +96,4 @@ def attention_topk(
     """
     run = _dispatch.choose("attention_topk", implementation, _TOPK, platform=_dispatch.traced_platform())
     stopped = [jax.lax.stop_gradient(x) for x in (q, k, lse)]
-    return run(*stopped, visible_start, visible_end, softmax_scale=softmax_scale, topk=topk)
+    return run(*vary_alike(*stopped, visible_start, visible_end), softmax_scale=softmax_scale, topk=topk)

@@ -11,7 +11,7 @@ from jax.dtypes import float0
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels._chunks import KeyWalk, add_to_chunk, key_walk, map_queries, rows_per_chunk, scan_queries, slice_chunk
-from pallas_kernels._numerics import accumulation_dtype, constant_lse, dot, values_of
+from pallas_kernels._numerics import accumulation_dtype, add_leading, constant_lse, dot, values_of
 from pallas_kernels._selection import all_visible, select_in_blocks
 
 LOGIT_BUDGET = 2**20  # numbers in one block of logits: batch x heads x queries x keys
@@ -144,7 +144,8 @@ def _attend(
             return new_largest, total * decay + weights.sum(-1), acc
 
         shape = rows.shape[:3]
-        state = jnp.full(shape, -jnp.inf, dtype), jnp.zeros(shape, dtype), jnp.zeros((*shape, width), dtype)
+        zeros = functools.partial(jnp.zeros_like, rows, dtype)
+        state = jnp.full_like(rows, -jnp.inf, dtype, shape), zeros(shape), zeros((*shape, width))
         largest, total, acc = lax.fori_loop(walk.low, walk.high, attend_block, state)
         divisor = jnp.where(total > 0, total, 1)
         lse = jnp.where(total > 0, largest + jnp.log(divisor), -jnp.inf)
@@ -190,14 +191,14 @@ def _attend_backward(
             d_k_block = dot("bgrs,bgrd->bsgd", d_logits.astype(rows.dtype), rows, dtype=dtype)
             d_v_block = dot("bgrs,bgrd->bsgd", probability.astype(d_rows.dtype), d_rows, dtype=dtype)
             if dv is None:
-                return d_q, add_to_chunk(dk, d_k_block.at[..., :width].add(d_v_block), first), None
+                return d_q, add_to_chunk(dk, add_leading(d_k_block, d_v_block), first), None
             return d_q, add_to_chunk(dk, d_k_block, first), add_to_chunk(dv, d_v_block, first)
 
-        state = (jnp.zeros(rows.shape, dtype), *carry)
+        state = (jnp.zeros_like(rows, dtype), *carry)
         d_q, dk, dv = lax.fori_loop(walk.low, walk.high, block_gradients, state)
         return (dk, dv), from_rows(d_q, q.shape[1])
 
-    zeros = jnp.zeros(k.shape, dtype), None if v is None else jnp.zeros(v.shape, dtype)
+    zeros = jnp.zeros_like(k, dtype), None if v is None else jnp.zeros_like(v, dtype)
     chunks = (q, visible_start, visible_end, out, lse, *cotangents)
     (dk, dv), dq = scan_queries(step, zeros, chunks, _block_q(q, k.shape[1]))
     no_gradient = np.zeros(visible_start.shape, float0)

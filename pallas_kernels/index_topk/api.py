@@ -10,6 +10,7 @@ from pallas_kernels import _checks, _dispatch
 from pallas_kernels._activation import check_activation
 from pallas_kernels._activation_options import activation_options
 from pallas_kernels._forced import check_forced, scored_range, with_forced
+from pallas_kernels._varying import vary_alike
 from pallas_kernels.index_topk import mosaic_gpu, pallas_gpu, reference, triton_gpu, xla
 
 _SCORES: dict[str, Callable[..., Any]] = {
@@ -73,6 +74,8 @@ def index_scores(
     """
     run = _dispatch.choose("index_scores", implementation, _SCORES, platform=_dispatch.traced_platform())
     portable = reference.index_scores, xla.index_scores
+    arrays = vary_alike(q_index, k_index, weights, k_scale, visible_start, visible_end)
+    q_index, k_index, weights, k_scale, visible_start, visible_end = arrays
     ranges = visible_start, visible_end
     options = activation_options("index_scores", activation, run, portable, q_index, k_index, *ranges, implementation)
     return run(q_index, k_index, weights, *ranges, k_scale=k_scale, **options)
@@ -129,8 +132,8 @@ def index_topk(
     Source: DeepSeek-V3.2-Exp report, section 1, equation 2. The order, the tie rule and the forced keys are ours.
     """
     run = _dispatch.choose("index_topk", implementation, _TOPK, platform=_dispatch.traced_platform())
-    q_index, k_index, weights = (jax.lax.stop_gradient(x) for x in (q_index, k_index, weights))
-    scale = None if k_scale is None else jax.lax.stop_gradient(k_scale)
+    arrays = vary_alike(q_index, k_index, weights, k_scale, visible_start, visible_end)
+    q_index, k_index, weights, scale, visible_start, visible_end = jax.lax.stop_gradient(arrays)
     portable = reference.index_topk, xla.index_topk
     ranges, n_keys = (visible_start, visible_end), k_index.shape[1]
     options = activation_options("index_topk", activation, run, portable, q_index, k_index, *ranges, implementation)

@@ -10,6 +10,7 @@ from pallas_kernels._chunks import map_queries, rows_per_chunk
 from pallas_kernels._forced import check_forced, scored_range, with_forced
 from pallas_kernels._numerics import accumulation_dtype, dot, rank_scores
 from pallas_kernels._selection import canonical, largest_ascending
+from pallas_kernels._varying import vary_alike
 from pallas_kernels.index_topk.api import index_topk
 from pallas_kernels.index_topk.block_pooling import check_pooling, pool_blocks
 
@@ -120,7 +121,8 @@ def index_topk_coarse_to_fine(
             activation=activation,
             implementation=implementation,
         )
-    q_index, k_index, weights = (jax.lax.stop_gradient(x) for x in (q_index, k_index, weights))
+    arrays = vary_alike(q_index, k_index, weights, visible_start, visible_end)
+    q_index, k_index, weights, visible_start, visible_end = jax.lax.stop_gradient(arrays)
     start, end = jnp.clip(visible_start, 0, n_keys), jnp.clip(visible_end, 0, n_keys)
     first, last = start // block_size, jnp.maximum(end - 1, 0) // block_size
     # Strictly between the first and the last, ascending, -1 after the last one.

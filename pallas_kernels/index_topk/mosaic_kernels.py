@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels._chunks import pad_queries
 from pallas_kernels._head_sums import Kind, finish, hidden_value
+from pallas_kernels._varying import vary_over, varying_axes
 from pallas_kernels.tuning.tiles import PROCESSORS, WGMMA_COLUMNS, WarpgroupTiles
 
 # Some of its names came after the oldest jax we support: what is read from it is not checked by type.
@@ -200,4 +201,4 @@ def head_sums(
     )
     scale = jnp.pad(k_scale, ((0, 0), (0, width - n_keys)))
     out = call(q.reshape(batch * length // plan.group, columns, plan.dim), k, weights, start, end, scale)
-    return out[:, :n_queries]
+    return vary_over(varying_axes(q), out[:, :n_queries])

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import tuning
 from pallas_kernels._dispatch import traced_platform
+from pallas_kernels._varying import vary_over, varying_axes
 from pallas_kernels.index_topk import pallas_gpu
 from pallas_kernels.tuning.tiles import ScanTiles
 
@@ -74,4 +75,4 @@ def _largest_by_radix(
         BLOCK=tiles.block,
         **capability,
     )
-    return positions.reshape(batch, length, topk)
+    return vary_over(varying_axes(ranked), positions.reshape(batch, length, topk))

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import _checks, _dispatch
 from pallas_kernels._activation import check_activation
 from pallas_kernels._activation_options import activation_options
+from pallas_kernels._varying import vary_over, varying_axes
 from pallas_kernels.indexer_loss import pallas_gpu, reference, xla
 
 _IMPLEMENTATIONS = {"reference": reference.indexer_kl, "xla": xla.indexer_kl, "pallas": pallas_gpu.indexer_kl}
@@ -91,10 +92,14 @@ def indexer_kl(
     run = _dispatch.choose("indexer_kl", implementation, _IMPLEMENTATIONS, platform=platform)
     options: dict[str, Any] = _dispatch.same_bits("indexer_kl", run, pallas_gpu.indexer_kl, deterministic, platform=platform)
     portable = reference.indexer_kl, xla.indexer_kl
+    own, target = (q_index, k_index, weights, topk_indices, visible_start, visible_end), (q, k, lse)
+    target = jax.lax.stop_gradient(vary_over(varying_axes(own, target), target))
+    # Where the heads of the target are split, the sum over them is the same on every device.
+    own = vary_over(varying_axes(own) | varying_axes(target) - {head_axis}, own)
+    q_index, k_index, weights, topk_indices, visible_start, visible_end = own
     ranges = visible_start, visible_end
     each = k_index if keys_per_index_key == 1 else jnp.repeat(k_index, keys_per_index_key, axis=1)
     options |= activation_options("indexer_kl", activation, run, portable, q_index, each, *ranges, implementation)
-    target = [jax.lax.stop_gradient(x) for x in (q, k, lse)]
     return run(
         q_index,
         k_index,

@@ -198,7 +198,7 @@ def _visible_backward(static: Settings, residuals: tuple[Array, ...], d_kl: Arra
         return total, (d_q, d_weights)
 
     chunks = (q_index, weights, q, lse, start, end, d_kl)
-    zeros = jnp.zeros(k_index.shape, jnp.float32)
+    zeros = jnp.zeros_like(k_index, jnp.float32)
     d_k, (d_q, d_weights) = scan_queries(step, zeros, chunks, _block_q(q, k, static))
     # Summed before it is rounded: what the copies of an index key get cancels for the most part.
     d_k = d_k.reshape(*index_keys.shape[:2], static.keys_per_index_key, -1).sum(2)

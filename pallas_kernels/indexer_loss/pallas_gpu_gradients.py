@@ -142,7 +142,7 @@ def selected_gradients(
 
     arrays = q, weights, indices, d_scores
     if not deterministic:
-        total = jnp.zeros((k.shape[0] + backward.SPARE_ROWS, width), jnp.float32)
+        total = jnp.zeros_like(k, jnp.float32, (k.shape[0] + backward.SPARE_ROWS, width))
         dq, d_weights, total, _ = run(arrays, total)
         return dq, backward.unpad([total], k.shape[0], problem)[0][:, 0], d_weights
 
@@ -151,7 +151,7 @@ def selected_gradients(
         return backward.add_in_order([total], [parts], slots, problem)[0], (dq[None], d_weights[None])
 
     block_q = rows_per_chunk(budget_bytes, 4 * indices.shape[1] * width, smallest=1, largest=q.shape[0])
-    zeros = jnp.zeros((k.shape[0], width), jnp.float32)
+    zeros = jnp.zeros_like(k, jnp.float32, (k.shape[0], width))
     total, (dq, d_weights) = scan_queries(step, zeros, tuple(x[None] for x in arrays), block_q)
     return dq[0], backward.unpad([total], k.shape[0], problem)[0][:, 0], d_weights[0]
 

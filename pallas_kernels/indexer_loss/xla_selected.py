@@ -126,7 +126,7 @@ def _backward(
         return scatter_add_rows(d_k, indices, d_k_sel), (d_q, d_weights, head_lse_gradient(d_weights, weights, activation))
 
     chunks = (q_index, weights, head_lse, q, lse, visible_start, visible_end, topk_indices, d_kl)
-    zeros = jnp.zeros(k_index.shape, dtype)
+    zeros = jnp.zeros_like(k_index, dtype)
     d_k, (d_q, d_weights, d_head_lse) = scan_queries(step, zeros, chunks, _block_q(q, k, topk_indices.shape[2]))
     gradients = d_q.astype(q_index.dtype), d_k.astype(k_index.dtype), d_weights.astype(weights.dtype)
     no_range, no_indices = np.zeros(visible_start.shape, float0), np.zeros(topk_indices.shape, float0)

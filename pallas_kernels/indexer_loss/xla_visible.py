@@ -90,8 +90,8 @@ def _statistics(
             cross = cross + jnp.where(target > 0, target * shifted, 0).sum(-1)
             return new_largest, total, mass + target.sum(-1), entropy + xlogy(target, target).sum(-1), cross
 
-        zero = jnp.zeros(start.shape, dtype)
-        state = (jnp.full(start.shape, -jnp.inf, dtype), zero, zero, zero, zero)
+        zero = jnp.zeros_like(start, dtype)
+        state = (jnp.full_like(start, -jnp.inf, dtype), zero, zero, zero, zero)
         largest, total, mass, entropy, cross = lax.fori_loop(walk.low, walk.high, add_block, state)
         some = mass > 0
         norm, log_total = jnp.where(some, mass, 1), jnp.log(jnp.where(total > 0, total, 1))
@@ -159,12 +159,12 @@ def _backward(
             d_q_block, d_k_block = head_products_transposed(d_products, q_index, k_block, dtype)
             return d_q + d_q_block, d_weights, add_to_chunk(d_k, d_k_block, first // shared)
 
-        state = jnp.zeros(q_index.shape, dtype), jnp.zeros(weights.shape, dtype), d_k
+        state = jnp.zeros_like(q_index, dtype), jnp.zeros_like(weights, dtype), d_k
         d_q, d_weights, d_k = lax.fori_loop(walk.low, walk.high, block_gradients, state)
         return d_k, (d_q, d_weights, head_lse_gradient(d_weights, weights, activation))
 
     chunks = (q_index, weights, head_lse, q, lse, visible_start, visible_end, score_lse, mass, d_kl)
-    zeros = jnp.zeros(k_index.shape, dtype)
+    zeros = jnp.zeros_like(k_index, dtype)
     d_k, (d_q, d_weights, d_head_lse) = scan_queries(step, zeros, chunks, _block_q(q_index, q, k.shape[1], shared))
     gradients = d_q.astype(q_index.dtype), d_k.astype(k_index.dtype), d_weights.astype(weights.dtype)
     no_gradient = np.zeros(visible_start.shape, float0)

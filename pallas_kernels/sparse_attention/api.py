@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt8
 
 from pallas_kernels import _checks, _dispatch
+from pallas_kernels._varying import vary_alike
 from pallas_kernels.quantize.cache_layouts import latent_row_bytes
 from pallas_kernels.sparse_attention import pallas_gpu, pallas_gpu_fp8, reference, xla
 
@@ -72,7 +73,8 @@ def sparse_attention(
     platform = _dispatch.traced_platform()
     run = _dispatch.choose("sparse_attention", implementation, _IMPLEMENTATIONS, platform=platform)
     options = _dispatch.same_bits("sparse_attention", run, pallas_gpu.sparse_attention, deterministic, platform=platform)
-    return SparseAttentionOutput(*run(q, k, v, topk_indices, softmax_scale=softmax_scale, d_v=d_v, **options))
+    arrays = vary_alike(q, k, v, topk_indices)
+    return SparseAttentionOutput(*run(*arrays, softmax_scale=softmax_scale, d_v=d_v, **options))
 
 
 def _check_sparse_fp8(q, pool, slots, latent_dim, **_):
@@ -120,4 +122,5 @@ def sparse_attention_fp8(
         NotImplementedError: what the implementation asked for does not cover.
     """
     run = _dispatch.choose("sparse_attention_fp8", implementation, _FP8_IMPLEMENTATIONS, platform=_dispatch.traced_platform())
-    return SparseAttentionOutput(*run(q, pool, slots, softmax_scale=softmax_scale, latent_dim=latent_dim))
+    arrays = vary_alike(q, pool, slots)
+    return SparseAttentionOutput(*run(*arrays, softmax_scale=softmax_scale, latent_dim=latent_dim))

@@ -165,7 +165,7 @@ def key_gradients_atomic(
 ) -> tuple[Array, Array | None]:
     """(dk, dv) in float32 by atomic addition: the order of the sums, and so their last bits, differ from run to run."""
     refs = _gradient_inputs(arrays, k, v, tiles)
-    zeros = [jnp.zeros((k.shape[0] + SPARE_ROWS, width), jnp.float32) for width in _widths(problem)]
+    zeros = [jnp.zeros_like(k, jnp.float32, (k.shape[0] + SPARE_ROWS, width)) for width in _widths(problem)]
     totals = tiling.call(
         functools.partial(_atomic_kernel, problem=problem, tiles=tiles),
         problem,
@@ -279,6 +279,6 @@ def key_gradients_in_order(
 
     per_query = 4 * slots * sum(widths)
     block_q = rows_per_chunk(budget_bytes, per_query, smallest=1, largest=arrays.q.shape[0])
-    zeros = tuple(jnp.zeros((n_keys, width), jnp.float32) for width in widths)
+    zeros = tuple(jnp.zeros_like(k, jnp.float32, (n_keys, width)) for width in widths)
     totals, _ = scan_queries(step, zeros, jax.tree.map(lambda x: x[None], arrays), block_q)
     return unpad(totals, n_keys, problem)

@@ -16,6 +16,7 @@ from jaxtyping import Array
 
 from pallas_kernels import tuning
 from pallas_kernels._dispatch import traced_platform
+from pallas_kernels._varying import varying_structs
 from pallas_kernels.tuning.tiles import PROCESSORS, SMALLEST_SIDE, RowTiles, SplitTiles, Tiles
 
 # More pieces than this would cost more instructions per key than they save.
@@ -319,7 +320,13 @@ def check_offsets(op: str, name: str, array: Array) -> None:
 
 
 def call(
-    kernel: Callable[..., None], problem: Problem, tiles: Tiles | RowTiles, arguments: tuple[Any, ...], **kwargs: Any
+    kernel: Callable[..., None],
+    problem: Problem,
+    tiles: Tiles | RowTiles,
+    arguments: tuple[Any, ...],
+    *,
+    out_shape: Any,
+    **kwargs: Any,
 ) -> Any:
     """`pl.pallas_call` through Triton, or interpreted.
 
@@ -330,7 +337,13 @@ def call(
     parameters = plt.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
     # The kernels count in int32, with which a Python integer does not mix where 64-bit types are enabled.
     with jax.enable_x64(False):
-        return pl.pallas_call(kernel, compiler_params=parameters, interpret=problem.interpret, **kwargs)(*arguments)
+        return pl.pallas_call(
+            kernel,
+            out_shape=varying_structs(out_shape, arguments),
+            compiler_params=parameters,
+            interpret=problem.interpret,
+            **kwargs,
+        )(*arguments)
 
 
 def whole(x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:

@@ -10,7 +10,7 @@ from jax.dtypes import float0
 from jaxtyping import Array, Bool, Float, Int32, Shaped, UInt8
 
 from pallas_kernels._chunks import map_queries, rows_per_chunk, scan_queries
-from pallas_kernels._numerics import accumulation_dtype, dot, softmax_and_lse, values_of
+from pallas_kernels._numerics import accumulation_dtype, add_leading, dot, softmax_and_lse, values_of
 from pallas_kernels.quantize.cache_layouts import unpack_latent_fp8
 
 # Numbers gathered per chunk: batch x queries x selected keys x channels. Half a MiB in float32, so that a chunk stays in
@@ -188,12 +188,12 @@ def _attend_backward(
         d_k_sel = dot("bcghk,bcghd->bckgd", d_logits.astype(clean_q.dtype), clean_q, dtype=dtype)
         d_v_sel = dot("bcghk,bcghd->bckgd", probability.astype(d_out.dtype), d_out, dtype=dtype)
         if dv is None:
-            dk = scatter_add_rows(dk, indices, d_k_sel.at[..., :width].add(d_v_sel))
+            dk = scatter_add_rows(dk, indices, add_leading(d_k_sel, d_v_sel))
         else:
             dk, dv = scatter_add_rows(dk, indices, d_k_sel), scatter_add_rows(dv, indices, d_v_sel)
         return (dk, dv), d_q.reshape(q.shape)
 
-    zeros = jnp.zeros(k.shape, dtype), None if v is None else jnp.zeros(v.shape, dtype)
+    zeros = jnp.zeros_like(k, dtype), None if v is None else jnp.zeros_like(v, dtype)
     chunks = (q, topk_indices, out, d_out, d_lse)
     (dk, dv), dq = scan_queries(step, zeros, chunks, _block_q(q, k, topk_indices.shape[2]))
     no_gradient = np.zeros(topk_indices.shape, float0)
