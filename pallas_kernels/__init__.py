@@ -6,6 +6,7 @@ arrays only: no parameters, no model configuration.
 
 from pallas_kernels._checks import checked
 from pallas_kernels._dispatch import IMPLEMENTATIONS, implementations_chosen, resolve_implementation, traced_platform
+from pallas_kernels._varying import vary_alike
 from pallas_kernels.block_topk.api import block_topk
 from pallas_kernels.block_topk.geometry import BlockGeometry
 from pallas_kernels.dense_attention.api import DenseAttentionOutput, attention_topk, dense_attention
@@ -34,4 +35,5 @@ __all__ = [
     "sparse_attention",
     "sparse_attention_fp8",
     "traced_platform",
+    "vary_alike",
 ]

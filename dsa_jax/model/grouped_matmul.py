@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.model.kernels import Kernel, Place, pick, widened
-from pallas_kernels import traced_platform
+from pallas_kernels import traced_platform, vary_alike
 from pallas_kernels.quantize import QuantizedBlocks
 
 IMPLEMENTATIONS = ("reference", "tiles", "ragged_dot")
@@ -47,6 +47,7 @@ def grouped_matmul(
         NotImplementedError: "ragged_dot" of kernels in fp8 blocks, all of which it would have to widen.
     """
     quantized = isinstance(kernels, QuantizedBlocks)
+    x, kernels, group_sizes, first = vary_alike(x, kernels, group_sizes, first)
     if implementation is None:
         implementation = "tiles" if quantized or traced_platform() in _MOST_ROWS else "ragged_dot"
     if implementation == "reference":
@@ -101,7 +102,7 @@ def _tiles_forward(x: Array, kernels: Kernel, group_sizes: Array, first: Place |
         # Rows beyond the group's end are wrong here and overwritten by the next group's first tile.
         return jax.lax.dynamic_update_slice_in_dim(out, product, row, axis=0)
 
-    out = jnp.zeros((n_rows + tile, width), x.dtype)
+    out = jnp.zeros_like(x, shape=(n_rows + tile, width))
     return jax.lax.fori_loop(0, plan[2][-1], one, out)[:n_rows]
 
 
@@ -124,7 +125,7 @@ def _tiles_bwd(saved: Any, cotangent: Array) -> tuple[Array, Array, np.ndarray]:
         d_rows = jnp.where(inside, jax.lax.dynamic_slice_in_dim(padded_d, row, tile), 0)
         return d_kernels.at[group].add(jnp.matmul(rows.T, d_rows, preferred_element_type=_wide(x)))
 
-    d_kernels = jax.lax.fori_loop(0, plan[2][-1], one, jnp.zeros(kernels.shape, _wide(x)))
+    d_kernels = jax.lax.fori_loop(0, plan[2][-1], one, jnp.zeros_like(kernels, _wide(x)))
     return d_x, d_kernels.astype(kernels.dtype), np.zeros(group_sizes.shape, jax.dtypes.float0)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
+from dsa_jax.config import AXES
 from dsa_jax.parallel.mesh import BATCH_AXES
 
 ROWS = PartitionSpec(BATCH_AXES, "context")
@@ -17,15 +18,14 @@ ROWS = PartitionSpec(BATCH_AXES, "context")
 
 
 def axis_size(name: str) -> int:
-    """Devices along the axis `name`; 1 without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape[name]
+    """Devices along the axis `name`; 1 without a mesh, or under one of other axes than ours."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return shape[name] if set(AXES) <= set(shape) else 1
 
 
 def is_sharded() -> bool:
-    """Whether there is a mesh of more than one device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.size > 1
+    """Whether there is a mesh of ours with more than one device."""
+    return any(axis_size(name) > 1 for name in AXES)
 
 
 def splits_evenly(shape: tuple[int, ...]) -> bool:
@@ -40,7 +40,7 @@ def per_device(function: Callable[..., Any], *, in_specs: Any, out_specs: Any) -
     """
     if not is_sharded():
         return function
-    # Replication is not tracked: the ops' own gradients are written without its types.
+    # What varies over which axes is not checked: the interpreter of Pallas kernels does not know it.
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
