@@ -22,7 +22,14 @@ def vary_over(axes: frozenset[str], tree: Any) -> Any:
 
 
 def vary_alike(*trees: Any) -> Any:
-    """All arrays as ones that may differ over the axes of any of them: weights that all devices share beside their own rows."""
+    """Arrays of any shapes and dtypes, or trees of them, as ones that may differ over the axes over which any of them may.
+
+    For what a function with a gradient of its own takes inside `jax.shard_map`: rows that are split beside parameters that all
+    devices share. Gradients in the latter are summed over the devices. Elsewhere the arrays come back as they are.
+
+    Returns:
+        A tuple with what was given, in its order.
+    """
     return vary_over(varying_axes(trees), trees)
 
 
