@@ -12,6 +12,7 @@ from ops_helpers import IMPLEMENTATIONS, assert_close, normal, ranges
 from test_index_topk_mosaic import needs_mosaic
 
 import pallas_kernels as pk
+from pallas_kernels.quantize import pack_latent_fp8
 
 T, H, D, HI, DI, K = 300, 4, 16, 8, 32, 7
 SPLIT, SHARED = PartitionSpec("row"), PartitionSpec()
@@ -108,6 +109,29 @@ def test_as_outside(name, implementation):
     for name in learned:
         assert np.abs(gradients[name]).max() > 0.01
         assert_close(got_gradients[name], gradients[name], what=name)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_fp8_rows_of_a_shared_pool_and_blocks(implementation):
+    rng = np.random.default_rng(1)
+    rows, _ = inputs()
+    pool = pack_latent_fp8(normal(rng, 64, 128), normal(rng, 64, 64, dtype=jnp.bfloat16))
+    q, slots = normal(rng, 2, T, H, 192), jnp.asarray(rng.integers(-1, 64, (2, T, K)), jnp.int32)
+    geometry = pk.BlockGeometry(compress_block=8, compress_stride=4, select_block=16, topk=4, n_initial=1, n_local=1)
+    k = normal(rng, 2, geometry.n_compressed(T), 1, D)
+
+    def both(rows, q, slots, k, pool):
+        options = {"geometry": geometry, "n_keys": T, "implementation": implementation}
+        blocks = pk.block_topk(rows["q"], k, rows["lse"], softmax_scale=0.3, **visible(rows), **options)
+        fp8 = pk.sparse_attention_fp8(q, pool, slots, softmax_scale=0.1, latent_dim=128, implementation=implementation)
+        return blocks, fp8
+
+    mesh = jax.make_mesh((2,), ("row",), axis_types=(AxisType.Auto,))
+    inside = jax.shard_map(both, mesh=mesh, in_specs=(SPLIT,) * 4 + (SHARED,), out_specs=SPLIT)
+    (got, attended), (blocks, expected) = (jax.jit(f)(rows, q, slots, k, pool) for f in (inside, both))
+    np.testing.assert_array_equal(got, blocks)
+    for a, b in zip(attended, expected, strict=True):
+        assert_close(a, b)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
