@@ -4,8 +4,9 @@
     make aot AOT_ARGS=indexer     # those whose name or shape contains a word
     make aot AOT_ARGS="--candidates=runs/tune/unfit.jsonl decode"    # other block sizes, too: what experiments.tune may skip
 
-Exit status 1 when a kernel spills registers, asks for more shared memory than the device has, or does not compile. What is
-compiled is not run: nothing here says how fast or how right a kernel is.
+Exit status 1 when a kernel spills registers, asks for more shared memory than the device has, does not compile, or when the
+assembler makes its tensor core products (wgmma) wait for each other. What is compiled is not run: nothing here says how fast or
+how right a kernel is.
 """
 
 import os
@@ -54,19 +55,24 @@ PTXAS = re.compile(
     r".*?Used (?P<registers>\d+) registers",
     re.DOTALL,
 )
+SERIALIZED = re.compile(r"wgmma\.mma_async instructions are serialized[^\n]*function '(?P<name>[^']+)'")
 THUNK = re.compile(r"\]\s+(\S+) grid: \[[^\]]*\] threads: \[(\d+), 1, 1\]\s+shared_memory: (\d+) bytes")
 MOSAIC_THREADS = re.compile(r"\.(?:maxntid|reqntid) (\d+), 1, 1")
 MOSAIC_SHARED = re.compile(r"dynamic_shared_memory_size %c(\d+)_i32")
 
 
 class Compiled(NamedTuple):
-    """What the compiler says about one kernel; `temporary_bytes` are those of the whole program it is in."""
+    """What the compiler says about one kernel; `temporary_bytes` are those of the whole program it is in.
+
+    `is_serialized`: the assembler put a wait behind each of its wgmma products, which are meant to run back to back.
+    """
 
     kernel: str
     registers: int
     spilled_bytes: int
     threads: int
     shared_bytes: int
+    is_serialized: bool
     temporary_bytes: int | None = None
 
 
@@ -95,25 +101,33 @@ def compile_case(case: KernelCase, sharding: SingleDeviceSharding) -> list[Compi
     arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in case.arrays]
     with captured_stderr() as log, use_abstract_mesh(MESH):
         temporary = jax.jit(case.function).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
-    reports = {match["name"]: match for match in PTXAS.finditer(log.read_text(errors="replace"))}
+    text = log.read_text(errors="replace")
+    reports = {match["name"]: match for match in PTXAS.finditer(text)}
+    serialized = {match["name"] for match in SERIALIZED.finditer(text)}
     thunks = "\n".join(path.read_text() for path in Path(DUMP).glob("*thunk_sequence.txt"))
     sizes = {name: (int(threads), int(shared)) for name, threads, shared in THUNK.findall(thunks)}
-    for name, report, size in mosaic_reports():
+    for name, report, size, is_serialized in mosaic_reports():
         reports[name], sizes[name] = report, size
+        serialized |= {name} if is_serialized else set()
     missing = [name for name in case.kernels if name not in reports or name not in sizes]
     if missing:
         raise RuntimeError(f"no report on {', '.join(missing)}; reports on {sorted(reports)}, launches of {sorted(sizes)}")
-    return [Compiled(name, *_registers_and_spills(reports[name]), *sizes[name], temporary) for name in case.kernels]
+    return [
+        Compiled(name, *_registers_and_spills(reports[name]), *sizes[name], name in serialized, temporary)
+        for name in case.kernels
+    ]
 
 
-def mosaic_reports() -> Iterator[tuple[str, re.Match[str], tuple[int, int]]]:
-    """(kernel, the assembler's report, (threads, shared bytes)) of every Mosaic GPU kernel that was compiled."""
+def mosaic_reports() -> Iterator[tuple[str, re.Match[str], tuple[int, int], bool]]:
+    """(kernel, the assembler's report, (threads, shared bytes), is serialized) of every Mosaic GPU kernel that was compiled."""
     for path in MOSAIC_DUMP.glob("*.ptxas"):
-        report = PTXAS.search(path.read_text())
+        text = path.read_text()
+        report = PTXAS.search(text)
         threads = MOSAIC_THREADS.search(path.with_suffix(".ptx").read_text())
         shared = MOSAIC_SHARED.search(path.with_suffix(".before_layout_inference.txt").read_text())
         if report and threads and shared:
-            yield report["name"].removesuffix("_mosaic_gpu_kernel"), report, (int(threads[1]), int(shared[1]))
+            name = report["name"].removesuffix("_mosaic_gpu_kernel")
+            yield name, report, (int(threads[1]), int(shared[1])), SERIALIZED.search(text) is not None
 
 
 def try_candidates(case: KernelCase, sharding: SingleDeviceSharding, limit: int) -> Iterator[dict[str, Any]]:
@@ -130,6 +144,8 @@ def try_candidates(case: KernelCase, sharding: SingleDeviceSharding, limit: int)
                     compiled = {x.kernel: x for x in compile_case(case, sharding)}
                 if compiled[choice.kernel].spilled_bytes:
                     unfit = f"{compiled[choice.kernel].spilled_bytes} bytes spilled"
+                elif compiled[choice.kernel].is_serialized:
+                    unfit = "its wgmma products are serialized"
             except Exception as error:  # a candidate that does not compile is what is looked for
                 unfit = str(error).splitlines()[0][:200]
             yield {"kernel": choice.kernel, "shape": choice.shape, "tiles": dataclasses.asdict(tiles), "unfit": unfit}
@@ -200,7 +216,7 @@ def compile_radix_select(width: int) -> list[Compiled]:
     report = PTXAS.search(subprocess.run(command, check=True, capture_output=True, text=True).stderr)
     if report is None:
         raise RuntimeError("no report of the assembler")
-    return [Compiled("radix_select", *_registers_and_spills(report), 32 * tiles.num_warps, compiled.metadata.shared)]
+    return [Compiled("radix_select", *_registers_and_spills(report), 32 * tiles.num_warps, compiled.metadata.shared, False)]
 
 
 def main(words: list[str]) -> int:
@@ -221,12 +237,15 @@ def main(words: list[str]) -> int:
             continue
         seconds = time.monotonic() - start
         for row in compiled:
-            failures += row.spilled_bytes > 0
+            failures += row.spilled_bytes > 0 or row.is_serialized
+            name = f"{row.kernel} SERIALIZED" if row.is_serialized else row.kernel
             spilled = f"{row.spilled_bytes} SPILLED" if row.spilled_bytes else "0"
             numbers = f"{row.registers} | {spilled} | {row.threads} | {row.shared_bytes} | {seconds:.1f}"
             numbers += " | " if row.temporary_bytes is None else f" | {row.temporary_bytes / 2**20:.1f}"
-            print(f"| {row.kernel} | {shape} | {numbers} |", flush=True)
-    print(f"\n{failures} failures" if failures else "\nall kernels compile without a spill")
+            print(f"| {name} | {shape} | {numbers} |", flush=True)
+    print(
+        f"\n{failures} failures" if failures else "\nall kernels compile without a spill, and none has its products serialized"
+    )
     return 1 if failures else 0
 
 

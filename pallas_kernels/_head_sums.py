@@ -42,7 +42,7 @@ def default_tiles(problem: Problem, dtype: jnp.dtype) -> QueryTiles:
     block_h = max(SMALLEST_SIDE, min(64, pl.next_power_of_2(problem.heads_per_group)))
     is_wide = tiling.padded_width(problem.key_columns) * dtype.itemsize > 512
     if is_wide:
-        return QueryTiles(min(block_h, 32), 32 if dtype.itemsize == 4 else 64, 8)
+        return QueryTiles(min(block_h, 32), 32, 8) if dtype.itemsize == 4 else QueryTiles(block_h, 64, 8)
     return QueryTiles(block_h, 32 if dtype.itemsize == 4 else 128, 8)
 
 
@@ -51,11 +51,12 @@ def hidden_value(kind: Kind) -> float:
     return 0.0 if kind == "probability" else -jnp.inf
 
 
-def _term(kind: Kind, products: Array, coefficient: Array, problem: Problem) -> Array:
-    """What a head adds to a key; products [keys, heads], coefficient [heads]."""
+def _terms(kind: Kind, keys: list[Array], q: list[Array], coefficient: Array, problem: Problem) -> Array:
+    """What every head adds to every key [keys, heads]; coefficient [heads]."""
     if kind == "probability":
-        return jnp.exp2(products * (problem.softmax_scale * LOG2_E) - coefficient[None] * LOG2_E)
-    return jnp.maximum(products, 0.0) * coefficient[None]
+        logits = tiling.sum_of_products(keys, q, problem.softmax_scale * LOG2_E)
+        return jnp.exp2(logits - coefficient[None] * LOG2_E)
+    return jnp.maximum(tiling.sum_of_products(keys, q), 0.0) * coefficient[None]
 
 
 def _sum_of_heads(
@@ -67,7 +68,7 @@ def _sum_of_heads(
         heads = tiling.head_block(problem, group, number, tiles.block_h)
         rows = tiling.HeadBlock(first_row + heads.rows, heads.valid)
         q = [widen_fp8(x) for x in tiling.load_heads(refs["q"], rows, problem.key_columns)]
-        terms = _term(kind, tiling.sum_of_products(keys, q), tiling.load_per_head(refs["coefficient"], rows), problem)
+        terms = _terms(kind, keys, q, tiling.load_per_head(refs["coefficient"], rows), problem)
         return total + (terms if heads.valid is None else jnp.where(heads.valid[None], terms, 0.0)).sum(1)
 
     return lax.fori_loop(0, problem.head_blocks(tiles), body, jnp.zeros((tiles.block_k,), jnp.float32))

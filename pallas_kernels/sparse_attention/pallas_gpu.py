@@ -67,29 +67,37 @@ def _forward_kernel(
 ) -> None:
     blocks = problem.head_blocks(tiles)
     group, number = lax.div(pl.program_id(1), blocks), lax.rem(pl.program_id(1), blocks)
-    # Adds a zero that the compiler cannot see: with one block of heads it would compute addresses before the loop, and spill.
-    number = number + jnp.minimum(refs["length"][0], 0)
-    heads = tiling.head_block(problem, group, number, tiles.block_h)
+    length = refs["length"][0]
+    # A zero that the compiler cannot see: with one block of heads it would compute addresses before the loop, and spill.
+    hidden_zero = jnp.minimum(length, 0)
+    heads = tiling.head_block(problem, group, number + hidden_zero, tiles.block_h)
     q = tiling.load_heads(refs["q"], heads, problem.key_columns)
 
     def body(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         largest, total, *sums = carry
         tile = load(refs, problem, group, i, tiles.block_k)
-        logits = tiling.sum_of_products(q, tile.keys) * (problem.softmax_scale * LOG2_E)
-        logits = jnp.where(tile.valid[None], logits, -jnp.inf)
-        new = jnp.maximum(largest, logits.max(-1))
-        shift = jnp.where(new == -jnp.inf, 0.0, new)
-        decay, weights = jnp.exp2(largest - shift), jnp.exp2(logits - shift[:, None])
-        sums = [
-            x * decay[:, None] + tiling.multiply(weights.astype(value.dtype), value)
-            for x, value in zip(sums, tile.values, strict=True)
-        ]
-        return new, total * decay + weights.sum(-1), *sums
+
+        def weigh() -> tuple[Array, ...]:
+            logits = tiling.sum_of_products(q, tile.keys, problem.softmax_scale * LOG2_E)
+            logits = jnp.where(tile.valid[None], logits, -jnp.inf)
+            new = jnp.maximum(largest, logits.max(-1))
+            shift = jnp.where(new == -jnp.inf, 0.0, new)
+            weights = jnp.exp2(logits - shift[:, None])
+            return new, jnp.exp2(largest - shift), weights.sum(-1), weights.astype(tile.values[0].dtype)
+
+        def skip() -> tuple[Array, ...]:
+            nothing = jnp.full((tiles.block_h, tiles.block_k), hidden_zero, jnp.float32).astype(tile.values[0].dtype)
+            return largest, jnp.ones_like(total), jnp.zeros_like(total), nothing
+
+        # Always taken. Without the branch the compiler sees that one product feeds the next, and gives every warpgroup all of
+        # the first; a constant zero to skip with would take shared memory.
+        new, decay, added, weights = lax.cond(i * tiles.block_k < length, weigh, skip)
+        sums = [x * decay[:, None] + tiling.multiply(weights, value) for x, value in zip(sums, tile.values, strict=True)]
+        return new, total * decay + added, *sums
 
     start = jnp.full((tiles.block_h,), -jnp.inf, jnp.float32), jnp.zeros((tiles.block_h,), jnp.float32)
     empty = [jnp.zeros((tiles.block_h, piece.size), jnp.float32) for piece in problem.value_columns]
-    n_tiles = pl.cdiv(refs["length"][0], tiles.block_k)
-    largest, total, *sums = lax.fori_loop(0, n_tiles, body, (*start, *empty))
+    largest, total, *sums = lax.fori_loop(0, pl.cdiv(length, tiles.block_k), body, (*start, *empty))
     is_empty = largest == -jnp.inf
     total = jnp.where(is_empty, 1.0, total)
     for piece, x in zip(problem.value_columns, sums, strict=True):

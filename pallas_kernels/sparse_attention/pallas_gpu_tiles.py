@@ -141,11 +141,12 @@ def default_options(problem: Problem, dtype: jnp.dtype, *, queries: int, topk: i
     is_wide = padded_width(problem.key_columns) > (256 if is_half else 128)
     most = max(SMALLEST_SIDE, pl.next_power_of_2(problem.heads_per_group))
 
-    def tiles(block_h: int, block_k: int, num_warps: int) -> Tiles:
-        return Tiles(min(most, block_h), block_k, num_warps)
+    def tiles(block_h: int, block_k: int, num_warps: int, num_stages: int = 2) -> Tiles:
+        return Tiles(min(most, block_h), block_k, num_warps, num_stages)
 
     if is_wide and is_half:
-        chosen = tiles(64, 32, 8), tiles(32, 32, 8), tiles(32, 32, 8)
+        # Five stages: one gathers indices, and the keys of the next two tiles are on their way while one is worked on.
+        chosen = tiles(64, 32, 8, 5), tiles(32, 64, 8), tiles(32, 32, 8)
     elif is_wide:
         chosen = tiles(16, 16, 8), tiles(16, 16, 8), tiles(16, 16, 8)
     elif is_half:
@@ -276,9 +277,14 @@ def multiply(a: Array, b: Array, *, trans_a: bool = False, trans_b: bool = False
     return plt.dot(a, b, trans_a=trans_a, trans_b=trans_b, precision=jax.lax.Precision.HIGHEST)
 
 
-def sum_of_products(a: Sequence[Array], b: Sequence[Array]) -> Array:
-    """a @ b.T over all pieces."""
-    return functools.reduce(jnp.add, [multiply(x, y, trans_b=True) for x, y in zip(a, b, strict=True)])
+def sum_of_products(a: Sequence[Array], b: Sequence[Array], scale: float = 1.0) -> Array:
+    """scale * a @ b.T over all pieces.
+
+    Each product is scaled by itself: the compiler would start one from the sum of those before, and does a product that feeds
+    another in every warpgroup anew.
+    """
+    products = [multiply(x, y, trans_b=True) for x, y in zip(a, b, strict=True)]
+    return functools.reduce(jnp.add, products if scale == 1.0 else [x * scale for x in products])
 
 
 def is_interpreted(op: str) -> bool:

@@ -169,7 +169,7 @@ def _values(name: str, shape: Shape) -> list[int]:
     if name == "num_warpgroups":
         return [1, 2, 3, 4]
     if name == "num_stages":
-        return [1, 2, 3, 4]
+        return [1, 2, 3, 4, 5]
     if name == "programs":
         return [PROCESSORS, 2 * PROCESSORS, 4 * PROCESSORS] if has_few_queries(shape) else [PROCESSORS]
     smallest, largest, of = {
