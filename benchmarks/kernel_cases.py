@@ -39,6 +39,7 @@ ATTENTION = {
     **{f"{heads} heads, 512+64": DEEPSEEK_V32._replace(heads=heads) for heads in (128, 64, 16, 8)},
     "32/8 heads, 128": LLAMA3_8B,
     "32/8 heads, 64": LLAMA3_8B._replace(dim=64, value_dim=64),
+    "64/1 heads, 128": LLAMA3_8B._replace(heads=64, groups=1),
 }
 
 

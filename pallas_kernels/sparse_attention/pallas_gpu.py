@@ -89,9 +89,7 @@ def _forward_kernel(
             nothing = jnp.full((tiles.block_h, tiles.block_k), hidden_zero, jnp.float32).astype(tile.values[0].dtype)
             return largest, jnp.ones_like(total), jnp.zeros_like(total), nothing
 
-        # Always taken. Without the branch the compiler sees that one product feeds the next, and gives every warpgroup all of
-        # the first; a constant zero to skip with would take shared memory.
-        new, decay, added, weights = lax.cond(i * tiles.block_k < length, weigh, skip)
+        new, decay, added, weights = tiling.apart(tiles, i * tiles.block_k < length, weigh, skip)
         sums = [x * decay[:, None] + tiling.multiply(weights, value) for x, value in zip(sums, tile.values, strict=True)]
         return new, total * decay + added, *sums
 

@@ -63,7 +63,7 @@ def _query_kernel(refs: Refs, dq_ref: Any, *, problem: Problem, tiles: Tiles) ->
         def skip() -> Array:
             return jnp.full((tiles.block_h, tiles.block_k), hidden_zero, jnp.float32).astype(q[0].dtype)
 
-        d_logits = lax.cond(i * tiles.block_k < length, differentiate, skip)
+        d_logits = tiling.apart(tiles, i * tiles.block_k < length, differentiate, skip)
         return tuple(x + tiling.multiply(d_logits, key) for x, key in zip(sums, tile.keys, strict=True))
 
     start = tuple(jnp.zeros((tiles.block_h, piece.size), jnp.float32) for piece in problem.key_columns)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array
@@ -17,11 +18,16 @@ from jaxtyping import Array
 from pallas_kernels import tuning
 from pallas_kernels._dispatch import traced_platform
 from pallas_kernels._varying import varying_structs
+from pallas_kernels.tuning.kernels import SHARED_BYTES
 from pallas_kernels.tuning.tiles import PROCESSORS, SMALLEST_SIDE, RowTiles, SplitTiles, Tiles
 
 # More pieces than this would cost more instructions per key than they save.
 MOST_PIECES = 4
 LOG2_E = math.log2(math.e)
+# Shared memory that is left to weights and partial sums when it is decided how much is gathered ahead.
+OTHER_BYTES = 8192
+# Of these four make a warpgroup, which multiplies together.
+WARPGROUP_WARPS = 4
 HALF_AND_SINGLE = ("bfloat16", "float16", "float32")
 
 Refs = dict[str, Any]
@@ -135,27 +141,39 @@ def default_options(problem: Problem, dtype: jnp.dtype, *, queries: int, topk: i
     """Block sizes for an H200; deterministic where the kernels are interpreted.
 
     Compiled for sm_90a by jax 0.11.2, all fit its shared memory and none spills registers, except the gradients in float32
-    with more than 256 channels. Chosen among those that compile; none has been timed.
+    with more than 256 channels. Chosen among those that compile; none has been timed. With five stages (three in the gradient
+    of the keys) what the next step but one needs is on its way while one is worked on; where that does not fit, two stages.
     """
     is_half = dtype.itemsize == 2
-    is_wide = padded_width(problem.key_columns) > (256 if is_half else 128)
+    keys, values = padded_width(problem.key_columns), padded_width(problem.value_columns)
+    is_wide = keys > (256 if is_half else 128)
+    gathered = keys if problem.is_shared else keys + values
     most = max(SMALLEST_SIDE, pl.next_power_of_2(problem.heads_per_group))
 
-    def tiles(block_h: int, block_k: int, num_warps: int, num_stages: int = 2) -> Tiles:
-        return Tiles(min(most, block_h), block_k, num_warps, num_stages)
+    def tiles(block_h: int, block_k: int, num_warps: int) -> Tiles:
+        return Tiles(min(most, block_h), block_k, num_warps)
+
+    def deeper(tiles: Tiles, num_stages: int, numbers: int) -> Tiles:
+        fits = numbers * dtype.itemsize + OTHER_BYTES <= SHARED_BYTES
+        return dataclasses.replace(tiles, num_stages=num_stages) if fits else tiles
 
     if is_wide and is_half:
-        # Five stages: one gathers indices, and the keys of the next two tiles are on their way while one is worked on.
-        chosen = tiles(64, 32, 8, 5), tiles(32, 64, 8), tiles(32, 32, 8)
+        chosen = tiles(64, 32, 8), tiles(32, 64, 8), tiles(32, 32, 8)
     elif is_wide:
         chosen = tiles(16, 16, 8), tiles(16, 16, 8), tiles(16, 16, 8)
     elif is_half:
         chosen = tiles(64, 64, 4), tiles(64, 32, 4), tiles(32, 32, 4)
     else:
         chosen = tiles(32, 32, 4), tiles(16, 32, 4), tiles(16, 16, 4)
-    forward = SplitTiles(**dataclasses.asdict(chosen[0]))
-    splits = default_splits(problem, forward, queries, topk)
-    return Options(forward, *chosen[1:], deterministic=problem.interpret, splits=splits)
+    forward, d_query, d_key = chosen
+    if is_half:
+        forward = deeper(forward, 5, forward.block_h * keys + 3 * forward.block_k * gathered)
+    if is_half and is_wide:
+        d_query = deeper(d_query, 5, d_query.block_h * (keys + values) + 2 * d_query.block_k * gathered)
+        d_key = deeper(d_key, 3, 2 * d_key.block_k * gathered + 2 * d_key.block_h * (keys + values))
+    split = SplitTiles(**dataclasses.asdict(forward))
+    splits = default_splits(problem, split, queries, topk)
+    return Options(split, d_query, d_key, deterministic=problem.interpret, splits=splits)
 
 
 def call_shape(problem: Problem, dtype: jnp.dtype, *, queries: int, keys: int, topk: int = 0) -> tuning.Shape:
@@ -285,6 +303,15 @@ def sum_of_products(a: Sequence[Array], b: Sequence[Array], scale: float = 1.0) 
     """
     products = [multiply(x, y, trans_b=True) for x, y in zip(a, b, strict=True)]
     return functools.reduce(jnp.add, products if scale == 1.0 else [x * scale for x in products])
+
+
+def apart(tiles: Tiles, is_taken: Array, compute: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
+    """compute(), whose last product the next one takes; `is_taken` always holds, and `otherwise` is never called.
+
+    The compiler gives a product that reaches another one whole to every warpgroup. What is computed in a branch it divides. A
+    constant in `otherwise` would take shared memory.
+    """
+    return lax.cond(is_taken, compute, otherwise) if tiles.num_warps > WARPGROUP_WARPS else compute()
 
 
 def is_interpreted(op: str) -> bool:
