@@ -1,5 +1,6 @@
 """Gradients of the index scores in Pallas for NVIDIA GPUs: from dL/dscore to the indexer's queries, head weights and keys."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -36,6 +37,13 @@ def default_tiles(problem: Problem, dtype: jnp.dtype) -> Tiles:
         )
     block_h = max(SMALLEST_SIDE, 1 << (problem.heads - 1).bit_length())
     return Tiles(block_h, 32 if dtype.itemsize == 2 else 16, 8)
+
+
+def default_key_tiles(problem: Problem, dtype: jnp.dtype) -> Tiles:
+    """As `default_tiles`, for programs that hold keys: 64 of them make every product one of a warpgroup, in half precision."""
+    tiles = default_tiles(problem, dtype)
+    is_small = dtype.itemsize == 2 and tiles.block_h <= 64 and tiling.padded_width(problem.key_columns) <= 128
+    return dataclasses.replace(tiles, block_k=64, num_warps=4, num_stages=3) if is_small else tiles
 
 
 def _products_and_gradient(
@@ -223,11 +231,11 @@ def visible_gradients(
     """
     (batch, n_queries), n_keys = q.shape[:2], k.shape[1]
 
-    def chosen(side: str) -> Tiles:
+    def chosen(side: str, default: Tiles) -> Tiles:
         if tiles is not None:
             return tiles
         call = tiling.call_shape(problem, q.dtype, queries=batch * n_queries, keys=n_keys)
-        return tuning.choose(f"index_gradients_visible_{side}", call, default_tiles(problem, q.dtype))
+        return tuning.choose(f"index_gradients_visible_{side}", call, default)
 
     by_query = {"q": q, "weights": weights, "start": start[..., None], "end": end[..., None], "d_scores": d_scores}
     one_query = {
@@ -235,7 +243,7 @@ def visible_gradients(
         for name, x in by_query.items()
     }
     outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, weights)]
-    query_tiles = chosen("query")
+    query_tiles = chosen("query", default_tiles(problem, q.dtype))
     dq, d_weights = tiling.call(
         functools.partial(_visible_query_kernel, problem=problem, tiles=query_tiles),
         problem,
@@ -258,7 +266,7 @@ def visible_gradients(
         "low": jnp.where(some, start, n_keys).min(1, keepdims=True),
         "high": jnp.where(some, end, 0).max(1, keepdims=True),
     }
-    key_tiles = chosen("key")
+    key_tiles = chosen("key", default_key_tiles(problem, q.dtype))
     dk = tiling.call(
         functools.partial(_visible_key_kernel, problem=problem, tiles=key_tiles, n_queries=n_queries),
         problem,
