@@ -22,6 +22,7 @@ from pallas_kernels.sparse_attention import pallas_gpu_backward as backward
 from pallas_kernels.sparse_attention import pallas_gpu_tiles as tiling
 from pallas_kernels.sparse_attention.pallas_gpu_tiles import LOG2_E, Options, Problem, Refs, Tiles
 from pallas_kernels.sparse_attention.xla import join_batch, join_batch_indices
+from pallas_kernels.tuning.tiles import WGMMA_ROWS
 
 
 def sparse_attention(
@@ -89,7 +90,10 @@ def _forward_kernel(
             nothing = jnp.full((tiles.block_h, tiles.block_k), hidden_zero, jnp.float32).astype(tile.values[0].dtype)
             return largest, jnp.ones_like(total), jnp.zeros_like(total), nothing
 
-        new, decay, added, weights = tiling.apart(tiles, i * tiles.block_k < length, weigh, skip)
+        # Always taken. The compiler gives a product that reaches another one whole to every warpgroup, unless there is a branch
+        # between; a constant zero to skip with would take shared memory.
+        is_divided = tiles.num_warps > 4 and tiles.block_h >= WGMMA_ROWS
+        new, decay, added, weights = lax.cond(i * tiles.block_k < length, weigh, skip) if is_divided else weigh()
         sums = [x * decay[:, None] + tiling.multiply(weights, value) for x, value in zip(sums, tile.values, strict=True)]
         return new, total * decay + added, *sums
 

@@ -47,27 +47,18 @@ def _query_kernel(refs: Refs, dq_ref: Any, *, problem: Problem, tiles: Tiles) ->
     q = tiling.load_heads(refs["q"], heads, problem.key_columns)
     d_out = tiling.load_heads(refs["d_out"], heads, problem.value_columns)
     lse, delta = tiling.load_per_head(refs["lse"], heads), tiling.load_per_head(refs["delta"], heads)
-    length = refs["length"][0]
-    hidden_zero = jnp.minimum(length, 0)
 
     def body(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         tile = tiling.load_keys(refs, problem, group, i, tiles.block_k)
-
-        def differentiate() -> Array:
-            logits = tiling.sum_of_products(q, tile.keys, problem.softmax_scale * LOG2_E)
-            probability = jnp.exp2(logits - lse[:, None] * LOG2_E)
-            d_probability = tiling.sum_of_products(d_out, tile.values)
-            d_logits = probability * (d_probability - delta[:, None]) * problem.softmax_scale
-            return jnp.where(tile.valid[None], d_logits, 0.0).astype(q[0].dtype)
-
-        def skip() -> Array:
-            return jnp.full((tiles.block_h, tiles.block_k), hidden_zero, jnp.float32).astype(q[0].dtype)
-
-        d_logits = tiling.apart(tiles, i * tiles.block_k < length, differentiate, skip)
+        logits = tiling.sum_of_products(q, tile.keys, problem.softmax_scale * LOG2_E)
+        probability = jnp.exp2(logits - lse[:, None] * LOG2_E)
+        d_probability = tiling.sum_of_products(d_out, tile.values)
+        d_logits = probability * (d_probability - delta[:, None]) * problem.softmax_scale
+        d_logits = jnp.where(tile.valid[None], d_logits, 0.0).astype(q[0].dtype)
         return tuple(x + tiling.multiply(d_logits, key) for x, key in zip(sums, tile.keys, strict=True))
 
     start = tuple(jnp.zeros((tiles.block_h, piece.size), jnp.float32) for piece in problem.key_columns)
-    sums = lax.fori_loop(0, pl.cdiv(length, tiles.block_k), body, start)
+    sums = lax.fori_loop(0, pl.cdiv(refs["length"][0], tiles.block_k), body, start)
     for piece, x in zip(problem.key_columns, sums, strict=True):
         tiling.store_rows(dq_ref, heads.rows, piece, x, valid=heads.valid)
 

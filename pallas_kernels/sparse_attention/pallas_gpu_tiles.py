@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array
@@ -26,8 +25,6 @@ MOST_PIECES = 4
 LOG2_E = math.log2(math.e)
 # Shared memory that is left to weights and partial sums when it is decided how much is gathered ahead.
 OTHER_BYTES = 8192
-# Of these four make a warpgroup, which multiplies together.
-WARPGROUP_WARPS = 4
 HALF_AND_SINGLE = ("bfloat16", "float16", "float32")
 
 Refs = dict[str, Any]
@@ -146,7 +143,7 @@ def default_options(problem: Problem, dtype: jnp.dtype, *, queries: int, topk: i
     """
     is_half = dtype.itemsize == 2
     keys, values = padded_width(problem.key_columns), padded_width(problem.value_columns)
-    is_wide = keys > (256 if is_half else 128)
+    is_wide = max(keys, values) > (256 if is_half else 128)
     gathered = keys if problem.is_shared else keys + values
     most = max(SMALLEST_SIDE, pl.next_power_of_2(problem.heads_per_group))
 
@@ -158,7 +155,7 @@ def default_options(problem: Problem, dtype: jnp.dtype, *, queries: int, topk: i
         return dataclasses.replace(tiles, num_stages=num_stages) if fits else tiles
 
     if is_wide and is_half:
-        chosen = tiles(64, 32, 8), tiles(32, 64, 8), tiles(32, 32, 8)
+        chosen = tiles(64, 32, 8), tiles(32, 32, 8), tiles(32, 32, 8)
     elif is_wide:
         chosen = tiles(16, 16, 8), tiles(16, 16, 8), tiles(16, 16, 8)
     elif is_half:
@@ -169,7 +166,9 @@ def default_options(problem: Problem, dtype: jnp.dtype, *, queries: int, topk: i
     if is_half:
         forward = deeper(forward, 5, forward.block_h * keys + 3 * forward.block_k * gathered)
     if is_half and is_wide:
-        d_query = deeper(d_query, 5, d_query.block_h * (keys + values) + 2 * d_query.block_k * gathered)
+        larger = dataclasses.replace(d_query, block_k=64)
+        larger = deeper(larger, 5, larger.block_h * (keys + values) + 2 * larger.block_k * gathered)
+        d_query = larger if larger.num_stages == 5 else d_query
         d_key = deeper(d_key, 3, 2 * d_key.block_k * gathered + 2 * d_key.block_h * (keys + values))
     split = SplitTiles(**dataclasses.asdict(forward))
     splits = default_splits(problem, split, queries, topk)
@@ -303,15 +302,6 @@ def sum_of_products(a: Sequence[Array], b: Sequence[Array], scale: float = 1.0) 
     """
     products = [multiply(x, y, trans_b=True) for x, y in zip(a, b, strict=True)]
     return functools.reduce(jnp.add, products if scale == 1.0 else [x * scale for x in products])
-
-
-def apart(tiles: Tiles, is_taken: Array, compute: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
-    """compute(), whose last product the next one takes; `is_taken` always holds, and `otherwise` is never called.
-
-    The compiler gives a product that reaches another one whole to every warpgroup. What is computed in a branch it divides. A
-    constant in `otherwise` would take shared memory.
-    """
-    return lax.cond(is_taken, compute, otherwise) if tiles.num_warps > WARPGROUP_WARPS else compute()
 
 
 def is_interpreted(op: str) -> bool:

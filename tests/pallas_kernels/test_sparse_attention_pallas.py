@@ -93,6 +93,18 @@ def test_matches_float64_with_gradients(name):
     compare(actual, expected_in_float64(shape, arrays, indices, cotangents))
 
 
+def test_a_branch_between_the_products_changes_no_bit():
+    """Programs of several warpgroups have one in the forward."""
+    shape = CASES["latent_several_head_blocks"][0]
+    arrays = case(shape)
+    wide = Tiles(64, 16, num_warps=8)
+    several, one = (
+        interpreted(shape, dataclasses.replace(ORDERED, forward=x))(*arrays) for x in (wide, Tiles(64, 16, num_warps=4))
+    )
+    jax.tree.map(np.testing.assert_array_equal, one, several)
+    compare(several, expected_in_float64(shape, *arrays))
+
+
 def test_literal_case_through_the_public_op():
     q = jnp.asarray([[[[1.0]], [[1.0]], [[0.0]]]])
     k, v = jnp.log(jnp.asarray([1.0, 3.0, 7.0])).reshape(1, 3, 1, 1), jnp.asarray([8.0, 4.0, 100.0]).reshape(1, 3, 1, 1)
@@ -165,6 +177,21 @@ def test_what_is_not_covered_says_so():
 def test_channels_are_cut_into_powers_of_two():
     assert [(piece.start, piece.width, piece.size) for piece in cut_columns(0, 512, 576)] == [(0, 512, 512), (512, 64, 64)]
     assert [(piece.start, piece.width, piece.size) for piece in cut_columns(0, 100)] == [(0, 64, 64), (64, 32, 32), (96, 4, 16)]
+
+
+def test_gathers_ahead_only_what_shared_memory_holds():
+    def stages(dim, width, is_shared, dtype=jnp.bfloat16):
+        problem = Problem(64, 1, dim, width, is_shared, SCALE, False)
+        options = default_options(problem, jnp.dtype(dtype), queries=4096, topk=2048)
+        return options.forward.num_stages, options.d_query.num_stages, options.d_key.num_stages
+
+    assert stages(576, 512, True) == (5, 5, 3)
+    assert stages(128, 128, False) == (5, 2, 2)
+    # 64 x 256 numbers of q and three times 64 x 512 of keys and values: 229376 bytes, too near to the 232448 there are.
+    assert stages(256, 256, False) == (2, 2, 2)
+    assert stages(512, 512, False) == (2, 2, 2)
+    assert stages(320, 256, False) == (5, 5, 3)
+    assert stages(576, 512, True, jnp.float32) == (2, 2, 2)
 
 
 def mla(heads):
