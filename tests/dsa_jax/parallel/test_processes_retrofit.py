@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -134,8 +135,9 @@ def stopped(tmp_path_factory):
     assert (status0, status1) == (0, 0), err0 + err1
     assert "stopped by a signal to another process in stage sparse" in err0
     assert "stopped by SIGTERM in stage sparse" in err1
-    # The second process says nothing else: metrics, progress and report are the first one's.
-    assert all("[Gloo]" in line or "connected peer ranks" in line for line in out1.splitlines())
+    # The second process says nothing else: metrics, progress and report are the first one's. Gloo's threads cut into each
+    # other's lines.
+    assert re.fullmatch(r"(\[Gloo\]|Rank|is|connected|to|peer|ranks|Expected|number|of|[\s\d.:])*", out1), out1
     assert "tokens/s" in err0 and "tokens/s" not in err1
     assert not (workdir / "report.json").exists()
     return workdir
