@@ -68,7 +68,7 @@ def sparse_attention_fp8(
 
 
 def default_tiles(problem: Problem, dtype: jnp.dtype) -> SplitTiles:
-    """Block sizes for an H200: none spills registers when compiled for sm_90a, as 64 heads do; none has been timed."""
+    """Block sizes for an H200: none spills registers when compiled for sm_90a; none has been timed."""
     most = max(SMALLEST_SIDE, min(64, 1 << (problem.heads - 1).bit_length()))
     return SplitTiles(most, 32) if dtype.itemsize == 2 else SplitTiles(16, 16)
 
