@@ -20,6 +20,7 @@ from pallas_kernels import tuning
 from pallas_kernels._numerics import widen_fp8
 from pallas_kernels.sparse_attention import pallas_gpu_tiles as tiling
 from pallas_kernels.sparse_attention.pallas_gpu_tiles import LOG2_E, Problem, Refs
+from pallas_kernels.tuning.kernels import SHARED_BYTES
 from pallas_kernels.tuning.tiles import SMALLEST_SIDE, QueryTiles, Tiles
 
 Kind = Literal["scores", "ranked_scores", "probability"]
@@ -40,9 +41,12 @@ def attention_problem(q: Array, k: Array, softmax_scale: float, interpret: bool)
 def default_tiles(problem: Problem, dtype: jnp.dtype) -> QueryTiles:
     """Block sizes for an H200: none spills registers when compiled for sm_90a; none has been timed."""
     block_h = max(SMALLEST_SIDE, min(64, pl.next_power_of_2(problem.heads_per_group)))
-    is_wide = tiling.padded_width(problem.key_columns) * dtype.itemsize > 512
-    if is_wide:
-        return QueryTiles(min(block_h, 32), 32, 8) if dtype.itemsize == 4 else QueryTiles(block_h, 64, 8)
+    row_bytes = tiling.padded_width(problem.key_columns) * dtype.itemsize
+    if row_bytes > 512:
+        block_k = 32 if dtype.itemsize == 4 else 64
+        # Two blocks of heads are there at a time.
+        fits = (block_k + 2 * block_h) * row_bytes + tiling.OTHER_BYTES <= SHARED_BYTES
+        return QueryTiles(block_h if fits and dtype.itemsize == 2 else min(block_h, 32), block_k, 8)
     return QueryTiles(block_h, 32 if dtype.itemsize == 4 else 128, 8)
 
 

@@ -14,6 +14,7 @@ from ops_helpers import assert_close, in_float64, normal
 from test_sparse_attention import inputs, selection
 
 import pallas_kernels as pk
+from pallas_kernels import _head_sums
 from pallas_kernels.sparse_attention import pallas_gpu, reference
 from pallas_kernels.sparse_attention.pallas_gpu_tiles import Options, Problem, Tiles, cut_columns, default_options
 from pallas_kernels.sparse_attention.shapes import DEEPSEEK_V32, LLAMA3_8B, AttentionShape
@@ -192,6 +193,13 @@ def test_gathers_ahead_only_what_shared_memory_holds():
     assert stages(512, 512, False) == (2, 2, 2)
     assert stages(320, 256, False) == (5, 5, 3)
     assert stages(576, 512, True, jnp.float32) == (2, 2, 2)
+
+
+def test_sums_over_heads_hold_as_many_as_shared_memory_does():
+    def heads(dim, dtype=jnp.bfloat16):
+        return _head_sums.default_tiles(Problem(128, 1, dim, dim, True, SCALE, False), jnp.dtype(dtype)).block_h
+
+    assert (heads(576), heads(640), heads(576, jnp.float32), heads(128)) == (64, 32, 32, 64)
 
 
 def mla(heads):
