@@ -46,15 +46,16 @@ def main(argv: list[str]) -> None:
         raise ConfigError(f"{_CHECKPOINT.value} has no tokenizer; expected a tokenizer.json there, and the extra hf installed.")
     prompts = [tokenizer.encode_prompt(text).tolist() for text in texts]
     streams = [TextStream(tokenizer, prompt) for prompt in prompts]
-    written = ["" for _ in texts]
+    written = list(texts)
+    n_shown = 0
 
     def show(row: int, text: str) -> None:
+        nonlocal n_shown
         written[row] += text
         if len(texts) == 1:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            print(written[0][n_shown:], end="", flush=True)
+            n_shown = len(written[0])
 
-    show(0, texts[0] if len(texts) == 1 else "")
     result = generate(
         loaded,
         prompts,
@@ -75,8 +76,8 @@ def main(argv: list[str]) -> None:
     if len(texts) == 1:
         print()
     else:
-        for text, continuation in zip(texts, written, strict=True):
-            print(f"{text}{continuation}\n")
+        for text in written:
+            print(f"{text}\n")
     timings = result.timings
     print(
         f"prefill {timings.prefill_tokens} tokens, {timings.prefill_tokens_per_second:.1f} tokens/s; "

@@ -89,12 +89,12 @@ def _retrofit(config: Config, workdir: Path, tensorboard: bool) -> dict[str, Any
                 )
                 _record_implementations(run)
                 if not is_complete:
+                    taken = summaries[name]["steps"]
                     _LOG.warning(
-                        "stopped by %s in stage %s, step %d of %d is saved; the same command continues",
+                        "stopped by %s in stage %s, %s; the same command continues",
                         stop.signal_name or "a signal to another process",
                         name,
-                        summaries[name]["steps"],
-                        steps,
+                        f"step {taken} of {steps} is saved" if taken else "before its first step",
                     )
                     return None
             first_batch += steps

@@ -76,6 +76,6 @@ def test_text_on_stdout_rates_on_stderr_and_errors_in_one_line(tmp_path):
         "no-tokenizer": "has no tokenizer",
     }
     for name, message in messages.items():
-        _, errors, status = results[name]
-        assert status == 2 and "Traceback" not in errors, errors
+        output, errors, status = results[name]
+        assert status == 2 and output == "" and "Traceback" not in errors, errors
         assert errors.strip().splitlines()[-1].startswith("error: ") and message in errors, errors

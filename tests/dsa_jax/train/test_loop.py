@@ -68,8 +68,10 @@ def test_metrics_hold_every_step_once(undisturbed):
     assert steps == [(stage, step) for stage in ("pretrain", "warmup", "sparse") for step in range(1, 7)]
 
 
-@pytest.mark.parametrize("stop_at", [("pretrain", 3), ("warmup", 5), ("sparse", 6)], ids=lambda s: f"{s[0]}-{s[1]}")
-def test_interrupted_and_resumed_equals_undisturbed(undisturbed, tmp_path, monkeypatch, stop_at):
+@pytest.mark.parametrize(
+    "stop_at", [("pretrain", 3), ("pretrain", 6), ("warmup", 5), ("sparse", 6)], ids=lambda s: f"{s[0]}-{s[1]}"
+)
+def test_interrupted_and_resumed_equals_undisturbed(undisturbed, tmp_path, monkeypatch, caplog, stop_at):
     """A stop request during a step: the step is finished and saved, and the next call ends with the same bits."""
     take = loop._Judge.take
 
@@ -80,6 +82,7 @@ def test_interrupted_and_resumed_equals_undisturbed(undisturbed, tmp_path, monke
 
     monkeypatch.setattr(loop._Judge, "take", take_and_stop)
     assert retrofit(tiny_config(), tmp_path) is None or stop_at == ("sparse", 6)
+    assert ("in stage warmup, before its first step" in caplog.text) == (stop_at == ("pretrain", 6))
     monkeypatch.undo()
     retrofit(tiny_config(), tmp_path)
     want, got = final_params(undisturbed[0]), final_params(tmp_path)
