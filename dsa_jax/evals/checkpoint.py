@@ -8,6 +8,7 @@ from pathlib import Path
 from dsa_jax.config import Config, ConfigError, TrainConfig
 from dsa_jax.data import make_eval_data
 from dsa_jax.evals.parity import ROWS, Parity, can_run, evaluate_parity
+from dsa_jax.hf import read_model_config
 from dsa_jax.open_checkpoint import is_hf_directory
 from dsa_jax.parallel.check import check_layout
 from dsa_jax.parallel.placement import on_mesh
@@ -62,6 +63,7 @@ def evaluate_checkpoint(
     own.eval.task_len = own.eval.task_len if task_len is None else task_len
     own.eval.task_sequences = own.eval.task_sequences if task_sequences is None else task_sequences
     own.validate()
+    _check_rows(rows, dataclasses.replace(own, model=read_model_config(directory)) if is_hf else own)
     check_layout(dataclasses.replace(own, train=TrainConfig()))
     with on_mesh(config.parallel):
         if is_hf:
@@ -72,7 +74,6 @@ def evaluate_checkpoint(
             run.config.parallel, run.config.eval = own.parallel, own.eval
             own, model, params = run.config, run.model, run.params
             source = f"{directory}, stage {run.stage}"
-        _check_rows(rows, own)
         data = make_eval_data(own.data, own.seed, own.model.vocab_size)
         return source, evaluate_parity(model, params, data, own)
 

@@ -34,8 +34,10 @@ def test_tasks_of_the_command_line_are_evaluated_at_their_length(tmp_path):
     assert by_depth.shape == (4,) and np.isfinite(by_depth).any()
 
 
-def test_rows_that_the_model_lacks_the_weights_for_are_refused(tmp_path):
+def test_rows_that_the_model_lacks_the_weights_for_are_refused_before_any_is_read(tmp_path):
     directory = checkpoint(tmp_path, 282)
+    for file in directory.glob("*.safetensors*"):
+        file.unlink()
     with pytest.raises(ConfigError, match=r"the model cannot run nsa: .* Expected rows among dense, sparse"):
         evaluate_checkpoint(directory, recipe(), ("dense", "nsa"), tasks=("passkey",), task_len=24)
 
