@@ -7,8 +7,8 @@ have been. Lengths are in tokens, learning rates are absolute, fractions lie in 
 import re
 from dataclasses import dataclass, field
 
-from dsa_jax.config_checks import ConfigError, fraction, not_negative, one_of, positive
-from dsa_jax.config_io import from_dict, to_dict
+from dsa_jax.config_checks import ConfigError, fraction, not_negative, one_of, positive, random_seed
+from dsa_jax.config_io import check_kinds, from_dict, to_dict
 from dsa_jax.model_config import ATTENTIONS, AttentionConfig, IndexerConfig, ModelConfig, MoEConfig, NSAConfig, RopeConfig
 
 __all__ = [
@@ -169,8 +169,12 @@ class OptimizerConfig:
         not_negative(f"{prefix}.warmup_steps", self.warmup_steps)
         not_negative(f"{prefix}.clip_norm", self.clip_norm)
         not_negative(f"{prefix}.weight_decay", self.weight_decay)
+        positive(f"{prefix}.eps", self.eps)
         for name in ("final_fraction", "b1", "b2"):
             fraction(f"{prefix}.{name}", getattr(self, name))
+        for name in ("b1", "b2"):
+            if getattr(self, name) == 1.0:
+                raise ConfigError(f"{prefix}.{name} is 1; expected less, since a mean that decays by 1 never moves.")
 
 
 @dataclass
@@ -346,13 +350,14 @@ class Config:
         Raises:
             ConfigError: naming the first field that cannot work.
         """
+        check_kinds(self)
         self.model.validate()
         self.data.validate()
         self.train.validate()
         self.eval.validate()
         self.init.validate()
         self.parallel.validate()
-        not_negative("seed", self.seed)
+        random_seed("seed", self.seed)
         for name in ("pretrain", "sparse"):
             if getattr(self.train, name).steps:
                 field_name = f"{name}_attention"

@@ -27,6 +27,12 @@ def not_negative(name: str, value: int | float) -> None:
         raise ConfigError(f"{name} is {value}; expected zero or more.")
 
 
+def random_seed(name: str, value: int) -> None:
+    """Require a seed that `jax.random.key`, which keeps 32 bits of it, tells from all others; the last is left for seed + 1."""
+    if not 0 <= value < 2**32 - 1:
+        raise ConfigError(f"{name} is {value}; expected a whole number from 0 to 2**32 - 2.")
+
+
 def fraction(name: str, value: int | float) -> None:
     """Require 0 <= `value` <= 1."""
     if not 0.0 <= value <= 1.0:

@@ -38,6 +38,22 @@ def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
     return cls(**arguments)
 
 
+def check_kinds(config: Any, prefix: str = "") -> None:
+    """Require every field of a config, which a recipe may have set to anything, to be of its own kind.
+
+    Raises:
+        ConfigError: naming the field by its path.
+    """
+    for field in dataclasses.fields(config):
+        name, value = f"{prefix}{field.name}", getattr(config, field.name)
+        if not dataclasses.is_dataclass(field.type):
+            _check_kind(name, field.type, value)
+        elif isinstance(value, field.type):  # type: ignore[arg-type]
+            check_kinds(value, f"{name}.")
+        else:
+            raise ConfigError(f"{name} is {value!r}; expected a {field.type.__name__}.")  # type: ignore[union-attr]
+
+
 def _check_kind(name: str, kind: Any, value: Any) -> None:
     fits = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}.get(kind, (list, tuple))
     if type(value) not in fits:

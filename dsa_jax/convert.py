@@ -36,7 +36,7 @@ def to_run(source: Path, target: Path) -> str:
     with the checkpoint's tokenizer.
 
     Raises:
-        RunError: where `source` is no Hugging Face directory or `target` holds another run.
+        RunError: where `source` is no Hugging Face directory or `target` holds a run.
         CheckpointError: where the checkpoint cannot be read.
     """
     if not is_hf_directory(source):
@@ -53,6 +53,10 @@ def to_run(source: Path, target: Path) -> str:
         stage, config.train.sparse_attention = "sparse", loaded.config.attention.mode
     run = open_run(target, config)
     with CheckpointStore(run.checkpoint_dir(stage), keep=1) as store:
+        if store.latest_valid() is not None:
+            raise RunError(
+                f"{target} holds a run with parameters already; expected a new directory. Choose another, or delete it."
+            )
         store.save(0, {"params": loaded.params}, {"stage": stage, "step": 0, "source": str(source)})
         store.wait()
     return f"{source} is now the run {target}"

@@ -1,7 +1,8 @@
 r"""A sweep: the same retrofit with one thing changed at a time, over several seeds; its table and its plot.
 
     python -m experiments.ablate --config=configs/ablations/topk.py
-    python -m experiments.ablate --config=configs/ablations/topk.py --config.seeds='(0,)' --config.base.train.sparse.steps=20
+    python -m experiments.ablate --config=configs/ablations/topk.py --config.name=short --config.seeds='(0,)' \
+        --config.base.train.sparse.steps=20
 
 Writes NAME.json, NAME.md and NAME.png to --results. What that directory holds already is not run again, so the same command
 continues, and sweeps share the runs that they have in common. `python -m experiments.summarize` makes one page of them all.
@@ -37,7 +38,8 @@ def main(argv: list[str]) -> int:
         return 0
     page = format_markdown(result)
     atomic_write_text(results / f"{ablation.name}.md", page)
-    plot_ablation(result, results / f"{ablation.name}.png")
+    if any("rows" in run for run in result["runs"]):
+        plot_ablation(result, results / f"{ablation.name}.png")
     print(page)
     return 1 if any("failed" in run for run in result["runs"]) else 0
 

@@ -14,6 +14,7 @@ lengths each, sparse_attention and decode, in the model's geometry and on one de
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 from absl import flags
@@ -38,6 +39,9 @@ def main(argv: list[str]) -> None:
     from dsa_jax.cost_report import cost_tables, format_costs, format_measured, plot_costs
     from dsa_jax.train.rundir import atomic_write_text, make_writable_directory
 
+    for flag in (_PRICE, _SPEED):
+        if not math.isfinite(flag.value):
+            raise flags.ValidationError(f"--{flag.name} is {flag.value}; expected a finite number.")
     directory = Path(_OUTPUT.value)
     if _OUTPUT.value:
         make_writable_directory(directory, flag="output")

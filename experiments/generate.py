@@ -33,6 +33,7 @@ _PREFILL_CHUNK = flags.DEFINE_integer("prefill_chunk", 512, "Prompt tokens proce
 def main(argv: list[str]) -> None:
     """Generate and print."""
     del argv
+    from dsa_jax.data.documents import unpaired_surrogate
     from dsa_jax.generation import generate
     from dsa_jax.generation.text import TextStream
     from dsa_jax.open_checkpoint import open_checkpoint
@@ -40,6 +41,9 @@ def main(argv: list[str]) -> None:
     texts = [*_PROMPT.value, *([_read(Path(_PROMPT_FILE.value))] if _PROMPT_FILE.value else [])]
     if not texts:
         raise ConfigError("there is nothing to continue. Give --prompt=TEXT or --prompt_file=FILE.")
+    for text in texts:
+        if unpaired_surrogate(text):
+            raise ConfigError(f"--prompt is {text!r}, which is not UTF-8. Put it into a file and give --prompt_file=FILE.")
     loaded = open_checkpoint(_CHECKPOINT.value, weight_format=_WEIGHT_FORMAT.value)
     tokenizer = loaded.tokenizer
     if tokenizer is None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsa_jax.config import Config, ConfigError, IndexerConfig, ModelConfig, NSAConfig, StageConfig, to_dict
-from dsa_jax.config_checks import not_negative
+from dsa_jax.config_checks import random_seed
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Ablation:
         if len(set(names)) != len(names) or len(set(self.seeds)) != len(self.seeds):
             raise ConfigError(f"ablation {self.name}: variants {names} and seeds {self.seeds} must each be distinct.")
         for seed in self.seeds:
-            not_negative("seed", seed)
+            random_seed("seed", seed)
         for variant in self.variants:
             config = self.config(variant, self.seeds[0])
             if variant.change_params and "<" in variant.change_params.__qualname__:

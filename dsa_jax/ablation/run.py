@@ -17,13 +17,13 @@ from dsa_jax.ablation.ablation import (
     evaluation_config,
     run_key,
 )
-from dsa_jax.config import Config
+from dsa_jax.config import Config, ConfigError
 from dsa_jax.data import make_eval_data
 from dsa_jax.evals.parity import BEFORE, evaluate_parity
 from dsa_jax.model import build_model
 from dsa_jax.train.init import load_run
 from dsa_jax.train.retrofit import retrofit
-from dsa_jax.train.rundir import RunError, atomic_write_text
+from dsa_jax.train.rundir import RunError, atomic_write_text, make_writable_directory
 
 _LOG = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def run_ablation(ablation: Ablation, workdir: Path, results: Path, *, command: s
 
     The dense pretraining is done once per seed and shared. A run that another sweep in `results` holds already is taken from
     there; seeds that the sweep's own file holds beside those asked for stay in it. A run that ends in an error is recorded with
-    its message, and tried again by the next call.
+    its message, and tried again by the next call. Runs of other settings in the sweep's own file are never dropped: it refuses.
 
     Args:
         ablation: the sweep.
@@ -48,18 +48,26 @@ def run_ablation(ablation: Ablation, workdir: Path, results: Path, *, command: s
         The content of the result file, or None if a signal stopped it; the same call then continues.
 
     Raises:
-        ConfigError: before anything runs, for a sweep that cannot.
+        ConfigError: before anything runs, for a sweep that cannot, or whose file holds runs of other settings.
+        RunError: before anything runs, where a directory cannot be written, or a file of `results` is no result of a sweep.
     """
     ablation.validate()
-    results.mkdir(parents=True, exist_ok=True)
+    make_writable_directory(workdir)
+    make_writable_directory(results, flag="results")
     path = results / f"{ablation.name}.json"
     known = {run["key"]: run for run in known_runs(results) if "rows" in run}
-    earlier = {run["seed"] for run in _read(path)} if path.exists() else set()
+    own = _read(path) if path.exists() else []
+    earlier = {run["seed"] for run in own}
     seeds = sorted({*ablation.seeds, *earlier})
     if earlier - set(ablation.seeds):
         before = json.loads(path.read_text(encoding="utf-8"))["command"].split(" && ")
         command = " && ".join(dict.fromkeys([*before, command]))
     jobs = {(variant.name, seed): ablation.key(variant, seed) for seed in seeds for variant in ablation.variants}
+    if lost := [run for run in own if "rows" in run and run["key"] not in jobs.values()]:
+        raise ConfigError(
+            f"{path} holds {len(lost)} runs of other settings, such as {lost[0]['variant']!r} with seed {lost[0]['seed']}, "
+            "which this sweep would drop. Give it another --config.name or --results, or rename the file: its runs stay known."
+        )
     summary: dict[str, Any] = {
         "name": ablation.name,
         "question": ablation.question,
@@ -127,7 +135,7 @@ def _run(ablation: Ablation, variant: Variant, seed: int, workdir: Path) -> Run 
             return None
         report = _finished(trained.run)
         rows = report["rows"] if variant.retains_run else _evaluate(trained.run, variant, report["rows"])
-    except RunError as error:
+    except (ConfigError, RunError) as error:
         _LOG.error("%s, seed %d: %s", variant.name, seed, error)
         return {"failed": str(error)}
     return {

@@ -22,6 +22,19 @@ class Corpus(NamedTuple):
     held_out: TokenStream
     provenance: dict[str, Any]
 
+    def require(self, sha256: str) -> None:
+        """Make sure that this is the text of that `sha256`; other text may be held out otherwise, and is read in another order.
+
+        Raises:
+            ConfigError: where it is not.
+        """
+        if sha256 != self.provenance["sha256"]:
+            raise ConfigError(
+                f"the text of {self.provenance['source']} is not the text that the run was trained on so far (data.text.path): "
+                "what is held out now may have been trained on. Expected the same files, and of python-stdlib the same version "
+                "of Python. Restore them, or start another run."
+            )
+
     def describe(self) -> dict[str, Any]:
         """Where the text came from, for result files: JSON values.
 

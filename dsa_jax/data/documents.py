@@ -5,6 +5,7 @@ Every document ends in the tokenizer's end-of-text id. Nothing is ever unpickled
 
 import json
 import os
+import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,6 +83,12 @@ def _decode(content: bytes, file: Path, first_byte: int) -> str:
         ) from error
 
 
+def unpaired_surrogate(text: str) -> str:
+    """The first code point of `text` that UTF-8 cannot hold; empty where there is none."""
+    found = re.search(r"[\ud800-\udfff]", text)
+    return found[0] if found else ""
+
+
 def _text_document(text: str, tokenizer: Tokenizer) -> Iterator[Int[np.ndarray, " N"]]:
     if text:
         yield np.append(tokenizer.encode(text), tokenizer.end_of_text_id)
@@ -100,6 +107,10 @@ def _jsonl_documents(file: Path, tokenizer: Tokenizer) -> Iterator[Int[np.ndarra
             raise ConfigError(f"{file}, line {number} is not JSON: {error}. Expected one object per line.") from error
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise ConfigError(f'{file}, line {number} has no "text" string; expected an object such as {{"text": "..."}}.')
+        if half := unpaired_surrogate(record["text"]):
+            raise ConfigError(
+                f"{file}, line {number} holds {half!r}, half of a surrogate pair, which is no character. Repair or remove it."
+            )
         yield from _text_document(record["text"], tokenizer)
 
 

@@ -91,20 +91,28 @@ class TrainData:
         data.batch(0, batch_size=batch_size, seq_len=seq_len)
 
     def state(self) -> dict[str, Any] | None:
-        """Where the next batch is, as JSON values, for a checkpoint; None where batches are a function of the step."""
-        return self.text.state() if isinstance(self.text, TextReader) else None
+        """What is needed to go on, as JSON values, for a checkpoint: which text, and where in it if it is streamed.
+
+        None where there is no text.
+        """
+        if isinstance(self.text, Corpus):
+            return {"sha256": self.text.provenance["sha256"]}
+        return self.text.state() if self.text is not None else None
 
     def restore(self, state: dict[str, Any] | None) -> None:
         """Go on at a saved `state`.
 
         Raises:
-            ConfigError: if it was saved with other files, or is None and text is streamed.
+            ConfigError: if it was saved with other text, or is None and text is streamed.
         """
-        if not isinstance(self.text, TextReader):
-            return
-        if state is None:
-            raise ConfigError("the checkpoint holds no position in the text; expected one, since data.text.source is 'grain'.")
-        self.text.restore(state)
+        if isinstance(self.text, TextReader):
+            if state is None:
+                raise ConfigError(
+                    "the checkpoint holds no position in the text; expected one, since data.text.source is 'grain'."
+                )
+            self.text.restore(state)
+        elif isinstance(self.text, Corpus) and state is not None:
+            self.text.require(state["sha256"])
 
     def describe(self) -> dict[str, Any]:
         """What the batches are made of, for result files."""

@@ -1,6 +1,7 @@
 """Saving a model as a Hugging Face checkpoint: one tensor in memory at a time, the directory whole or as it was."""
 
 import errno
+import glob
 import json
 import logging
 import os
@@ -90,6 +91,7 @@ def save_pretrained(
             temporary.chmod(0o777 & ~_umask())
             _sync(temporary)
             _replace(temporary, target)
+            _remove_leftovers(target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -291,6 +293,13 @@ def _replace(temporary: Path, target: Path) -> None:
     _sync(target.parent)
     if aside is not None:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """What earlier calls for the same directory left beside it when they were killed."""
+    for suffix in ("part", "old"):
+        for leftover in target.parent.glob(f".{glob.escape(target.name)}.{'[a-z0-9_]' * 8}.{suffix}"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _sync(directory: Path) -> None:

@@ -1,5 +1,6 @@
 """Where parameters come from: random numbers, a Hugging Face checkpoint, or another run with what it lacks initialised."""
 
+import copy
 import logging
 import re
 from pathlib import Path
@@ -18,7 +19,7 @@ from dsa_jax.parallel.processes import on_main
 from dsa_jax.params import is_indexer_path, is_nsa_path, nested_parameters, parameter_paths
 from dsa_jax.train.checkpoint import CheckpointStore
 from dsa_jax.train.from_hf import checkpoint_params
-from dsa_jax.train.rundir import RunError, find_run
+from dsa_jax.train.rundir import RunDirectory, RunError, find_run
 from dsa_jax.train.stages import stage_of, trained_attention
 
 _LOG = logging.getLogger(__name__)
@@ -27,12 +28,13 @@ Params = dict[str, Any]
 
 
 class LoadedRun(NamedTuple):
-    """A run read back; `stage` is the one that the parameters are from. The model's mode is what it was trained under."""
+    """A run read back; its parameters are from `step` of `stage`. The model's mode is what it was trained under."""
 
     config: Config
     model: Transformer
     params: Params
     stage: str
+    step: int
 
 
 def load_run(directory: Path, *, stage: str | None = None) -> LoadedRun:
@@ -59,9 +61,36 @@ def load_run(directory: Path, *, stage: str | None = None) -> LoadedRun:
                 params = store.restore(step, with_shardings({"params": abstract}), subset=True).tree["params"]
                 config.model.attention.mode = trained_attention(config, name)
                 model = build_model(config.model)
-                return LoadedRun(config, model, params, name)
+                return LoadedRun(config, model, params, name, step)
     wanted = f"of stage {stage} " if stage else ""
     raise RunError(f"{directory} holds no usable checkpoint {wanted}under checkpoints/. Run experiments.retrofit there first.")
+
+
+def resolve_run(config: Config, workdir: Path) -> Config:
+    """`config` with the attention under which `init.checkpoint` was trained as its model's mode.
+
+    A run in `workdir` that was begun already keeps the mode it recorded, whether or not its source is still there. Without
+    `init.checkpoint` this is the same config.
+
+    Raises:
+        RunError: where the source is no run.
+    """
+    if not config.init.checkpoint:
+        return config
+
+    def recorded() -> str | None:
+        run = RunDirectory(workdir, resumed=True)
+        begun = run.config() if run.config_path.is_file() else None
+        return begun.model.attention.mode if begun is not None and begun.init == config.init else None
+
+    def trained() -> str:
+        source = find_run(config.init.checkpoint)
+        stages = [name for name in STAGE_ORDER if any(source.checkpoint_dir(name).glob("[0-9]*"))]
+        return trained_attention(source.config(), config.init.stage or (stages[-1] if stages else ""))
+
+    resolved = copy.deepcopy(config)
+    resolved.model.attention.mode = on_main(lambda: recorded() or trained())
+    return resolved
 
 
 def initial_params(config: Config, model: Transformer, *, abstract: bool = False) -> Params:
@@ -72,8 +101,8 @@ def initial_params(config: Config, model: Transformer, *, abstract: bool = False
     `seed` and listed.
 
     Raises:
-        ConfigError: naming parameters that are missing, left over or of another shape, with both shapes; or where only one of
-            run and recipe is marked as trained under native sparse attention.
+        ConfigError: naming parameters that are missing, left over or of another shape, with both shapes; or where the run was
+            trained under another attention than the config says.
     """
     if abstract:
         return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
@@ -84,11 +113,10 @@ def initial_params(config: Config, model: Transformer, *, abstract: bool = False
         return fresh
     source = Path(config.init.checkpoint)
     loaded = load_run(source, stage=config.init.stage or None)
-    if model.has_nsa and (loaded.config.model.attention.mode == NSA) != (config.model.attention.mode == NSA):
+    if loaded.config.model.attention.mode != config.model.attention.mode:
         raise ConfigError(
-            f"model.attention.mode is {config.model.attention.mode!r}, but init.checkpoint {source} was trained under "
-            f"{loaded.config.model.attention.mode!r}, which decides where the branches of native sparse attention start. Set "
-            "model.attention.mode to that."
+            f"model.attention.mode is {config.model.attention.mode!r}, but what can be read of init.checkpoint {source} is "
+            f"from stage {loaded.stage}, trained under {loaded.config.model.attention.mode!r}. Give that stage as init.stage."
         )
     target, have = parameter_paths(fresh), parameter_paths(loaded.params)
     theirs, ours = layer_stacks(loaded.config.model), layer_stacks(config.model)

@@ -87,7 +87,10 @@ class _Judge:
 
     def _not_finite(self, step: int, in_a_row: int) -> None:
         where = f"stage {self.stage.name}, step {step}"
-        advice = f"Lower train.{self.stage.name}.optimizer.learning_rate"
+        advice = (
+            f"Lower train.{self.stage.name}.optimizer.learning_rate, in another --workdir, which init.checkpoint can start "
+            "from a stage of this one"
+        )
         if self.config.train.nan_policy == "stop":
             raise NotFiniteError(
                 f"loss or gradient is not finite in {where}; {self._last_checkpoint()}. {advice}, or set "

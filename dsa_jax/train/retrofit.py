@@ -2,6 +2,7 @@
 
 import logging
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from dsa_jax.parallel.placement import on_mesh, place
 from dsa_jax.parallel.processes import is_main, on_main
 from dsa_jax.params import count_parameters, is_indexer_path, split_parameters
 from dsa_jax.train.from_hf import export_checkpoint, resolve_checkpoint
-from dsa_jax.train.init import at_start_of_stage, initial_params, load_run
+from dsa_jax.train.init import at_start_of_stage, initial_params, load_run, resolve_run
 from dsa_jax.train.loop import latest_position, run_stage
 from dsa_jax.train.metrics import MetricsLog, NoMetrics
 from dsa_jax.train.report import format_table, write_report
-from dsa_jax.train.rundir import RunDirectory, RunError, open_run
+from dsa_jax.train.rundir import RunDirectory, RunError, claimed, open_run
 from dsa_jax.train.signals import StopRequest
 from dsa_jax.train.stages import stage_of, trained_attention
 from pallas_kernels import implementations_chosen
@@ -33,8 +34,8 @@ _LOG = logging.getLogger(__name__)
 def retrofit(config: Config, workdir: Path, *, tensorboard: bool = False) -> dict[str, Any] | None:
     """Run every stage with a positive number of steps, then the parity table; continue where an earlier call stopped.
 
-    A run that starts from a Hugging Face directory ends by writing one, `workdir`/hf, unless the model has native sparse
-    attention.
+    A run that starts from a Hugging Face directory writes one, `workdir`/hf, unless the model has native sparse attention. The
+    report comes last: where it is, the run is complete.
 
     Returns:
         The report (also in report.json), or None if a signal stopped the run, with all it had done saved.
@@ -42,12 +43,15 @@ def retrofit(config: Config, workdir: Path, *, tensorboard: bool = False) -> dic
     Raises:
         ConfigError, RunError: with one line that says what was wrong and what to do.
     """
-    config = resolve_checkpoint(config)
+    config = resolve_run(resolve_checkpoint(config), workdir)
     config.validate()
     if any(getattr(config.train, name).steps for name in STAGE_ORDER):
         config.model.check_trainable()
     check_layout(config)
-    with on_mesh(config.parallel):
+    for remark in _remarks(config):
+        _LOG.warning("%s", remark)
+    with ExitStack() as claim, on_mesh(config.parallel):
+        on_main(lambda: claim.enter_context(claimed(workdir)))
         return _retrofit(config, workdir, tensorboard)
 
 
@@ -98,21 +102,39 @@ def _retrofit(config: Config, workdir: Path, tensorboard: bool) -> dict[str, Any
                     )
                     return None
             first_batch += steps
-        report = evaluate_and_report(run, config, model, params, summaries, eval_data, stop)
-    if report is None:
-        return None
-    if config.init.hf_dir and model.has_nsa:
+        if config.init.hf_dir:
+            _export(run, config, params)
+        return evaluate_and_report(run, config, model, params, summaries, eval_data, stop)
+
+
+def _export(run: RunDirectory, config: Config, params: dict[str, Any]) -> None:
+    """Write `hf`, marked as trained under the attention of the last stage, or say why there is no such thing."""
+    if config.model.attention.nsa.enabled:
         _LOG.warning("no Hugging Face checkpoint: no published format holds native sparse attention")
-    elif config.init.hf_dir:
+    elif fields := config.model.attention.indexer.unpublished():
+        _LOG.warning("no Hugging Face checkpoint: no published format holds an indexer with %s", ", ".join(fields))
+    else:
         trained = [name for name in STAGE_ORDER if getattr(config.train, name).steps]
-        attention = trained_attention(config, trained[-1] if trained else "")
-        if fields := config.model.attention.indexer.unpublished():
-            _LOG.warning("no Hugging Face checkpoint: no published format holds an indexer with %s", ", ".join(fields))
-        else:
-            export_checkpoint(run.path / "hf", config, params, attention=attention)
-            if is_main():
-                print(f"Hugging Face checkpoint: {run.path / 'hf'}")
-    return report
+        export_checkpoint(run.path / "hf", config, params, attention=trained_attention(config, trained[-1] if trained else ""))
+        if is_main():
+            print(f"Hugging Face checkpoint: {run.path / 'hf'}")
+
+
+def _remarks(config: Config) -> list[str]:
+    """What can be run and is seldom meant."""
+    stages = {name: stage for name in STAGE_ORDER if (stage := getattr(config.train, name)).steps}
+    remarks = [
+        f"train.{name}.optimizer.warmup_steps is {stage.optimizer.warmup_steps}, of {stage.steps} steps in all: the learning "
+        f"rate never reaches {stage.optimizer.learning_rate:g}"
+        for name, stage in stages.items()
+        if stage.optimizer.warmup_steps > stage.steps
+    ]
+    if stages and config.model.param_dtype == "bfloat16":
+        remarks.append(
+            "model.param_dtype is bfloat16, in which an update below 1/512 of a weight is lost, as most are at learning rates "
+            "under 1e-4; float32 keeps them, with model.dtype=bfloat16 for the speed"
+        )
+    return remarks
 
 
 def check_lengths(config: Config, train_data: TrainData, eval_data: EvalData) -> None:
@@ -138,10 +160,16 @@ def _dense_params_before(run: RunDirectory, config: Config) -> dict[str, Any] | 
         has_source = config.init.hf_dir or config.init.checkpoint
         return place(initial_params(config, build_model(config.model))) if has_source else None
     try:
-        return place(load_run(run.path, stage="pretrain").params)
+        loaded = load_run(run.path, stage="pretrain")
     except RunError as error:
         _LOG.warning("the row of the dense model before sparse training is left out: %s", error)
         return None
+    if loaded.step != config.train.pretrain.steps:
+        _LOG.warning(
+            "the row of the dense model before sparse training is left out: of stage pretrain only step %d is left", loaded.step
+        )
+        return None
+    return place(loaded.params)
 
 
 class _EvaluationStopped(Exception):

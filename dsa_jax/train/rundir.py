@@ -1,12 +1,15 @@
 """The run directory: who owns it, what it holds, and files that are either whole or absent."""
 
 import dataclasses
+import fcntl
 import json
 import logging
 import os
 import platform
+import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,9 @@ from dsa_jax.config import Config, ConfigError, from_dict, to_dict
 _LOG = logging.getLogger(__name__)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _MOST_DIFFERENCES_SHOWN = 12
+_WITHOUT_EFFECT = re.compile(
+    r"parallel\..*|train\.(nan_policy|max_skipped_steps|keep_checkpoints|\w+\.(log_every|checkpoint_every))"
+)
 
 
 class RunError(RuntimeError):
@@ -91,10 +97,12 @@ class RunDirectory:
 
 
 def open_run(workdir: str | os.PathLike[str], config: Config) -> RunDirectory:
-    """Create the run directory of `config`, or return to it; only `parallel` may have changed since.
+    """Create the run directory of `config`, or return to it; only what changes no result may have changed since: `parallel`,
+    what is done about losses that are not finite, and how often is logged and saved.
 
     Writes config.json and environment.json. On return, an environment that differs from the recorded one takes its place and
-    the recorded one is appended to `history`, oldest first.
+    the recorded one is appended to `history`, oldest first. A directory with neither a checkpoint nor a report, which a command
+    left that could not begin, may become the run of any config.
 
     Raises:
         RunError: when `workdir` cannot be written, is a file, or holds a run of another config (naming each differing field).
@@ -105,14 +113,38 @@ def open_run(workdir: str | os.PathLike[str], config: Config) -> RunDirectory:
     wanted = to_dict(config)
     if run.resumed:
         recorded = _read_object(run.config_path)
-        _require_same_config(path, recorded, wanted)
-        if recorded != wanted:
-            _LOG.info("continuing on another layout of devices: %s", wanted["parallel"])
+        differences = _differences(recorded, wanted)
+        if run.report_path.exists() or any(run.path.glob("checkpoints/*/*")):
+            _require_same_results(path, differences)
+        if differences:
+            _LOG.info("%s goes on with other settings: %s", path, "; ".join(differences.values()))
             _write_object(run.config_path, wanted)
     else:
         _write_object(run.config_path, wanted)
     _record_environment(run)
     return run
+
+
+@contextmanager
+def claimed(workdir: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep other processes of this host, and of others where the file system passes locks on, from writing to `workdir`.
+
+    The lock ends with the process, however that ends.
+
+    Raises:
+        RunError: when `workdir` cannot be written, or another process is at it.
+    """
+    make_writable_directory(Path(workdir))
+    with open(Path(workdir) / ".lock", "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"another process is at workdir {workdir}. Wait until it has ended, or choose another --workdir."
+            ) from None
+        except OSError as error:
+            _LOG.warning("%s cannot be locked (%s): nothing stops a second process from writing there", workdir, error.strerror)
+        yield
 
 
 def find_run(directory: str | os.PathLike[str]) -> RunDirectory:
@@ -223,18 +255,23 @@ def make_writable_directory(path: Path, *, flag: str = "workdir") -> None:
         ) from error
 
 
-def _require_same_config(path: Path, recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    there, here = (_flatten({k: v for k, v in values.items() if k != "parallel"}) for values in (recorded, wanted))
+def _differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, str]:
+    """What is different about each field that is."""
+    there, here = _flatten(recorded), _flatten(wanted)
     names = sorted(name for name in there.keys() | here.keys() if there.get(name, "absent") != here.get(name, "absent"))
-    if not names:
-        return
-    shown = [
-        f"{name} is {json.dumps(there[name]) if name in there else 'absent'} there and "
+    return {
+        name: f"{name} is {json.dumps(there[name]) if name in there else 'absent'} there and "
         f"{json.dumps(here[name]) if name in here else 'absent'} here"
-        for name in names[:_MOST_DIFFERENCES_SHOWN]
-    ]
-    if len(names) > len(shown):
-        shown.append(f"{len(names) - len(shown)} more fields differ")
+        for name in names
+    }
+
+
+def _require_same_results(path: Path, differences: Mapping[str, str]) -> None:
+    shown = [text for name, text in differences.items() if not _WITHOUT_EFFECT.fullmatch(name)]
+    if not shown:
+        return
+    if len(shown) > _MOST_DIFFERENCES_SHOWN:
+        shown[_MOST_DIFFERENCES_SHOWN:] = [f"{len(shown) - _MOST_DIFFERENCES_SHOWN} more fields differ"]
     raise RunError(
         f"workdir {path} holds a run of another config: {'; '.join(shown)}. Choose another --workdir, or delete {path} to "
         "start over."

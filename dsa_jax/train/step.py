@@ -123,6 +123,8 @@ def make_train_step(model: Transformer, stage: Stage, config: Config) -> Callabl
                 is_finite &= jnp.isfinite(metrics[name]).all()
         trainable, frozen = split_parameters(state.params, stage.trains)
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
+        for update in jax.tree.leaves(updates):
+            is_finite &= jnp.isfinite(update).all()
         counts = metrics.pop("expert_counts", None)
         if counts is not None:
             frozen = move_score_biases(frozen, counts, moe.bias_update_rate)

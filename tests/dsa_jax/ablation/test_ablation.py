@@ -112,6 +112,11 @@ def test_a_sweep_trains_each_run_once_and_continues(tmp_path, monkeypatch):
     assert run_ablation(other, *places, command="test")["runs"][0]["rows"] == first["runs"][1]["rows"]
     assert len(trained) == 3
 
+    ablation.base.train.sparse.steps += 1
+    with pytest.raises(ConfigError, match=r"sweep\.json holds 4 runs of other settings, such as 'two' with seed 0, which"):
+        run_ablation(ablation, *places, command="test")
+    assert len(trained) == 3 and first == json.loads((places[1] / "sweep.json").read_text())
+
     lines = answers(first)
     assert [line.name for line in lines] == [BEFORE.name, "two", "base", "six", "no scores"]
     keys, coverage = ([line.quantities[name].mean for line in lines[1:]] for name in ("keys per query", "attention mass kept"))
@@ -128,9 +133,10 @@ def finished(tmp_path):
     return run_module._Trained(tmp_path / "run", None)
 
 
-def test_a_run_that_fails_is_recorded_and_tried_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [RunError, ConfigError])
+def test_a_run_that_fails_is_recorded_and_tried_again(tmp_path, monkeypatch, kind):
     def failing(config, workdir):
-        raise RunError("loss is nan at step 3")
+        raise kind("loss is nan at step 3")
 
     ablation = sweep(Variant("base"), seeds=(0,))
     with monkeypatch.context() as patch:

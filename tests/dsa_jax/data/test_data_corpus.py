@@ -140,6 +140,8 @@ def write_bad(folder, name):
         file.write_text('{"text": "ok"}\n{"text": \n')
     elif name == "no_text.jsonl":
         file.write_text('{"text": "ok"}\n\n{"content": "x"}\n')
+    elif name == "half.jsonl":
+        file.write_text('{"text": "ok"}\n{"text": "half a pair \\ud83d of two"}\n')
     elif name == "list.jsonl":
         file.write_text('["text"]\n')
     elif name == "number.jsonl":
@@ -180,6 +182,7 @@ def write_bad(folder, name):
         ("latin1.jsonl", r"latin1\.jsonl is not UTF-8: .* at byte 28\b"),
         ("syntax.jsonl", r"syntax\.jsonl, line 2 is not JSON"),
         ("no_text.jsonl", r'no_text\.jsonl, line 3 has no "text" string'),
+        ("half.jsonl", r"half\.jsonl, line 2 holds '\\ud83d', half of a surrogate pair"),
         ("list.jsonl", r'list\.jsonl, line 1 has no "text" string'),
         ("number.jsonl", r'number\.jsonl, line 1 has no "text" string'),
         ("object.npy", r"object\.npy is not a plain \.npy array"),

@@ -243,6 +243,17 @@ def test_text_shorter_than_a_row_is_refused(config):
         make_eval_data(config, 0, 640).text_batches(4, 4000, 2)
 
 
+def test_other_text_than_a_checkpoint_was_trained_on_is_refused(config, tmp_path):
+    data = make_train_data(config, 0, 617)
+    data.restore(data.state())
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"text": "other text " * 40}) + "\n")
+    with pytest.raises(ConfigError, match=r"other\.jsonl is not the text that the run was trained on so far"):
+        make_train_data(with_fraction(config, 0.5, path=str(other)), 0, 617).restore(data.state())
+    data.restore(None)  # of an earlier version, which recorded nothing
+    assert make_train_data(with_fraction(config, 1.0), 0, 617).state() is None
+
+
 @pytest.mark.parametrize("wrong", [{"step": -1}, {"batch_size": 0}, {"seq_len": 0}], ids=str)
 def test_impossible_batches_are_refused(config, wrong):
     arguments = {"step": 0, "batch_size": 4, "seq_len": 32, **wrong}

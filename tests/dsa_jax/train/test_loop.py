@@ -13,7 +13,7 @@ from dsa_jax.model import build_model
 from dsa_jax.params import parameter_paths
 from dsa_jax.train import loop
 from dsa_jax.train import retrofit as retrofit_module
-from dsa_jax.train.init import initial_params, load_run
+from dsa_jax.train.init import initial_params, load_run, resolve_run
 from dsa_jax.train.loop import NotFiniteError
 from dsa_jax.train.metrics import read_metrics
 from dsa_jax.train.retrofit import retrofit
@@ -183,9 +183,51 @@ def test_a_run_can_start_from_a_stage_of_another(undisturbed, tmp_path):
     assert rows[0] == before[0] and rows[0]["name"] == "dense, before sparse training"
 
     config.init.stage = ""
+    config = resolve_run(config, tmp_path / "new")
+    assert config.model.attention.mode == "sparse"
     furthest = parameter_paths(jax.device_get(initial_params(config, build_model(config.model))))
     for path, value in final_params(undisturbed[0]).items():
         np.testing.assert_array_equal(furthest[path], value, err_msg=path)
+
+
+def test_a_stage_of_another_run_says_how_it_was_trained(undisturbed, tmp_path):
+    """A warm-up alone changes nothing about it, nor does a source that is gone when the run goes on."""
+    config = tiny_config()
+    shutil.copytree(undisturbed[0], tmp_path / "source")
+    config.init.checkpoint, config.train.warmup.steps = str(tmp_path / "source"), 1
+    config.train.pretrain.steps = config.train.sparse.steps = 0
+    config.eval.rows = ("dense",)
+    report = retrofit(config, tmp_path / "run")
+    assert [row["name"] for row in report["rows"]] == ["dense"]
+    assert load_run(tmp_path / "run").model.default_attention == "sparse"
+    shutil.rmtree(tmp_path / "source")
+    assert retrofit(config, tmp_path / "run")["rows"] == report["rows"]
+
+
+def test_the_row_before_sparse_training_is_of_the_last_step(undisturbed, tmp_path, caplog):
+    workdir = shutil.copytree(undisturbed[0], tmp_path / "run")
+    (workdir / "checkpoints/pretrain/6/manifest.json").unlink()
+    names = [row["name"] for row in retrofit(tiny_config(), workdir)["rows"]]
+    assert names == [row["name"] for row in undisturbed[1]["rows"]][1:]
+    assert "of stage pretrain only step 4 is left" in caplog.text
+
+
+def test_an_update_that_is_not_finite_stops_the_run(tmp_path):
+    config = tiny_config()
+    optimizer = config.train.pretrain.optimizer
+    optimizer.learning_rate, optimizer.weight_decay = 1e38, 1e4
+    with pytest.raises(NotFiniteError, match=r"not finite in stage pretrain, step 1; there is no checkpoint yet\. Lower"):
+        retrofit(config, tmp_path)
+
+
+def test_what_is_seldom_meant_is_said(tmp_path, caplog):
+    config = tiny_config()
+    config.model.param_dtype, config.train.warmup.optimizer.warmup_steps = "bfloat16", 7
+    config.init.checkpoint = str(tmp_path / "nowhere")
+    assert [remark.split(" is ")[0] for remark in retrofit_module._remarks(config)] == [
+        "train.warmup.optimizer.warmup_steps",
+        "model.param_dtype",
+    ]
 
 
 def test_a_stage_without_a_run_is_refused():

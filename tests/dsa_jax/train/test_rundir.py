@@ -1,12 +1,13 @@
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from dsa_jax.config import Config, to_dict
 from dsa_jax.train import rundir
-from dsa_jax.train.rundir import RunError, atomic_write_text, git_revision, open_run
+from dsa_jax.train.rundir import RunError, atomic_write_text, claimed, git_revision, open_run
 
 
 def test_new_run_writes_config_and_environment(tmp_path):
@@ -33,7 +34,7 @@ def test_same_config_returns_to_the_run_and_changes_nothing(tmp_path):
 
 
 def test_other_config_is_refused_with_both_values(tmp_path):
-    open_run(tmp_path, Config())
+    open_run(tmp_path, Config()).checkpoint_dir("warmup").joinpath("4").mkdir(parents=True)
     other = Config(seed=7)
     other.train.warmup.steps = 30
     with pytest.raises(RunError, match=r"seed is 0 there and 7 here; train\.warmup\.steps is 0 there and 30 here.*--workdir"):
@@ -41,8 +42,37 @@ def test_other_config_is_refused_with_both_values(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text()) == to_dict(Config())
 
 
+def test_a_run_that_could_not_begin_makes_way(tmp_path):
+    open_run(tmp_path, Config())
+    assert open_run(tmp_path, Config(seed=7)).config().seed == 7
+
+
+def test_what_changes_no_result_may_change(tmp_path, caplog):
+    run = open_run(tmp_path, Config())
+    run.checkpoint_dir("warmup").joinpath("4").mkdir(parents=True)
+    other = Config()
+    other.train.nan_policy, other.train.keep_checkpoints, other.parallel.preset = "skip", 5, "fsdp8"
+    other.train.sparse.checkpoint_every = other.train.warmup.log_every = 7
+    caplog.set_level("INFO")
+    open_run(tmp_path, other)
+    assert run.config() == other and 'train.nan_policy is "stop" there and "skip" here' in caplog.text
+    other.train.sparse.steps = 7
+    with pytest.raises(RunError, match=r"another config: train\.sparse\.steps is 0 there and 7 here\. Choose"):
+        open_run(tmp_path, other)
+
+
+def test_one_process_at_a_time(tmp_path):
+    with claimed(tmp_path / "run"):
+        code = f"from dsa_jax.train.rundir import claimed\nwith claimed({str(tmp_path / 'run')!r}): pass"
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert other.returncode and "RunError: another process is at workdir" in other.stderr
+    with claimed(tmp_path / "run"):
+        pass
+
+
 def test_field_unknown_to_the_recorded_config_is_named(tmp_path):
     run = open_run(tmp_path, Config())
+    run.report_path.write_text("{}")
     recorded = to_dict(Config())
     del recorded["seed"]
     run.config_path.write_text(json.dumps(recorded))

@@ -19,7 +19,7 @@ from dsa_jax.model.selection import SELECTORS, attention_modes
 from dsa_jax.model_config import ATTENTIONS, BY_INDEXER
 from dsa_jax.open_checkpoint import open_checkpoint
 from dsa_jax.params import is_indexer_path, is_nsa_path, nested_parameters, parameter_paths
-from dsa_jax.train.init import at_start_of_stage, initial_params, load_run
+from dsa_jax.train.init import at_start_of_stage, initial_params, load_run, resolve_run
 from dsa_jax.train.retrofit import retrofit
 from dsa_jax.train.stages import stage_of
 from dsa_jax.train.step import init_state, make_train_step
@@ -111,13 +111,14 @@ def test_a_dense_model_turns_to_native_sparse_attention(turned):
     assert load_run(directory).model.default_attention == "nsa"
 
 
-def test_a_run_that_starts_from_native_sparse_attention_keeps_its_branches(turned):
+def test_a_run_that_starts_from_native_sparse_attention_keeps_its_branches(turned, tmp_path):
     config, _, directory = turned
     config = copy.deepcopy(config)
     config.init.checkpoint = str(directory)
-    with pytest.raises(ConfigError, match=r"model.attention.mode is 'dense', but init.checkpoint .* trained under 'nsa'"):
+    with pytest.raises(ConfigError, match=r"model.attention.mode is 'dense', but .* init.checkpoint .* trained under 'nsa'"):
         initial_params(config, build_model(config.model))
-    config.model.attention.mode = "nsa"
+    config = resolve_run(config, tmp_path)
+    assert config.model.attention.mode == "nsa"
     again = at_start_of_stage(initial_params(config, build_model(config.model)), config, "sparse")
     jax.tree.map(np.testing.assert_array_equal, again, load_run(directory).params)
 
