@@ -1,14 +1,17 @@
-"""Argument checks shared by the ops. Every message says which argument, what it was, what was expected, what to do."""
+"""Argument checks shared by the ops. Every message says which argument, what it was, what was expected, what to do.
+
+Arguments are whatever the caller passed, so that most are of any type.
+"""
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -38,14 +41,30 @@ def checked(check: Callable[..., None]) -> Callable[[Callable[P, R]], Callable[P
     return decorate
 
 
-def check_float(op: str, **arrays: Array) -> None:
-    """Raises ValueError unless every array has a floating dtype that the ops compute with."""
+def check_array(op: str, **arrays: Any) -> None:
+    """Raises ValueError unless every argument is an array, of JAX or of NumPy."""
+    for name, array in arrays.items():
+        if not isinstance(array, jax.Array | np.ndarray):
+            raise ValueError(f"{op}: {name} is a {type(array).__name__}; expected an array. Convert it with jnp.asarray.")
+
+
+def check_float(op: str, **arrays: Any) -> None:
+    """Raises ValueError unless every argument is an array of a floating dtype that the ops compute with."""
+    check_array(op, **arrays)
     for name, array in arrays.items():
         if array.dtype.name not in _FLOATS:
             raise ValueError(f"{op}: {name} has dtype {array.dtype}; expected one of {', '.join(_FLOATS)}. Cast it first.")
 
 
-def check_shape(op: str, name: str, array: Array, expected: tuple[int | None, ...], meaning: str) -> None:
+def check_vectors(op: str, **arrays: Any) -> None:
+    """Raises ValueError unless every argument is an array of floats whose last axis has a channel."""
+    check_float(op, **arrays)
+    for name, array in arrays.items():
+        if not array.ndim or not array.shape[-1]:
+            raise ValueError(f"{op}: {name} has shape {list(array.shape)}; expected [..., channels], at least one.")
+
+
+def check_shape(op: str, name: str, array: Any, expected: tuple[int | None, ...], meaning: str) -> None:
     """Raises ValueError unless `array` has the expected shape; None matches any size, `meaning` names the axes."""
     fits = array.ndim == len(expected) and all(
         want is None or size == want for size, want in zip(array.shape, expected, strict=True)
@@ -58,10 +77,9 @@ def check_shape(op: str, name: str, array: Array, expected: tuple[int | None, ..
         )
 
 
-def check_index_arguments(
-    op: str, q_index: Array, k_index: Array, weights: Array, k_scale: Array | None = None, *, fp8: bool = False
-) -> None:
+def check_index_arguments(op: str, q_index: Any, k_index: Any, weights: Any, k_scale: Any = None, *, fp8: bool = False) -> None:
     """Checks the indexer's queries, keys and head weights against each other; `fp8`: e4m3 queries and keys will do."""
+    check_array(op, q_index=q_index, k_index=k_index, weights=weights)
     if not (fp8 and q_index.dtype == k_index.dtype == jnp.float8_e4m3fn):
         check_float(op, q_index=q_index, k_index=k_index)
     if weights.dtype.name not in ("float32", "float64"):
@@ -77,7 +95,7 @@ def check_index_arguments(
         check_shape(op, "k_scale", k_scale, (batch, k_index.shape[1]), "[B, S]")
 
 
-def check_attention_arguments(op: str, q: Array, k: Array, v: Array | None = None, d_v: int | None = None) -> None:
+def check_attention_arguments(op: str, q: Any, k: Any, v: Any = None, d_v: Any = None) -> None:
     """Checks queries, keys and values of an attention against each other."""
     check_float(op, q=q, k=k)
     check_shape(op, "q", q, (None,) * 4, "[B, T, heads, head dim]")
@@ -95,20 +113,21 @@ def check_attention_arguments(op: str, q: Array, k: Array, v: Array | None = Non
             raise ValueError(
                 f"{op}: d_v is {d_v} and v has {v.shape[-1]} channels; expected the same. Leave d_v out when v is given."
             )
-    elif d_v is not None and not 0 < d_v <= dim:
+    elif d_v is not None and (not is_whole(d_v) or not 0 < d_v <= dim):
         raise ValueError(
             f"{op}: d_v is {d_v}; expected 1 to {dim}, since without v the values are k[..., :d_v]. Pass v or a d_v that fits."
         )
 
 
-def check_lse(op: str, lse: Array, q: Array) -> None:
+def check_lse(op: str, lse: Any, q: Any) -> None:
     """Checks the log-sum-exp of an attention against its queries."""
     check_float(op, lse=lse)
     check_shape(op, "lse", lse, q.shape[:3], "[B, T, heads] of q")
 
 
-def check_ranges(op: str, visible_start: Array, visible_end: Array, batch: int, length: int) -> None:
+def check_ranges(op: str, visible_start: Any, visible_end: Any, batch: int, length: int) -> None:
     """Checks the visible ranges: int32 [B, T], and start <= end where the values are known."""
+    check_array(op, visible_start=visible_start, visible_end=visible_end)
     for name, bound in (("visible_start", visible_start), ("visible_end", visible_end)):
         if bound.dtype != jnp.int32:
             raise ValueError(f"{op}: {name} has dtype {bound.dtype}; expected int32. Cast with {name}.astype(jnp.int32).")
@@ -123,14 +142,30 @@ def check_ranges(op: str, visible_start: Array, visible_end: Array, batch: int, 
             )
 
 
-def check_topk(op: str, topk: int) -> None:
+def is_whole(value: object) -> bool:
+    """Whether it is an int, of Python or of NumPy."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def check_scale(op: str, softmax_scale: Any) -> None:
+    """Raises ValueError unless it is a finite number, which a traced one cannot be: kernels are compiled for it."""
+    is_number = is_whole(softmax_scale) or isinstance(softmax_scale, float | np.floating)
+    if not is_number or not math.isfinite(softmax_scale):
+        raise ValueError(
+            f"{op}: softmax_scale is {softmax_scale!r}; expected a finite number, known before tracing. Pass head_dim**-0.5, "
+            "or multiply q by an array."
+        )
+
+
+def check_topk(op: str, topk: Any) -> None:
     """Raises ValueError unless `topk` is a positive int."""
-    if isinstance(topk, bool) or not isinstance(topk, (int, np.integer)) or topk <= 0:
+    if not is_whole(topk) or topk <= 0:
         raise ValueError(f"{op}: topk is {topk!r}; expected a positive integer. Check indexer.topk in the config.")
 
 
-def check_topk_indices(op: str, topk_indices: Array, batch: int, length: int) -> None:
+def check_topk_indices(op: str, topk_indices: Any, batch: int, length: int) -> None:
     """Checks a selection: int32 [B, T, K]."""
+    check_array(op, topk_indices=topk_indices)
     if topk_indices.dtype != jnp.int32:
         raise ValueError(
             f"{op}: topk_indices has dtype {topk_indices.dtype}; expected int32. Cast with topk_indices.astype(jnp.int32)."
@@ -138,5 +173,5 @@ def check_topk_indices(op: str, topk_indices: Array, batch: int, length: int) ->
     check_shape(op, "topk_indices", topk_indices, (batch, length, None), "[B, T, selected keys]")
 
 
-def _is_known(array: Array) -> bool:
+def _is_known(array: Any) -> bool:
     return not isinstance(array, jax.core.Tracer) and (not isinstance(array, jax.Array) or array.is_fully_addressable)

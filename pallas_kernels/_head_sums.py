@@ -60,7 +60,7 @@ def _terms(kind: Kind, keys: list[Array], q: list[Array], coefficient: Array, pr
     if kind == "probability":
         logits = tiling.sum_of_products(keys, q, problem.softmax_scale * LOG2_E)
         return jnp.exp2(logits - coefficient[None] * LOG2_E)
-    return jnp.maximum(tiling.sum_of_products(keys, q), 0.0) * coefficient[None]
+    return tiling.relu(tiling.sum_of_products(keys, q), problem) * coefficient[None]
 
 
 def _sum_of_heads(

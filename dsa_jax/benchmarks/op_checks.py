@@ -23,7 +23,8 @@ class CheckError(RuntimeError):
 
 
 def check_reduced(op: str, shape: OpShape, implementation: str, *, small: bool = False) -> str:
-    """Checks few queries and keys of the same geometry, with absent keys, queries that see nothing and hostile indices.
+    """Checks few queries and keys of the same geometry, with absent keys, queries that see nothing and hostile indices; where
+    keys are scored, one is NaN.
 
     Args:
         small: at sizes for a kernel that is interpreted.
@@ -119,6 +120,8 @@ def _hostile(arrays: Arrays) -> Arrays:
         if bounds.shape[2] > 1:
             bounds[:, :, 0] = n_keys // 2
         changed["visible_start"], changed["visible_end"] = (jnp.asarray(x, jnp.int32) for x in bounds)
+    if "k_index" in arrays and "q" not in arrays:
+        changed["k_index"] = arrays["k_index"].at[:, arrays["k_index"].shape[1] // 3].set(jnp.nan)
     return changed
 
 

@@ -8,7 +8,8 @@ from typing import Any
 Task = Callable[[Any], dict[str, Any]]
 """Does one item; returns {status, ...}. A function of a module, so that another process can import it."""
 
-START_SECONDS = 60.0
+START_SECONDS = 150.0
+STOP_SECONDS = 10.0
 
 
 class NoGpuError(RuntimeError):
@@ -36,7 +37,7 @@ def _serve(connection: Any, task: Task, describe: Callable[[], dict[str, Any]], 
 
 
 class Worker:
-    """A process that does items, replaced where it has died or run too long."""
+    """A process that does items; where it has died or run too long, the next item gets another."""
 
     def __init__(
         self,
@@ -58,6 +59,7 @@ class Worker:
         """
         self._task, self._on_cpu, self._describe, self._start_seconds = task, on_cpu, describe, start_seconds
         self._context = multiprocessing.get_context("spawn")
+        self._process: Any = None
         self.environment = self._start()
 
     def _start(self) -> dict[str, Any]:
@@ -69,9 +71,11 @@ class Worker:
         theirs.close()
         try:
             hello = self._connection.recv() if self._connection.poll(self._start_seconds) else None
-        except EOFError:
-            self._process.join(5)
-            raise RuntimeError(f"the process that does the items died with exit code {self._process.exitcode}.") from None
+        except (EOFError, ConnectionResetError):
+            self._process.join(STOP_SECONDS)
+            code = self._process.exitcode
+            self.stop()
+            raise RuntimeError(f"the process that does the items died with exit code {code}.") from None
         if hello is None:
             self.stop()
             raise RuntimeError(f"the process that does the items did not start within {self._start_seconds:.0f} s.")
@@ -81,27 +85,33 @@ class Worker:
         return hello["environment"]
 
     def do(self, item: Any, seconds: float) -> dict[str, Any]:
-        """What the task returns, or {status: "failed", reason} if it raises, dies, or takes longer than `seconds`."""
+        """What the task returns; {status: "failed", reason} if it raises, dies, takes over `seconds`, or no process starts.
+
+        A process that has to be started first takes its own time.
+        """
         try:
+            if self._process is None:
+                self._start()
             self._connection.send(item)
             if self._connection.poll(seconds):
                 result = self._connection.recv()
                 if result["status"] == "failed" and "CheckError" not in result["reason"]:
-                    self._restart()  # an error of the device outlives the call that made it
+                    self.stop()  # an error of the device outlives the call that made it
                 return result
             reason = f"took more than {seconds:.0f} s"
         except (EOFError, BrokenPipeError, ConnectionResetError):
-            self._process.join(5)
+            self._process.join(STOP_SECONDS)
             reason = f"its process died with exit code {self._process.exitcode}"
-        self._restart()
+        except RuntimeError as error:
+            return {"status": "failed", "reason": str(error)}
+        self.stop()
         return {"status": "failed", "reason": reason}
 
-    def _restart(self) -> None:
-        self.stop()
-        self._start()
-
     def stop(self) -> None:
-        """Ends the process."""
+        """Ends the process; one that is stuck in a driver, which nothing ends, is left behind."""
+        if self._process is None:
+            return
         self._process.kill()
-        self._process.join()
+        self._process.join(STOP_SECONDS)
         self._connection.close()
+        self._process = None

@@ -12,11 +12,12 @@ from pallas_kernels.block_topk.geometry import BlockGeometry
 _IMPLEMENTATIONS = {"reference": reference.block_topk, "xla": xla.block_topk}
 
 
-def _check(q, k_compressed, lse, n_keys, geometry, visible_start, visible_end, **_):
+def _check(q, k_compressed, lse, softmax_scale, n_keys, geometry, visible_start, visible_end, **_):
     op = "block_topk"
     _checks.check_attention_arguments(op, q, k_compressed)
     _checks.check_lse(op, lse, q)
     _checks.check_ranges(op, visible_start, visible_end, *q.shape[:2])
+    _checks.check_scale(op, softmax_scale)
     _checks.check_topk(op, geometry.topk)
     sizes = {name: getattr(geometry, name) for name in ("compress_block", "select_block")}
     forced = {name: getattr(geometry, name) for name in ("n_initial", "n_local")}

@@ -20,9 +20,10 @@ class DenseAttentionOutput(NamedTuple):
     lse: Float[Array, "B T H"]
 
 
-def _check_dense(q, k, v, visible_start, visible_end, d_v, **_):
+def _check_dense(q, k, v, softmax_scale, visible_start, visible_end, d_v, **_):
     _checks.check_attention_arguments("dense_attention", q, k, v, d_v)
     _checks.check_ranges("dense_attention", visible_start, visible_end, *q.shape[:2])
+    _checks.check_scale("dense_attention", softmax_scale)
 
 
 @_checks.checked(_check_dense)
@@ -59,11 +60,12 @@ def dense_attention(
     return DenseAttentionOutput(*run(q, k, v, visible_start, visible_end, softmax_scale=softmax_scale, d_v=d_v))
 
 
-def _check_topk(q, k, lse, topk, visible_start, visible_end, **_):
+def _check_topk(q, k, lse, softmax_scale, topk, visible_start, visible_end, **_):
     _checks.check_attention_arguments("attention_topk", q, k)
     _checks.check_lse("attention_topk", lse, q)
     _checks.check_topk("attention_topk", topk)
     _checks.check_ranges("attention_topk", visible_start, visible_end, *q.shape[:2])
+    _checks.check_scale("attention_topk", softmax_scale)
 
 
 @_checks.checked(_check_topk)

@@ -27,10 +27,18 @@ def default_tiles(queries: int, heads: int, dim: int, itemsize: int) -> Warpgrou
     A product of e4m3 should take about as long as weighing it, one of bfloat16 twice as long: four warpgroups share a step, or
     two, one multiplying while another weighs; with four, more than 64 weights for each would not fit in registers.
     As many queries as fit beside two stages of keys, up to 8, as each key is read once for all of them; then more stages.
+
+    Raises:
+        NotImplementedError: more heads and channels than shared memory holds.
     """
     shared = SHARED_BYTES - 4096
     tiles = WarpgroupTiles(num_warpgroups=4 if itemsize == 1 and heads <= 64 else 2)
     query, step = heads * (dim * itemsize + 4), tiles.block_k * dim * itemsize
+    if query + step > shared:
+        raise NotImplementedError(
+            f"mosaic has no room for {heads} heads of {dim} channels of {itemsize} bytes and a step of keys in shared memory. "
+            "Pass implementation='pallas'."
+        )
     block_q = max(1, min(tiles.block_q, (shared - 2 * step) // query, queries))
     block_q = 1 << (block_q.bit_length() - 1)
     num_stages = max(1, min(4, (shared - block_q * query) // step))

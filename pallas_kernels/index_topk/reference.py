@@ -27,7 +27,8 @@ def index_scores(
     # A key nobody sees and a query that sees nothing may hold NaN, which a mask alone would let into the gradients.
     seen = visible.any(1)
     k_index = jnp.where(seen[..., None], k_index, 0)
-    q_index = jnp.where(visible.any(2)[..., None, None], q_index, 0)
+    sees = visible.any(2)[..., None]
+    q_index, weights = jnp.where(sees[..., None], q_index, 0), jnp.where(sees, weights, 0)
     dtype = accumulation_dtype(q_index, k_index, weights)
     products = jnp.einsum("bthd,bsd->bths", q_index.astype(dtype), k_index.astype(dtype), precision=jax.lax.Precision.HIGHEST)
     scores = (weights[..., None].astype(dtype) * activate(products, head_lse, activation)).sum(2)

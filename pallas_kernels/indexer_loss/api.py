@@ -16,7 +16,19 @@ _IMPLEMENTATIONS = {"reference": reference.indexer_kl, "xla": xla.indexer_kl, "p
 
 
 def _check_kl(
-    q_index, k_index, weights, q, k, lse, visible_start, visible_end, topk_indices, activation, keys_per_index_key, **_
+    q_index,
+    k_index,
+    weights,
+    q,
+    k,
+    lse,
+    softmax_scale,
+    visible_start,
+    visible_end,
+    topk_indices,
+    activation,
+    keys_per_index_key,
+    **_,
 ):
     _checks.check_index_arguments("indexer_kl", q_index, k_index, weights)
     _checks.check_attention_arguments("indexer_kl", q, k)
@@ -30,6 +42,7 @@ def _check_kl(
     _checks.check_shape("indexer_kl", "k", k, lengths, "[B, S] of k_index (S times keys_per_index_key), key heads, head dim")
     _checks.check_lse("indexer_kl", lse, q)
     _checks.check_ranges("indexer_kl", visible_start, visible_end, *q_index.shape[:2])
+    _checks.check_scale("indexer_kl", softmax_scale)
     check_activation("indexer_kl", activation)
     if topk_indices is not None:
         _checks.check_topk_indices("indexer_kl", topk_indices, *q_index.shape[:2])

@@ -47,12 +47,12 @@ def default_key_tiles(problem: Problem, dtype: jnp.dtype) -> Tiles:
 
 
 def _products_and_gradient(
-    keys: list[Array], q: list[Array], weights: Array, d_scores: Array, valid: Array
+    keys: list[Array], q: list[Array], weights: Array, d_scores: Array, valid: Array, problem: Problem
 ) -> tuple[Array, Array]:
     """(d_products [keys, heads], gradient of the weights [heads]) of one query and a tile of keys."""
     products = tiling.sum_of_products(keys, q)
     d_scores, valid = d_scores[:, None], valid[:, None]
-    d_weights = jnp.where(valid, d_scores * jnp.maximum(products, 0.0), 0.0).sum(0)
+    d_weights = jnp.where(valid, d_scores * tiling.relu(products, problem), 0.0).sum(0)
     return jnp.where(valid & (products > 0.0), d_scores * weights[None], 0.0), d_weights
 
 
@@ -76,7 +76,7 @@ def _selected_kernel(refs: Refs, *outputs: Any, problem: Problem, tiles: Tiles, 
         d_weights, *dq = carry
         tile = tiling.load_keys(refs, problem, 0, i, tiles.block_k)
         d_scores = refs["d_scores"][pl.ds(i * tiles.block_k, tiles.block_k)]
-        d_products, new = _products_and_gradient(tile.keys, q, weights, d_scores, tile.valid)
+        d_products, new = _products_and_gradient(tile.keys, q, weights, d_scores, tile.valid, problem)
         if is_atomic:
             rows = jnp.where(tile.valid, tile.rows, dk_ref.shape[0] - backward.SPARE_ROWS)
         else:
@@ -176,7 +176,7 @@ def _visible_query_kernel(refs: Refs, dq_ref: Any, d_weights_ref: Any, *, proble
         valid = (position >= low) & (position < high)
         keys = [tiling.load_rows(refs["k"], position, piece, valid=valid) for piece in problem.key_columns]
         d_scores = plt.load(refs["d_scores"].at[position], mask=valid, other=0.0)
-        d_products, new = _products_and_gradient(keys, q, weights, d_scores, valid)
+        d_products, new = _products_and_gradient(keys, q, weights, d_scores, valid, problem)
         return d_weights + new, *_add_products(dq, d_products, keys, trans_a=True)
 
     start = jnp.zeros((tiles.block_h,), jnp.float32), *_zeros(tiles.block_h, problem)
@@ -200,7 +200,7 @@ def _visible_key_kernel(refs: Refs, total_ref: Any, dk_ref: Any, *, problem: Pro
             rows = tiling.HeadBlock(t * problem.heads + heads.rows, heads.valid)
             q, weights = tiling.load_heads(refs["q"], rows, problem.key_columns), tiling.load_per_head(refs["weights"], rows)
             d_scores = plt.load(refs["d_scores"].at[jnp.full((tiles.block_k,), t, jnp.int32), position], mask=valid, other=0.0)
-            d_products, _ = _products_and_gradient(keys, q, weights, d_scores, valid)
+            d_products, _ = _products_and_gradient(keys, q, weights, d_scores, valid, problem)
             # A query that sees nothing may hold NaN, which no product with zero removes.
             sees = refs["start"][t] < refs["end"][t]
             return tuple(_add_products(sums, d_products, [jnp.where(sees, x, 0.0).astype(x.dtype) for x in q]))

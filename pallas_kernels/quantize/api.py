@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels._checks import check_vectors, checked
 from pallas_kernels.quantize import reference
 
 
@@ -19,24 +20,38 @@ class QuantizedVectors(NamedTuple):
     scales: Float[Array, "*N"]
 
 
+def _check_rotation(x):
+    check_vectors("hadamard_transform", x=x)
+    dim = x.shape[-1]
+    if dim & (dim - 1):
+        raise ValueError(f"hadamard_transform: the last axis has {dim} channels; expected a power of two. Pad it or skip it.")
+
+
+@checked(_check_rotation)
 def hadamard_transform(x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
     """Multiply the last axis by the orthonormal Hadamard matrix: spreads outliers and keeps every dot product.
 
     Its own inverse. Accumulated in at least float32, returned in the dtype of `x`.
 
     Raises:
-        ValueError: when D is not a power of two.
+        ValueError: when D is not a power of two, or `x` is no array of floats.
     """
-    dim = x.shape[-1]
-    if dim < 1 or dim & (dim - 1):
-        raise ValueError(f"hadamard_transform: the last axis has {dim} channels; expected a power of two. Pad it or skip it.")
     return reference.hadamard_transform(x)
 
 
+def _check_vectors(x, **_):
+    check_vectors("quantize_fp8", x=x)
+
+
+@checked(_check_vectors)
 def quantize_fp8(x: Float[Array, "*N D"], *, power_of_two_scales: bool = True) -> QuantizedVectors:
     """Quantise each vector to e4m3 with one float32 scale.
 
-    scale = max(max|x|, 1e-4) / 448, rounded up to a power of two by default (ue8m0); values = round(clamp(x / scale)).
+    scale = max(max|x|, 1e-4) / 448, rounded up to a power of two by default (ue8m0); values = round(clamp(x / scale)). A vector
+    that holds inf or NaN gets it as its scale.
+
+    Raises:
+        ValueError: when `x` is no array of floats, or its vectors have no channel.
 
     Source: DeepSeek-V3.2-Exp inference/kernel.py, act_quant, for vectors of 128 channels.
     """

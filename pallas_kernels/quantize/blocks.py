@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels._checks import check_float, checked
 from pallas_kernels.quantize import reference
 
 WEIGHT_BLOCK = (128, 128)
@@ -21,6 +22,13 @@ class QuantizedBlocks(NamedTuple):
     scales: Float[Array, "*N Rb Cb"]
 
 
+def _check_matrices(x, **_):
+    check_float("quantize_blocks", x=x)
+    if x.ndim < 2:
+        raise ValueError(f"quantize_blocks: x has shape {list(x.shape)}; expected [..., rows, columns].")
+
+
+@checked(_check_matrices)
 def quantize_blocks(
     x: Float[Array, "*N R C"], block: tuple[int, int] = WEIGHT_BLOCK, *, power_of_two_scales: bool = True
 ) -> QuantizedBlocks:
@@ -34,7 +42,7 @@ def quantize_blocks(
         block: rows and columns of a block; `WEIGHT_BLOCK`, or `ACTIVATION_BLOCK` for [tokens, channels].
 
     Raises:
-        ValueError: a block without rows or columns.
+        ValueError: a block without rows or columns; an `x` that is no array of floats with two axes or more.
 
     Source: DeepSeek-V3 report, section 3.3.2; DeepSeek-V3.2-Exp inference/kernel.py, act_quant.
     """

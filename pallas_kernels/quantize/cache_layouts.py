@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
+from pallas_kernels._checks import check_float, check_shape, check_vectors, checked
 from pallas_kernels.quantize import reference
 
 TILE = 128
@@ -30,6 +31,14 @@ def vector_row_bytes(dim: int) -> int:
     return dim + 4
 
 
+def _check_latent(latent, k_rope, **_):
+    op = "pack_latent_fp8"
+    check_vectors(op, latent=latent)
+    check_float(op, k_rope=k_rope)
+    check_shape(op, "k_rope", k_rope, (*latent.shape[:-1], None), "[... of latent, rotated channels]")
+
+
+@checked(_check_latent)
 def pack_latent_fp8(
     latent: Float[Array, "*N C"], k_rope: Float[Array, "*N R"], *, power_of_two_scales: bool = True
 ) -> UInt8[Array, "*N bytes"]:
@@ -39,6 +48,9 @@ def pack_latent_fp8(
         latent: finite; each tile of 128 channels is scaled by its largest magnitude.
         k_rope: finite.
         power_of_two_scales: round scales up to a power of two (ue8m0); readers multiply by whatever is stored.
+
+    Raises:
+        ValueError: when they are no arrays of floats, or of other tokens.
     """
     tiles = _tiled(latent)
     scales = reference.fp8_scales(tiles, power_of_two=power_of_two_scales)
@@ -65,14 +77,29 @@ def unpack_latent_fp8(rows: UInt8[Array, "*N bytes"], latent_dim: int) -> tuple[
     return latent, _from_bytes(rows[..., latent_dim + 4 * n_tiles :], jnp.bfloat16).astype(jnp.float32)
 
 
+def _check_vectors(x, **_):
+    check_vectors("pack_vector_fp8", x=x)
+
+
+@checked(_check_vectors)
 def pack_vector_fp8(x: Float[Array, "*N D"], *, power_of_two_scales: bool = True) -> UInt8[Array, "*N bytes"]:
-    """One row of `vector_row_bytes(D)` per vector, as `quantize_fp8` rounds it; `x` must be finite."""
+    """One row of `vector_row_bytes(D)` per vector, as `quantize_fp8` rounds it; `x` must be finite.
+
+    Raises:
+        ValueError: when `x` is no array of floats, or its vectors have no channel.
+    """
     scales = reference.fp8_scales(x, power_of_two=power_of_two_scales)
     return jnp.concatenate([_as_bytes(reference.fp8_values(x, scales)), _as_bytes(scales[..., None])], axis=-1)
 
 
 def unpack_vector_fp8(rows: UInt8[Array, "*N bytes"]) -> Float[Array, "*N D"]:
-    """The vectors of packed rows, float32."""
+    """The vectors of packed rows, float32.
+
+    Raises:
+        ValueError: when a row has no room for a channel and a scale.
+    """
+    if rows.shape[-1] <= 4:
+        raise ValueError(f"unpack_vector_fp8: rows have {rows.shape[-1]} bytes; expected more than the 4 of the scale.")
     values, scales = _from_bytes(rows[..., :-4], jnp.float8_e4m3fn), _from_bytes(rows[..., -4:], jnp.float32)
     return values.astype(jnp.float32) * scales
 

@@ -1,5 +1,6 @@
 """The definition of the rotation and of the fp8 format, in plain jnp."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -23,7 +24,9 @@ def hadamard_transform(x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
     """x @ H * D**-0.5, accumulated in at least float32."""
     dim = x.shape[-1]
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    return (x.astype(wide) @ jnp.asarray(hadamard_matrix(dim) * dim**-0.5, wide)).astype(x.dtype)
+    matrix = jnp.asarray(hadamard_matrix(dim) * dim**-0.5, wide)
+    # Without it a GPU would round both sides to tf32, and other keys would be selected there.
+    return jnp.matmul(x.astype(wide), matrix, precision=jax.lax.Precision.HIGHEST).astype(x.dtype)
 
 
 def fp8_scales(x: Float[Array, "*N D"], *, power_of_two: bool) -> Float[Array, "*N"]:
@@ -32,7 +35,7 @@ def fp8_scales(x: Float[Array, "*N D"], *, power_of_two: bool) -> Float[Array, "
 
 
 def scales_of(amax: Float[Array, "*N"], *, power_of_two: bool) -> Float[Array, "*N"]:
-    """amax / 448, with amax at least 1e-4; `power_of_two` rounds it up to the next power of two (ue8m0).
+    """amax / 448, with amax at least 1e-4; `power_of_two` rounds it up to the next power of two (ue8m0). Inf and NaN stay.
 
     As the published kernel does, it multiplies by the rounded 1 / 448; XLA turns a division by 448 into that, too.
     """
@@ -40,7 +43,8 @@ def scales_of(amax: Float[Array, "*N"], *, power_of_two: bool) -> Float[Array, "
     if power_of_two:
         # frexp is exact where ceil(log2) would round: scales = fraction * 2**exponent with fraction in [0.5, 1).
         fraction, exponent = jnp.frexp(scales)
-        scales = jnp.ldexp(jnp.ones_like(scales), jnp.where(fraction == 0.5, exponent - 1, exponent))
+        power = jnp.ldexp(jnp.ones_like(scales), jnp.where(fraction == 0.5, exponent - 1, exponent))
+        scales = jnp.where(jnp.isfinite(scales), power, scales)
     return scales
 
 

@@ -29,9 +29,10 @@ class SparseAttentionOutput(NamedTuple):
     lse: Float[Array, "B T H"]
 
 
-def _check_sparse(q, k, v, topk_indices, d_v, **_):
+def _check_sparse(q, k, v, topk_indices, softmax_scale, d_v, **_):
     _checks.check_attention_arguments("sparse_attention", q, k, v, d_v)
     _checks.check_topk_indices("sparse_attention", topk_indices, *q.shape[:2])
+    _checks.check_scale("sparse_attention", softmax_scale)
 
 
 @_checks.checked(_check_sparse)
@@ -77,11 +78,13 @@ def sparse_attention(
     return SparseAttentionOutput(*run(*arrays, softmax_scale=softmax_scale, d_v=d_v, **options))
 
 
-def _check_sparse_fp8(q, pool, slots, latent_dim, **_):
+def _check_sparse_fp8(q, pool, slots, softmax_scale, latent_dim, **_):
     op = "sparse_attention_fp8"
     _checks.check_float(op, q=q)
+    _checks.check_array(op, pool=pool, slots=slots)
+    _checks.check_scale(op, softmax_scale)
     _checks.check_shape(op, "q", q, (None,) * 4, "[B, T, heads, latent_dim + rotated channels]")
-    if not 0 < latent_dim <= q.shape[-1]:
+    if not _checks.is_whole(latent_dim) or not 0 < latent_dim <= q.shape[-1]:
         raise ValueError(
             f"{op}: latent_dim is {latent_dim}; expected 1 to {q.shape[-1]}, the head dim of q. Check kv_lora_rank."
         )

@@ -100,7 +100,7 @@ def _forward_kernel(
     start = jnp.full((tiles.block_h,), -jnp.inf, jnp.float32), jnp.zeros((tiles.block_h,), jnp.float32)
     empty = [jnp.zeros((tiles.block_h, piece.size), jnp.float32) for piece in problem.value_columns]
     largest, total, *sums = lax.fori_loop(0, pl.cdiv(length, tiles.block_k), body, (*start, *empty))
-    is_empty = largest == -jnp.inf
+    is_empty = total == 0.0  # not by the largest, which passes over NaN
     total = jnp.where(is_empty, 1.0, total)
     for piece, x in zip(problem.value_columns, sums, strict=True):
         tiling.store_rows(out_ref, heads.rows, piece, x / total[:, None], valid=heads.valid)

@@ -13,6 +13,7 @@ from pallas_kernels.quantize.cache_layouts import TILE
 from pallas_kernels.sparse_attention import pallas_gpu
 from pallas_kernels.sparse_attention import pallas_gpu_tiles as tiling
 from pallas_kernels.sparse_attention.pallas_gpu_tiles import Columns, KeyTile, Problem, Refs, Tiles
+from pallas_kernels.tuning.kernels import SHARED_BYTES
 from pallas_kernels.tuning.tiles import SMALLEST_SIDE, SplitTiles
 
 
@@ -70,7 +71,13 @@ def sparse_attention_fp8(
 def default_tiles(problem: Problem, dtype: jnp.dtype) -> SplitTiles:
     """Block sizes for an H200: none spills registers when compiled for sm_90a; none has been timed."""
     most = max(SMALLEST_SIDE, min(64, 1 << (problem.heads - 1).bit_length()))
-    return SplitTiles(most, 32) if dtype.itemsize == 2 else SplitTiles(16, 16)
+    block_h, block_k = (most, 32) if dtype.itemsize == 2 else (16, 16)
+    row_bytes = tiling.padded_width(problem.key_columns) * dtype.itemsize
+
+    # Queries, two tiles of keys, and one as it is read; with few heads nothing of that is in shared memory.
+    while block_h > SMALLEST_SIDE and (block_h + 2.5 * block_k) * row_bytes + tiling.OTHER_BYTES > SHARED_BYTES:
+        block_h //= 2
+    return SplitTiles(block_h, block_k)
 
 
 def _views(pool: UInt8[Array, "P bytes"]) -> dict[str, Array]:

@@ -138,8 +138,12 @@ def default_options(problem: Problem, dtype: jnp.dtype, *, queries: int, topk: i
     """Block sizes for an H200; deterministic where the kernels are interpreted.
 
     Compiled for sm_90a by jax 0.11.2, all fit its shared memory and none spills registers, except the gradients in float32
-    with more than 256 channels. Chosen among those that compile; none has been timed. With five stages (three in the gradient
-    of the keys) what the next step but one needs is on its way while one is worked on; where that does not fit, two stages.
+    with more than 256 channels, and of 1024. Chosen among those that compile; none has been timed. With five stages (three in
+    the gradient of the keys) what the next step but one needs is on its way while one is worked on; where that does not fit,
+    two stages.
+
+    Raises:
+        NotImplementedError: more channels than shared memory holds.
     """
     is_half = dtype.itemsize == 2
     keys, values = padded_width(problem.key_columns), padded_width(problem.value_columns)
@@ -154,8 +158,21 @@ def default_options(problem: Problem, dtype: jnp.dtype, *, queries: int, topk: i
         fits = numbers * dtype.itemsize + OTHER_BYTES <= SHARED_BYTES
         return dataclasses.replace(tiles, num_stages=num_stages) if fits else tiles
 
+    def largest(per_head: int, *sizes: tuple[int, int]) -> Tiles:
+        """The first of the sizes with which `per_head` numbers of each head and two tiles of keys fit."""
+        for block_h, block_k in sizes:
+            fitting = tiles(block_h, block_k, 8)
+            numbers = fitting.block_h * per_head + 2 * block_k * gathered
+            if numbers * dtype.itemsize + OTHER_BYTES <= SHARED_BYTES:
+                return fitting
+        raise NotImplementedError(
+            f"sparse_attention: pallas has no room for {problem.dim} channels of {dtype} in shared memory. Pass "
+            "implementation='xla'."
+        )
+
     if is_wide and is_half:
-        chosen = tiles(64, 32, 8), tiles(32, 32, 8), tiles(32, 32, 8)
+        gradient = largest(keys + values, (32, 32), (16, 32), (16, 16))
+        chosen = largest(keys, (64, 32), (32, 32), (32, 16), (16, 16)), gradient, gradient
     elif is_wide:
         chosen = tiles(16, 16, 8), tiles(16, 16, 8), tiles(16, 16, 8)
     elif is_half:
@@ -302,6 +319,16 @@ def sum_of_products(a: Sequence[Array], b: Sequence[Array], scale: float = 1.0) 
     """
     products = [multiply(x, y, trans_b=True) for x, y in zip(a, b, strict=True)]
     return functools.reduce(jnp.add, products if scale == 1.0 else [x * scale for x in products])
+
+
+def relu(x: Array, problem: Problem) -> Array:
+    """max(x, 0) in float32, NaN where x is: Triton's own maximum takes the number of a number and NaN."""
+    if problem.interpret:
+        return jnp.maximum(x, 0.0)
+    shape = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    asm = "max.NaN.f32 $0, $1, 0f00000000;"
+    (y,) = plt.elementwise_inline_asm(asm, args=[x], constraints="=f,f", pack=1, result_shape_dtypes=[shape])
+    return y
 
 
 def is_interpreted(op: str) -> bool:

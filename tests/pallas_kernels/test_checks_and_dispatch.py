@@ -64,6 +64,13 @@ WRONG = {
     ),
     "lse of other heads": ("indexer_kl", {"lse": jnp.zeros((B, T, 2))}, r"lse has shape \[1, 3, 2\]; expected \[1, 3, 4\]"),
     "keys of another length": ("indexer_kl", {"k": jnp.ones((B, 5, 2, 6))}, r"k has shape \[1, 5, 2, 6\]"),
+    "a number for a range": ("index_topk", {"visible_start": 0}, "visible_start is a int; expected an array. Convert it with"),
+    "a list for a selection": ("sparse_attention", {"topk_indices": [[[0]]]}, "topk_indices is a list; expected an array"),
+    "nothing for weights": ("index_scores", {"weights": None}, "weights is a NoneType; expected an array"),
+    "d_v that is no whole number": ("sparse_attention", {"d_v": 2.0}, "d_v is 2.0; expected 1 to 6"),
+    "no scale": ("sparse_attention", {"softmax_scale": None}, "softmax_scale is None; expected a finite number"),
+    "an array for a scale": ("indexer_kl", {"softmax_scale": jnp.ones(())}, "softmax_scale is .*; expected a finite number"),
+    "infinite scale": ("dense_attention", {"softmax_scale": float("inf")}, "softmax_scale is inf; expected a finite number"),
     "no such implementation": (
         "index_topk",
         {"implementation": "cuda"},
@@ -79,6 +86,53 @@ def test_wrong_arguments(name):
     with pytest.raises(ValueError, match=message) as caught:
         function(**{**arguments, **change})
     assert str(caught.value).startswith(f"{op}: ") and "\n" not in str(caught.value)
+
+
+def quantization(function, *arguments):
+    return lambda: getattr(pk.quantize, function)(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (quantization("hadamard_transform", jnp.float32(1)), r"x has shape \[\]; expected \[..., channels\], at least one"),
+        (quantization("hadamard_transform", jnp.ones((2, 4), int)), "x has dtype int32; expected one of float16"),
+        (quantization("quantize_fp8", jnp.ones((2, 0))), r"x has shape \[2, 0\]; expected"),
+        (quantization("quantize_fp8", [1.0]), "x is a list; expected an array"),
+        (quantization("quantize_blocks", jnp.ones(3)), r"x has shape \[3\]; expected \[..., rows, columns\]"),
+        (quantization("unpack_vector_fp8", jnp.ones((2, 3), jnp.uint8)), "rows have 3 bytes; expected more than the 4"),
+        (
+            quantization("pack_latent_fp8", jnp.ones((2, 4)), jnp.ones((3, 2))),
+            r"k_rope has shape \[3, 2\]; expected \[2, any\]",
+        ),
+    ],
+)
+def test_wrong_arguments_of_quantization(call, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("op", CALLS)
+def test_no_gpu_may_round_float32_to_multiply_it(op, implementation):
+    function, arguments = CALLS[op]
+    arrays = {name: x for name, x in arguments.items() if isinstance(x, jax.Array)}
+    rest = {name: x for name, x in arguments.items() if name not in arrays}
+
+    def run(arrays):
+        result = function(**arrays, **rest, implementation=implementation)
+        return sum(x.sum() for x in jax.tree.leaves(result)).astype(jnp.float32)
+
+    is_learned = {name: jnp.issubdtype(x.dtype, jnp.floating) for name, x in arrays.items()}
+    floats = {name: x for name, x in arrays.items() if is_learned[name]}
+    others = {name: x for name, x in arrays.items() if not is_learned[name]}
+    text = jax.jit(jax.grad(lambda floats: run(floats | others))).lower(floats).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert all("HIGHEST" in line and "DEFAULT" not in line for line in products)
+    text = jax.jit(run).lower(arrays).as_text()
+    products += [line for line in text.splitlines() if "dot_general" in line]
+    assert products and all("HIGHEST" in line and "DEFAULT" not in line for line in products)
 
 
 HAS_TRITON, HAS_MOSAIC, WITHOUT_PALLAS = ("index_topk",), ("index_scores", "index_topk"), ("dense_attention",)

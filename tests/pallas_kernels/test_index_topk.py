@@ -116,6 +116,23 @@ def test_invisible_keys_never_matter(implementation):
         np.testing.assert_array_equal(jitted(q, dirty, w, **visible, topk=5, implementation=implementation), clean)
 
 
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "pallas"])
+def test_a_query_that_sees_nothing_may_hold_anything(implementation):
+    q, k, w = inputs(TEST_SHAPES["odd_lengths"])
+    start = jnp.zeros(q.shape[:2], jnp.int32)
+    end = jnp.full(q.shape[:2], k.shape[1], jnp.int32).at[:, 1].set(0)
+
+    def gradients(q, w):
+        def total(arrays):
+            scores = pk.index_scores(*arrays, visible_start=start, visible_end=end, implementation=implementation)
+            return jnp.where(jnp.isfinite(scores), scores, 0).sum()
+
+        return jax.grad(total)((q, k, w))
+
+    clean, dirty = gradients(q, w), gradients(q.at[:, 1].set(jnp.nan), w.at[:, 1].set(jnp.nan))
+    jax.tree.map(np.testing.assert_array_equal, clean, dirty)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_awkward_scores(implementation):
     """-0.0 equals 0.0; NaN and -inf are the lowest finite number but visible, so they are taken before nothing."""

@@ -174,5 +174,7 @@ def test_blocks_fit_in_shared_memory():
         rows = tiles.block_q * heads + tiles.num_stages * tiles.block_k
         assert rows * dim * itemsize + 4 * tiles.block_q * heads < 232448
     assert mosaic_gpu.default_tiles(4096, 64, 128, 2) == WarpgroupTiles(8, 64, 2, 2)
+    with pytest.raises(NotImplementedError, match="no room for 128 heads of 512 channels"):
+        mosaic_gpu.default_tiles(4096, 128, 512, 2)
     assert mosaic_gpu.default_tiles(1, 64, 128, 2) == WarpgroupTiles(1, 64, 2, 4)
     assert mosaic_gpu.default_tiles(5, 64, 128, 1) == WarpgroupTiles(4, 64, 4, 4)

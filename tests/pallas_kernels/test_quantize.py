@@ -24,6 +24,21 @@ def test_hadamard_is_its_own_inverse_and_keeps_dot_products():
         hadamard_transform(jnp.ones((2, 12)))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_gpu_is_told_not_to_round_the_rotation(dtype):
+    text = jax.jit(hadamard_transform).lower(jnp.ones((3, 128), dtype)).as_text()
+    assert "precision = [HIGHEST, HIGHEST]" in text and "DEFAULT" not in text
+
+
+@pytest.mark.parametrize("power_of_two", [True, False])
+def test_what_is_not_finite_shows(power_of_two):
+    x = jnp.array([[1000.0, jnp.inf, 3.0], [1000.0, jnp.nan, 3.0], [1000.0, -jnp.inf, 0.0], [448.0, 1.0, 0.0]])
+    values, scales = quantize_fp8(x, power_of_two_scales=power_of_two)
+    np.testing.assert_array_equal(scales, [np.inf, np.nan, np.inf, 1.0])
+    shown = np.asarray(values.astype(jnp.float32))
+    assert np.isnan(shown[[0, 1, 1, 1, 2], [1, 0, 1, 2, 1]]).all() and not shown[[0, 2], [0, 0]].any()
+
+
 def test_fp8_scales_by_hand():
     # 448 needs scale 1, just above it 2; the floor 1e-4 / 448 = 2.2e-7 rounds up to 2**-22.
     x = jnp.array([[448.0, 1.0], [449.0, 1.0], [0.0, 0.0], [3.5, -7.0]])

@@ -15,7 +15,7 @@ from test_sparse_attention import inputs, selection
 
 import pallas_kernels as pk
 from pallas_kernels import _head_sums
-from pallas_kernels.sparse_attention import pallas_gpu, reference
+from pallas_kernels.sparse_attention import pallas_gpu, pallas_gpu_fp8, reference
 from pallas_kernels.sparse_attention.pallas_gpu_tiles import Options, Problem, Tiles, cut_columns, default_options
 from pallas_kernels.sparse_attention.shapes import DEEPSEEK_V32, LLAMA3_8B, AttentionShape
 
@@ -193,6 +193,25 @@ def test_gathers_ahead_only_what_shared_memory_holds():
     assert stages(512, 512, False) == (2, 2, 2)
     assert stages(320, 256, False) == (5, 5, 3)
     assert stages(576, 512, True, jnp.float32) == (2, 2, 2)
+
+
+def test_wide_channels_get_smaller_tiles_or_a_clear_no():
+    def sizes(dim, width, is_shared):
+        problem = Problem(128, 1, dim, width, is_shared, SCALE, False)
+        options = default_options(problem, jnp.dtype(jnp.bfloat16), queries=64, topk=512)
+        return [(tiles.block_h, tiles.block_k) for tiles in (options.forward, options.d_query, options.d_key)]
+
+    assert sizes(576, 512, True) == [(64, 32), (32, 64), (32, 32)]
+    assert sizes(1024, 1024, True) == [(32, 32), (16, 32), (16, 32)]
+    assert sizes(1024, 1024, False) == [(32, 16), (16, 16), (16, 16)]
+    with pytest.raises(NotImplementedError, match=r"no room for 4096 channels of bfloat16 in shared memory\. Pass"):
+        sizes(4096, 4096, True)
+
+    def heads(latent):
+        problem = Problem(64, 1, latent + 64, latent, True, SCALE, False, piece=128)
+        return pallas_gpu_fp8.default_tiles(problem, jnp.dtype(jnp.bfloat16)).block_h
+
+    assert (heads(512), heads(768), heads(1024)) == (64, 32, 16)
 
 
 def test_sums_over_heads_hold_as_many_as_shared_memory_does():

@@ -104,9 +104,39 @@ def die():
     os._exit(3)
 
 
-def test_worker_that_does_not_start():
-    with pytest.raises(RuntimeError, match="died with exit code 3"):
-        Worker(stub, describe=die)
+def die_from_the_second(counter):
+    if counter.exists():
+        os._exit(3)
+    counter.touch()
+    return describe()
+
+
+def test_a_process_that_cannot_be_replaced_costs_items_and_not_the_record(tmp_path, monkeypatch):
+    describe = functools.partial(die_from_the_second, tmp_path / "counter")
+    monkeypatch.setattr(gpu_check, "Worker", functools.partial(Worker, describe=describe))
+    monkeypatch.setattr(gpu_check, "dry_perform", stub)
+    output = tmp_path / "check.json"
+    assert gpu_check.run(output, dry_run=True, words=["index"]) == 1
+    record = json.loads(output.read_text())
+    statuses = [(x["status"], x.get("reason")) for x in record["items"] if x["kind"] == "check_reduced"]
+    assert statuses[:2] == [("failed", "CheckError: wrong"), ("failed", "RuntimeError: CUDA_ERROR_ILLEGAL_ADDRESS")]
+    assert statuses[2] == ("failed", "the process that does the items died with exit code 3.") and record["finished"]
+
+
+def test_the_end_of_the_time_cuts_no_item_short(tmp_path, monkeypatch):
+    seconds = []
+    monkeypatch.setattr(FailingWorker, "do", lambda self, item, given: seconds.append(given) or {"status": "passed"})
+    monkeypatch.setattr(gpu_check, "Worker", FailingWorker)
+    gpu_check.run(tmp_path / "check.json", dry_run=True, total_seconds=5.0)
+    assert set(seconds) == {gpu_check.ITEM_SECONDS}
+
+
+def test_worker_that_does_not_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "Worker", functools.partial(Worker, describe=die))
+    output = tmp_path / "check.json"
+    assert gpu_check.main(["--dry_run", f"--output={output}"]) == 2
+    assert "died with exit code 3" in capsys.readouterr().err
+    assert "died with exit code 3" in gpu_check.table(json.loads(output.read_text()))
     with pytest.raises(RuntimeError, match="did not start within 1 s"):
         Worker(stub, describe=functools.partial(time.sleep, 60), start_seconds=1.0)
 
@@ -120,6 +150,8 @@ def test_every_op_and_kernel_implementation_is_an_item():
     assert {item.op for item in todo} == set(OPS)
     kinds = [item.kind for item in todo]
     assert kinds == sorted(kinds, key=("check_reduced", "check_real", "time").index)
+    checked = [item.op for item in todo if item.implementation == "xla" and item.kind != "time"]
+    assert sorted(checked) == sorted(OPS)  # each once
     assert {item.implementation for item in todo if item.op == "index_topk"} == {"xla", "pallas", "triton", "mosaic"}
     assert {item.implementation for item in todo if item.op == "index_scores"} == {"xla", "pallas", "mosaic"}
 
