@@ -4,8 +4,8 @@ MLA without a query latent (the indexer reads the normed hidden state), softmax 
 ours to choose, as the released model has none: a quarter of the heads of DeepSeek-V3.2's, the same width and topk.
 
 Sources: huggingface.co/deepseek-ai/DeepSeek-V2-Lite `config.json`; arXiv 2405.04434.
-Command: `python -m experiments.retrofit --config=configs/deepseek_v2_lite.py --config.init.hf_dir=DIR --workdir=runs/v2_lite`,
-with the stages' steps set.
+Command: `python -m experiments.dry_run --config=configs/deepseek_v2_lite.py`;
+configs/h200x8_deepseek_v2_lite.py makes it sparse.
 """
 
 from dsa_jax.config import AttentionConfig, Config, IndexerConfig, ModelConfig, MoEConfig, RopeConfig

@@ -4,8 +4,7 @@ Grouped-query attention with Llama's own frequency scaling. The indexer is ours 
 heads.
 
 Sources: huggingface.co/meta-llama/Llama-3.1-8B `config.json`; arXiv 2407.21783.
-Command: `python -m experiments.retrofit --config=configs/llama3_8b.py --config.init.hf_dir=DIR --workdir=runs/llama3`, with the
-stages' steps set.
+Command: `python -m experiments.dry_run --config=configs/llama3_8b.py`; configs/h200x1_llama3_8b.py makes it sparse.
 """
 
 from dsa_jax.config import AttentionConfig, Config, IndexerConfig, ModelConfig, RopeConfig

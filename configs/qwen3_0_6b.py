@@ -3,8 +3,7 @@
 Grouped-query attention with normed queries and keys. The indexer is ours to choose: one index key for all groups, 16 heads.
 
 Sources: huggingface.co/Qwen/Qwen3-0.6B `config.json`; arXiv 2505.09388.
-Command: `python -m experiments.retrofit --config=configs/qwen3_0_6b.py --config.init.hf_dir=DIR --workdir=runs/qwen3`, with the
-stages' steps set.
+Command: `python -m experiments.dry_run --config=configs/qwen3_0_6b.py`; configs/h200x1_qwen3_0_6b.py makes it sparse.
 """
 
 from dsa_jax.config import AttentionConfig, Config, IndexerConfig, ModelConfig, RopeConfig

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from dsa_jax.config import Config, DataConfig, TextConfig
-from dsa_jax.data.tokenizer import NO_TOKENIZER
+from dsa_jax.data.tokenizer import NO_TOKENIZER, ByteTokenizer, Tokenizer
 from dsa_jax.hf import load_pretrained, save_pretrained
+from dsa_jax.hf.tokenizer_files import has_tokenizer_files
 from dsa_jax.model.selection import DENSE
 from dsa_jax.model_config import PLAIN
 from dsa_jax.open_checkpoint import is_hf_directory, open_checkpoint
@@ -25,7 +26,10 @@ def to_hf(source: Path, target: Path, *, weight_format: str = PLAIN) -> str:
         RunError, CheckpointError: where `source` cannot be read or `target` not be written.
     """
     loaded = open_checkpoint(source, weight_format=weight_format)
-    save_pretrained(target, loaded.config, loaded.params, tokenizer=loaded.tokenizer)
+    tokenizer: Tokenizer | Path | None = loaded.tokenizer
+    if is_hf_directory(source) and not isinstance(tokenizer, ByteTokenizer) and has_tokenizer_files(source):
+        tokenizer = source  # whether or not it could be read here
+    save_pretrained(target, loaded.config, loaded.params, tokenizer=tokenizer)
     return f"{source} is now a Hugging Face checkpoint in {target}"
 
 

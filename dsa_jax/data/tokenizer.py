@@ -77,8 +77,11 @@ class ByteTokenizer:
 class JsonTokenizer:
     """A `tokenizer.json`, read by the optional `tokenizers` package."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, end_of_text_id: int | None = None) -> None:
         """Read the file `path`, or `path`/tokenizer.json.
+
+        Args:
+            end_of_text_id: ends a document where neither the tokenizer nor a tokenizer_config.json beside it names a token.
 
         Raises:
             ConfigError: if the file is missing or unreadable, or no token is known to end a document.
@@ -103,12 +106,14 @@ class JsonTokenizer:
         self.vocab_size = max(ids.values(), default=-1) + 1
         names = [*_configured_end_of_text(file.with_name("tokenizer_config.json")), *END_OF_TEXT_NAMES]
         known = [ids[name] for name in names if name in ids]
-        if not known:
+        if known:
+            end_of_text_id = int(known[0])
+        if end_of_text_id is None:
             raise ConfigError(
                 f"{file} has no token that ends a document; expected one of {', '.join(END_OF_TEXT_NAMES)} or an eos_token in "
                 "a tokenizer_config.json beside it."
             )
-        self.end_of_text_id = int(known[0])
+        self.end_of_text_id = end_of_text_id
 
     def encode(self, text: str) -> Int[np.ndarray, " N"]:
         """Token ids of `text`, without special tokens."""

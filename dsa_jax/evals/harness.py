@@ -185,6 +185,8 @@ class HarnessScorer:
             temperature=temperature,
             top_p=float(settings.get("top_p", 1.0)),
             attention=self.attention,
+            # A run trained here ends its documents with the tokenizer's own token.
+            stop_tokens=self.pretrained.config.eos_token_ids or (self.tokenizer.end_of_text_id,),
         )
         return [cut_at(self.tokenizer.decode(tokens), until) for tokens in output.token_ids]
 

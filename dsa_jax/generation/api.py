@@ -178,10 +178,15 @@ def _number(name: str, value: Any) -> float:
 def _stop_tokens(tokens: Any) -> tuple[int, ...]:
     if isinstance(tokens, str) or not np.iterable(tokens):
         raise ConfigError(f"stop_tokens is {tokens!r}; expected a list of token ids.")
-    return tuple(_whole("stop_tokens", token) for token in tokens)
+    ids = tuple(_whole("stop_tokens", token) for token in tokens)
+    if wrong := [token for token in ids if not -(2**31) <= token < 2**31]:
+        raise ConfigError(f"stop_tokens holds {wrong[0]}; expected token ids, which fit 32 bits.")
+    return ids
 
 
-def _checked_prompts(prompts: Sequence[Any], config: ModelConfig, max_new_tokens: int) -> list[np.ndarray]:
+def _checked_prompts(prompts: Any, config: ModelConfig, max_new_tokens: int) -> list[np.ndarray]:
+    if not isinstance(prompts, Sequence | np.ndarray):
+        raise ConfigError(f"prompts is a {type(prompts).__name__}; expected a list of lists of token ids.")
     if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
         raise ConfigError("prompts hold text; expected lists of token ids. Encode them with pretrained.tokenizer.encode.")
     if len(prompts) == 0:

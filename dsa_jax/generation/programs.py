@@ -103,14 +103,21 @@ def compiled(
     leaves, structure = jax.tree.flatten(arguments)
     abstract = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves)
     begin = time.perf_counter()
-    executable = _compile(program, model, mode, structure, abstract)
+    # The mesh that is set decides how a program is split, so what was compiled under another is no match.
+    executable = _compile(program, model, mode, structure, abstract, jax.sharding.get_abstract_mesh())
     return executable, time.perf_counter() - begin
 
 
 @functools.lru_cache(maxsize=KEPT_PROGRAMS)
 def _compile(
-    program: Callable[..., State], model: Transformer, mode: Mode, structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]
+    program: Callable[..., State],
+    model: Transformer,
+    mode: Mode,
+    structure: Any,
+    leaves: tuple[jax.ShapeDtypeStruct, ...],
+    mesh: jax.sharding.AbstractMesh,
 ) -> Callable[..., State]:
+    del mesh  # part of the key
     arguments = jax.tree.unflatten(structure, leaves)
     place = [i for i, argument in enumerate(arguments) if isinstance(argument, State)]
     shardings = jax.tree.map(lambda leaf: leaf.sharding, arguments[place[0]])

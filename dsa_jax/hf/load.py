@@ -1,6 +1,7 @@
 """Loading a Hugging Face checkpoint, one stacked parameter at a time."""
 
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -16,8 +17,9 @@ from dsa_jax.config_checks import ConfigError
 from dsa_jax.hf.errors import CheckpointError
 from dsa_jax.hf.families import FAMILIES
 from dsa_jax.hf.fp8 import block_size
+from dsa_jax.hf.index_rope import from_stored, is_reordered
 from dsa_jax.hf.plan import Source, check_blocks, count_mtp_layers, describe_rounding, plan_sources, read_blocks, read_source
-from dsa_jax.hf.read_config import read_model_config
+from dsa_jax.hf.read_config import read_model_config, stated_dtype
 from dsa_jax.hf.tokenizer_files import load_checkpoint_tokenizer
 from dsa_jax.hf.weights import Weights, read_json
 from dsa_jax.model import Transformer, build_model, init_params
@@ -98,7 +100,7 @@ def load_pretrained(
     where = _placement(mesh, placement)
     shapes = parameter_paths(jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0)))
     added = [path for path in shapes if is_nsa_path(path) or (is_indexer_path(path) and not brings_indexer)]
-    tokenizer = load_checkpoint_tokenizer(directory, content, config.vocab_size)
+    tokenizer = load_checkpoint_tokenizer(directory, content, config)
     stored = {path: leaf for path, leaf in shapes.items() if path not in added}
     loaded = _read_parameters(directory, content, config, stored, where)
     if added:
@@ -115,6 +117,8 @@ def _read_parameters(
     latent = config.family in FAMILIES and FAMILIES[config.family].kind == "mla"
     n_mtp_layers = count_mtp_layers(content, directory / "config.json") if latent else 0
     loaded: dict[str, jax.Array] = {}
+    reordered = is_reordered(config, config.family, bool(content.get("indexer_rope_interleave", True)))
+    in_order = functools.partial(from_stored, config) if reordered else lambda path, value: value
     with Weights(directory) as weights:
         kernels = {path: leaf for path, leaf in shapes.items() if not is_block_scales_path(path)}
         plan = plan_sources(config, kernels, weights, block=block, n_mtp_layers=n_mtp_layers)
@@ -125,10 +129,11 @@ def _read_parameters(
         for path, sources in plan.items():
             if path in kept:
                 names = path, kept[path]
-                both = _stacked_blocks(sources, shapes[path], shapes[kept[path]], weights)
+                values, scales = _stacked_blocks(sources, shapes[path], shapes[kept[path]], weights)
+                both = in_order(path, values), scales
                 loaded |= {name: _put(value, name, where) for name, value in zip(names, both, strict=True)}
             else:
-                loaded[path] = _put(_stacked(sources, shapes[path], weights, block), path, where)
+                loaded[path] = _put(in_order(path, _stacked(sources, shapes[path], weights, block)), path, where)
     return loaded
 
 
@@ -206,10 +211,10 @@ def _new_parameters(model: Transformer, seed: int, paths: Sequence[str]) -> dict
 
 
 def _say_what_is_converted(directory: Path, content: dict[str, Any], config: ModelConfig) -> None:
-    stated = str(content.get("torch_dtype") or content.get("dtype"))
+    stated = stated_dtype(content) or ""
     if config.weight_format == FP8_BLOCKS:
         _LOG.info("%s: kernels are kept in fp8 blocks; activations are not quantised", directory)
     elif content.get("quantization_config"):
         _LOG.info("%s: fp8 weights become %s; activations are not quantised", directory, config.param_dtype)
-    elif stated.endswith("float16") and not stated.endswith("bfloat16"):
+    elif stated in ("float16", "half"):
         _LOG.info("%s: float16 weights become %s", directory, config.param_dtype)

@@ -190,14 +190,16 @@ def check_blocks(sources: Iterable[Source], weights: Weights, block: tuple[int, 
 
 
 def _check_left_over(used: Mapping[str, tuple[int, ...]], config: ModelConfig, weights: Weights, n_mtp_layers: int) -> None:
-    """Name tensors that no parameter wants, apart from multi-token-prediction layers, buffers and the copy of a tied head."""
+    """Name tensors that no parameter wants, apart from multi-token-prediction layers, buffers, empty ones such as those of no
+    shared experts, and the copy of a tied head.
+    """
     skipped: dict[int, int] = {}
     extra = []
     for name in weights.tensors:
         base = name.removesuffix(SCALE_SUFFIX)
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         index = int(layer[1]) if layer else -1
-        if base in used or name.endswith("rotary_emb.inv_freq"):
+        if base in used or name.endswith("rotary_emb.inv_freq") or 0 in weights.tensors[name].shape:
             continue
         if config.n_layers <= index < config.n_layers + n_mtp_layers:
             skipped[index] = skipped.get(index, 0) + 1

@@ -22,7 +22,7 @@ from dsa_jax.model.rope import rope_from_config, rotary_magnitude
 from dsa_jax.model_config import AttentionConfig, IndexerConfig, ModelConfig, MoEConfig
 
 _LOG = logging.getLogger(__name__)
-_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}
+_DTYPES = {"float32": "float32", "float": "float32", "bfloat16": "bfloat16", "float16": "float32", "half": "float32"}
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float32"}
 _EMBEDDING = "model.embed_tokens.weight"
 
@@ -39,7 +39,7 @@ def read_model_config(directory: str | Path) -> ModelConfig:
     file = directory / "config.json"
     content = read_json(file)
     config = parse_config(content, file)
-    if _stated_dtype(content) is None:
+    if stated_dtype(content) is None:
         config.param_dtype = config.dtype = _stored_dtype(directory, content)
     generation = directory / "generation_config.json"
     if generation.is_file() and (stop := _token_ids(Fields(generation, read_json(generation), {}))):
@@ -85,9 +85,9 @@ def _family_config(content: dict[str, Any], file: Path) -> ModelConfig:
     attention.indexer = _indexer(fields, family, attention, n_layers)
     attention.mode = "sparse" if attention.indexer.enabled else "dense"
     moe = _experts(fields, family, n_layers) if family.experts else MoEConfig()
-    dtype = _stated_dtype(content)
+    dtype = stated_dtype(content)
     if dtype is not None and dtype not in _DTYPES:
-        fields.fail("torch_dtype" if content.get("torch_dtype") else "dtype", f"one of {', '.join(_DTYPES)}")
+        fields.fail("dtype" if content.get("dtype") else "torch_dtype", f"one of {', '.join(_DTYPES)}")
     block_size(content, file)
     config = ModelConfig(
         vocab_size=fields.whole("vocab_size"),
@@ -120,9 +120,10 @@ def _refuse_unsupported(fields: Fields) -> None:
         if value is not None and value not in neutral:
             allowed = " or ".join(str(each) for each in neutral)
             fields.fail(name, f"{allowed}: nothing else is computed" if neutral else "null: it is not computed")
-    window = fields.content.get("sliding_window")
-    if window is not None and fields.content.get("use_sliding_window", fields.content["model_type"] == "llama"):
-        first = fields.whole("max_window_layers", 0) if fields.content["model_type"] == "qwen3" else 0
+    kind = fields.content["model_type"]
+    window = fields.content.get("sliding_window", 4096 if kind.startswith("qwen3") else None)
+    if window is not None and fields.content.get("use_sliding_window", kind == "llama"):
+        first = fields.whole("max_window_layers", 28) if kind == "qwen3" else 0
         if first < fields.whole("num_hidden_layers"):
             fields.fail("sliding_window", "null, or use_sliding_window false: only full attention is computed")
     layer_types = fields.content.get("layer_types")
@@ -320,8 +321,9 @@ def _token_ids(fields: Fields) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _stated_dtype(content: dict[str, Any]) -> str | None:
-    value = content.get("torch_dtype") or content.get("dtype")
+def stated_dtype(content: dict[str, Any]) -> str | None:
+    """The type of the weights by config.json, in its newer or older spelling; the newer one counts, as in transformers."""
+    value = content.get("dtype") or content.get("torch_dtype")
     return value.removeprefix("torch.") if isinstance(value, str) else value
 
 

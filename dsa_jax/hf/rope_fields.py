@@ -46,6 +46,8 @@ def read_rope(fields: Fields) -> RopeConfig:
     if config.original_max_positions < 1:
         (fields if fields.has(name) else rope).fail(name, "a positive number of tokens")
     if config.scaling == "llama3":
+        if rope.number("mscale_all_dim", 0.0):
+            rope.fail("mscale_all_dim", "none of it where rope_type is llama3")
         config.factor = rope.number("factor")
         config.low_freq_factor, config.high_freq_factor = rope.number("low_freq_factor"), rope.number("high_freq_factor")
         return config

@@ -19,9 +19,10 @@ from jaxtyping import Shaped
 from dsa_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 from dsa_jax.hf.errors import CheckpointError
 from dsa_jax.hf.families import FAMILIES, OWN_MODEL_TYPE
+from dsa_jax.hf.index_rope import is_reordered, to_stored
 from dsa_jax.hf.names import Piece, pieces, tensor_name
 from dsa_jax.hf.safetensors_file import TensorToWrite, write_file
-from dsa_jax.hf.tokenizer_files import BYTES_FIELD, TOKENIZER_FILES, copy_tokenizer_files
+from dsa_jax.hf.tokenizer_files import BYTES_FIELD, TOKENIZER_FILES, copy_tokenizer_files, has_tokenizer_files
 from dsa_jax.hf.weights import INDEX_FILE, SINGLE_FILE, read_json
 from dsa_jax.hf.write_config import Layout, choose_layout
 from dsa_jax.model import build_model, init_params, layer_stacks
@@ -45,7 +46,8 @@ def save_pretrained(
     """Write config.json, the weights and the tokenizer's files; `load_pretrained` gives the same bits back.
 
     Latent attention with an indexer becomes a deepseek_v32 checkpoint, or a glm_moe_dsa one where it came from there,
-    rotates the indexer interleaved or shares selections; transformers, vLLM and SGLang know both. Where that cannot express
+    rotates the indexer interleaved or shares selections; transformers, vLLM and SGLang know both. A shared indexer that rotates
+    halves is written with its channels interleaved, as readers of glm_moe_dsa expect them. Where that cannot express
     the model, and for grouped-query attention, the names and the model_type of the family stay, and `self_attn.indexer.*`
     tensors and `index_*` fields are added: others than this project then run it dense. What no family computes gets a
     model_type of this project. The log says which.
@@ -58,7 +60,7 @@ def save_pretrained(
         directory: what it holds is replaced once the new checkpoint is complete; it must be empty, new or a checkpoint.
         config: the model.
         params: its parameters, of the shapes and types that `init_params` gives.
-        tokenizer: one of ours, or the path of a directory or a tokenizer.json; its files are copied.
+        tokenizer: one of ours, or the path of a directory or of the file of a tokenizer; its files are copied.
         shard_bytes: most bytes of tensors in one file, unless a single tensor has more.
 
     Raises:
@@ -66,11 +68,13 @@ def save_pretrained(
             directory cannot be written; it is then as before.
     """
     target = Path(directory).resolve()
-    if shard_bytes < 1:
-        raise ValueError(f"shard_bytes is {shard_bytes}; expected a positive number.")
+    if not isinstance(shard_bytes, int) or shard_bytes < 1:
+        raise ValueError(f"shard_bytes is {shard_bytes!r}; expected a positive number of bytes, such as 5 * 2**30.")
     leaves = _checked_leaves(config, params)
     _check_target(target)
     layout = choose_layout(config)
+    if is_reordered(config, layout.model_type):
+        leaves = to_stored(config, leaves)
     tensors = _tensors(config, leaves)
     if layout.model_type in FAMILIES:
         tensors += _zero_biases(config)
@@ -84,7 +88,7 @@ def save_pretrained(
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
         try:
             _write_weights(temporary, tensors, shard_bytes)
-            source = _tokenizer_directory(tokenizer)
+            source = _tokenizer_source(tokenizer)
             carried = copy_tokenizer_files(source, temporary) if source else []
             _state_end_tokens(temporary / "generation_config.json", config)
             _write_json(temporary / "config.json", content)
@@ -240,17 +244,17 @@ def _state_end_tokens(file: Path, config: ModelConfig) -> None:
     _write_json(file, settings | ({"eos_token_id": ours} if ours else {}))
 
 
-def _tokenizer_directory(tokenizer: Tokenizer | str | Path | None) -> Path | None:
+def _tokenizer_source(tokenizer: Tokenizer | str | Path | None) -> Path | None:
+    """A directory with files of a tokenizer, or its one file."""
     if tokenizer is None or isinstance(tokenizer, ByteTokenizer):
         return None
     if isinstance(tokenizer, JsonTokenizer):
-        return tokenizer.file.parent
+        return tokenizer.file
     if isinstance(tokenizer, str | Path):
         path = Path(tokenizer)
-        folder = path if path.is_dir() else path.parent
-        if not (folder / "tokenizer.json").is_file():
+        if not (path.is_file() or has_tokenizer_files(path)):
             raise CheckpointError(f"tokenizer is {str(tokenizer)!r}; expected a directory with a tokenizer.json, or that file.")
-        return folder
+        return path
     raise CheckpointError(f"tokenizer is a {type(tokenizer).__name__}; expected a JsonTokenizer, a ByteTokenizer or a path.")
 
 
@@ -326,7 +330,12 @@ def _say_who_can_read(target: Path, config: ModelConfig, layout: Layout) -> None
             target, layout.model_type,
         )  # fmt: skip
     selects_blocks = config.attention.mode in ("coarse_to_fine", "blocks")
-    own = {k: v for k, v in layout.own.items() if selects_blocks or not k.startswith("attention.indexer.coarse_")}
+    understood = {"attention.indexer.rope_layout"} if is_reordered(config, layout.model_type) else set()
+    own = {
+        k: v
+        for k, v in layout.own.items()
+        if k not in understood and (selects_blocks or not k.startswith("attention.indexer.coarse_"))
+    }
     if own:
         shown = ", ".join(f"{name} = {value}" for name, value in own.items())
         _LOG.warning("%s: only dsa-jax honours %s; others compute something else", target, shown)

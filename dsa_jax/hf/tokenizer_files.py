@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from dsa_jax.config_checks import ConfigError
 from dsa_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 from dsa_jax.hf.errors import CheckpointError
+from dsa_jax.model_config import ModelConfig
 
 _LOG = logging.getLogger(__name__)
 BYTES_FIELD = "dsa_tokenizer"
@@ -19,17 +21,18 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def load_checkpoint_tokenizer(directory: Path, content: dict[str, Any], vocab_size: int) -> Tokenizer | None:
-    """The tokenizer that the checkpoint brings, or None, which is logged.
+def load_checkpoint_tokenizer(directory: Path, content: dict[str, Any], config: ModelConfig) -> Tokenizer | None:
+    """The tokenizer that the checkpoint brings, or None, which is logged: weights are of use without.
 
     Raises:
         CheckpointError: when it has more tokens than the model.
     """
     tokenizer: Tokenizer
+    vocab_size = config.vocab_size
     if (directory / "tokenizer.json").is_file():
         try:
-            tokenizer = JsonTokenizer(directory)
-        except ImportError as error:
+            tokenizer = JsonTokenizer(directory, end_of_text_id=next(iter(config.eos_token_ids), None))
+        except (ImportError, ConfigError) as error:
             _LOG.warning("no tokenizer: %s", error)
             return None
     elif content.get(BYTES_FIELD) == "bytes":
@@ -54,9 +57,24 @@ def tokenizer_name(directory: str | Path) -> str:
     return "bytes" if is_bytes else str(directory)
 
 
+def has_tokenizer_files(directory: str | Path) -> bool:
+    """Whether a directory holds anything that `copy_tokenizer_files` copies."""
+    return any((Path(directory) / name).is_file() for name in TOKENIZER_FILES)
+
+
 def copy_tokenizer_files(source: Path, target: Path) -> list[str]:
-    """Copy what `source` has of a tokenizer, and its generation settings; returns the names."""
-    copied = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    """Copy a tokenizer to the directory `target`; returns the names of its files there.
+
+    Args:
+        source: a directory, of which everything about its tokenizer is copied, and its generation settings; or the file of a
+            tokenizer, which becomes tokenizer.json, with the tokenizer_config.json beside it.
+    """
+    if source.is_dir() or source.name == TOKENIZER_FILES[0]:
+        folder = source if source.is_dir() else source.parent
+        files = {name: folder / name for name in TOKENIZER_FILES}
+    else:
+        files = {TOKENIZER_FILES[0]: source, TOKENIZER_FILES[1]: source.with_name(TOKENIZER_FILES[1])}
+    copied = [name for name, file in files.items() if file.is_file()]
     for name in copied:
-        shutil.copyfile(source / name, target / name)
+        shutil.copyfile(files[name], target / name)
     return copied

@@ -1,6 +1,7 @@
 """The weight files of a checkpoint directory as one set of named tensors."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -10,6 +11,7 @@ from jaxtyping import Shaped
 from dsa_jax.hf.errors import CheckpointError
 from dsa_jax.hf.safetensors_file import TensorInfo, read_header, read_tensor
 
+_LOG = logging.getLogger(__name__)
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -55,14 +57,14 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _find_tensors(directory: Path) -> dict[str, TensorInfo]:
-    index = directory / INDEX_FILE
-    if not index.is_file():
-        single = directory / SINGLE_FILE
-        if not single.is_file():
-            raise CheckpointError(
-                f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}. Convert the weights to safetensors."
-            )
+    """As transformers looks for them: a single file counts for more than an index."""
+    index, single = directory / INDEX_FILE, directory / SINGLE_FILE
+    if single.is_file():
+        if index.is_file():
+            _LOG.warning("%s holds %s and %s: the first is read, as transformers does", directory, SINGLE_FILE, INDEX_FILE)
         return read_header(single)
+    if not index.is_file():
+        raise CheckpointError(f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}. Convert the weights to safetensors.")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map from tensor names to file names. Download it again.")

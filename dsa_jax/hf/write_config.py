@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from dsa_jax.config_io import to_dict
 from dsa_jax.hf.errors import CheckpointError
 from dsa_jax.hf.families import FAMILIES, OWN_FIELD, OWN_MODEL_TYPE
+from dsa_jax.hf.index_rope import is_reordered
 from dsa_jax.hf.read_config import parse_config
 from dsa_jax.hf.rope_fields import write_rope
 from dsa_jax.model.rope import yarn_mscale
@@ -81,7 +82,8 @@ def choose_layout(config: ModelConfig) -> Layout:
         except CheckpointError:
             continue
         own = differences(config, back)
-        if own.keys() <= _SOFT:
+        soft = _SOFT | {"attention.indexer.rope_layout"} if is_reordered(config, model_type) else _SOFT
+        if own.keys() <= soft:
             if own:
                 content[OWN_FIELD] = own
             return Layout(model_type, content, own)
@@ -114,8 +116,8 @@ def family_content(config: ModelConfig, model_type: str) -> dict[str, Any]:
         "num_attention_heads": attention.n_heads,
         "num_key_value_heads": attention.n_kv_heads if attention.kind == "gqa" else attention.n_heads,
         "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "initializer_range": config.initializer_range,
+        "rms_norm_eps": float(config.norm_eps),
+        "initializer_range": float(config.initializer_range),
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": attention.kind == "gqa" and attention.use_bias,
         "attention_dropout": 0.0,
@@ -200,7 +202,7 @@ def _expert_content(config: ModelConfig, model_type: str) -> dict[str, Any]:
         "topk_group": moe.topk_groups,
         "topk_method": greedy if model_type == "deepseek_v2" else "noaux_tc",
         "scoring_func": moe.scoring,
-        "routed_scaling_factor": moe.routed_scale,
+        "routed_scaling_factor": float(moe.routed_scale),
         "num_nextn_predict_layers": 0,
     }
     if model_type in ("deepseek_v32", "glm_moe_dsa", "glm4_moe_lite"):
@@ -218,7 +220,7 @@ def _indexer_content(config: ModelConfig, model_type: str) -> dict[str, Any]:
     if model_type == "glm_moe_dsa" or indexer.layer_types:
         content["indexer_types"] = list(indexer.layer_types or ["full"] * config.n_layers)
     if model_type == "glm_moe_dsa" or not FAMILIES[model_type].has_indexer:
-        content["indexer_rope_interleave"] = indexer.rope_layout == "interleaved"
+        content["indexer_rope_interleave"] = indexer.rope_layout == "interleaved" or is_reordered(config, model_type)
     if not FAMILIES[model_type].has_indexer:
         content |= {"index_rope_dim": indexer.rope_dim, "index_norm_eps": indexer.norm_eps}
     return content

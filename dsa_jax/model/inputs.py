@@ -29,6 +29,12 @@ def check_inputs(input_ids: Any, positions: Any, segment_ids: Any, **_: Any) -> 
             )
 
 
+def at_least_32_bits(array: Any) -> jax.Array:
+    """Integers as JAX holds them, none so narrow that a position, or what marks an id outside the vocabulary, does not fit."""
+    array = jnp.asarray(array)
+    return array.astype(jnp.promote_types(array.dtype, jnp.int32))
+
+
 def check_new_tokens(input_ids: Any, n_new: Any, *, n_rows: int) -> None:
     """Require token ids [n_rows, T] and, for each row, how many of them are new, from 0 to T where that is known.
 

@@ -52,7 +52,7 @@ def inverse_frequencies(rope: Rope) -> np.ndarray:
         return plain.astype(np.float32)
     if rope.scaling == "yarn":
         low, high = yarn_ramp(rope)
-        width = max(high - low, 1e-3)
+        width = high - low or 1e-3  # negative, as published code has it, where both bounds are met in the wrong order
         stretched = np.clip((np.arange(rope.dim // 2) - low) / width, 0.0, 1.0)
     elif rope.scaling == "llama3":
         turns = rope.original_max_positions * plain / (2 * math.pi)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from dsa_jax.model.attention import TOPK_NAME, by_indexer, check_request
 from dsa_jax.model.block import Block
 from dsa_jax.model.cache import INDEX_KEYS, Cache, LayerCache, allocate_cache, token_slots
-from dsa_jax.model.inputs import check_inputs, check_new_tokens
+from dsa_jax.model.inputs import at_least_32_bits, check_inputs, check_new_tokens
 from dsa_jax.model.kernels import pick, widens_slices
 from dsa_jax.model.norm import RMSNorm
 from dsa_jax.model.outputs import AttentionRequest, ExtendOutput, LayerStatistics, ModelOutput
@@ -103,16 +103,16 @@ class Transformer(nn.Module):
         request = AttentionRequest(attention or self.default_attention, indexer_loss, return_coverage)
         known = {"has_indexer": self.has_indexer, "has_nsa": self.has_nsa}
         check_request(request, **known, return_topk_indices=return_topk_indices)
-        input_ids = jnp.asarray(input_ids)
+        input_ids = at_least_32_bits(input_ids)
         check_rows(input_ids.shape)
         if segment_ids is None:
             segment_ids = jnp.ones_like(input_ids)
         else:
-            segment_ids = jnp.asarray(segment_ids)
+            segment_ids = at_least_32_bits(segment_ids)
             # The NaN of an id outside the vocabulary would reach gradients and the balance loss, with a weight of 0.
             input_ids = jnp.where(segment_ids == 0, 0, input_ids)
         visibility = jax.tree.map(to_balanced, causal_visibility(segment_ids))
-        positions = segment_positions(segment_ids) if positions is None else jnp.asarray(positions)
+        positions = segment_positions(segment_ids) if positions is None else at_least_32_bits(positions)
         x = self.embed(to_balanced(input_ids))
         x, statistics = self._run_layers(x, to_balanced(positions), visibility, request, return_topk_indices)
         hidden = from_balanced(self.final_norm(x))
@@ -205,7 +205,7 @@ class Transformer(nn.Module):
                 f"attention is {request.attention!r}, but the cache holds no index keys. Make it with with_index_keys=True."
             )
         check_new_tokens(input_ids, n_new, n_rows=cache.lengths.shape[0])
-        input_ids, n_new = jnp.asarray(input_ids), jnp.asarray(n_new, jnp.int32)
+        input_ids, n_new = at_least_32_bits(input_ids), jnp.asarray(n_new, jnp.int32)
         steps = jnp.arange(input_ids.shape[1], dtype=jnp.int32)
         positions = cache.lengths[:, None] + steps
         valid = steps < n_new[:, None]

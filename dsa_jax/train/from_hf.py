@@ -8,8 +8,9 @@ from typing import Any
 
 from dsa_jax.config import Config, ConfigError, ModelConfig
 from dsa_jax.data import load_tokenizer
+from dsa_jax.data.tokenizer import Tokenizer
 from dsa_jax.hf import load_pretrained, read_model_config, save_pretrained
-from dsa_jax.hf.tokenizer_files import tokenizer_name
+from dsa_jax.hf.tokenizer_files import has_tokenizer_files, tokenizer_name
 from dsa_jax.model import Transformer
 from dsa_jax.parallel.placement import parameter_placement
 from dsa_jax.parallel.processes import gather_to_main, on_main
@@ -31,7 +32,8 @@ def resolve_checkpoint(config: Config) -> Config:
     `data.text.tokenizer` "checkpoint" becomes the directory, or "bytes" where the checkpoint says that.
 
     Raises:
-        ConfigError: when the recipe asks for the tokenizer of a checkpoint that it does not name.
+        ConfigError: when the recipe asks for the tokenizer of a checkpoint that it does not name, or would train a model that
+            has a tokenizer on bytes.
         CheckpointError: when the directory holds no checkpoint that can be read.
     """
     config = copy.deepcopy(config)
@@ -47,7 +49,16 @@ def resolve_checkpoint(config: Config) -> Config:
                 "tokenizer."
             )
         config.data.text.tokenizer = tokenizer_name(config.init.hf_dir)
+    elif config.init.hf_dir and config.data.text.tokenizer == "bytes" and config.data.text_fraction and _reads_tokens(config):
+        raise ConfigError(
+            f"data.text.tokenizer is 'bytes', but the model of {config.init.hf_dir} reads the tokens of its tokenizer.json. "
+            "Set data.text.tokenizer=checkpoint (and data.recall_fraction=0 where that leaves no token ids to recall)."
+        )
     return config
+
+
+def _reads_tokens(config: Config) -> bool:
+    return (Path(config.init.hf_dir) / "tokenizer.json").is_file()
 
 
 def _merged(ours: ModelConfig, theirs: ModelConfig) -> ModelConfig:
@@ -93,14 +104,17 @@ def load_for_evaluation(config: Config) -> tuple[Config, Transformer, dict[str, 
 
 
 def export_checkpoint(directory: Path, config: Config, params: dict[str, Any], *, attention: str) -> None:
-    """Write `params` as a Hugging Face checkpoint with the tokenizer of the text, marked as trained under `attention`.
+    """Write `params` as a Hugging Face checkpoint, marked as trained under `attention`.
 
+    Its tokenizer is that of the text; where none was trained on, that of the checkpoint the run started from, if it has one.
     With several processes the first writes; its host needs room for the whole model.
     """
     model = copy.deepcopy(config.model)
     model.attention.mode = attention
     n_tensors = len(parameter_paths(params))
     whole = gather_to_main(params)
-    tokenizer = load_tokenizer(config.data.text.tokenizer)
+    tokenizer: Tokenizer | str = load_tokenizer(config.data.text.tokenizer)
+    if not config.data.text_fraction and has_tokenizer_files(config.init.hf_dir):
+        tokenizer = config.init.hf_dir
     on_main(lambda: save_pretrained(directory, model, whole, tokenizer=tokenizer))
     _LOG.info("wrote %d parameters as a Hugging Face checkpoint to %s", n_tensors, directory)

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from dsa_jax import build_model, init_params, load_pretrained, save_pretrained
+from dsa_jax.config import Config, ConfigError
 from dsa_jax.convert import to_hf, to_run
 from dsa_jax.params import is_indexer_path, parameter_paths
+from dsa_jax.train.from_hf import export_checkpoint, resolve_checkpoint
 from dsa_jax.train.rundir import RunError
 from tests.dsa_jax.model.small import small_config
 
@@ -115,6 +117,29 @@ def test_conversion_to_a_run_and_back_keeps_every_bit(tmp_path):
     assert set(after) == set(before)
     for path, value in before.items():
         np.testing.assert_array_equal(after[path], value, err_msg=path)
+
+
+def test_files_of_a_tokenizer_that_is_not_read_come_along(tmp_path):
+    dense_directory("gqa", tmp_path / "dense")
+    for name in ("tokenizer.model", "generation_config.json"):
+        (tmp_path / "dense" / name).write_text("{}")
+    to_hf(tmp_path / "dense", tmp_path / "again")
+    assert {"tokenizer.model", "generation_config.json"} <= {file.name for file in (tmp_path / "again").iterdir()}
+
+
+def test_text_is_read_with_the_tokenizer_that_the_model_knows(tmp_path):
+    """Where no text is trained on, the tokenizer that is not needed still goes along."""
+    dense_directory("gqa", tmp_path / "dense")
+    (tmp_path / "dense" / "tokenizer.json").write_text("{}")
+    config = Config()
+    config.init.hf_dir = str(tmp_path / "dense")
+    with pytest.raises(ConfigError, match=r"tokenizer is 'bytes', but the model of .* Set data.text.tokenizer=checkpoint"):
+        resolve_checkpoint(config)
+    config.data.recall_fraction = 1.0
+    config = resolve_checkpoint(config)
+    params = init_params(build_model(config.model), jax.random.key(0))
+    export_checkpoint(tmp_path / "again", config, params, attention="dense")
+    assert (tmp_path / "again" / "tokenizer.json").read_text() == "{}"
 
 
 def test_only_a_hugging_face_directory_becomes_a_run(tmp_path):

@@ -1,5 +1,6 @@
 """Checkpoints written here load in transformers, whole, and compute the same."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -57,6 +58,17 @@ def new_indexer(rope_dim):
 def test_a_retrofitted_latent_model_becomes_a_deepseek_v32_checkpoint(name, tmp_path):
     loaded, theirs = exported(name, tmp_path, indexer=new_indexer(8), attention="sparse")
     assert model_type(tmp_path) == "deepseek_v32"
+    assert not theirs.missing and not theirs.unexpected
+    ours = run_ours(loaded, TEXT, return_topk_indices=True)
+    np.testing.assert_array_equal(ours.topk_indices, theirs.topk_indices)
+    np.testing.assert_allclose(ours.logits, theirs.logits, atol=LOGITS_TOLERANCE, rtol=0)
+
+
+def test_a_retrofitted_latent_model_that_shares_selections_becomes_a_glm_checkpoint(tmp_path):
+    n_layers = load_pretrained(FIXTURES / "deepseek_v3").config.n_layers
+    indexer = dataclasses.replace(new_indexer(8), layer_types=("full",) * (n_layers - 1) + ("shared",))
+    loaded, theirs = exported("deepseek_v3", tmp_path, indexer=indexer, attention="sparse")
+    assert indexer.rope_layout == "half_split" and model_type(tmp_path) == "glm_moe_dsa"
     assert not theirs.missing and not theirs.unexpected
     ours = run_ours(loaded, TEXT, return_topk_indices=True)
     np.testing.assert_array_equal(ours.topk_indices, theirs.topk_indices)

@@ -99,6 +99,17 @@ def test_generation_stops_at_the_first_stop_string(pretrained, scorer):
         scorer.generate_until([Instance(("abc", {"num_beams": 4}))])
 
 
+def test_generation_ends_where_a_document_does(pretrained):
+    """A model trained here has no end tokens of its own: its documents end with the tokenizer's."""
+    tokens = log_probs(pretrained, [*b"abc", 0], "dense")[-1]
+    ended = int(np.argmax(tokens))
+    tokenizer = ByteTokenizer()
+    tokenizer.end_of_text_id = ended
+    scorer = HarnessScorer(pretrained._replace(tokenizer=tokenizer), attention="dense", batch_size=1)
+    (text,) = scorer.generate_until([Instance(("abc", {"until": [], "max_gen_toks": 6}))])
+    assert text == tokenizer.decode([ended])
+
+
 def test_cut_at_takes_the_earliest_stop():
     assert cut_at("one\ntwo. three", [".", "\n", ""]) == "one"
     assert cut_at("one", []) == "one"

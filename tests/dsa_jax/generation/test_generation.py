@@ -139,6 +139,7 @@ WRONG = {
     "no-mass": ({"top_p": 0.0}, r"top_p is 0.0"),
     "too-much-mass": ({"top_p": 1.5}, r"top_p is 1.5"),
     "seed": ({"seed": -1}, "seed is -1"),
+    "stop-token": ({"stop_tokens": [2**40]}, "stop_tokens holds 1099511627776; expected token ids"),
     "chunk": ({"prefill_chunk": 0}, "prefill_chunk is 0"),
     "page": ({"page_size": 0}, "page_size is 0"),
     "dtype": ({"cache_dtype": "int4"}, "cache dtype is 'int4'; expected one of float32, bfloat16, fp8"),
@@ -158,6 +159,8 @@ def test_text_in_place_of_tokens():
     # Past `generate`, whose own types are checked in a test run.
     with pytest.raises(ValueError, match="prompts hold text; expected lists of token ids"):
         _checked_prompts(["hello"], small_config("gqa"), 3)
+    with pytest.raises(ValueError, match="prompts is a NoneType; expected a list of lists of token ids"):
+        _checked_prompts(None, small_config("gqa"), 3)
 
 
 def test_whole_numbers_of_any_kind_and_no_others():

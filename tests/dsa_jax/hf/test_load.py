@@ -287,6 +287,13 @@ def test_the_tokenizer_comes_along_and_must_fit(tmp_path, caplog):
     tokenizer = load_pretrained(directory).tokenizer
     assert tokenizer is not None
     assert tokenizer.encode("w3 w1").tolist() == [3, 1]
+    nameless = json.dumps(word_tokenizer(VOCAB)).replace("<|endoftext|>", "<end>")
+    (directory / "tokenizer.json").write_text(nameless)
+    for end in (7, None):
+        (directory / "config.json").write_text(json.dumps(config_of("llama") | {"eos_token_id": end}))
+        tokenizer = load_pretrained(directory).tokenizer
+        assert end is None or tokenizer.end_of_text_id == end
+    assert tokenizer is None and "no token that ends a document" in caplog.text
     (directory / "tokenizer.json").write_text(json.dumps(word_tokenizer(VOCAB + 1)))
     with pytest.raises(CheckpointError, match=f"tokenizer has {VOCAB + 1} tokens, vocab_size of config.json is {VOCAB}"):
         load_pretrained(directory)

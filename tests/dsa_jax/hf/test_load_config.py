@@ -91,7 +91,12 @@ def test_yarn_magnitude(scaling, magnitude, tmp_path):
             {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0}},
             "original_max_position_embeddings is 0; expected a positive number",
         ),
-        ("llama", {"torch_dtype": "float64"}, "torch_dtype is 'float64'; expected one of float32, bfloat16, float16"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "llama3", "factor": 2.0, "mscale_all_dim": 1.0}},
+            "rope_scaling.mscale_all_dim is 1.0; expected none of it",
+        ),
+        ("llama", {"torch_dtype": "float64"}, "torch_dtype is 'float64'; expected one of float32, float, bfloat16, float16"),
         ("llama", {"num_hidden_layers": "three"}, "num_hidden_layers is 'three'; expected a whole number"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config.quant_method is 'gptq'"),
         (
@@ -100,6 +105,7 @@ def test_yarn_magnitude(scaling, magnitude, tmp_path):
             "quantization_config.weight_block_size is None",
         ),
         ("qwen3", {"use_sliding_window": True, "max_window_layers": 1}, "sliding_window is 16; expected null"),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": ..., "max_window_layers": 0}, "sliding_window is None"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2; expected 1"),
         ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers is [1]"),
         ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob is True"),
@@ -122,7 +128,8 @@ def test_yarn_magnitude(scaling, magnitude, tmp_path):
     ],
 )
 def test_fields_that_cannot_be_honoured_are_named(case, changes, message, tmp_path):
-    directory = write_checkpoint(tmp_path, config_of(case, **changes), {})
+    content = {name: value for name, value in config_of(case, **changes).items() if value is not ...}  # as if it were not there
+    directory = write_checkpoint(tmp_path, content, {})
     with pytest.raises(CheckpointError, match=r"config\.json") as caught:
         read_model_config(directory)
     assert message in str(caught.value)
@@ -131,6 +138,24 @@ def test_fields_that_cannot_be_honoured_are_named(case, changes, message, tmp_pa
 def test_a_sliding_window_that_no_layer_uses_is_no_obstacle(tmp_path):
     content = config_of("qwen3", use_sliding_window=True, max_window_layers=LAYERS)
     assert read_model_config(write_checkpoint(tmp_path, content, {})).n_layers == LAYERS
+    del content["max_window_layers"]  # 28, which are all
+    assert read_model_config(write_checkpoint(tmp_path, content, {})).n_layers == LAYERS
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ({"dtype": "float32", "torch_dtype": "bfloat16"}, "float32"),
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": "half"}, "float32"),
+    ],
+    ids=str,
+)
+def test_the_newer_spelling_of_the_dtype_counts(stated, expected, tmp_path):
+    content = config_of("llama")
+    content.pop("dtype", None)
+    content.pop("torch_dtype", None)
+    assert read_model_config(write_checkpoint(tmp_path, content | stated, {})).param_dtype == expected
 
 
 @pytest.mark.parametrize("missing", ["hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings"])

@@ -39,6 +39,8 @@ def test_missing_extra_and_misshaped_tensors_are_named_with_both_shapes(tmp_path
     tensors = tensors_of(content) | {"model.layers.0.mlp.extra.weight": np.zeros(3, np.float32)}
     with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.extra\.weight \[3\], which the model .* no use for"):
         load_pretrained(write_checkpoint(tmp_path / "extra", content, tensors))
+    tensors = tensors_of(content) | {"model.layers.0.mlp.shared_experts.up_proj.weight": np.zeros((0, 32), np.float32)}
+    load_pretrained(write_checkpoint(tmp_path / "empty", content, tensors))  # as transformers writes no shared experts
     tensors = tensors_of(content) | {name: np.zeros((40, 32), np.int8)}
     with pytest.raises(CheckpointError, match=rf"{name} is of type I8"):
         load_pretrained(write_checkpoint(tmp_path / "integers", content, tensors))
@@ -77,6 +79,16 @@ def test_damaged_weight_files(tmp_path):
     damaged(with_header(header | {name: header[name] | {"shape": [31]}}), rf"{name} takes 128 bytes; expected 124")
     damaged(with_header(header | {name: header[name] | {"dtype": "F4"}}), rf"{name} has dtype F4")
     damaged(with_header(header | {name: {"dtype": "F32"}}), rf"header entry of {name}")
+
+
+def test_a_single_file_counts_for_more_than_an_index(tmp_path, caplog):
+    content = config_of("llama")
+    directory = write_checkpoint(tmp_path, content, n_files=2)
+    write_checkpoint(tmp_path, content, {name: value * 0 + 1 for name, value in tensors_of(content).items()})
+    assert (directory / "model.safetensors.index.json").is_file()
+    scale = load_pretrained(directory).params["final_norm"]["scale"]
+    np.testing.assert_array_equal(scale, np.ones_like(scale))
+    assert "the first is read, as transformers does" in caplog.text
 
 
 def test_damaged_index_files(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import inspect
 import json
 import logging
 import os
@@ -124,6 +125,7 @@ def test_a_retrofitted_deepseek_v3_becomes_a_deepseek_v32(tmp_path):
         ("deepseek_v3", {"rope_dim": 4}, "deepseek_v3"),  # deepseek_v32 rotates as many channels as the attention
         ("deepseek_v3", {"rope_layout": "interleaved"}, "glm_moe_dsa"),
         ("deepseek_v3", {"rope_layout": "interleaved", "layer_types": ("full", "full", "shared")}, "glm_moe_dsa"),
+        ("deepseek_v3", {"layer_types": ("full", "shared", "full")}, "glm_moe_dsa"),
         ("glm4_moe_lite", {}, "glm4_moe_lite"),  # half-split latent rotation, which deepseek_v32 never has
         ("llama", {}, "llama"),
         ("qwen3", {"layer_types": ("full", "shared", "full")}, "qwen3"),
@@ -139,10 +141,28 @@ def test_where_a_retrofit_goes(case, changes, model_type, tmp_path, caplog):
     assert content["model_type"] == model_type
     assert content["index_topk"] == 5
     assert ("run it dense" in caplog.text) == (model_type not in ("deepseek_v32", "glm_moe_dsa"))
+    assert "only dsa-jax honours" not in caplog.text
     assert any(".self_attn.indexer.wq_b.weight" in name for name in read_tensors(tmp_path / "sparse"))
     again = load_pretrained(tmp_path / "sparse")
     assert again.config.attention == loaded.config.attention
     assert_same(again.params, loaded.params)
+
+
+def test_a_shared_indexer_that_rotates_halves_is_written_interleaved(tmp_path):
+    indexer = dataclasses.replace(INDEXER, n_heads=2, head_dim=10, rope_dim=8, layer_types=("full", "full", "shared"))
+    loaded = load_pretrained(write_checkpoint(tmp_path / "dense", config_of("deepseek_v3")), indexer=indexer)
+    leaves = parameter_paths(loaded.params)
+    save_pretrained(tmp_path / "sparse", loaded.config, loaded.params)
+    assert config_json(tmp_path / "sparse")["indexer_rope_interleave"] is True
+    written = read_tensors(tmp_path / "sparse")
+    order = [0, 4, 1, 5, 2, 6, 3, 7, 8, 9]
+    prefix, stack = "model.layers.0.self_attn.indexer", next(path.split("/")[0] for path in leaves if "/indexer/" in path)
+    wk, wq_b, scale = (
+        np.asarray(leaves[f"{stack}/attention/indexer/{name}"][0]) for name in ("wk/kernel", "wq_b/kernel", "k_norm/scale")
+    )
+    np.testing.assert_array_equal(written[f"{prefix}.wk.weight"], wk.T[order])
+    np.testing.assert_array_equal(written[f"{prefix}.wq_b.weight"], wq_b.T.reshape(2, 10, -1)[:, order].reshape(20, -1))
+    np.testing.assert_array_equal(written[f"{prefix}.k_norm.weight"], scale[order])
 
 
 def test_what_only_we_read_is_said_and_survives(tmp_path, caplog):
@@ -389,6 +409,36 @@ def test_tokenizer_files_come_along(saved, given):
     assert again.tokenizer is not None
     assert again.tokenizer.end_of_text_id == 2
     assert again.config.eos_token_ids == (2,)
+
+
+@pytest.mark.parametrize("given", [JsonTokenizer, str], ids=["object", "file"])
+def test_a_tokenizer_of_another_name_is_the_one_that_is_written(saved, given):
+    target, loaded = saved
+    folder = word_tokenizer(target.parent / "others")
+    file = folder / "mine.json"
+    file.write_text((folder / "tokenizer.json").read_text().replace('"w0": 0, "w1": 1', '"w1": 0, "w0": 1'))
+    save_pretrained(target, loaded.config, loaded.params, tokenizer=given(file))
+    again = load_pretrained(target).tokenizer
+    assert again.encode("w0 w1").tolist() == [1, 0] and again.end_of_text_id == 2
+    assert not (target / "generation_config.json").exists()  # that of the folder's own tokenizer
+
+
+def test_what_killed_calls_left_behind_goes_with_the_next(saved):
+    target, loaded = saved
+    leftovers = [target.parent / f".{target.name}.{name}" for name in ("ab_12xyz.part", "00000000.old")]
+    others = [target.parent / f".{target.name}-two.ab_12xyz.part", target.parent / f".{target.name}.backup.old"]
+    for folder in leftovers + others:
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"0")
+    save_pretrained(target, loaded.config, loaded.params)
+    assert not any(folder.exists() for folder in leftovers) and all(folder.exists() for folder in others)
+
+
+@pytest.mark.parametrize("size", [0, "5GB", 1e9])
+def test_a_size_of_files_that_is_none(saved, size):
+    target, loaded = saved
+    with pytest.raises(ValueError, match=r"shard_bytes is .*; expected a positive number of bytes"):
+        inspect.unwrap(save_pretrained)(target, loaded.config, loaded.params, shard_bytes=size)
 
 
 def test_the_byte_tokenizer_is_a_field(tmp_path):

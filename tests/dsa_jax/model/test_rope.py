@@ -33,6 +33,14 @@ def test_yarn_of_deepseek_v32_has_the_published_ramp_and_temperature():
     assert 192**-0.5 * softmax_scale_factor(V32) == pytest.approx(0.135234, abs=1e-6)
 
 
+def test_a_ramp_that_ends_before_it_begins_is_as_published_code_has_it():
+    """4 positions: even the fastest pair turns less than once, so that the last of the ramp, -5, lies before its first, 0."""
+    rope = Rope(dim=64, scaling="yarn", factor=40.0, original_max_positions=4)
+    assert yarn_ramp(rope) == (0, -1)
+    plain = 10000.0 ** (-np.arange(0, 64, 2) / 64)
+    np.testing.assert_allclose(inverse_frequencies(rope), plain, rtol=1e-6)
+
+
 def test_an_attention_factor_replaces_the_temperature_of_the_rotation():
     assert rotary_magnitude(dataclasses.replace(V32, attention_factor=1.25)) == 1.25
 

@@ -232,6 +232,8 @@ def test_a_token_outside_the_vocabulary_is_nan_and_not_another_token():
     ids = random_ids().at[0, -1].set(VOCAB).at[1, -1].set(-1)
     logits = np.asarray(forward(model, params, ids, attention="dense").logits)
     assert np.isnan(logits[:, -1]).all()
+    narrow = np.asarray(forward(model, params, ids.astype(jnp.int8), attention="dense").logits)
+    np.testing.assert_array_equal(narrow, logits)
     assert np.isfinite(np.asarray(forward(model, params, random_ids(), attention="dense").logits)).all()
 
 
