@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.model.kernels import Kernel, Place, pick, widened
+from dsa_jax.model.precision import precision_of
 from pallas_kernels import traced_platform, vary_alike
 from pallas_kernels.quantize import QuantizedBlocks
 
@@ -53,12 +54,13 @@ def grouped_matmul(
     if implementation == "reference":
         kernels = widened(kernels, x.dtype, first)
         group = jnp.repeat(jnp.arange(len(kernels)), group_sizes, total_repeat_length=len(x))
-        return jnp.einsum("mi,mio->mo", x, kernels[group])
+        return jnp.einsum("mi,mio->mo", x, kernels[group], precision=precision_of(x.dtype))
     if implementation == "ragged_dot":
         if isinstance(kernels, QuantizedBlocks):
             raise NotImplementedError("grouped_matmul: ragged_dot takes no kernels in fp8 blocks. Use tiles.")
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        return jax.lax.ragged_dot(x, kernels, group_sizes, preferred_element_type=wide).astype(x.dtype)
+        precision = precision_of(x.dtype)
+        out = jax.lax.ragged_dot(x, kernels, group_sizes, precision=precision, preferred_element_type=_wide(x))
+        return out.astype(x.dtype)
     if implementation == "tiles":
         return _tiles_forward(x, kernels, group_sizes, first) if quantized else _tiles(x, kernels, group_sizes)
     raise ValueError(f"grouped_matmul: implementation is {implementation!r}; expected one of {', '.join(IMPLEMENTATIONS)}.")
@@ -98,7 +100,7 @@ def _tiles_forward(x: Array, kernels: Kernel, group_sizes: Array, first: Place |
         group, row, _ = _tile_at(i, plan, tile)
         rows = jax.lax.dynamic_slice_in_dim(padded, row, tile)
         kernel = pick(kernels, group)
-        product = jnp.matmul(rows, widened(kernel, x.dtype, first), preferred_element_type=_wide(x)).astype(x.dtype)
+        product = _product(rows, widened(kernel, x.dtype, first)).astype(x.dtype)
         # Rows beyond the group's end are wrong here and overwritten by the next group's first tile.
         return jax.lax.dynamic_update_slice_in_dim(out, product, row, axis=0)
 
@@ -123,10 +125,14 @@ def _tiles_bwd(saved: Any, cotangent: Array) -> tuple[Array, Array, np.ndarray]:
         inside = (row + jnp.arange(tile) < end)[:, None]
         rows = jnp.where(inside, jax.lax.dynamic_slice_in_dim(padded_x, row, tile), 0)
         d_rows = jnp.where(inside, jax.lax.dynamic_slice_in_dim(padded_d, row, tile), 0)
-        return d_kernels.at[group].add(jnp.matmul(rows.T, d_rows, preferred_element_type=_wide(x)))
+        return d_kernels.at[group].add(_product(rows.T, d_rows))
 
     d_kernels = jax.lax.fori_loop(0, plan[2][-1], one, jnp.zeros_like(kernels, _wide(x)))
     return d_x, d_kernels.astype(kernels.dtype), np.zeros(group_sizes.shape, jax.dtypes.float0)
+
+
+def _product(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, preferred_element_type=_wide(a), precision=precision_of(a.dtype))
 
 
 def _wide(x: Array) -> Any:

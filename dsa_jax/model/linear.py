@@ -5,6 +5,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from dsa_jax.model.kernels import make_kernel, widened
+from dsa_jax.model.precision import precision_of
 from dsa_jax.model_config import PLAIN
 
 
@@ -28,5 +29,5 @@ class Linear(nn.Module):
 
     def __call__(self, x: Float[Array, "*N I"]) -> Float[Array, "*N O"]:
         """Apply to the last axis, in `dtype`."""
-        y = x.astype(self.dtype) @ widened(self.kernel, self.dtype)
+        y = jnp.matmul(x.astype(self.dtype), widened(self.kernel, self.dtype), precision=precision_of(self.dtype))
         return y + self.bias.astype(self.dtype) if self.use_bias else y

@@ -21,6 +21,7 @@ from dsa_jax.model.kernels import widened
 from dsa_jax.model.linear import Linear
 from dsa_jax.model.norm import RMSNorm
 from dsa_jax.model.outputs import AttentionRequest
+from dsa_jax.model.precision import precision_of
 from dsa_jax.model.rope import Rope, rotary_magnitude, rotate, softmax_scale_factor
 from dsa_jax.model.selection import DENSE, Budget, Heads, IndexHeads
 from dsa_jax.model.visibility import Visibility
@@ -169,7 +170,7 @@ class MLA(nn.Module):
         return _Parts(q_input, q_nope, q_rope, latent, k_rope)
 
     def _expand_values(self, out: Float[Array, "B T H C"]) -> Float[Array, "B T H V"]:
-        return jnp.einsum("bthc,chv->bthv", out, self.expansion[1])
+        return jnp.einsum("bthc,chv->bthv", out, self.expansion[1], precision=precision_of(out.dtype))
 
     def _project_out(self, out: Float[Array, "B T H V"]) -> Float[Array, "B T E"]:
         return self.wo(out.reshape(*out.shape[:2], self.n_heads * self.v_head_dim))
@@ -195,11 +196,12 @@ class MLA(nn.Module):
     ) -> Heads:
         """One key and value per head."""
         to_keys, to_values = self.expansion
-        k_nope = jnp.einsum("bsc,chn->bshn", latent, to_keys)
+        precision = precision_of(latent.dtype)
+        k_nope = jnp.einsum("bsc,chn->bshn", latent, to_keys, precision=precision)
         k_rope = jnp.broadcast_to(k_rope, (*k_nope.shape[:3], self.rope.dim))
         q = jnp.concatenate([q_nope, q_rope], axis=-1)
         k = jnp.concatenate([k_nope, k_rope], axis=-1)
-        return Heads(q, k, jnp.einsum("bsc,chv->bshv", latent, to_values), None)
+        return Heads(q, k, jnp.einsum("bsc,chv->bshv", latent, to_values, precision=precision), None)
 
     def mqa_heads(
         self,
@@ -209,7 +211,7 @@ class MLA(nn.Module):
         k_rope: Float[Array, "B T 1 R"],
     ) -> Heads:
         """Absorbed: one key [latent | rotated] for all heads, whose first kv_lora_rank channels are the value."""
-        absorbed = jnp.einsum("bthn,chn->bthc", q_nope, self.expansion[0])
+        absorbed = jnp.einsum("bthn,chn->bthc", q_nope, self.expansion[0], precision=precision_of(q_nope.dtype))
         q = jnp.concatenate([absorbed, q_rope], axis=-1)
         k = jnp.concatenate([latent[:, :, None, :], k_rope], axis=-1)
         return Heads(q, k, None, self.kv_lora_rank)

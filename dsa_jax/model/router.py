@@ -85,7 +85,7 @@ def expert_load(routing: Routing, valid: Bool[Array, "B T"]) -> MoEStatistics:
     counts = jnp.zeros((batch, n_experts), jnp.float32).at[rows, routing.experts].add(valid_f[:, :, None])
     shares = routing.scores / (routing.scores.sum(axis=-1, keepdims=True) + 1e-20)
     n_valid = jnp.maximum(valid_f.sum(axis=1, keepdims=True), 1.0)
-    mean_share = jnp.einsum("btx,bt->bx", shares, valid_f) / n_valid
+    mean_share = jnp.einsum("btx,bt->bx", shares, valid_f, precision=jax.lax.Precision.HIGHEST) / n_valid
     loss = jnp.sum(counts * n_experts / (per_token * n_valid) * mean_share, axis=-1)
     n_rows = jnp.maximum(jnp.sum(valid.any(axis=1)), 1).astype(jnp.float32)
     return MoEStatistics(counts.sum(axis=0), jnp.sum(loss) / n_rows)

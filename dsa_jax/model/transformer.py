@@ -17,6 +17,7 @@ from dsa_jax.model.inputs import at_least_32_bits, check_inputs, check_new_token
 from dsa_jax.model.kernels import pick, widens_slices
 from dsa_jax.model.norm import RMSNorm
 from dsa_jax.model.outputs import AttentionRequest, ExtendOutput, LayerStatistics, ModelOutput
+from dsa_jax.model.precision import precision_of
 from dsa_jax.model.selection import DENSE
 from dsa_jax.model.visibility import Visibility, causal_visibility, segment_positions
 from dsa_jax.parallel.sequence import check_rows, constrain, from_balanced, to_balanced
@@ -356,7 +357,8 @@ def mean_over_served(kl: Float[Array, " L"], stacks: tuple[BlockStack, ...]) -> 
 
 def head_logits(hidden: Float[Array, "*N E"], kernel: Float[Array, "E V"], *, dtype: Any, scale: float) -> Float[Array, "*N V"]:
     """scale * hidden @ kernel, multiplied in `dtype`, float32; `kernel` may be a part of the vocabulary."""
-    return jnp.matmul(hidden.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32) * scale
+    options = {"preferred_element_type": jnp.float32, "precision": precision_of(dtype)}
+    return jnp.matmul(hidden.astype(dtype), kernel.astype(dtype), **options) * scale
 
 
 def run_stack(layer: Callable, state: Any, params: Any, n_layers: int, *, scan: bool) -> tuple[Any, Any]:

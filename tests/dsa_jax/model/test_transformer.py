@@ -227,6 +227,20 @@ def test_positions_shift_nothing_but_distances_do():
     assert float(jnp.abs(run(2 * place) - run(place)).max()) > 1e-2
 
 
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+@pytest.mark.parametrize(("kind", "moe"), [("gqa", False), ("mla", True)])
+def test_no_gpu_may_round_float32_to_multiply_it(kind, moe, attention):
+    model, params = built(kind, moe=moe)
+
+    def loss(params):
+        output = model.apply({"params": params}, random_ids(), attention=attention, indexer_loss=attention)
+        return jax.nn.logsumexp(output.logits, axis=-1).mean() + output.indexer_kl.sum()
+
+    text = jax.jit(jax.grad(loss)).lower(params).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) > 20 and all("HIGHEST" in line and "DEFAULT" not in line for line in products)
+
+
 def test_a_token_outside_the_vocabulary_is_nan_and_not_another_token():
     model, params = built("gqa", n_layers=1)
     ids = random_ids().at[0, -1].set(VOCAB).at[1, -1].set(-1)
