@@ -198,6 +198,11 @@ class StageConfig:
                 return seq_len
         return self.seq_len
 
+    @property
+    def longest(self) -> int:
+        """The longest sequence of any step, in tokens."""
+        return max(self.seq_len, *(length for _, length in self.curriculum), 0)
+
     def validate(self, prefix: str) -> None:
         not_negative(f"{prefix}.steps", self.steps)
         for name in ("batch_size", "seq_len", "accumulation", "log_every", "checkpoint_every"):

@@ -56,7 +56,8 @@ def check_kinds(config: Any, prefix: str = "") -> None:
 
 def _check_kind(name: str, kind: Any, value: Any) -> None:
     fits = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}.get(kind, (list, tuple))
-    if type(value) not in fits:
+    # float64 of NumPy is a float; bool is an int, and not meant.
+    if type(value) not in fits and not (kind is float and isinstance(value, float)):
         raise ConfigError(f"{name} is {value!r}; expected {' or '.join(each.__name__ for each in fits)}.")
 
 

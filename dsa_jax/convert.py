@@ -10,7 +10,7 @@ from dsa_jax.model.selection import DENSE
 from dsa_jax.model_config import PLAIN
 from dsa_jax.open_checkpoint import is_hf_directory, open_checkpoint
 from dsa_jax.train.checkpoint import CheckpointStore
-from dsa_jax.train.rundir import RunError, open_run
+from dsa_jax.train.rundir import RunError, claimed, open_run
 
 
 def to_hf(source: Path, target: Path, *, weight_format: str = PLAIN) -> str:
@@ -55,8 +55,7 @@ def to_run(source: Path, target: Path) -> str:
     stage = "pretrain"
     if loaded.config.attention.mode != DENSE:
         stage, config.train.sparse_attention = "sparse", loaded.config.attention.mode
-    run = open_run(target, config)
-    with CheckpointStore(run.checkpoint_dir(stage), keep=1) as store:
+    with claimed(target), CheckpointStore(open_run(target, config).checkpoint_dir(stage), keep=1) as store:
         if store.latest_valid() is not None:
             raise RunError(
                 f"{target} holds a run with parameters already; expected a new directory. Choose another, or delete it."

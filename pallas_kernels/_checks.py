@@ -149,8 +149,11 @@ def is_whole(value: object) -> bool:
 
 def check_scale(op: str, softmax_scale: Any) -> None:
     """Raises ValueError unless it is a finite number, which a traced one cannot be: kernels are compiled for it."""
-    is_number = is_whole(softmax_scale) or isinstance(softmax_scale, float | np.floating)
-    if not is_number or not math.isfinite(softmax_scale):
+    try:
+        is_number = not isinstance(softmax_scale, str | bool | jax.core.Tracer) and math.isfinite(float(softmax_scale))
+    except (TypeError, ValueError, OverflowError):
+        is_number = False
+    if not is_number:
         raise ValueError(
             f"{op}: softmax_scale is {softmax_scale!r}; expected a finite number, known before tracing. Pass head_dim**-0.5, "
             "or multiply q by an array."

@@ -66,7 +66,7 @@ def run_ablation(ablation: Ablation, workdir: Path, results: Path, *, command: s
     if lost := [run for run in own if "rows" in run and run["key"] not in jobs.values()]:
         raise ConfigError(
             f"{path} holds {len(lost)} runs of other settings, such as {lost[0]['variant']!r} with seed {lost[0]['seed']}, "
-            "which this sweep would drop. Give it another --config.name or --results, or rename the file: its runs stay known."
+            "which this sweep would drop. Give it another --config.name or --results."
         )
     summary: dict[str, Any] = {
         "name": ablation.name,

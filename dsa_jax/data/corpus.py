@@ -31,8 +31,8 @@ class Corpus(NamedTuple):
         if sha256 != self.provenance["sha256"]:
             raise ConfigError(
                 f"the text of {self.provenance['source']} is not the text that the run was trained on so far (data.text.path): "
-                "what is held out now may have been trained on. Expected the same files, and of python-stdlib the same version "
-                "of Python. Restore them, or start another run."
+                "what is held out now may have been trained on. Expected the same files and tokenizer, and of python-stdlib "
+                "the same version of Python. Restore them, or start another run."
             )
 
     def describe(self) -> dict[str, Any]:

@@ -77,11 +77,11 @@ class ByteTokenizer:
 class JsonTokenizer:
     """A `tokenizer.json`, read by the optional `tokenizers` package."""
 
-    def __init__(self, path: str | Path, *, end_of_text_id: int | None = None) -> None:
+    def __init__(self, path: str | Path) -> None:
         """Read the file `path`, or `path`/tokenizer.json.
 
-        Args:
-            end_of_text_id: ends a document where neither the tokenizer nor a tokenizer_config.json beside it names a token.
+        A document ends with the eos_token of a tokenizer_config.json beside it, a token of a name that is known for it, or the
+        eos_token_id of a config.json beside it, in this order.
 
         Raises:
             ConfigError: if the file is missing or unreadable, or no token is known to end a document.
@@ -106,14 +106,13 @@ class JsonTokenizer:
         self.vocab_size = max(ids.values(), default=-1) + 1
         names = [*_configured_end_of_text(file.with_name("tokenizer_config.json")), *END_OF_TEXT_NAMES]
         known = [ids[name] for name in names if name in ids]
-        if known:
-            end_of_text_id = int(known[0])
-        if end_of_text_id is None:
+        known += _end_ids_of_the_model(file.with_name("config.json"))
+        if not known:
             raise ConfigError(
                 f"{file} has no token that ends a document; expected one of {', '.join(END_OF_TEXT_NAMES)} or an eos_token in "
                 "a tokenizer_config.json beside it."
             )
-        self.end_of_text_id = end_of_text_id
+        self.end_of_text_id = int(known[0])
 
     def encode(self, text: str) -> Int[np.ndarray, " N"]:
         """Token ids of `text`, without special tokens."""
@@ -164,3 +163,12 @@ def _configured_end_of_text(file: Path) -> list[str]:
     if isinstance(token, dict):
         token = token.get("content")
     return [token] if isinstance(token, str) else []
+
+
+def _end_ids_of_the_model(file: Path) -> list[int]:
+    """What ends a text by the config.json of a model; its own reader says what is wrong with that file."""
+    try:
+        ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError):
+        return []
+    return [token for token in (ids if isinstance(ids, list) else [ids]) if type(token) is int]

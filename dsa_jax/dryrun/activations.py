@@ -57,7 +57,7 @@ def estimate_activations(config: Config, model: Transformer, params: dict[str, A
     """
     settings = getattr(config.train, stage.name)
     sizes = config.parallel.sizes()
-    rows, length = settings.batch_size // settings.accumulation, settings.seq_len
+    rows, length = settings.batch_size // settings.accumulation, settings.longest
     n_parts = math.prod(sizes.values()) // sizes["tensor"]
     trainable, frozen = split_parameters(params, stage.trains)
     saved = layer = weights = 0

@@ -12,6 +12,7 @@ from dsa_jax.data.batch import Batch
 from dsa_jax.generation.programs import Mode, Sampling, State, decode
 from dsa_jax.model import Transformer, build_model, init_params
 from dsa_jax.parallel.ambient import ROWS
+from dsa_jax.parallel.check import check_stage
 from dsa_jax.parallel.placement import shardings_of
 from dsa_jax.train.stages import stage_of
 from dsa_jax.train.step import init_state, make_train_step
@@ -58,6 +59,7 @@ def step_program(config: Config, step: str, mesh: Mesh, decode_shape: DecodeShap
         return _decode_step(config, mesh, decode_shape)
     if stage_of(config, step).indexer_loss and not config.model.attention.indexer.enabled:
         raise ConfigError(f"the step is {step!r}, but the model has no indexer. Set model.attention.indexer.enabled=True.")
+    check_stage(config, step)
     return _train_step(config, step, mesh)
 
 
@@ -65,7 +67,7 @@ def _train_step(config: Config, step: str, mesh: Mesh) -> Program:
     model, stage, settings = build_model(config.model), stage_of(config, step), getattr(config.train, step)
     state = jax.eval_shape(lambda params: init_state(params, stage, settings), abstract_params(model))
     rows = NamedSharding(mesh, ROWS)
-    tokens: Any = lambda dtype: jax.ShapeDtypeStruct((settings.batch_size, settings.seq_len), dtype, sharding=rows)
+    tokens: Any = lambda dtype: jax.ShapeDtypeStruct((settings.batch_size, settings.longest), dtype, sharding=rows)
     batch: Any = Batch(*map(tokens, (jnp.int32, jnp.int32, jnp.bool_, jnp.int32)))
     return Program(make_train_step(model, stage, config), (_placed(state, mesh), batch))
 

@@ -45,7 +45,7 @@ def summarize(config: Config) -> dict[str, Any]:
     stages = {name: stage_of(config, name) for name in STAGE_ORDER}
     run = [name for name in STAGE_ORDER if getattr(config.train, name).steps]
     modes = ATTENTIONS if has_indexer else ATTENTIONS[:1]
-    lengths = sorted({getattr(config.train, name).seq_len for name in run} | {config.model.max_positions})
+    lengths = sorted({getattr(config.train, name).longest for name in run} | {config.model.max_positions})
     return {
         "name": config.name,
         "mesh": {axis: size for axis, size in sizes.items() if size > 1},
@@ -87,7 +87,7 @@ def _stage_bytes(config: Config, model: Transformer, params: dict[str, Any], nam
     return {
         "rows": settings.batch_size // settings.accumulation,
         "accumulation": settings.accumulation,
-        "seq_len": settings.seq_len,
+        "seq_len": settings.longest,
         "optimizer": optimizer,
         "gradients": gradients,
         "activations": {**activations._asdict(), "total": activations.total},

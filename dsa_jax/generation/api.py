@@ -185,7 +185,7 @@ def _stop_tokens(tokens: Any) -> tuple[int, ...]:
 
 
 def _checked_prompts(prompts: Any, config: ModelConfig, max_new_tokens: int) -> list[np.ndarray]:
-    if not isinstance(prompts, Sequence | np.ndarray):
+    if not isinstance(prompts, Sequence | np.ndarray | jax.Array):
         raise ConfigError(f"prompts is a {type(prompts).__name__}; expected a list of lists of token ids.")
     if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
         raise ConfigError("prompts hold text; expected lists of token ids. Encode them with pretrained.tokenizer.encode.")

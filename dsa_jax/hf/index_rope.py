@@ -69,5 +69,5 @@ def _check_blocks(config: ModelConfig, indexer: IndexerConfig) -> None:
     if config.weight_format == FP8_BLOCKS and not (aligned and indexer.rope_dim <= block):
         raise CheckpointError(
             f"model.attention.indexer.head_dim is {indexer.head_dim}, rotated as half_split; a {FAMILY} checkpoint would hold "
-            f"its channels interleaved, which fp8 blocks of {block} cannot. Write it with weight_format plain."
+            f"its channels interleaved, which fp8 blocks of {block} cannot. Use weight_format plain."
         )

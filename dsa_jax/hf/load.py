@@ -64,7 +64,7 @@ def load_pretrained(
         directory: holds config.json and model.safetensors, or model.safetensors.index.json with the files it names.
         dtype: "float32" or "bfloat16", of parameters and activations; None is as stored, where float16 becomes float32 and
             fp8 becomes bfloat16. Norms, routers and the indexer's key norm are float32 always.
-        mesh: every parameter is placed on it, replicated unless `placement` says otherwise.
+        mesh: every parameter is placed on it, replicated unless `placement` says otherwise; its axes are taken as Auto.
         attention: "dense" or "sparse"; None is as the checkpoint was trained.
         indexer: added to a checkpoint without one, with new parameters drawn from `seed`, which are logged. The mode stays
             dense unless `attention` says otherwise. A checkpoint that has indexers must have just these.
@@ -100,7 +100,7 @@ def load_pretrained(
     where = _placement(mesh, placement)
     shapes = parameter_paths(jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0)))
     added = [path for path in shapes if is_nsa_path(path) or (is_indexer_path(path) and not brings_indexer)]
-    tokenizer = load_checkpoint_tokenizer(directory, content, config)
+    tokenizer = load_checkpoint_tokenizer(directory, content, config.vocab_size)
     stored = {path: leaf for path, leaf in shapes.items() if path not in added}
     loaded = _read_parameters(directory, content, config, stored, where)
     if added:
@@ -177,6 +177,9 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> Shaped[np.ndarray
 def _placement(mesh: jax.sharding.Mesh | None, placement: Placement | None) -> Placement | None:
     if placement is not None or mesh is None:
         return placement
+    # The axes of `jax.make_mesh` are Explicit unless one asks; the model leaves it to the compiler how to split.
+    axis_types = (jax.sharding.AxisType.Auto,) * len(mesh.axis_names)
+    mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=axis_types)
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     return lambda path: replicated
 

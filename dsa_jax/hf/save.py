@@ -252,8 +252,11 @@ def _tokenizer_source(tokenizer: Tokenizer | str | Path | None) -> Path | None:
         return tokenizer.file
     if isinstance(tokenizer, str | Path):
         path = Path(tokenizer)
-        if not (path.is_file() or has_tokenizer_files(path)):
-            raise CheckpointError(f"tokenizer is {str(tokenizer)!r}; expected a directory with a tokenizer.json, or that file.")
+        if not (path.is_file() and (path.suffix == ".json" or path.name in TOKENIZER_FILES)) and not has_tokenizer_files(path):
+            raise CheckpointError(
+                f"tokenizer is {str(tokenizer)!r}; expected a directory with a tokenizer.json or another file of a tokenizer, "
+                "or such a file."
+            )
         return path
     raise CheckpointError(f"tokenizer is a {type(tokenizer).__name__}; expected a JsonTokenizer, a ByteTokenizer or a path.")
 

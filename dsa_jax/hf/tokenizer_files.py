@@ -9,7 +9,6 @@ from typing import Any
 from dsa_jax.config_checks import ConfigError
 from dsa_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 from dsa_jax.hf.errors import CheckpointError
-from dsa_jax.model_config import ModelConfig
 
 _LOG = logging.getLogger(__name__)
 BYTES_FIELD = "dsa_tokenizer"
@@ -21,17 +20,16 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def load_checkpoint_tokenizer(directory: Path, content: dict[str, Any], config: ModelConfig) -> Tokenizer | None:
+def load_checkpoint_tokenizer(directory: Path, content: dict[str, Any], vocab_size: int) -> Tokenizer | None:
     """The tokenizer that the checkpoint brings, or None, which is logged: weights are of use without.
 
     Raises:
         CheckpointError: when it has more tokens than the model.
     """
     tokenizer: Tokenizer
-    vocab_size = config.vocab_size
     if (directory / "tokenizer.json").is_file():
         try:
-            tokenizer = JsonTokenizer(directory, end_of_text_id=next(iter(config.eos_token_ids), None))
+            tokenizer = JsonTokenizer(directory)
         except (ImportError, ConfigError) as error:
             _LOG.warning("no tokenizer: %s", error)
             return None
@@ -69,7 +67,7 @@ def copy_tokenizer_files(source: Path, target: Path) -> list[str]:
         source: a directory, of which everything about its tokenizer is copied, and its generation settings; or the file of a
             tokenizer, which becomes tokenizer.json, with the tokenizer_config.json beside it.
     """
-    if source.is_dir() or source.name == TOKENIZER_FILES[0]:
+    if source.is_dir() or source.name in TOKENIZER_FILES:
         folder = source if source.is_dir() else source.parent
         files = {name: folder / name for name in TOKENIZER_FILES}
     else:

@@ -9,6 +9,8 @@ from dsa_jax.model import build_model, init_params
 from dsa_jax.parallel.mesh import BATCH_AXES
 from dsa_jax.parallel.rules import check_divisible
 
+_ROWS = " x ".join(BATCH_AXES)
+
 
 def check_layout(config: Config) -> None:
     """Make sure that heads, experts, parameters, batches and sequences split evenly.
@@ -32,19 +34,28 @@ def check_layout(config: Config) -> None:
     model = build_model(config.model)
     check_divisible(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), sizes)
 
-    n_parts, rows = math.prod(sizes[name] for name in BATCH_AXES), " x ".join(BATCH_AXES)
     for name in STAGES:
-        stage = getattr(config.train, name)
-        if stage.steps:
-            _multiple(f"train.{name}.batch_size / accumulation", stage.batch_size // stage.accumulation, rows, n_parts)
-            for length in {stage.seq_len, *(length for _, length in stage.curriculum)}:
-                _multiple(f"train.{name}.seq_len", length, "2 x context", 2 * sizes["context"], only_if=sizes["context"] > 1)
-    _multiple("eval.batch_size", config.eval.batch_size, rows, n_parts)
+        if getattr(config.train, name).steps:
+            check_stage(config, name)
+    _multiple("eval.batch_size", config.eval.batch_size, _ROWS, math.prod(sizes[name] for name in BATCH_AXES))
     used = {"recall": config.eval.recall_sequences, "text": config.eval.text_sequences, "task": len(config.eval.tasks)}
     for name, is_used in used.items():
         if is_used:
             length = getattr(config.eval, f"{name}_len")
             _multiple(f"eval.{name}_len", length, "2 x context", 2 * sizes["context"], only_if=sizes["context"] > 1)
+
+
+def check_stage(config: Config, name: str) -> None:
+    """Whether the batches of a stage can be split over the mesh.
+
+    Raises:
+        ConfigError: naming the size that does not divide.
+    """
+    stage, sizes = getattr(config.train, name), config.parallel.sizes()
+    n_parts = math.prod(sizes[axis] for axis in BATCH_AXES)
+    _multiple(f"train.{name}.batch_size / accumulation", stage.batch_size // stage.accumulation, _ROWS, n_parts)
+    for length in {stage.seq_len, *(length for _, length in stage.curriculum)}:
+        _multiple(f"train.{name}.seq_len", length, "2 x context", 2 * sizes["context"], only_if=sizes["context"] > 1)
 
 
 def _multiple(name: str, value: int, axis: str, size: int, *, only_if: bool = True) -> None:

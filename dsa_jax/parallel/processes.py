@@ -64,7 +64,8 @@ def find_launch(
     port = environment.get("JAX_COORDINATOR_PORT") or str(61440 + int(environment["SLURM_JOB_ID"]) % 4096)
     n_visible = len(environment.get("CUDA_VISIBLE_DEVICES", "").split(","))
     shares_node = n_tasks > int(environment.get("SLURM_STEP_NUM_NODES") or 1)
-    sees_others = "CUDA_VISIBLE_DEVICES" not in environment or n_visible > 1
+    is_given_its_own = "SLURM_GPUS_PER_TASK" in environment
+    sees_others = not is_given_its_own and ("CUDA_VISIBLE_DEVICES" not in environment or n_visible > 1)
     local = [int(environment["SLURM_LOCALID"])] if shares_node and sees_others else None
     return Launch(f"{first_host(nodes)}:{port}", n_tasks, int(environment["SLURM_PROCID"]), local)
 
@@ -85,6 +86,8 @@ def start_processes(coordinator: str = "", num_processes: int | None = None, pro
     launch = find_launch(coordinator, num_processes, process_id, os.environ)
     if launch is None or launch.num_processes == 1:
         return
+    # It would take SIGTERM for itself and do nothing with it: until training begins, a signal is to end the process.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         launch.coordinator,
         launch.num_processes,
@@ -124,6 +127,13 @@ def on_main(function: Callable[[], Any]) -> Any:
     if "error" in answer:
         raise ProcessError(answer["error"])
     return answer["result"]
+
+
+def any_process(flag: bool) -> bool:
+    """Whether `flag` is true in any process; all call this, where no step is running."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
 def _broadcast(message: str) -> str:

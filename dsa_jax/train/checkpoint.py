@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dsa_jax.parallel.processes import is_main, on_main
-from dsa_jax.train.rundir import RunError, atomic_write_text
+from dsa_jax.train.rundir import RunDirectory, RunError, atomic_write_text
 
 _LOG = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
@@ -285,6 +285,18 @@ class CheckpointStore:
                 f"checkpoint {self.directory / str(step)} does not fit: {'; '.join(problems[:8])}{more}. Use the config the "
                 "checkpoint was made with (config.json of its run)."
             )
+
+
+def newest_checkpoint(run: RunDirectory, stages: Sequence[str]) -> tuple[str, int] | None:
+    """The last of `stages` that has a valid checkpoint, and that checkpoint's step; a warning names what is passed over."""
+    for name in reversed(stages):
+        folder = run.checkpoint_dir(name)
+        if on_main(folder.is_dir):
+            with CheckpointStore(folder, keep=1) as store:
+                step = store.latest_valid()
+            if step is not None:
+                return name, step
+    return None
 
 
 def _leaf_specs(manifest: Mapping[str, Any]) -> dict[str, LeafSpec]:

@@ -17,7 +17,7 @@ from dsa_jax.model.selection import NSA
 from dsa_jax.parallel.placement import with_shardings
 from dsa_jax.parallel.processes import on_main
 from dsa_jax.params import is_indexer_path, is_nsa_path, nested_parameters, parameter_paths
-from dsa_jax.train.checkpoint import CheckpointStore
+from dsa_jax.train.checkpoint import CheckpointStore, newest_checkpoint
 from dsa_jax.train.from_hf import checkpoint_params
 from dsa_jax.train.rundir import RunDirectory, RunError, find_run
 from dsa_jax.train.stages import stage_of, trained_attention
@@ -50,26 +50,24 @@ def load_run(directory: Path, *, stage: str | None = None) -> LoadedRun:
     run = find_run(directory)
     config = run.config()
     model = build_model(config.model)
+    newest = newest_checkpoint(run, [stage] if stage else STAGE_ORDER)
+    if newest is None:
+        wanted = f"of stage {stage} " if stage else ""
+        raise RunError(
+            f"{directory} holds no usable checkpoint {wanted}under checkpoints/. Run experiments.retrofit there first."
+        )
+    name, step = newest
     abstract = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    for name in [stage] if stage else reversed(STAGE_ORDER):
-        folder = run.checkpoint_dir(name)
-        if not on_main(folder.is_dir):
-            continue
-        with CheckpointStore(folder, keep=config.train.keep_checkpoints) as store:
-            step = store.latest_valid()
-            if step is not None:
-                params = store.restore(step, with_shardings({"params": abstract}), subset=True).tree["params"]
-                config.model.attention.mode = trained_attention(config, name)
-                model = build_model(config.model)
-                return LoadedRun(config, model, params, name, step)
-    wanted = f"of stage {stage} " if stage else ""
-    raise RunError(f"{directory} holds no usable checkpoint {wanted}under checkpoints/. Run experiments.retrofit there first.")
+    with CheckpointStore(run.checkpoint_dir(name), keep=config.train.keep_checkpoints) as store:
+        params = store.restore(step, with_shardings({"params": abstract}), subset=True).tree["params"]
+    config.model.attention.mode = trained_attention(config, name)
+    return LoadedRun(config, build_model(config.model), params, name, step)
 
 
 def resolve_run(config: Config, workdir: Path) -> Config:
     """`config` with the attention under which `init.checkpoint` was trained as its model's mode.
 
-    A run in `workdir` that was begun already keeps the mode it recorded, whether or not its source is still there. Without
+    A run in `workdir` that has saved something keeps the mode it recorded, whether or not its source is still there. Without
     `init.checkpoint` this is the same config.
 
     Raises:
@@ -78,18 +76,13 @@ def resolve_run(config: Config, workdir: Path) -> Config:
     if not config.init.checkpoint:
         return config
 
-    def recorded() -> str | None:
-        run = RunDirectory(workdir, resumed=True)
-        begun = run.config() if run.config_path.is_file() else None
-        return begun.model.attention.mode if begun is not None and begun.init == config.init else None
-
-    def trained() -> str:
-        source = find_run(config.init.checkpoint)
-        stages = [name for name in STAGE_ORDER if any(source.checkpoint_dir(name).glob("[0-9]*"))]
-        return trained_attention(source.config(), config.init.stage or (stages[-1] if stages else ""))
-
-    resolved = copy.deepcopy(config)
-    resolved.model.attention.mode = on_main(lambda: recorded() or trained())
+    resolved, run = copy.deepcopy(config), RunDirectory(workdir, resumed=True)
+    if on_main(lambda: run.has_begun and run.config().init == config.init):
+        resolved.model.attention.mode = run.config().model.attention.mode
+        return resolved
+    source = find_run(config.init.checkpoint)
+    newest = newest_checkpoint(source, [config.init.stage] if config.init.stage else STAGE_ORDER)
+    resolved.model.attention.mode = trained_attention(source.config(), newest[0] if newest else "")
     return resolved
 
 

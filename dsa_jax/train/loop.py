@@ -14,7 +14,7 @@ from dsa_jax.devices import peaks_of
 from dsa_jax.model import Transformer
 from dsa_jax.parallel.placement import place, place_batch, with_shardings
 from dsa_jax.parallel.processes import is_main, with_votes
-from dsa_jax.train.checkpoint import CheckpointStore
+from dsa_jax.train.checkpoint import CheckpointStore, newest_checkpoint
 from dsa_jax.train.metrics import MetricsLog
 from dsa_jax.train.progress import Discard, Progress
 from dsa_jax.train.rundir import RunDirectory, RunError
@@ -28,7 +28,7 @@ _COUNTERS = ("is_finite", "skipped_in_a_row", "stop")
 
 
 class NotFiniteError(RunError):
-    """A loss or gradient became NaN or infinite and the policy is to stop."""
+    """A loss, gradient or update became NaN or infinite and the policy is to stop."""
 
 
 class StageResult(NamedTuple):
@@ -50,13 +50,7 @@ def restore_state(
 
 def latest_position(run: RunDirectory, config: Config) -> tuple[str, int] | None:
     """The furthest stage of the recipe with a valid checkpoint, and that checkpoint's step."""
-    for name in reversed(STAGE_ORDER):
-        if getattr(config.train, name).steps:
-            with CheckpointStore(run.checkpoint_dir(name), keep=config.train.keep_checkpoints) as store:
-                step = store.latest_valid()
-            if step is not None:
-                return name, step
-    return None
+    return newest_checkpoint(run, [name for name in STAGE_ORDER if getattr(config.train, name).steps])
 
 
 @dataclass
@@ -86,20 +80,15 @@ class _Judge:
         return {name: record[name] for name in _SHOWN if name in record}
 
     def _not_finite(self, step: int, in_a_row: int) -> None:
-        where = f"stage {self.stage.name}, step {step}"
-        advice = (
-            f"Lower train.{self.stage.name}.optimizer.learning_rate, in another --workdir, which init.checkpoint can start "
-            "from a stage of this one"
-        )
+        where, last = f"stage {self.stage.name}, step {step}", self._last_checkpoint()
+        advice = f"Lower train.{self.stage.name}.optimizer.learning_rate"
         if self.config.train.nan_policy == "stop":
             raise NotFiniteError(
-                f"loss or gradient is not finite in {where}; {self._last_checkpoint()}. {advice}, or set "
-                "train.nan_policy=skip to drop such updates."
+                f"loss, gradient or update is not finite in {where}; {last}. {advice} (in another --workdir where this one has "
+                "a checkpoint), or set train.nan_policy=skip to drop such updates."
             )
         if in_a_row >= self.config.train.max_skipped_steps:
-            raise NotFiniteError(
-                f"{in_a_row} updates in a row were not finite up to {where}; {self._last_checkpoint()}. {advice}."
-            )
+            raise NotFiniteError(f"{in_a_row} updates in a row were not finite up to {where}; {last}. {advice}.")
         _LOG.warning("%s: the update is not finite and was dropped (%d in a row)", where, in_a_row)
 
     def _last_checkpoint(self) -> str:

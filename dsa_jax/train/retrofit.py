@@ -6,17 +6,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from dsa_jax.config import STAGES as STAGE_ORDER
-from dsa_jax.config import Config, to_dict
+from dsa_jax.config import Config, ConfigError, to_dict
 from dsa_jax.data import EvalData, TrainData, make_eval_data, make_train_data
 from dsa_jax.evals.parity import Parity, evaluate_parity
+from dsa_jax.hf import CheckpointError
 from dsa_jax.model import Transformer, build_model
 from dsa_jax.model.selection import DENSE
 from dsa_jax.parallel.check import check_layout
 from dsa_jax.parallel.placement import on_mesh, place
-from dsa_jax.parallel.processes import is_main, on_main
+from dsa_jax.parallel.processes import any_process, is_main, on_main
 from dsa_jax.params import count_parameters, is_indexer_path, split_parameters
 from dsa_jax.train.from_hf import export_checkpoint, resolve_checkpoint
 from dsa_jax.train.init import at_start_of_stage, initial_params, load_run, resolve_run
@@ -29,6 +28,7 @@ from dsa_jax.train.stages import stage_of, trained_attention
 from pallas_kernels import implementations_chosen
 
 _LOG = logging.getLogger(__name__)
+_COARSE_RATE = 1e-4  # at which Adam moves a weight of 0.05 by 1/512
 
 
 def retrofit(config: Config, workdir: Path, *, tensorboard: bool = False) -> dict[str, Any] | None:
@@ -96,15 +96,22 @@ def _retrofit(config: Config, workdir: Path, tensorboard: bool) -> dict[str, Any
                     taken = summaries[name]["steps"]
                     _LOG.warning(
                         "stopped by %s in stage %s, %s; the same command continues",
-                        stop.signal_name or "a signal to another process",
+                        _who(stop),
                         name,
                         f"step {taken} of {steps} is saved" if taken else "before its first step",
                     )
                     return None
             first_batch += steps
+        if any_process(stop.requested):
+            _LOG.warning("stopped by %s after the last step, every step is saved; the same command continues", _who(stop))
+            return None
         if config.init.hf_dir:
             _export(run, config, params)
         return evaluate_and_report(run, config, model, params, summaries, eval_data, stop)
+
+
+def _who(stop: StopRequest) -> str:
+    return stop.signal_name or "a signal to another process"
 
 
 def _export(run: RunDirectory, config: Config, params: dict[str, Any]) -> None:
@@ -129,10 +136,11 @@ def _remarks(config: Config) -> list[str]:
         for name, stage in stages.items()
         if stage.optimizer.warmup_steps > stage.steps
     ]
-    if stages and config.model.param_dtype == "bfloat16":
+    rates = [stage.optimizer.learning_rate for name, stage in stages.items() if name != "warmup"]
+    if config.model.param_dtype == "bfloat16" and min(rates, default=1.0) < _COARSE_RATE:
         remarks.append(
-            "model.param_dtype is bfloat16, in which an update below 1/512 of a weight is lost, as most are at learning rates "
-            "under 1e-4; float32 keeps them, with model.dtype=bfloat16 for the speed"
+            f"model.param_dtype is bfloat16, in which an update below 1/512 of a weight is lost, as most are at a learning "
+            f"rate of {min(rates):g}; float32 keeps them, with model.dtype=bfloat16 for the speed"
         )
     return remarks
 
@@ -156,20 +164,17 @@ def _dense_params_before(run: RunDirectory, config: Config) -> dict[str, Any] | 
     """Parameters of the dense model that the retrofit started from, where they are still there."""
     if not config.train.sparse.steps or trained_attention(config, "warmup") != DENSE:
         return None
-    if not config.train.pretrain.steps:
+    try:
+        if config.train.pretrain.steps:
+            loaded = load_run(run.path, stage="pretrain")
+            if loaded.step != config.train.pretrain.steps:
+                raise RunError(f"of stage pretrain only step {loaded.step} is left")
+            return place(loaded.params)
         has_source = config.init.hf_dir or config.init.checkpoint
         return place(initial_params(config, build_model(config.model))) if has_source else None
-    try:
-        loaded = load_run(run.path, stage="pretrain")
-    except RunError as error:
+    except (ConfigError, RunError, CheckpointError) as error:
         _LOG.warning("the row of the dense model before sparse training is left out: %s", error)
         return None
-    if loaded.step != config.train.pretrain.steps:
-        _LOG.warning(
-            "the row of the dense model before sparse training is left out: of stage pretrain only step %d is left", loaded.step
-        )
-        return None
-    return place(loaded.params)
 
 
 class _EvaluationStopped(Exception):
@@ -187,20 +192,19 @@ def evaluate_and_report(
 ) -> dict[str, Any] | None:
     """Fill the parity table, write report.json and report.html (the first process does), and return the report.
 
-    On a stop request the row in progress is finished and None returned; with several processes, which would wait for one that
-    stopped, the request comes too late.
+    On a stop request, of any process, the row in progress is finished and None returned.
     """
     started = time.perf_counter()
 
     def announce(row: dict[str, Any]) -> None:
         _LOG.info("evaluated %s", row["name"])
-        if stop.requested and jax.process_count() == 1:
+        if any_process(stop.requested):
             raise _EvaluationStopped
 
     try:
         table = evaluate_parity(model, params, data, config, params_before=_dense_params_before(run, config), on_row=announce)
     except _EvaluationStopped:
-        _LOG.warning("stopped by %s while evaluating, every step is saved; the same command continues", stop.signal_name)
+        _LOG.warning("stopped by %s while evaluating, every step is saved; the same command continues", _who(stop))
         return None
     _record_implementations(run)
     summaries = summaries | {"evaluate": {"seconds": time.perf_counter() - started}}

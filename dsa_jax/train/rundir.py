@@ -7,9 +7,10 @@ import logging
 import os
 import platform
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,11 @@ class RunDirectory:
         """The parity table and the timings, for programs; `report.html` beside it is for readers."""
         return self.path / "report.json"
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the run has saved anything: a checkpoint, whole or not, or its report."""
+        return self.report_path.exists() or any(self.path.glob("checkpoints/*/*"))
+
     def checkpoint_dir(self, stage: str) -> Path:
         """The folder whose subfolders are the steps of `stage`."""
         return self.path / "checkpoints" / stage
@@ -97,8 +103,9 @@ class RunDirectory:
 
 
 def open_run(workdir: str | os.PathLike[str], config: Config) -> RunDirectory:
-    """Create the run directory of `config`, or return to it; only what changes no result may have changed since: `parallel`,
-    what is done about losses that are not finite, and how often is logged and saved.
+    """Create the run directory of `config`, or return to it; only what changes no result may have changed since.
+
+    That is `parallel`, what is done about losses that are not finite, and how often is logged and saved.
 
     Writes config.json and environment.json. On return, an environment that differs from the recorded one takes its place and
     the recorded one is appended to `history`, oldest first. A directory with neither a checkpoint nor a report, which a command
@@ -114,8 +121,12 @@ def open_run(workdir: str | os.PathLike[str], config: Config) -> RunDirectory:
     if run.resumed:
         recorded = _read_object(run.config_path)
         differences = _differences(recorded, wanted)
-        if run.report_path.exists() or any(run.path.glob("checkpoints/*/*")):
+        if run.has_begun:
             _require_same_results(path, differences)
+        elif any(not _WITHOUT_EFFECT.fullmatch(name) for name in differences):
+            for leftover in (run.metrics_path, run.path / "timing.jsonl"):
+                leftover.unlink(missing_ok=True)
+            shutil.rmtree(run.path / "tensorboard", ignore_errors=True)
         if differences:
             _LOG.info("%s goes on with other settings: %s", path, "; ".join(differences.values()))
             _write_object(run.config_path, wanted)
@@ -135,8 +146,9 @@ def claimed(workdir: str | os.PathLike[str]) -> Iterator[None]:
         RunError: when `workdir` cannot be written, or another process is at it.
     """
     make_writable_directory(Path(workdir))
-    with open(Path(workdir) / ".lock", "w", encoding="utf-8") as file:
+    with ExitStack() as stack:
         try:
+            file = stack.enter_context(open(Path(workdir) / ".lock", "w", encoding="utf-8"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(

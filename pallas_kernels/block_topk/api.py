@@ -76,4 +76,4 @@ def block_topk(
     run = _dispatch.choose("block_topk", implementation, _IMPLEMENTATIONS, platform=_dispatch.traced_platform())
     stopped = [jax.lax.stop_gradient(x) for x in (q, k_compressed, lse)]
     start, end = jnp.clip(visible_start, 0, n_keys), jnp.clip(visible_end, 0, n_keys)
-    return run(*vary_alike(*stopped, start, end), softmax_scale=softmax_scale, n_keys=n_keys, geometry=geometry)
+    return run(*vary_alike(*stopped, start, end), softmax_scale=float(softmax_scale), n_keys=n_keys, geometry=geometry)

@@ -57,7 +57,7 @@ def dense_attention(
     """
     run = _dispatch.choose("dense_attention", implementation, _DENSE, platform=_dispatch.traced_platform())
     q, k, v, visible_start, visible_end = vary_alike(q, k, v, visible_start, visible_end)
-    return DenseAttentionOutput(*run(q, k, v, visible_start, visible_end, softmax_scale=softmax_scale, d_v=d_v))
+    return DenseAttentionOutput(*run(q, k, v, visible_start, visible_end, softmax_scale=float(softmax_scale), d_v=d_v))
 
 
 def _check_topk(q, k, lse, softmax_scale, topk, visible_start, visible_end, **_):
@@ -98,4 +98,4 @@ def attention_topk(
     """
     run = _dispatch.choose("attention_topk", implementation, _TOPK, platform=_dispatch.traced_platform())
     stopped = [jax.lax.stop_gradient(x) for x in (q, k, lse)]
-    return run(*vary_alike(*stopped, visible_start, visible_end), softmax_scale=softmax_scale, topk=topk)
+    return run(*vary_alike(*stopped, visible_start, visible_end), softmax_scale=float(softmax_scale), topk=topk)

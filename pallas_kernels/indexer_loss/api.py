@@ -120,7 +120,7 @@ def indexer_kl(
         *target,
         *ranges,
         topk_indices=topk_indices,
-        softmax_scale=softmax_scale,
+        softmax_scale=float(softmax_scale),
         head_axis=head_axis,
         keys_per_index_key=keys_per_index_key,
         **options,

@@ -75,7 +75,7 @@ def sparse_attention(
     run = _dispatch.choose("sparse_attention", implementation, _IMPLEMENTATIONS, platform=platform)
     options = _dispatch.same_bits("sparse_attention", run, pallas_gpu.sparse_attention, deterministic, platform=platform)
     arrays = vary_alike(q, k, v, topk_indices)
-    return SparseAttentionOutput(*run(*arrays, softmax_scale=softmax_scale, d_v=d_v, **options))
+    return SparseAttentionOutput(*run(*arrays, softmax_scale=float(softmax_scale), d_v=d_v, **options))
 
 
 def _check_sparse_fp8(q, pool, slots, softmax_scale, latent_dim, **_):
@@ -126,4 +126,4 @@ def sparse_attention_fp8(
     """
     run = _dispatch.choose("sparse_attention_fp8", implementation, _FP8_IMPLEMENTATIONS, platform=_dispatch.traced_platform())
     arrays = vary_alike(q, pool, slots)
-    return SparseAttentionOutput(*run(*arrays, softmax_scale=softmax_scale, latent_dim=latent_dim))
+    return SparseAttentionOutput(*run(*arrays, softmax_scale=float(softmax_scale), latent_dim=latent_dim))

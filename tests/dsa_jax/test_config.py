@@ -38,5 +38,6 @@ def test_a_field_that_cannot_be_is_named(path, value, message):
 
 def test_whole_numbers_and_lists_stand_for_floats_and_tuples():
     config = changed("train.sparse.optimizer.learning_rate", 1)
+    config.train.warmup.optimizer.learning_rate = np.float64(1e-3)
     config.eval.rows, config.model = ["dense"], ModelConfig()
     config.validate()

@@ -128,6 +128,14 @@ def test_accumulation_halves_activations_and_adds_a_sum():
     assert twice["activations"]["saved"] == pytest.approx(once["activations"]["saved"] / 2, rel=0.01)
 
 
+def test_the_longest_length_of_a_curriculum_counts():
+    plain, growing = recipe("dp8"), recipe("dp8")
+    length = plain.train.pretrain.seq_len
+    growing.train.pretrain.curriculum = ((4, 2 * length),)
+    plain.train.pretrain.seq_len = 2 * length
+    assert summarize(growing)["stages"]["pretrain"] == summarize(plain)["stages"]["pretrain"]
+
+
 HLO = """HloModule step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -235,6 +243,9 @@ def test_what_cannot_be_compiled_says_so():
     mesh = emulated_mesh(config)
     with pytest.raises(ConfigError, match="no indexer"):
         compile_step(config, "sparse", mesh)
+    config.parallel.preset, config.train.pretrain.batch_size = "dp8", 3
+    with pytest.raises(ConfigError, match=r"train\.pretrain\.batch_size / accumulation is 3; expected a multiple of 8"):
+        compile_step(config, "pretrain", mesh)
     with pytest.raises(ConfigError, match="one of pretrain, warmup, sparse, decode"):
         compile_step(config, "train", mesh)
     with pytest.raises(ConfigError, match=r"more than model\.max_positions"):

@@ -101,7 +101,7 @@ def test_wrong_inputs_end_in_one_clear_line(recipe, tmp_path, name):
         from dsa_jax.train.rundir import open_run
         from experiments.flags import load_config
 
-        open_run(places["other"], load_config(str(recipe)))
+        open_run(places["other"], load_config(str(recipe))).checkpoint_dir("pretrain").joinpath("2").mkdir(parents=True)
     process = start(recipe, tmp_path / "run", *(argument.format(**places) for argument in arguments))
     got, _, errors = finish(process)
     assert got == status, errors

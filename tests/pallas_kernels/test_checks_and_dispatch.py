@@ -4,9 +4,11 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import pallas_kernels as pk
+from pallas_kernels._checks import check_scale
 from pallas_kernels._dispatch import resolve_implementation
 
 B, T, S = 1, 3, 4
@@ -69,7 +71,8 @@ WRONG = {
     "nothing for weights": ("index_scores", {"weights": None}, "weights is a NoneType; expected an array"),
     "d_v that is no whole number": ("sparse_attention", {"d_v": 2.0}, "d_v is 2.0; expected 1 to 6"),
     "no scale": ("sparse_attention", {"softmax_scale": None}, "softmax_scale is None; expected a finite number"),
-    "an array for a scale": ("indexer_kl", {"softmax_scale": jnp.ones(())}, "softmax_scale is .*; expected a finite number"),
+    "an array for a scale": ("indexer_kl", {"softmax_scale": jnp.ones(3)}, "softmax_scale is .*; expected a finite number"),
+    "huge scale": ("sparse_attention", {"softmax_scale": 10**400}, "softmax_scale is 1000.*; expected a finite number"),
     "infinite scale": ("dense_attention", {"softmax_scale": float("inf")}, "softmax_scale is inf; expected a finite number"),
     "no such implementation": (
         "index_topk",
@@ -86,6 +89,13 @@ def test_wrong_arguments(name):
     with pytest.raises(ValueError, match=message) as caught:
         function(**{**arguments, **change})
     assert str(caught.value).startswith(f"{op}: ") and "\n" not in str(caught.value)
+
+
+def test_a_scale_is_any_number_that_is_known():
+    for scale in (2, 0.5, np.float32(0.5), np.array(0.5), jnp.float32(0.5)):
+        check_scale("op", scale)
+    with pytest.raises(ValueError, match=r"softmax_scale is .*; expected a finite number, known before tracing"):
+        jax.jit(lambda scale: check_scale("op", scale))(0.5)
 
 
 def quantization(function, *arguments):

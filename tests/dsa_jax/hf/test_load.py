@@ -122,6 +122,8 @@ def test_a_dtype_that_config_json_leaves_out_is_that_of_the_embedding(tmp_path):
 def test_parameters_go_where_they_are_told(tmp_path):
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     directory = write_checkpoint(tmp_path, config_of("llama"))
+    explicit = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    assert jax.tree.leaves(load_pretrained(directory, mesh=explicit).params)[0].sharding.mesh == mesh
     replicated = load_pretrained(directory, mesh=mesh).params
     assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(replicated))
     asked = []

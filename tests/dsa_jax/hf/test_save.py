@@ -423,6 +423,16 @@ def test_a_tokenizer_of_another_name_is_the_one_that_is_written(saved, given):
     assert not (target / "generation_config.json").exists()  # that of the folder's own tokenizer
 
 
+def test_other_files_of_a_tokenizer_stand_for_their_folder(saved):
+    target, loaded = saved
+    folder = word_tokenizer(target.parent / "pieces")
+    (folder / "tokenizer.model").write_bytes(b"pieces")
+    save_pretrained(target, loaded.config, loaded.params, tokenizer=str(folder / "tokenizer.model"))
+    assert (target / "tokenizer.model").read_bytes() == b"pieces" and load_pretrained(target).tokenizer.end_of_text_id == 2
+    with pytest.raises(CheckpointError, match=r"unrelated\.bin'; expected a directory with"):
+        save_pretrained(target, loaded.config, loaded.params, tokenizer=str(folder / "unrelated.bin"))
+
+
 def test_what_killed_calls_left_behind_goes_with_the_next(saved):
     target, loaded = saved
     leftovers = [target.parent / f".{target.name}.{name}" for name in ("ab_12xyz.part", "00000000.old")]

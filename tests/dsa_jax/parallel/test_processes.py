@@ -46,6 +46,8 @@ def test_tasks_that_share_a_node_take_a_gpu_each():
     assert found(shared).local_device_ids == [5]
     assert found(shared | {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}).local_device_ids == [5]
     assert found(shared | {"CUDA_VISIBLE_DEVICES": "5"}).local_device_ids is None  # SLURM has given it one
+    own = {"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_PER_TASK": "2"}
+    assert found(shared | own).local_device_ids is None  # all that it sees are its own
     assert found(STEP | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}).local_device_ids is None  # a node each
 
 

@@ -204,6 +204,21 @@ def test_a_stage_of_another_run_says_how_it_was_trained(undisturbed, tmp_path):
     assert retrofit(config, tmp_path / "run")["rows"] == report["rows"]
 
 
+def test_a_run_outlives_its_source_and_a_half_written_stage_counts_for_nothing(undisturbed, tmp_path, caplog):
+    source = shutil.copytree(undisturbed[0], tmp_path / "source")
+    for stage in ("warmup", "sparse"):
+        shutil.rmtree(source / "checkpoints" / stage)
+    (source / "checkpoints" / "sparse" / "2.orbax-checkpoint-tmp").mkdir(parents=True)
+    config = tiny_config()
+    config.init.checkpoint, config.train.warmup.steps, config.train.sparse.steps = str(source), 0, 1
+    config.train.pretrain.steps, config.eval.rows = 0, ("dense",)
+    rows = retrofit(config, tmp_path / "run")["rows"]
+    assert [row["name"] for row in rows] == ["dense, before sparse training", "dense"]
+    shutil.rmtree(source)
+    assert retrofit(config, tmp_path / "run")["rows"] == rows[1:]
+    assert "before sparse training is left out" in caplog.text
+
+
 def test_the_row_before_sparse_training_is_of_the_last_step(undisturbed, tmp_path, caplog):
     workdir = shutil.copytree(undisturbed[0], tmp_path / "run")
     (workdir / "checkpoints/pretrain/6/manifest.json").unlink()
@@ -223,11 +238,13 @@ def test_an_update_that_is_not_finite_stops_the_run(tmp_path):
 def test_what_is_seldom_meant_is_said(tmp_path, caplog):
     config = tiny_config()
     config.model.param_dtype, config.train.warmup.optimizer.warmup_steps = "bfloat16", 7
-    config.init.checkpoint = str(tmp_path / "nowhere")
-    assert [remark.split(" is ")[0] for remark in retrofit_module._remarks(config)] == [
-        "train.warmup.optimizer.warmup_steps",
-        "model.param_dtype",
-    ]
+    config.train.sparse.optimizer.learning_rate = 1e-6
+    (tmp_path / "run").write_text("")
+    with pytest.raises(RunError, match="is a file"):
+        retrofit(config, tmp_path / "run")
+    assert "train.warmup.optimizer.warmup_steps is 7, of 6 steps in all" in caplog.text
+    assert "as most are at a learning rate of 1e-06" in caplog.text
+    assert not retrofit_module._remarks(tiny_config())
 
 
 def test_a_stage_without_a_run_is_refused():

@@ -43,8 +43,11 @@ def test_other_config_is_refused_with_both_values(tmp_path):
 
 
 def test_a_run_that_could_not_begin_makes_way(tmp_path):
-    open_run(tmp_path, Config())
+    run = open_run(tmp_path, Config())
+    run.metrics_path.write_text('{"stage": "pretrain", "step": 1}\n')
+    assert open_run(tmp_path, Config()).metrics_path.exists()
     assert open_run(tmp_path, Config(seed=7)).config().seed == 7
+    assert not run.metrics_path.exists()  # of a run that is none any more
 
 
 def test_what_changes_no_result_may_change(tmp_path, caplog):
@@ -61,13 +64,16 @@ def test_what_changes_no_result_may_change(tmp_path, caplog):
         open_run(tmp_path, other)
 
 
-def test_one_process_at_a_time(tmp_path):
+def test_one_process_at_a_time(tmp_path, caplog):
     with claimed(tmp_path / "run"):
         code = f"from dsa_jax.train.rundir import claimed\nwith claimed({str(tmp_path / 'run')!r}): pass"
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert other.returncode and "RunError: another process is at workdir" in other.stderr
     with claimed(tmp_path / "run"):
         pass
+    (tmp_path / "other" / ".lock").mkdir(parents=True)
+    with claimed(tmp_path / "other"):
+        assert "cannot be locked" in caplog.text
 
 
 def test_field_unknown_to_the_recorded_config_is_named(tmp_path):
