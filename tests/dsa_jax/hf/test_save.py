@@ -15,7 +15,6 @@ import pytest
 
 from dsa_jax import build_model, init_params, load_pretrained, save_pretrained
 from dsa_jax.config import AttentionConfig, IndexerConfig, ModelConfig, MoEConfig, RopeConfig
-from dsa_jax.data.tokenizer import ByteTokenizer, JsonTokenizer
 from dsa_jax.hf import CheckpointError
 from dsa_jax.hf import save as save_module
 from dsa_jax.hf.write_config import choose_layout
@@ -307,14 +306,6 @@ def test_parameters_must_fit_the_config(tmp_path):
     refused(paths | {"lm_head/kernel": half}, r"bfloat16 \[32, 48\], expected float32")
 
 
-@pytest.fixture
-def saved(tmp_path):
-    """A checkpoint of ours in `target`, and what it takes to save it again."""
-    loaded = load_pretrained(write_checkpoint(tmp_path / "theirs", config_of("llama")))
-    save_pretrained(tmp_path / "target", loaded.config, loaded.params)
-    return tmp_path / "target", loaded
-
-
 def test_an_older_checkpoint_is_replaced_as_a_whole(saved):
     target, loaded = saved
     save_pretrained(target, loaded.config, loaded.params, shard_bytes=10_000)
@@ -382,57 +373,6 @@ def test_nothing_but_a_checkpoint_is_replaced(saved):
     assert (empty / "config.json").is_file()
 
 
-def word_tokenizer(directory):
-    """A tokenizer.json with what usually lies beside it."""
-    directory.mkdir(exist_ok=True)
-    vocab = {"w0": 0, "w1": 1, "</s>": 2}
-    model = {"type": "WordLevel", "vocab": vocab, "unk_token": "w0"}
-    parts = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor", "decoder"))
-    content = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "model": model} | parts
-    (directory / "tokenizer.json").write_text(json.dumps(content))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
-    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
-    (directory / "unrelated.bin").write_bytes(b"0")
-    return directory
-
-
-@pytest.mark.parametrize("given", [JsonTokenizer, str, lambda path: path / "tokenizer.json"], ids=["object", "folder", "file"])
-def test_tokenizer_files_come_along(saved, given):
-    target, loaded = saved
-    source = word_tokenizer(target.parent / "tokenizer")
-    loaded.config.eos_token_ids = (2,)
-    save_pretrained(target, loaded.config, loaded.params, tokenizer=given(source))
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        assert (target / name).read_bytes() == (source / name).read_bytes()
-    assert not (target / "unrelated.bin").exists()
-    again = load_pretrained(target)
-    assert again.tokenizer is not None
-    assert again.tokenizer.end_of_text_id == 2
-    assert again.config.eos_token_ids == (2,)
-
-
-@pytest.mark.parametrize("given", [JsonTokenizer, str], ids=["object", "file"])
-def test_a_tokenizer_of_another_name_is_the_one_that_is_written(saved, given):
-    target, loaded = saved
-    folder = word_tokenizer(target.parent / "others")
-    file = folder / "mine.json"
-    file.write_text((folder / "tokenizer.json").read_text().replace('"w0": 0, "w1": 1', '"w1": 0, "w0": 1'))
-    save_pretrained(target, loaded.config, loaded.params, tokenizer=given(file))
-    again = load_pretrained(target).tokenizer
-    assert again.encode("w0 w1").tolist() == [1, 0] and again.end_of_text_id == 2
-    assert not (target / "generation_config.json").exists()  # that of the folder's own tokenizer
-
-
-def test_other_files_of_a_tokenizer_stand_for_their_folder(saved):
-    target, loaded = saved
-    folder = word_tokenizer(target.parent / "pieces")
-    (folder / "tokenizer.model").write_bytes(b"pieces")
-    save_pretrained(target, loaded.config, loaded.params, tokenizer=str(folder / "tokenizer.model"))
-    assert (target / "tokenizer.model").read_bytes() == b"pieces" and load_pretrained(target).tokenizer.end_of_text_id == 2
-    with pytest.raises(CheckpointError, match=r"unrelated\.bin'; expected a directory with"):
-        save_pretrained(target, loaded.config, loaded.params, tokenizer=str(folder / "unrelated.bin"))
-
-
 def test_what_killed_calls_left_behind_goes_with_the_next(saved):
     target, loaded = saved
     leftovers = [target.parent / f".{target.name}.{name}" for name in ("ab_12xyz.part", "00000000.old")]
@@ -451,54 +391,12 @@ def test_a_size_of_files_that_is_none(saved, size):
         inspect.unwrap(save_pretrained)(target, loaded.config, loaded.params, shard_bytes=size)
 
 
-def test_the_byte_tokenizer_is_a_field(tmp_path):
-    config = ModelConfig(vocab_size=257, hidden_dim=32, mlp_dim=40, n_layers=1, attention=gqa())
-    save_pretrained(tmp_path / "ours", config, drawn(config), tokenizer=ByteTokenizer())
-    assert config_json(tmp_path / "ours")["dsa_tokenizer"] == "bytes"
-    assert isinstance(load_pretrained(tmp_path / "ours").tokenizer, ByteTokenizer)
-
-
-class OtherTokenizer:
-    """A tokenizer of the user's own, which has no files to copy."""
-
-    name, vocab_size, end_of_text_id = "other", 3, 2
-
-    def encode(self, text):
-        return np.zeros(len(text), np.int32)
-
-    encode_prompt = encode
-
-    def decode(self, ids):
-        return "?" * len(ids)
-
-
-def test_the_models_own_end_tokens_go_with_the_files_of_a_tokenizer(saved):
-    target, loaded = saved
-    folder = target.parent / "words"
-    folder.mkdir()
-    word_tokenizer(folder)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "top_k": 3}))
-    for ends in ((5,), (5, 6), ()):
-        loaded.config.eos_token_ids = ends
-        save_pretrained(target, loaded.config, loaded.params, tokenizer=folder)
-        assert load_pretrained(target).config.eos_token_ids == ends
-        assert json.loads((target / "generation_config.json").read_text())["top_k"] == 3
-
-
 def test_a_link_to_a_directory_is_followed(saved):
     target, loaded = saved
     link = target.parent / "link"
     link.symlink_to(target)
     save_pretrained(link, loaded.config, loaded.params)
     assert link.is_symlink() and sorted(entry.name for entry in target.parent.iterdir()) == ["link", "target", "theirs"]
-
-
-def test_a_tokenizer_must_be_one(saved):
-    target, loaded = saved
-    for wrong in (str(target), OtherTokenizer()):
-        with pytest.raises(CheckpointError, match="tokenizer is"):
-            save_pretrained(target, loaded.config, loaded.params, tokenizer=wrong)
-    assert_same(load_pretrained(target).params, loaded.params)
 
 
 def test_every_family_case_keeps_its_own_layout(tmp_path):
