@@ -8,6 +8,7 @@ from dsa_jax.data import load_tokenizer
 from dsa_jax.data.tokenizer import NO_TOKENIZER
 from dsa_jax.hf import load_pretrained
 from dsa_jax.model_config import PLAIN
+from dsa_jax.parallel.placement import current_mesh
 from dsa_jax.pretrained import Pretrained
 from dsa_jax.train.init import load_run
 
@@ -24,17 +25,19 @@ def is_hf_directory(directory: str | Path) -> bool:
 def open_checkpoint(directory: str | Path, *, weight_format: str = PLAIN) -> Pretrained:
     """The newest parameters of a run directory, or a Hugging Face checkpoint, with the tokenizer they were trained with.
 
+    On a mesh (`parallel.placement.on_mesh`) they are split by the rules.
+
     Args:
         directory: what to open.
         weight_format: as `load_pretrained` takes it; a run has plain weights.
 
     Raises:
-        ConfigError: for a run that is to be opened with weights in fp8.
+        ConfigError: for a run that is to be opened with weights in fp8, or where the mesh does not divide a parameter.
         RunError: when `directory` is neither, or a run without a usable checkpoint.
         CheckpointError: when it is a Hugging Face directory that cannot be read.
     """
     if is_hf_directory(directory):
-        return load_pretrained(directory, weight_format=weight_format)
+        return load_pretrained(directory, mesh=current_mesh(), weight_format=weight_format)
     if weight_format != PLAIN:
         raise ConfigError(
             f"{directory} is no Hugging Face directory; only these load with weight_format {weight_format!r}. Write the run as "

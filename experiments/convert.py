@@ -3,6 +3,8 @@ r"""A run's newest checkpoint as a Hugging Face directory, and a Hugging Face di
 python -m experiments.convert --checkpoint=runs/quickstart --to_hf=exported
 python -m experiments.convert --checkpoint=exported --to_run=runs/imported
 python -m experiments.convert --checkpoint=exported --to_hf=exported_fp8 --weight_format=fp8_blocks
+
+It uses no accelerator: the host needs room for the model.
 """
 
 from absl import flags
@@ -23,6 +25,9 @@ def main(argv: list[str]) -> None:
     del argv
     from pathlib import Path
 
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
     from dsa_jax.convert import to_hf, to_run
 
     if bool(_TO_HF.value) == bool(_TO_RUN.value):

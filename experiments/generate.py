@@ -2,6 +2,7 @@ r"""Text from a checkpoint, as it comes, and how fast it came.
 
     python -m experiments.generate --checkpoint=runs/quickstart --prompt='The sea was'
     python -m experiments.generate --checkpoint=HF_DIR --prompt_file=FILE --temperature=0.8 --top_p=0.95 --attention=dense
+    python -m experiments.generate --checkpoint=HF_DIR --prompt='The sea was' --parallel=tp8
 
 One prompt is streamed; several are generated together and printed one after the other.
 """
@@ -27,16 +28,21 @@ _WEIGHT_FORMAT = flags.DEFINE_enum(
     "weight_format", "plain", ["plain", "fp8_blocks"], "fp8_blocks: keep a Hugging Face checkpoint's weights in fp8."
 )
 _PAGE_SIZE = flags.DEFINE_integer("page_size", 0, "Tokens per page of a paged cache; 0: contiguous.", lower_bound=0)
+_PARALLEL = flags.DEFINE_string(
+    "parallel", "single", "Devices to split weights and heads over, a preset as of config.parallel: tp8, ep4_tp2, fsdp8, ..."
+)
 _PREFILL_CHUNK = flags.DEFINE_integer("prefill_chunk", 512, "Prompt tokens processed at a time.")
 
 
 def main(argv: list[str]) -> None:
     """Generate and print."""
     del argv
+    from dsa_jax.config import ParallelConfig
     from dsa_jax.data.documents import unpaired_surrogate
     from dsa_jax.generation import generate
     from dsa_jax.generation.text import TextStream
     from dsa_jax.open_checkpoint import open_checkpoint
+    from dsa_jax.parallel.placement import on_mesh
 
     texts = [*_PROMPT.value, *([_read(Path(_PROMPT_FILE.value))] if _PROMPT_FILE.value else [])]
     if not texts:
@@ -44,7 +50,8 @@ def main(argv: list[str]) -> None:
     for text in texts:
         if unpaired_surrogate(text):
             raise ConfigError(f"--prompt is {text!r}, which is not UTF-8. Put it into a file and give --prompt_file=FILE.")
-    loaded = open_checkpoint(_CHECKPOINT.value, weight_format=_WEIGHT_FORMAT.value)
+    with on_mesh(ParallelConfig(preset=_PARALLEL.value)):
+        loaded = open_checkpoint(_CHECKPOINT.value, weight_format=_WEIGHT_FORMAT.value)
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise ConfigError(f"{_CHECKPOINT.value} has no tokenizer; expected a tokenizer.json there, and the extra hf installed.")

@@ -1,5 +1,6 @@
 """Text from a model: prefill in chunks, then one token per step for all rows at once."""
 
+import contextlib
 import math
 import operator
 import time
@@ -12,7 +13,7 @@ import numpy as np
 
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.generation.pages import PageAllocator, make_block_table
-from dsa_jax.generation.programs import Mode, Sampling, State, compiled, decode, prefill
+from dsa_jax.generation.programs import Mode, Sampling, State, compiled, decode, prefill, state_shardings
 from dsa_jax.model import Transformer
 from dsa_jax.model.attention import by_indexer, check_request
 from dsa_jax.model.cache import Cache
@@ -73,7 +74,7 @@ def generate(
     """Continue every prompt, all rows together.
 
     Args:
-        pretrained: model and parameters; the tokenizer is not used.
+        pretrained: model and parameters; the tokenizer is not used. With parameters on a mesh the model runs on it.
         prompts: token ids; lengths may differ. An empty prompt starts from the model's `bos_token_id`.
         max_new_tokens: per row; 0 gives empty continuations.
         temperature: 0 takes the most probable token (ties to the lower id), else the logits are divided by it.
@@ -107,18 +108,21 @@ def generate(
     if max_new_tokens == 0:
         return GenerateOutput([[] for _ in rows], Timings())
 
-    place = _placement(params)
     sampling = _sampling(seed, temperature, top_p, stop)
     # The last new token of a row is never read again, so it takes no slot.
     needs = [len(row) + max_new_tokens - 1 for row in rows]
     cache = _new_cache(model, needs, cache_dtype, page_size, with_index_keys=by_indexer(request))
     state = State(cache, jnp.zeros(len(rows), jnp.int32), jnp.ones(len(rows), bool), jnp.zeros((), jnp.int32))
-    sampling, state = jax.device_put((sampling, state), place)
     mode = Mode(request.attention, samples=temperature > 0.0, nucleus=top_p < 1.0)
 
-    chunks = [jax.device_put(chunk, place) for chunk in _chunks(rows, prefill_chunk)]
-    run_prefill, seconds = compiled(prefill, model, mode, params, sampling, state, *chunks[0])
-    run_decode, more_seconds = compiled(decode, model, mode, params, sampling, state)
+    sharding = jax.tree.leaves(params)[0].sharding
+    mesh: Any = sharding.mesh if isinstance(sharding, jax.sharding.NamedSharding) else None
+    everywhere = sharding if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    sampling, chunks = jax.device_put((sampling, _chunks(rows, prefill_chunk)), everywhere)
+    state = jax.device_put(state, everywhere if mesh is None else state_shardings(state, mesh))
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        run_prefill, seconds = compiled(prefill, model, mode, params, sampling, state, *chunks[0])
+        run_decode, more_seconds = compiled(decode, model, mode, params, sampling, state)
     timings = Timings(
         compile_seconds=seconds + more_seconds, prefill_tokens=sum(map(len, rows)), cache_bytes=state.cache.n_bytes
     )
@@ -238,14 +242,6 @@ def _sampling(seed: int, temperature: float, top_p: float, stop: Sequence[int]) 
         top_p=jnp.asarray(top_p, jnp.float32),
         stop_tokens=jnp.asarray(stop, jnp.int32),
     )
-
-
-def _placement(params: dict[str, Any]) -> Any:
-    """Where caches and tokens go: on every device of the parameters' mesh, or on their one device."""
-    sharding = jax.tree.leaves(params)[0].sharding
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    return sharding
 
 
 def _new_cache(

@@ -12,12 +12,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from dsa_jax.generation.sampling import greedy_token, row_keys, sample_token
 from dsa_jax.model import Transformer
 from dsa_jax.model.cache import Cache
 
+HEADS_NDIM = 4
+"""Axes of a pool of heads: layers, slots, heads, channels."""
 KEPT_PROGRAMS = 32
 """Compiled programs kept for later calls with the same shapes."""
 
@@ -51,6 +54,20 @@ class Sampling(NamedTuple):
     temperature: Float[Array, ""]
     top_p: Float[Array, ""]
     stop_tokens: Int[Array, " N"]
+
+
+def state_shardings(state: State, mesh: Mesh) -> State:
+    """Where everything lies on `mesh`: the keys and values of heads split over its axis "tensor", as the heads are.
+
+    Latents and index keys, which all heads read, lie on every device, as do heads whose number `tensor` does not divide.
+    """
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    n_parts = mesh.shape.get("tensor", 1)
+    by_head = NamedSharding(mesh, PartitionSpec(None, None, "tensor")) if n_parts > 1 else everywhere
+    splits = lambda pool: pool.ndim == HEADS_NDIM and pool.shape[2] % n_parts == 0
+    pools = jax.tree.map(lambda pool: by_head if splits(pool) else everywhere, state.cache.pools)
+    shardings = jax.tree.map(lambda _: everywhere, state)
+    return shardings._replace(cache=shardings.cache._replace(pools=pools))
 
 
 def prefill(

@@ -24,7 +24,8 @@ from dsa_jax.hf.tokenizer_files import load_checkpoint_tokenizer
 from dsa_jax.hf.weights import Weights, read_json
 from dsa_jax.model import Transformer, build_model, init_params
 from dsa_jax.model_config import FP8_BLOCKS, PLAIN, IndexerConfig, ModelConfig, NSAConfig
-from dsa_jax.parallel.placement import spread
+from dsa_jax.parallel.placement import placement_on, spread
+from dsa_jax.parallel.rules import check_divisible
 from dsa_jax.params import (
     BLOCK_SCALES,
     is_block_scales_path,
@@ -64,7 +65,8 @@ def load_pretrained(
         directory: holds config.json and model.safetensors, or model.safetensors.index.json with the files it names.
         dtype: "float32" or "bfloat16", of parameters and activations; None is as stored, where float16 becomes float32 and
             fp8 becomes bfloat16. Norms, routers and the indexer's key norm are float32 always.
-        mesh: every parameter is placed on it, replicated unless `placement` says otherwise; its axes are taken as Auto.
+        mesh: every parameter is placed on it, split over its axes "fsdp", "expert" and "tensor" where it has them (as
+            dsa_jax/parallel/rules.py says) and whole over others, unless `placement` says otherwise. Axes are taken as Auto.
         attention: "dense" or "sparse"; None is as the checkpoint was trained.
         indexer: added to a checkpoint without one, with new parameters drawn from `seed`, which are logged. The mode stays
             dense unless `attention` says otherwise. A checkpoint that has indexers must have just these.
@@ -77,7 +79,8 @@ def load_pretrained(
 
     Raises:
         CheckpointError: when the directory cannot be read or does not fit its config.json; nothing is ever made up for it.
-        ConfigError: when `attention`, `indexer`, `dtype` or `weight_format` cannot work with the model.
+        ConfigError: when `attention`, `indexer`, `dtype` or `weight_format` cannot work with the model, or `mesh` does not
+            divide a parameter.
     """
     directory = Path(directory)
     config = read_model_config(directory)
@@ -97,8 +100,12 @@ def load_pretrained(
     if attention is not None:
         config.attention.mode = attention
     model = build_model(config)
-    where = _placement(mesh, placement)
-    shapes = parameter_paths(jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0)))
+    abstract = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    where = placement
+    if mesh is not None and placement is None:
+        check_divisible(abstract, mesh.shape)
+        where = placement_on(_with_auto_axes(mesh))
+    shapes = parameter_paths(abstract)
     added = [path for path in shapes if is_nsa_path(path) or (is_indexer_path(path) and not brings_indexer)]
     tokenizer = load_checkpoint_tokenizer(directory, content, config.vocab_size)
     stored = {path: leaf for path, leaf in shapes.items() if path not in added}
@@ -174,14 +181,10 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> Shaped[np.ndarray
     return room[first : first + n_bytes].view(dtype).reshape(shape)
 
 
-def _placement(mesh: jax.sharding.Mesh | None, placement: Placement | None) -> Placement | None:
-    if placement is not None or mesh is None:
-        return placement
+def _with_auto_axes(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
     # The axes of `jax.make_mesh` are Explicit unless one asks; the model leaves it to the compiler how to split.
     axis_types = (jax.sharding.AxisType.Auto,) * len(mesh.axis_names)
-    mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=axis_types)
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return lambda path: replicated
+    return jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=axis_types)
 
 
 def _put(value: Any, path: str, where: Placement | None) -> jax.Array:

@@ -64,10 +64,10 @@ def place(tree: Any) -> Any:
     return tree if mesh is None else jax.tree.map(spread, tree, shardings_of(tree, mesh))
 
 
-def parameter_placement() -> Callable[[str], jax.sharding.Sharding] | None:
-    """From a parameter's path to its sharding on the current mesh; None on one device."""
-    mesh = current_mesh()
-    return None if mesh is None else lambda path: NamedSharding(mesh, parameter_spec(path))
+def placement_on(mesh: Mesh) -> Callable[[str], NamedSharding]:
+    """From a parameter's path to its sharding: split by the rules over the axes that `mesh` has, whole over any others."""
+    on = lambda axis: axis if axis in mesh.axis_names else None
+    return lambda path: NamedSharding(mesh, PartitionSpec(*map(on, parameter_spec(path))))
 
 
 def spread(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:

@@ -58,12 +58,16 @@ def parameter_specs(params: Mapping[str, Any]) -> dict[str, PartitionSpec]:
 def check_divisible(params: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
     """Make sure that every split axis has a multiple of its number of devices. Leaves may be abstract.
 
+    Args:
+        params: of a model.
+        sizes: devices along each axis of the mesh; an axis that is not there splits nothing.
+
     Raises:
         ConfigError: naming the first parameter that does not fit, its axis, and both numbers.
     """
     for path, leaf in parameter_paths(params).items():
         for dim, axis in enumerate(parameter_spec(path)):
-            if axis is not None and leaf.shape[dim] % sizes[axis]:
+            if axis is not None and leaf.shape[dim] % sizes.get(axis, 1):
                 raise ConfigError(
                     f"parallel.{axis} is {sizes[axis]}, which does not divide axis {dim} of {path} with shape "
                     f"{tuple(leaf.shape)}. Use a {axis} size that divides {leaf.shape[dim]}."

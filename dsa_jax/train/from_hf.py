@@ -12,7 +12,7 @@ from dsa_jax.data.tokenizer import Tokenizer
 from dsa_jax.hf import load_pretrained, read_model_config, save_pretrained
 from dsa_jax.hf.tokenizer_files import has_tokenizer_files, tokenizer_name
 from dsa_jax.model import Transformer
-from dsa_jax.parallel.placement import parameter_placement
+from dsa_jax.parallel.placement import current_mesh
 from dsa_jax.parallel.processes import gather_to_main, on_main
 from dsa_jax.params import parameter_paths
 
@@ -85,7 +85,7 @@ def checkpoint_params(config: Config) -> dict[str, Any]:
         indexer=indexer if indexer.enabled else None,
         nsa=nsa if nsa.enabled else None,
         seed=config.seed,
-        placement=parameter_placement(),
+        mesh=current_mesh(),
     )
     return loaded.params
 
@@ -97,7 +97,7 @@ def load_for_evaluation(config: Config) -> tuple[Config, Transformer, dict[str, 
         config.init.hf_dir,
         dtype=config.model.param_dtype,
         weight_format=config.model.weight_format,
-        placement=parameter_placement(),
+        mesh=current_mesh(),
     )
     config.model = loaded.config
     return config, loaded.model, loaded.params

@@ -14,8 +14,9 @@ from dsa_jax.config import Config, ConfigError
 from dsa_jax.model import Transformer, build_model, init_params
 from dsa_jax.model.layers import layer_stacks, restacked
 from dsa_jax.model.selection import NSA
-from dsa_jax.parallel.placement import with_shardings
+from dsa_jax.parallel.placement import current_mesh, with_shardings
 from dsa_jax.parallel.processes import on_main
+from dsa_jax.parallel.rules import check_divisible
 from dsa_jax.params import is_indexer_path, is_nsa_path, nested_parameters, parameter_paths
 from dsa_jax.train.checkpoint import CheckpointStore, newest_checkpoint
 from dsa_jax.train.from_hf import checkpoint_params
@@ -46,6 +47,7 @@ def load_run(directory: Path, *, stage: str | None = None) -> LoadedRun:
 
     Raises:
         RunError: where the directory is no run or holds no usable checkpoint.
+        ConfigError: where the mesh does not divide a parameter.
     """
     run = find_run(directory)
     config = run.config()
@@ -58,6 +60,8 @@ def load_run(directory: Path, *, stage: str | None = None) -> LoadedRun:
         )
     name, step = newest
     abstract = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    if mesh := current_mesh():
+        check_divisible(abstract, mesh.shape)
     with CheckpointStore(run.checkpoint_dir(name), keep=config.train.keep_checkpoints) as store:
         params = store.restore(step, with_shardings({"params": abstract}), subset=True).tree["params"]
     config.model.attention.mode = trained_attention(config, name)

@@ -19,8 +19,9 @@ ROOT = Path(__file__).parents[2]
 PROMPT, NEW = "naïve: ", 12
 
 
-def start(*arguments):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+def start(*arguments, n_devices=1):
+    devices = f"--xla_force_host_platform_device_count={n_devices}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": devices}
     environment |= {
         "JAX_COMPILATION_CACHE_DIR": os.environ["DSA_TEST_CACHE"],
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
@@ -53,7 +54,9 @@ def test_text_on_stdout_rates_on_stderr_and_errors_in_one_line(tmp_path):
     processes = {
         "one": start(run, f"--prompt={PROMPT}", *limits, "--page_size=8"),
         "two": start(run, "--prompt=b", f"--prompt_file={tmp_path}/prompt.txt", *limits),
+        "split": start(run, f"--prompt={PROMPT}", *limits, "--parallel=tp2", n_devices=2),
         "nothing": start(run),
+        "uneven": start(run, "--prompt=a", "--parallel=tp5", n_devices=5),
         "cold": start(run, "--prompt=a", "--temperature=-1"),
         "no-tokenizer": start(f"--checkpoint={ROOT / 'tests/fixtures/hf/llama'}", "--prompt=a"),
     }
@@ -62,10 +65,11 @@ def test_text_on_stdout_rates_on_stderr_and_errors_in_one_line(tmp_path):
     prompts = [loaded.tokenizer.encode(text).tolist() for text in ("b", PROMPT)]
     expected = generate(loaded, prompts, max_new_tokens=NEW, attention="sparse", stop_tokens=[256]).token_ids
     texts = [loaded.tokenizer.decode(tokens) for tokens in expected]
-    output, errors, status = results["one"]
-    assert status == 0, errors
-    assert output == f"{PROMPT}{texts[1]}\n"
-    assert errors.strip().splitlines()[-1].startswith("prefill 8 tokens, ") and "decode" in errors
+    for name in ("one", "split"):
+        output, errors, status = results[name]
+        assert status == 0, errors
+        assert output == f"{PROMPT}{texts[1]}\n"
+        assert errors.strip().splitlines()[-1].startswith("prefill 8 tokens, ") and "decode" in errors
     output, errors, status = results["two"]
     assert status == 0, errors
     assert output == f"b{texts[0]}\n\n{PROMPT}{texts[1]}\n\n"
@@ -74,6 +78,7 @@ def test_text_on_stdout_rates_on_stderr_and_errors_in_one_line(tmp_path):
         "nothing": "there is nothing to continue",
         "cold": "temperature is -1.0; expected 0 (greedy) or a positive number",
         "no-tokenizer": "has no tokenizer",
+        "uneven": "parallel.tensor is 5, which does not divide axis 2 of dense_layers/attention/wkv_b/kernel",
     }
     for name, message in messages.items():
         output, errors, status = results[name]

@@ -126,6 +126,12 @@ def test_parameters_go_where_they_are_told(tmp_path):
     assert jax.tree.leaves(load_pretrained(directory, mesh=explicit).params)[0].sharding.mesh == mesh
     replicated = load_pretrained(directory, mesh=mesh).params
     assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(replicated))
+    split = jax.make_mesh((2, 2), ("tensor", "other"), devices=jax.devices()[:4])
+    params = load_pretrained(directory, mesh=split).params
+    assert params["dense_layers"]["attention"]["wo"]["kernel"].sharding.spec == jax.P(None, "tensor", None)
+    three = jax.make_mesh((3,), ("fsdp",), devices=jax.devices()[:3])
+    with pytest.raises(ConfigError, match=r"parallel.fsdp is 3, which does not divide axis 1 of dense_layers/attention/wk"):
+        load_pretrained(directory, mesh=three)
     asked = []
 
     def placement(path):

@@ -9,7 +9,7 @@ from dsa_jax import load_pretrained
 from dsa_jax.config import ParallelConfig
 from dsa_jax.model.experts import ExpertKernels, routed_sum
 from dsa_jax.parallel.mesh import make_mesh
-from dsa_jax.parallel.placement import parameter_placement
+from dsa_jax.parallel.placement import current_mesh
 from dsa_jax.params import parameter_paths
 from tests.dsa_jax.model.in_blocks import meaning, random_blocks
 from tests.dsa_jax.model.small import forward
@@ -20,7 +20,7 @@ FIXTURE = "tests/fixtures/hf/deepseek_v32_fp8"
 
 def logits():
     """Of the fixture, loaded onto the mesh there is."""
-    loaded = load_pretrained(FIXTURE, dtype="float32", weight_format="fp8_blocks", placement=parameter_placement())
+    loaded = load_pretrained(FIXTURE, dtype="float32", weight_format="fp8_blocks", mesh=current_mesh())
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 16)), jnp.int32)
     return parameter_paths(loaded.params), np.asarray(forward(loaded.model, loaded.params, ids, attention="dense").logits)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dsa_jax.config import ConfigError
-from dsa_jax.parallel.placement import parameter_placement, place_batch, replicate
+from dsa_jax.parallel.placement import place_batch, placement_on, replicate
 from dsa_jax.parallel.processes import Launch, find_launch, first_host, gather_to_main, is_main, on_main, with_votes
 from tests.dsa_jax.parallel.meshes import mesh
 
@@ -100,8 +100,7 @@ def test_a_vote_rides_on_the_step():
         assert metrics["stop"] and metrics["stop"].is_fully_replicated and state == 240
 
 
-def test_parameters_are_placed_by_the_rules():
-    assert parameter_placement() is None
-    with jax.set_mesh(mesh("tp8")):
-        spec = parameter_placement()("lm_head/kernel").spec
-    assert spec == jax.sharding.PartitionSpec("fsdp", "tensor")
+def test_parameters_are_placed_by_the_rules_over_the_axes_that_a_mesh_has():
+    assert placement_on(mesh("tp8"))("lm_head/kernel").spec == jax.sharding.PartitionSpec("fsdp", "tensor")
+    tensor_only = jax.make_mesh((8,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+    assert placement_on(tensor_only)("lm_head/kernel").spec == jax.sharding.PartitionSpec(None, "tensor")

@@ -1,13 +1,15 @@
 """Text from a model that is spread out is the text of one device."""
 
-import contextlib
 import math
+import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from dsa_jax.config import ParallelConfig
 from dsa_jax.generation import generate
+from dsa_jax.generation.programs import Mode, Sampling, State, compiled, decode, state_shardings
 from dsa_jax.parallel.mesh import make_mesh
 from dsa_jax.parallel.placement import place
 from dsa_jax.pretrained import Pretrained
@@ -26,9 +28,12 @@ def text(name, preset, **options):
     model, params = built(**fields)
     layout = ParallelConfig(preset=preset)
     n_devices = math.prod(layout.sizes().values())
-    with jax.set_mesh(make_mesh(layout, jax.devices()[:n_devices])) if n_devices > 1 else contextlib.nullcontext():
-        loaded = Pretrained(small_config(**fields), model, place(params), None)
-        return generate(loaded, PROMPTS, max_new_tokens=NEW, prefill_chunk=16, **options).token_ids
+    if n_devices > 1:
+        with jax.set_mesh(make_mesh(layout, jax.devices()[:n_devices])):
+            params = place(params)
+    # The mesh is that of the parameters, whether or not it is set.
+    loaded = Pretrained(small_config(**fields), model, params, None)
+    return generate(loaded, PROMPTS, max_new_tokens=NEW, prefill_chunk=16, **options).token_ids
 
 
 @pytest.mark.slow
@@ -44,3 +49,22 @@ def test_generated_text_is_that_of_one_device(name, preset, options):
     expected = text(name, "single", **options)
     assert text(name, preset, **options) == expected
     assert len({token for row in expected for token in row}) > NEW  # a text that says something
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8"])
+def test_keys_and_values_of_heads_stay_where_they_were_computed(dtype):
+    model, params = built(**MODELS["gqa"], implementation="xla", tie_embeddings=False)
+    mesh = make_mesh(ParallelConfig(preset="tp2"), jax.devices()[:2])
+    state = State(model.init_cache(2, 96, dtype=dtype), jnp.zeros(2, jnp.int32), jnp.ones(2, bool), jnp.zeros((), jnp.int32))
+    shardings = state_shardings(state, mesh)
+    with jax.set_mesh(mesh):
+        params, state = place(params), jax.device_put(state, shardings)
+        sampling = Sampling(jnp.uint32(0), jnp.float32(0), jnp.float32(1), jnp.zeros(1, jnp.int32))
+        program, _ = compiled(decode, model, Mode("sparse", False, False), params, sampling, state)
+    for name, pool in state.cache.pools["dense_layers"].items():
+        split = pool.sharding.shard_shape(pool.shape)[2] * 2 == pool.shape[2]
+        assert split == (name != "index_keys"), name
+    exchanged = re.findall(r"= \w+\[([\d,]*)\]\S* (?:all-\w+|collective-permute|reduce-scatter)\(", program.as_text())
+    sizes = [math.prod(map(int, filter(None, shape.split(",")))) for shape in exchanged]
+    assert sizes and max(sizes) <= 2 * model.hidden_dim  # the outputs of two rows, never a cache

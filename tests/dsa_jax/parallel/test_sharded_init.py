@@ -5,7 +5,7 @@ import numpy as np
 
 from dsa_jax.model import build_model, init_params
 from dsa_jax.model.build import _init_params
-from dsa_jax.parallel.placement import parameter_placement
+from dsa_jax.parallel.placement import placement_on
 from dsa_jax.params import is_indexer_path, parameter_paths, split_parameters
 from tests.dsa_jax.parallel.meshes import eight_way_config, mesh
 
@@ -16,7 +16,7 @@ def test_parameters_are_drawn_where_they_stay():
     with jax.set_mesh(mesh("fsdp2_ep2_tp2")):
         found = parameter_paths(init_params(model, jax.random.key(7)))
         indexers = jax.jit(lambda key: split_parameters(init_params(model, key), is_indexer_path)[0])(jax.random.key(7))
-        where = parameter_placement()
+        where = placement_on(jax.sharding.get_mesh())
         program = _init_params.lower(model, jax.random.key(7)).compile().as_text()
     for path, value in expected.items():
         np.testing.assert_array_equal(found[path], value, err_msg=path)
