@@ -20,6 +20,7 @@ from dsa_jax.model.outputs import AttentionRequest, ExtendOutput, LayerStatistic
 from dsa_jax.model.precision import precision_of
 from dsa_jax.model.selection import DENSE
 from dsa_jax.model.visibility import Visibility, causal_visibility, segment_positions
+from dsa_jax.parallel.ambient import check_auto_axes
 from dsa_jax.parallel.sequence import check_rows, constrain, from_balanced, to_balanced
 from pallas_kernels import checked
 
@@ -98,13 +99,14 @@ class Transformer(nn.Module):
 
         Raises:
             ValueError: for an unknown mode, or a combination that this model cannot compute; for input_ids, positions or
-                segment_ids that are not whole numbers of one shape [B, T].
+                segment_ids that are not whole numbers of one shape [B, T]; for arrays split over Explicit axes of a mesh.
             NotImplementedError: for the selection of native sparse attention.
         """
         request = AttentionRequest(attention or self.default_attention, indexer_loss, return_coverage)
         known = {"has_indexer": self.has_indexer, "has_nsa": self.has_nsa}
         check_request(request, **known, return_topk_indices=return_topk_indices)
         input_ids = at_least_32_bits(input_ids)
+        check_auto_axes(input_ids, self.layer_params)
         check_rows(input_ids.shape)
         if segment_ids is None:
             segment_ids = jnp.ones_like(input_ids)
@@ -195,7 +197,8 @@ class Transformer(nn.Module):
 
         Raises:
             ValueError: for an unknown mode, or one that needs an indexer or index keys that are not there, token ids that are
-                no whole numbers [B, T] of the cache's rows, or known numbers of new tokens outside 0 to T.
+                no whole numbers [B, T] of the cache's rows, known numbers of new tokens outside 0 to T, or arrays split over
+                Explicit axes of a mesh.
             NotImplementedError: for native sparse attention.
         """
         request = AttentionRequest(attention or self.default_attention)
@@ -207,6 +210,7 @@ class Transformer(nn.Module):
             )
         check_new_tokens(input_ids, n_new, n_rows=cache.lengths.shape[0])
         input_ids, n_new = at_least_32_bits(input_ids), jnp.asarray(n_new, jnp.int32)
+        check_auto_axes(input_ids, cache.pools, self.layer_params)
         steps = jnp.arange(input_ids.shape[1], dtype=jnp.int32)
         positions = cache.lengths[:, None] + steps
         valid = steps < n_new[:, None]

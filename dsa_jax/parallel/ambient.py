@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from dsa_jax.config import AXES
 from dsa_jax.parallel.mesh import BATCH_AXES
@@ -31,6 +31,30 @@ def is_sharded() -> bool:
 def splits_evenly(shape: tuple[int, ...]) -> bool:
     """Whether an array [B, T, ...] can be split as `ROWS` says."""
     return shape[0] % math.prod(axis_size(name) for name in BATCH_AXES) == 0 and shape[1] % axis_size("context") == 0
+
+
+def check_auto_axes(*trees: Any) -> None:
+    """Make sure that how arrays are split is left to the compiler: they are not split over Explicit axes of a mesh.
+
+    Raises:
+        ValueError: naming such axes, or those of a mesh of ours that is set with Explicit axes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
+    if not explicit:
+        return
+    split_over = set().union(*(_axes_of(jax.typeof(x).sharding.spec) for x in jax.tree.leaves(trees)))
+    wrong = explicit & (set(AXES) if is_sharded() else split_over)
+    if wrong:
+        raise ValueError(
+            f"the mesh that is set has Explicit axes ({', '.join(sorted(wrong))}), over which the model or its input is split; "
+            "expected Auto axes. Make it with jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * n_axes), or call "
+            "the model inside jax.sharding.auto_axes."
+        )
+
+
+def _axes_of(spec: PartitionSpec) -> set[str]:
+    return set().union(*((axis,) if isinstance(axis, str) else axis or () for axis in spec))
 
 
 def per_device(function: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:

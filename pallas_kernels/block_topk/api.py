@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import _checks, _dispatch
+from pallas_kernels._explicit import split_like
 from pallas_kernels._varying import vary_alike
 from pallas_kernels.block_topk import reference, xla
 from pallas_kernels.block_topk.geometry import BlockGeometry
@@ -40,6 +41,7 @@ def _check(q, k_compressed, lse, softmax_scale, n_keys, geometry, visible_start,
 
 
 @_checks.checked(_check)
+@split_like("q", 2)
 def block_topk(
     q: Float[Array, "B T H D"],
     k_compressed: Float[Array, "B N G D"],

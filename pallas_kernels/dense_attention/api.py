@@ -6,6 +6,7 @@ import jax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import _checks, _dispatch
+from pallas_kernels._explicit import split_like
 from pallas_kernels._varying import vary_alike
 from pallas_kernels.dense_attention import reference, xla
 
@@ -27,6 +28,7 @@ def _check_dense(q, k, v, softmax_scale, visible_start, visible_end, d_v, **_):
 
 
 @_checks.checked(_check_dense)
+@split_like("q", 3)
 def dense_attention(
     q: Float[Array, "B T H Dk"],
     k: Float[Array, "B S G Dk"],
@@ -69,6 +71,7 @@ def _check_topk(q, k, lse, softmax_scale, topk, visible_start, visible_end, **_)
 
 
 @_checks.checked(_check_topk)
+@split_like("q", 2)
 def attention_topk(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S G D"],

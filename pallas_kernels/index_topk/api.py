@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import _checks, _dispatch
 from pallas_kernels._activation import check_activation
 from pallas_kernels._activation_options import activation_options
+from pallas_kernels._explicit import split_like
 from pallas_kernels._forced import check_forced, scored_range, with_forced
 from pallas_kernels._varying import vary_alike
 from pallas_kernels.index_topk import mosaic_gpu, pallas_gpu, reference, triton_gpu, xla
@@ -35,6 +36,7 @@ def _check_scores(q_index, k_index, weights, visible_start, visible_end, k_scale
 
 
 @_checks.checked(_check_scores)
+@split_like("q_index", 2)
 def index_scores(
     q_index: Float[Array, "B T Hi Di"],
     k_index: Float[Array, "B S Di"],
@@ -92,6 +94,7 @@ def _check_topk(
 
 
 @_checks.checked(_check_topk)
+@split_like("q_index", 2)
 def index_topk(
     q_index: Float[Array, "B T Hi Di"],
     k_index: Float[Array, "B S Di"],

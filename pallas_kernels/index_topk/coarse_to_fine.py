@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import _checks
 from pallas_kernels._activation import check_activation, weighted_sum
 from pallas_kernels._chunks import map_queries, rows_per_chunk
+from pallas_kernels._explicit import split_like
 from pallas_kernels._forced import check_forced, scored_range, with_forced
 from pallas_kernels._numerics import accumulation_dtype, dot, rank_scores
 from pallas_kernels._selection import canonical, largest_ascending
@@ -46,6 +47,7 @@ def _check(
 
 
 @_checks.checked(_check)
+@split_like("q_index", 2)
 def index_topk_coarse_to_fine(
     q_index: Float[Array, "B T Hi Di"],
     k_index: Float[Array, "B S Di"],

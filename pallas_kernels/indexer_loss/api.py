@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import _checks, _dispatch
 from pallas_kernels._activation import check_activation
 from pallas_kernels._activation_options import activation_options
+from pallas_kernels._explicit import split_like
 from pallas_kernels._varying import vary_over, varying_axes
 from pallas_kernels.indexer_loss import pallas_gpu, reference, xla
 
@@ -49,6 +50,7 @@ def _check_kl(
 
 
 @_checks.checked(_check_kl)
+@split_like("q_index", 2)
 def indexer_kl(
     q_index: Float[Array, "B T Hi Di"],
     k_index: Float[Array, "B N Di"],

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt8
 
 from pallas_kernels import _checks, _dispatch
+from pallas_kernels._explicit import split_like
 from pallas_kernels._varying import vary_alike
 from pallas_kernels.quantize.cache_layouts import latent_row_bytes
 from pallas_kernels.sparse_attention import pallas_gpu, pallas_gpu_fp8, reference, xla
@@ -36,6 +37,7 @@ def _check_sparse(q, k, v, topk_indices, softmax_scale, d_v, **_):
 
 
 @_checks.checked(_check_sparse)
+@split_like("q", 3)
 def sparse_attention(
     q: Float[Array, "B T H Dk"],
     k: Float[Array, "B S G Dk"],
@@ -96,6 +98,7 @@ def _check_sparse_fp8(q, pool, slots, softmax_scale, latent_dim, **_):
 
 
 @_checks.checked(_check_sparse_fp8)
+@split_like("q", 3)
 def sparse_attention_fp8(
     q: Float[Array, "B T H Dk"],
     pool: UInt8[Array, "P bytes"],
