@@ -6,6 +6,7 @@ list nor the suggestion, and its file loader calls an import function that Pytho
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -28,6 +29,7 @@ from dsa_jax.config import Config, ConfigError
 from dsa_jax.extras import MissingExtraError
 from dsa_jax.hf import CheckpointError
 from dsa_jax.train.rundir import RunError
+from experiments.streams import LastingStream
 
 _EXPECTED = (ConfigError, RunError, CheckpointError, MissingExtraError)
 _KIND_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
@@ -170,8 +172,11 @@ def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = N
     """Run an absl `main`; never returns.
 
     A config, run or flag error, or an optional package that is missing, ends as one line `error: ...` on stderr, with exit
-    status 2 where the command line or the config is at fault and 1 otherwise. Any other exception keeps its traceback.
+    status 2 where the command line or the config is at fault and 1 otherwise. Any other exception keeps its traceback. A reader
+    of stdout or stderr who goes away stops nothing; a stdout that cannot be written otherwise is an error once `main` is done.
     """
+
+    stdout, stderr = LastingStream(sys.stdout), LastingStream(sys.stderr)
 
     def guarded(arguments: list[str]) -> int | None:
         absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
@@ -179,13 +184,21 @@ def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = N
         if len(arguments) > 1:
             _fail(f"unexpected argument {arguments[1]!r}; expected only flags such as --config=configs/quickstart.py.", 2)
         try:
-            return main(arguments)
+            status = main(arguments)
         except flags.Error as error:
             _fail(str(error), 2)
         except _EXPECTED as error:
             _fail(str(error), 2 if isinstance(error, ConfigError) else 1)
+        if reason := stdout.finish():
+            _fail(f"stdout cannot be written: {reason}. What was to be written to files is written.", 1)
+        return status
 
-    app.run(guarded, argv=argv, flags_parser=parse_flags)
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        try:
+            app.run(guarded, argv=argv, flags_parser=parse_flags)
+        finally:
+            stdout.finish()
+            stderr.finish()
 
 
 def parse_flags(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:

@@ -23,21 +23,35 @@ class OutputFlag:
             RunError: where nothing can be written there.
         """
         if self._flag.value:
-            if Path(self._flag.value).is_dir():
-                raise flags.ValidationError(f"--output={self._flag.value} is a directory; expected the name of a file.")
-            make_writable_directory(Path(self._flag.value).parent, flag="output")
+            path = Path(self._flag.value)
+            make_writable_directory(path.parent, flag="output")
+            if path.is_dir():
+                raise flags.ValidationError(f"--output={path} is a directory; expected the name of a file.")
+            try:
+                path.read_text(encoding="utf-8")
+            except FileNotFoundError:
+                pass
+            except (OSError, UnicodeDecodeError) as error:
+                raise flags.ValidationError(f"--output={path} cannot be added to, as it is no text: {error}.") from error
 
     def write(self, results: Mapping[str, Any]) -> None:
         """Write a JSON object, if there is a file to write."""
         if self._flag.value:
-            atomic_write_text(self._flag.value, json.dumps(results, indent=1) + "\n")
+            atomic_write_text(self._flag.value, _line(results, indent=1))
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add a line of JSON for each row to what the file holds, if there is one to write."""
         if self._flag.value:
             path = Path(self._flag.value)
             before = path.read_text(encoding="utf-8") if path.exists() else ""
-            atomic_write_text(path, before + "".join(json.dumps(row) + "\n" for row in rows))
+            atomic_write_text(path, before + "".join(map(_line, rows)))
+
+
+def _line(results: Mapping[str, Any], indent: int | None = None) -> str:
+    """As JSON, in which NaN and infinities are null."""
+    from dsa_jax.train.report import to_plain
+
+    return json.dumps(to_plain(results), indent=indent, allow_nan=False) + "\n"
 
 
 def define_output(text: str, *, flag_values: flags.FlagValues = flags.FLAGS) -> OutputFlag:

@@ -23,8 +23,11 @@ _TENSORBOARD = flags.DEFINE_boolean("tensorboard", False, "Also write TensorBoar
 def main(argv: list[str]) -> None:
     """Run the retrofit."""
     del argv
+    from dsa_jax.config import ConfigError
     from dsa_jax.train.retrofit import retrofit
 
+    if not _WORKDIR.value:
+        raise ConfigError("--workdir is empty; expected a directory.")
     _PROCESSES.start()
     retrofit(_CONFIG.value, Path(_WORKDIR.value), tensorboard=_TENSORBOARD.value)
 

@@ -1,5 +1,6 @@
 """The figure of a sweep: one panel per quantity, a point per seed, the mean through them, dense attention as a band."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from dsa_jax.ablation.summary import Answer, answers
 from dsa_jax.evals.parity import BEFORE
 from dsa_jax.extras import MissingExtraError
+from dsa_jax.train.rundir import atomic_write_bytes
 
 _NOT_SHOWN = ("keys per query",)
 _COLOUR, _DENSE = "#2a6fb0", "#d9730d"
@@ -17,6 +19,7 @@ def plot_ablation(result: Mapping[str, Any], path: Path) -> None:
     """Write the figure as a PNG.
 
     Raises:
+        RunError: when the file cannot be written.
         MissingExtraError: when matplotlib is not installed, with the command that installs it.
     """
     try:
@@ -25,7 +28,9 @@ def plot_ablation(result: Mapping[str, Any], path: Path) -> None:
         raise MissingExtraError("the plot needs matplotlib. Run: pip install 'dsa-jax[plot]'") from error
     figure = Figure(figsize=figure_size(result), layout="constrained")
     draw_ablation(figure, result)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=110, metadata={"Software": None})
+    atomic_write_bytes(path, image.getvalue())
 
 
 def figure_size(result: Mapping[str, Any]) -> tuple[float, float]:

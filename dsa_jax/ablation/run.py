@@ -23,7 +23,7 @@ from dsa_jax.evals.parity import BEFORE, evaluate_parity
 from dsa_jax.model import build_model
 from dsa_jax.train.init import load_run
 from dsa_jax.train.retrofit import retrofit
-from dsa_jax.train.rundir import RunError, atomic_write_text, make_writable_directory
+from dsa_jax.train.rundir import RunError, atomic_write_text, claimed, make_writable_directory
 
 _LOG = logging.getLogger(__name__)
 
@@ -49,11 +49,16 @@ def run_ablation(ablation: Ablation, workdir: Path, results: Path, *, command: s
 
     Raises:
         ConfigError: before anything runs, for a sweep that cannot, or whose file holds runs of other settings.
-        RunError: before anything runs, where a directory cannot be written, or a file of `results` is no result of a sweep.
+        RunError: before anything runs, where a directory cannot be written, a file of `results` is no result of a sweep, or
+            another process runs this sweep.
     """
     ablation.validate()
     make_writable_directory(workdir)
-    make_writable_directory(results, flag="results")
+    with claimed(results, f".{ablation.name}.lock", flag="results"):
+        return _run_claimed(ablation, workdir, results, command)
+
+
+def _run_claimed(ablation: Ablation, workdir: Path, results: Path, command: str) -> dict[str, Any] | None:
     path = results / f"{ablation.name}.json"
     known = {run["key"]: run for run in known_runs(results) if "rows" in run}
     own = _read(path) if path.exists() else []
@@ -157,7 +162,7 @@ def _train(config: Config, workdir: Path) -> _Trained | None:
         dense_run = workdir / run_key(dense)
         if not _complete(dense, dense_run):
             return None
-        config = after_dense(config, str(dense_run))
+        config = after_dense(config, str(dense_run.absolute()))
     return _Trained(run, dense_run) if _complete(config, run) else None
 
 
@@ -168,7 +173,10 @@ def _complete(config: Config, path: Path) -> bool:
 
 
 def _finished(run: Path) -> dict[str, Any]:
-    return json.loads((run / REPORT).read_text(encoding="utf-8"))
+    try:
+        return json.loads((run / REPORT).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{run / REPORT} is damaged ({error}). Delete it, and the run is evaluated again.") from error
 
 
 def _seconds(run: Path) -> float:

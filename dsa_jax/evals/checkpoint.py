@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from dsa_jax.parallel.processes import on_main
 from dsa_jax.train.from_hf import load_for_evaluation, resolve_checkpoint
 from dsa_jax.train.init import load_run
 from dsa_jax.train.rundir import find_run
+
+_LOG = logging.getLogger(__name__)
 
 
 def evaluate_checkpoint(
@@ -63,6 +66,7 @@ def evaluate_checkpoint(
     own.eval.task_len = own.eval.task_len if task_len is None else task_len
     own.eval.task_sequences = own.eval.task_sequences if task_sequences is None else task_sequences
     own.validate()
+    trained_on = None
     _check_rows(rows, dataclasses.replace(own, model=read_model_config(directory)) if is_hf else own)
     check_layout(dataclasses.replace(own, train=TrainConfig()))
     with on_mesh(config.parallel):
@@ -72,9 +76,15 @@ def evaluate_checkpoint(
         else:
             run = load_run(directory)
             run.config.parallel, run.config.eval = own.parallel, own.eval
-            own, model, params = run.config, run.model, run.params
+            own, model, params, trained_on = run.config, run.model, run.params, run.text
             source = f"{directory}, stage {run.stage}"
         data = make_eval_data(own.data, own.seed, own.model.vocab_size)
+        if trained_on and data.text is not None and data.text.describe()["sha256"] != trained_on:
+            _LOG.warning(
+                "data.text.path %r holds other text than the run was trained on: what is held out of it now may have been "
+                "trained on, and text_loss is not that of the run's report",
+                own.data.text.path,
+            )
         return source, evaluate_parity(model, params, data, own)
 
 

@@ -258,6 +258,8 @@ class CheckpointStore:
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             _leaf_specs(manifest)
+            if manifest["step"] != step:
+                raise ValueError(f"it is that of step {manifest['step']}")
             if not manifest["files"] or not all({"bytes", "crc32"} <= set(entry) for entry in manifest["files"].values()):
                 raise ValueError("no file is recorded")
         except FileNotFoundError:

@@ -29,13 +29,17 @@ Params = dict[str, Any]
 
 
 class LoadedRun(NamedTuple):
-    """A run read back; its parameters are from `step` of `stage`. The model's mode is what it was trained under."""
+    """A run read back; its parameters are from `step` of `stage`. The model's mode is what it was trained under.
+
+    `text` is the digest of the text that it was trained on, None where the checkpoint does not say.
+    """
 
     config: Config
     model: Transformer
     params: Params
     stage: str
     step: int
+    text: str | None
 
 
 def load_run(directory: Path, *, stage: str | None = None) -> LoadedRun:
@@ -63,9 +67,11 @@ def load_run(directory: Path, *, stage: str | None = None) -> LoadedRun:
     if mesh := current_mesh():
         check_divisible(abstract, mesh.shape)
     with CheckpointStore(run.checkpoint_dir(name), keep=config.train.keep_checkpoints) as store:
-        params = store.restore(step, with_shardings({"params": abstract}), subset=True).tree["params"]
+        restored = store.restore(step, with_shardings({"params": abstract}), subset=True)
     config.model.attention.mode = trained_attention(config, name)
-    return LoadedRun(config, build_model(config.model), params, name, step)
+    saved = restored.meta.get("data") or {}
+    text = saved.get("sha256") or saved.get("corpus")
+    return LoadedRun(config, build_model(config.model), restored.tree["params"], name, step, text)
 
 
 def resolve_run(config: Config, workdir: Path) -> Config:

@@ -136,11 +136,12 @@ def run_stage(
 
     Raises:
         NotFiniteError: by `train.nan_policy`.
+        RunError: where there is no batch for a step; the steps before it are saved (by a single process).
         CheckpointError: where saving or restoring fails.
     """
     settings: StageConfig = getattr(config.train, stage.name)
     with CheckpointStore(run.checkpoint_dir(stage.name), keep=config.train.keep_checkpoints) as store:
-        step = 0
+        step, n_logged = 0, None
         before: dict[str, Any] = {"seconds": 0.0, "compile_seconds": 0.0, "tokens": 0, "timed_tokens": 0, "final": {}}
         if resume_step is None:
             state = place(init_state(params, stage, settings))
@@ -149,8 +150,14 @@ def run_stage(
             step, summaries = resume_step, meta["summaries"]
             before = summaries[stage.name]
             data.restore(meta.get("data"))
+            n_logged = meta.get("n_logged")
             _LOG.info("stage %s continues at step %d of %d", stage.name, step, settings.steps)
         metrics.truncate_after(STAGE_ORDER, stage.name, step)
+        if is_main() and n_logged is not None and metrics.n_steps != n_logged:
+            _LOG.warning(
+                "%s holds %d steps up to here, and %d were logged: the report's curves will lack the others",
+                *(run.metrics_path, metrics.n_steps, n_logged),
+            )
         train_step = make_train_step(model, stage, config)
         voted_step = with_votes(train_step) if jax.process_count() > 1 else None
         judge = _Judge(run, stage, config, metrics, resume_step, before["final"])
@@ -180,10 +187,10 @@ def run_stage(
                         clock = {name: value for name, value in progress.timing()._asdict().items() if value is not None}
                         metrics.log_timing(stage.name, number, clock)
 
-            def save() -> None:
+            def save(position: dict[str, Any] | None) -> None:
                 metrics.sync()
                 notes = {"stage": stage.name, "step": step, "summaries": summaries | {stage.name: summary()}}
-                store.save(step, state, notes | {"data": data.state()})
+                store.save(step, state, notes | {"data": position, "n_logged": metrics.n_steps})
                 judge.saved_step = step
                 progress.pause()
 
@@ -191,7 +198,18 @@ def run_stage(
             pending = None
             while step < settings.steps and not (judge.stops if voted_step else stop.requested):
                 seq_len = settings.seq_len_at(step)
-                batch = data.batch(first_batch + step, batch_size=settings.batch_size, seq_len=seq_len)
+                position = data.state()
+                try:
+                    batch = data.batch(first_batch + step, batch_size=settings.batch_size, seq_len=seq_len)
+                except Exception as error:
+                    message = f"there is no batch for step {step + 1} of stage {stage.name}: {error}"
+                    if jax.process_count() == 1 and step > 0:
+                        finish(pending)
+                        if judge.saved_step != step:
+                            save(position)
+                            store.wait()
+                        message += " The steps before it are saved; the same command goes on from there."
+                    raise RunError(message) from error
                 compiles = seq_len not in lengths
                 lengths.add(seq_len)
                 if compiles:
@@ -206,10 +224,10 @@ def run_stage(
                 if step % settings.checkpoint_every == 0 or step == settings.steps:
                     finish(pending)
                     pending = None
-                    save()
+                    save(data.state())
             finish(pending)
             if step < settings.steps and judge.saved_step != step and step > 0:
-                save()
+                save(data.state())
             timing_totals = summary()
         store.wait()
     return StageResult(state.params, summaries | {stage.name: timing_totals}, step == settings.steps)

@@ -5,9 +5,9 @@ import json
 import math
 import numbers
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from dsa_jax.train.rundir import RunError, atomic_write_text
 
@@ -31,13 +31,11 @@ class MetricsLog:
         """
         self.path = Path(path)
         self.timing_path = self.path.with_name("timing.jsonl")
-        self._files: dict[Path, TextIO] = {}
+        self._files: dict[Path, BinaryIO] = {}
         self._last: dict[Path, tuple[str, int]] = {}
         self._events = EventFiles(self.path.with_name("tensorboard")) if tensorboard else None
-        for file in (self.path, self.timing_path):
-            _drop_lines(file, lambda entry: False)
-            if entries := _read(file):
-                self._last[file] = (entries[-1]["stage"], entries[-1]["step"])
+        self.n_steps = 0  # that metrics.jsonl holds, of all stages
+        self._drop(lambda entry: False)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -53,6 +51,7 @@ class MetricsLog:
             RunError: when the line cannot be written.
         """
         self._append(self.path, stage, step, values)
+        self.n_steps += 1
         if self._events is not None:
             self._events.write(stage, step, values)
 
@@ -78,17 +77,19 @@ class MetricsLog:
             return (stage_order.index(entry["stage"]), entry["step"]) > last
 
         self.close()
-        for file in (self.path, self.timing_path):
-            _drop_lines(file, comes_later)
-            entries = _read(file)
-            self._last.pop(file, None)
-            if entries:
-                self._last[file] = (entries[-1]["stage"], entries[-1]["step"])
+        self._drop(comes_later)
 
     def sync(self) -> None:
-        """Force what was logged to the disk; call it before a checkpoint that counts on it."""
-        for file in self._files.values():
-            os.fsync(file.fileno())
+        """Force what was logged to the disk; call it before a checkpoint that counts on it.
+
+        Raises:
+            RunError: when the file system refuses.
+        """
+        for path, file in self._files.items():
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                raise _refused(path, error) from error
 
     def close(self) -> None:
         """Close the files; the next `log` opens them again."""
@@ -102,25 +103,35 @@ class MetricsLog:
         last_stage, last_step = self._last.get(path, ("", -1))
         if stage == last_stage and step <= last_step:
             raise ValueError(f"step {step} of {stage} is logged after step {last_step}; call truncate_after when resuming.")
-        line = json.dumps({"stage": stage, "step": step} | {name: _encode(name, value) for name, value in values.items()})
+        entry = {"stage": stage, "step": step} | {name: _encode(name, value) for name, value in values.items()}
+        line = memoryview(json.dumps(entry).encode() + b"\n")
         try:
             if path not in self._files:
-                self._files[path] = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115
-            # One write per line: a reader, or a crash, sees whole lines or a torn last one.
-            self._files[path].write(line + "\n")
-            self._files[path].flush()
+                # Without a buffer, which closing would try to write again where the disk is full.
+                self._files[path] = open(path, "ab", buffering=0)  # noqa: SIM115
+            # One write per line, but for a full disk: a reader, or a crash, sees whole lines or a torn last one.
+            while line:
+                line = line[self._files[path].write(line) :]
         except OSError as error:
-            raise RunError(
-                f"cannot write {path}: {error.strerror or error}. Free space, then run the same command again."
-            ) from error
+            raise _refused(path, error) from error
         self._last[path] = (stage, step)
+
+    def _drop(self, unwanted: Callable[[Mapping[str, Any]], bool]) -> None:
+        for file in (self.path, self.timing_path):
+            _drop_lines(file, unwanted)
+            entries = _read(file)
+            self._last.pop(file, None)
+            if entries:
+                self._last[file] = (entries[-1]["stage"], entries[-1]["step"])
+            if file == self.path:
+                self.n_steps = len(entries)
 
 
 class NoMetrics(MetricsLog):
     """Logs nothing, for processes beside the one that writes the run's files."""
 
     def __init__(self) -> None:
-        self._files, self._events = {}, None
+        self._files, self._events, self.n_steps = {}, None, 0
 
     def log(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
         """Do nothing."""
@@ -175,6 +186,10 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         {name: value if name == "stage" else _NOT_FINITE.get(value, value) for name, value in entry.items()}
         for entry in _read(Path(path))
     ]
+
+
+def _refused(path: Path, error: OSError) -> RunError:
+    return RunError(f"cannot write {path}: {error.strerror or error}. Free space, then run the same command again.")
 
 
 def _encode(name: str, value: Any) -> int | float | str:

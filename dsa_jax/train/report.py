@@ -14,7 +14,7 @@ from dsa_jax.train.rundir import atomic_write_text
 
 
 def write_report(run_dir: str | os.PathLike[str], report: Mapping[str, Any]) -> None:
-    """Write report.json and report.html, each atomically, into the run directory.
+    """Write report.html and then report.json, each atomically, into the run directory.
 
     Args:
         run_dir: where metrics.jsonl lies, from which the training curves are drawn.
@@ -30,8 +30,8 @@ def write_report(run_dir: str | os.PathLike[str], report: Mapping[str, Any]) -> 
     """
     directory = Path(run_dir)
     plain = to_plain(report)
-    atomic_write_text(directory / "report.json", json.dumps(plain, indent=2, allow_nan=False) + "\n")
     atomic_write_text(directory / "report.html", render_page(plain, read_metrics(directory / "metrics.jsonl")))
+    atomic_write_text(directory / "report.json", json.dumps(plain, indent=2, allow_nan=False) + "\n")
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:

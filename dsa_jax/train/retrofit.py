@@ -24,6 +24,7 @@ from dsa_jax.train.metrics import MetricsLog, NoMetrics
 from dsa_jax.train.report import format_table, write_report
 from dsa_jax.train.rundir import RunDirectory, RunError, claimed, open_run
 from dsa_jax.train.signals import StopRequest
+from dsa_jax.train.source import source_fingerprint
 from dsa_jax.train.stages import stage_of, trained_attention
 from pallas_kernels import implementations_chosen
 
@@ -52,7 +53,28 @@ def retrofit(config: Config, workdir: Path, *, tensorboard: bool = False) -> dic
         _LOG.warning("%s", remark)
     with ExitStack() as claim, on_mesh(config.parallel):
         on_main(lambda: claim.enter_context(claimed(workdir)))
+        if report := _finished(config, workdir):
+            _LOG.info("%s is complete; without its report.json it would be evaluated again", workdir)
+            return _shown(report, workdir)
         return _retrofit(config, workdir, tensorboard)
+
+
+def _finished(config: Config, workdir: Path) -> dict[str, Any] | None:
+    """The report of a run that has nothing left to do: its last checkpoint and its export are there, too."""
+    run = RunDirectory(workdir, resumed=True)
+    report = on_main(lambda: run.finished_report(config))
+    exports = config.init.hf_dir and not _not_exported(config)
+    if report is None or (exports and not on_main((workdir / "hf" / "config.json").exists)):
+        return None
+    stages = [(name, steps) for name in STAGE_ORDER if (steps := getattr(config.train, name).steps)]
+    return report if latest_position(run, config) == (stages[-1] if stages else None) else None
+
+
+def _shown(report: dict[str, Any], workdir: Path) -> dict[str, Any]:
+    if is_main():
+        print(format_table(report["rows"]))
+        print(f"report: {workdir / 'report.html'}")
+    return report
 
 
 def _retrofit(config: Config, workdir: Path, tensorboard: bool) -> dict[str, Any] | None:
@@ -65,6 +87,8 @@ def _retrofit(config: Config, workdir: Path, tensorboard: bool) -> dict[str, Any
     params = initial_params(config, model, abstract=position is not None)
     if position is None:
         params = place(params)
+        if config.init.hf_dir or config.init.checkpoint:
+            on_main(lambda: run.update_environment(source=source_fingerprint(config.init)))
     n_indexer = count_parameters(split_parameters(params, is_indexer_path)[0])
     _LOG.info("%s: %d parameters, %d of them in indexers", config.name, count_parameters(params), n_indexer)
     summaries: dict[str, dict[str, Any]] = {}
@@ -116,15 +140,21 @@ def _who(stop: StopRequest) -> str:
 
 def _export(run: RunDirectory, config: Config, params: dict[str, Any]) -> None:
     """Write `hf`, marked as trained under the attention of the last stage, or say why there is no such thing."""
-    if config.model.attention.nsa.enabled:
-        _LOG.warning("no Hugging Face checkpoint: no published format holds native sparse attention")
-    elif fields := config.model.attention.indexer.unpublished():
-        _LOG.warning("no Hugging Face checkpoint: no published format holds an indexer with %s", ", ".join(fields))
+    if reason := _not_exported(config):
+        _LOG.warning("no Hugging Face checkpoint: no published format holds %s", reason)
     else:
         trained = [name for name in STAGE_ORDER if getattr(config.train, name).steps]
         export_checkpoint(run.path / "hf", config, params, attention=trained_attention(config, trained[-1] if trained else ""))
         if is_main():
             print(f"Hugging Face checkpoint: {run.path / 'hf'}")
+
+
+def _not_exported(config: Config) -> str:
+    """What a Hugging Face checkpoint cannot hold of the model; empty where it can hold all of it."""
+    if config.model.attention.nsa.enabled:
+        return "native sparse attention"
+    fields = config.model.attention.indexer.unpublished()
+    return f"an indexer with {', '.join(fields)}" if fields else ""
 
 
 def _remarks(config: Config) -> list[str]:
@@ -170,8 +200,11 @@ def _dense_params_before(run: RunDirectory, config: Config) -> dict[str, Any] | 
             if loaded.step != config.train.pretrain.steps:
                 raise RunError(f"of stage pretrain only step {loaded.step} is left")
             return place(loaded.params)
-        has_source = config.init.hf_dir or config.init.checkpoint
-        return place(initial_params(config, build_model(config.model))) if has_source else None
+        if not (config.init.hf_dir or config.init.checkpoint):
+            return None
+        if on_main(lambda: run.environment().get("source") not in (None, source_fingerprint(config.init))):
+            raise RunError(f"{config.init.hf_dir or config.init.checkpoint} is not what it was when this run started from it")
+        return place(initial_params(config, build_model(config.model)))
     except (ConfigError, RunError, CheckpointError) as error:
         _LOG.warning("the row of the dense model before sparse training is left out: %s", error)
         return None
@@ -210,10 +243,7 @@ def evaluate_and_report(
     summaries = summaries | {"evaluate": {"seconds": time.perf_counter() - started}}
     report = make_report(config, table, summaries, data.describe(), run.environment())
     on_main(lambda: write_report(run.path, report))
-    if is_main():
-        print(format_table(table.rows))
-        print(f"report: {run.path / 'report.html'}")
-    return report
+    return _shown(report, run.path)
 
 
 def _record_implementations(run: RunDirectory) -> None:

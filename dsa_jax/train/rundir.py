@@ -20,6 +20,9 @@ from dsa_jax.config import Config, ConfigError, from_dict, to_dict
 _LOG = logging.getLogger(__name__)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _MOST_DIFFERENCES_SHOWN = 12
+_SECTIONS = {"model", "data", "train", "eval"}  # every version of a run's config.json has them
+_FILLED_IN = ("implementations", "source")  # of environment.json, once they are known
+_LEFTOVER = re.compile(r"\..+\.\d+\.tmp")  # what `atomic_write_text` leaves where its process is killed
 _WITHOUT_EFFECT = re.compile(
     r"parallel\..*|train\.(nan_policy|max_skipped_steps|keep_checkpoints|\w+\.(log_every|checkpoint_every))"
 )
@@ -84,6 +87,21 @@ class RunDirectory:
         """
         return _read_object(self.environment_path)
 
+    def finished_report(self, config: Config) -> dict[str, Any] | None:
+        """The report of a run of `config` that is complete; None where there is none that can be read, or no page for it.
+
+        Raises:
+            RunError: when the run is one of another config (naming each differing field).
+        """
+        if not all(path.exists() for path in (self.config_path, self.report_path, self.report_path.with_suffix(".html"))):
+            return None
+        _require_same_results(self.path, _differences(_read_object(self.config_path), to_dict(config)))
+        try:
+            return _read_object(self.report_path)
+        except RunError as error:
+            _LOG.warning("%s It is made again.", error)
+            return None
+
     def update_environment(self, **values: Any) -> None:
         """Set top-level entries of environment.json, such as `implementations={"index_topk": "xla"}`.
 
@@ -112,7 +130,8 @@ def open_run(workdir: str | os.PathLike[str], config: Config) -> RunDirectory:
     left that could not begin, may become the run of any config.
 
     Raises:
-        RunError: when `workdir` cannot be written, is a file, or holds a run of another config (naming each differing field).
+        RunError: when `workdir` cannot be written, is a file, holds a run of another config (naming each differing field) or
+            one without its config.json, or a config.json that is none of a run.
     """
     path = Path(workdir)
     make_writable_directory(path)
@@ -120,6 +139,11 @@ def open_run(workdir: str | os.PathLike[str], config: Config) -> RunDirectory:
     wanted = to_dict(config)
     if run.resumed:
         recorded = _read_object(run.config_path)
+        if absent := sorted(_SECTIONS - recorded.keys()):
+            raise RunError(
+                f"workdir {path} holds something else than a run: its config.json has no {', '.join(absent)}. Choose another "
+                "--workdir."
+            )
         differences = _differences(recorded, wanted)
         if run.has_begun:
             _require_same_results(path, differences)
@@ -130,29 +154,37 @@ def open_run(workdir: str | os.PathLike[str], config: Config) -> RunDirectory:
         if differences:
             _LOG.info("%s goes on with other settings: %s", path, "; ".join(differences.values()))
             _write_object(run.config_path, wanted)
+    elif run.has_begun:
+        raise RunError(
+            f"workdir {path} holds checkpoints or a report, but no config.json that says of what run. Restore it, or choose "
+            "another --workdir."
+        )
     else:
         _write_object(run.config_path, wanted)
+    for leftover in path.iterdir():
+        if _LEFTOVER.fullmatch(leftover.name):
+            leftover.unlink(missing_ok=True)
     _record_environment(run)
     return run
 
 
 @contextmanager
-def claimed(workdir: str | os.PathLike[str]) -> Iterator[None]:
+def claimed(workdir: str | os.PathLike[str], name: str = ".lock", *, flag: str = "workdir") -> Iterator[None]:
     """Keep other processes of this host, and of others where the file system passes locks on, from writing to `workdir`.
 
-    The lock ends with the process, however that ends.
+    The lock is the file `name`; it ends with the process, however that ends.
 
     Raises:
-        RunError: when `workdir` cannot be written, or another process is at it.
+        RunError: when `workdir` cannot be written, or another process is at it; `flag` is the option that chose it.
     """
-    make_writable_directory(Path(workdir))
+    make_writable_directory(Path(workdir), flag=flag)
     with ExitStack() as stack:
         try:
-            file = stack.enter_context(open(Path(workdir) / ".lock", "w", encoding="utf-8"))
+            file = stack.enter_context(open(Path(workdir) / name, "w", encoding="utf-8"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(
-                f"another process is at workdir {workdir}. Wait until it has ended, or choose another --workdir."
+                f"another process is at {flag} {workdir}. Wait until it has ended, or choose another --{flag}."
             ) from None
         except OSError as error:
             _LOG.warning("%s cannot be locked (%s): nothing stops a second process from writing there", workdir, error.strerror)
@@ -215,7 +247,12 @@ def git_revision(source_file: Path) -> dict[str, Any] | None:
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` so that `path` holds, whatever happens, either its former content or all of the new one.
+    """`atomic_write_bytes` of `text` in UTF-8."""
+    atomic_write_bytes(path, text.encode())
+
+
+def atomic_write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write `content` so that `path` holds, whatever happens, either its former content or all of the new one.
 
     Raises:
         RunError: when the file system refuses (full, read-only, no permission); `path` is untouched then.
@@ -224,8 +261,8 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         try:
-            with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
+            with open(temporary, "wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -254,10 +291,10 @@ def make_writable_directory(path: Path, *, flag: str = "workdir") -> None:
     Raises:
         RunError: when it is a file, or the file system refuses; `flag` is the option that chose it.
     """
-    if path.exists() and not path.is_dir():
-        raise RunError(f"{flag} {path} is a file; expected a directory. Choose another --{flag}.")
     probe = path / f".probe.{os.getpid()}"
     try:
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{flag} {path} is a file; expected a directory. Choose another --{flag}.")
         path.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"")
         probe.unlink()
@@ -302,17 +339,23 @@ def _record_environment(run: RunDirectory) -> None:
     if not run.environment_path.exists():
         _write_object(run.environment_path, {**current, "history": []})
         return
-    recorded = run.environment()
-    earlier = _without_history(recorded)
-    if {**earlier, "implementations": {}} == current:
+    try:
+        recorded = run.environment()
+    except RunError as error:
+        _LOG.warning("%s What this process runs in is recorded anew.", error)
+        _write_object(run.environment_path, {**current, "history": []})
         return
-    changed = [name for name in current if name != "implementations" and earlier.get(name) != current[name]]
+    earlier = _without_history(recorded)
+    changed = [name for name in current if name not in _FILLED_IN and earlier.get(name) != current[name]]
+    if not changed:
+        return
     _LOG.warning(
         "%s continues in another environment (%s differ from environment.json); the bits may differ from an undisturbed run",
         run.path,
         ", ".join(changed),
     )
-    _write_object(run.environment_path, {**current, "history": [*recorded.get("history", []), earlier]})
+    source = {name: earlier[name] for name in ("source",) if name in earlier}
+    _write_object(run.environment_path, {**current, **source, "history": [*recorded.get("history", []), earlier]})
 
 
 def _without_history(environment: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,19 +1,20 @@
-"""SIGTERM and SIGINT become a request to stop after the current step."""
+"""SIGTERM, SIGINT and SIGHUP become a request to stop after the current step."""
 
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-_CAUGHT = (signal.SIGTERM, signal.SIGINT)
+_CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
-    """Context manager under which the first SIGTERM or SIGINT only sets `requested`.
+    """Context manager under which the first SIGTERM, SIGINT or SIGHUP (a terminal that closed) only sets `requested`.
 
     A second signal of the same kind gets its former treatment at once (SIGTERM ends the process, SIGINT raises
-    KeyboardInterrupt), for a step that never ends. The former handlers return on leaving. Python delivers signals to the main
-    thread only and refuses to set handlers elsewhere, so in another thread this does nothing and `requested` stays False.
+    KeyboardInterrupt), for a step that never ends. A SIGHUP that is ignored, as under nohup, stays so. The former handlers
+    return on leaving. Python delivers signals to the main thread only and refuses to set handlers elsewhere, so in another
+    thread this does nothing and `requested` stays False.
     """
 
     def __init__(self) -> None:
@@ -33,6 +34,8 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             for number in _CAUGHT:
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 self._former[number] = signal.signal(number, self._handle)
         return self
 

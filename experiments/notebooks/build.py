@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dsa_jax.extras import MissingExtraError
+from dsa_jax.train.rundir import atomic_write_text
 
 FOLDER = Path(__file__).parent
 NAMES = ("indexer", "retrofit", "parity", "costs", "ablations")
@@ -41,7 +42,7 @@ def build(name: str) -> float:
         if cell["cell_type"] == "code":
             # Figures and prints are what a reader sees; the value of a last expression is an object's address.
             cell["outputs"] = [output for output in cell["outputs"] if output["output_type"] != "execute_result"]
-    jupytext.write(notebook, FOLDER / f"{name}.ipynb", fmt="ipynb")
+    atomic_write_text(FOLDER / f"{name}.ipynb", jupytext.writes(notebook, fmt="ipynb"))
     return time.perf_counter() - started
 
 

@@ -26,6 +26,12 @@ def test_the_directory_is_made_and_the_file_written_whole(tmp_path):
     assert json.loads((tmp_path / "new" / "x.json").read_text()) == {"a": 1}
 
 
+def test_what_is_not_finite_is_null(tmp_path):
+    flag = output(tmp_path / "x.json")
+    flag.write({"a": float("nan"), "b": [float("inf"), 1.5]})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": [None, 1.5]}
+
+
 def test_rows_are_added_to_what_is_there(tmp_path):
     flag = output(tmp_path / "x.jsonl")
     flag.append([{"a": 1}])
@@ -37,6 +43,9 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="file is a file; expected a directory"):
         output(tmp_path / "file" / "x.json").check()
+    (tmp_path / "image").write_bytes(b"\xff\xfe")
+    with pytest.raises(flags.ValidationError, match="image cannot be added to, as it is no text"):
+        output(tmp_path / "image").check()
     with pytest.raises(flags.ValidationError, match="is a directory; expected the name of a file"):
         output(tmp_path).check()
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dsa_jax.config import ConfigError, InitConfig, to_dict
+from dsa_jax.data import TrainData
 from dsa_jax.model import build_model
 from dsa_jax.params import parameter_paths
 from dsa_jax.train import loop
@@ -215,13 +216,61 @@ def test_a_run_outlives_its_source_and_a_half_written_stage_counts_for_nothing(u
     rows = retrofit(config, tmp_path / "run")["rows"]
     assert [row["name"] for row in rows] == ["dense, before sparse training", "dense"]
     shutil.rmtree(source)
+    assert retrofit(config, tmp_path / "run")["rows"] == rows  # a report that is there already
+    (tmp_path / "run" / "report.json").unlink()
     assert retrofit(config, tmp_path / "run")["rows"] == rows[1:]
     assert "before sparse training is left out" in caplog.text
+
+
+def test_a_source_that_changed_gives_no_row_of_the_dense_model_before(undisturbed, tmp_path, caplog):
+    source = shutil.copytree(undisturbed[0], tmp_path / "source")
+    config = tiny_config()
+    config.init.checkpoint, config.init.stage = str(source), "pretrain"
+    config.train.pretrain.steps, config.train.warmup.steps, config.train.sparse.steps = 0, 0, 1
+    config.eval.rows = ("dense",)
+    rows = retrofit(config, tmp_path / "run")["rows"]
+    (tmp_path / "run" / "report.json").unlink()
+    assert retrofit(config, tmp_path / "run")["rows"] == rows
+    shutil.rmtree(source / "checkpoints" / "pretrain" / "6")
+    (tmp_path / "run" / "report.json").unlink()
+    assert retrofit(config, tmp_path / "run")["rows"] == rows[1:]
+    assert "is not what it was when this run started from it" in caplog.text
+
+
+def test_a_batch_that_cannot_be_made_costs_no_step(undisturbed, tmp_path, monkeypatch):
+    batch = TrainData.batch
+
+    def failing(self, step, **sizes):
+        if step == 9:
+            raise ConfigError("the file is gone.")
+        return batch(self, step, **sizes)
+
+    monkeypatch.setattr(TrainData, "batch", failing)
+    message = r"no batch for step 4 of stage warmup: the file is gone\. The steps before it are saved"
+    with pytest.raises(RunError, match=message):
+        retrofit(tiny_config(), tmp_path)
+    assert (tmp_path / "checkpoints" / "warmup" / "3" / "manifest.json").exists()
+    monkeypatch.undo()
+    retrofit(tiny_config(), tmp_path)
+    for path, value in final_params(tmp_path).items():
+        np.testing.assert_array_equal(value, final_params(undisturbed[0])[path], err_msg=path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (undisturbed[0] / "metrics.jsonl").read_bytes()
+
+
+def test_lost_metrics_are_noticed(undisturbed, tmp_path, caplog):
+    workdir = shutil.copytree(undisturbed[0], tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints" / "sparse" / "6")
+    (workdir / "report.json").unlink()
+    lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (workdir / "metrics.jsonl").write_text("".join(lines[5:]))
+    retrofit(tiny_config(), workdir)
+    assert "metrics.jsonl holds 11 steps up to here, and 16 were logged" in caplog.text
 
 
 def test_the_row_before_sparse_training_is_of_the_last_step(undisturbed, tmp_path, caplog):
     workdir = shutil.copytree(undisturbed[0], tmp_path / "run")
     (workdir / "checkpoints/pretrain/6/manifest.json").unlink()
+    (workdir / "report.json").unlink()
     names = [row["name"] for row in retrofit(tiny_config(), workdir)["rows"]]
     assert names == [row["name"] for row in undisturbed[1]["rows"]][1:]
     assert "of stage pretrain only step 4 is left" in caplog.text

@@ -140,3 +140,23 @@ def test_missing_tensorboard_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr("dsa_jax.train.metrics.tensorboard_available", lambda: False)
     with pytest.raises(RunError, match=r"pip install 'dsa-jax\[tensorboard\]'"):
         MetricsLog(tmp_path / "metrics.jsonl", tensorboard=True)
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with pytest.raises(RunError, match=r"cannot write .*metrics.jsonl: No space left on device. Free space"):  # noqa: SIM117
+        with MetricsLog(path) as log:
+            log._files[path] = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+            log.log("pretrain", 1, {"loss": 1.0})
+
+
+def test_steps_are_counted(tmp_path):
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        for step in (1, 2, 3):
+            log.log("pretrain", step, {"loss": 1.0})
+            log.log_timing("pretrain", step, {"seconds": 1.0})
+        assert log.n_steps == 3
+        log.truncate_after(("pretrain",), "pretrain", 1)
+        assert log.n_steps == 1
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        assert log.n_steps == 1

@@ -175,3 +175,37 @@ def test_git_revision_needs_a_tracked_file(tmp_path):
     assert clean is not None and len(clean["revision"]) == 40 and clean["dirty"] is False
     source.write_text("2")
     assert git_revision(source) == {**clean, "dirty": True}
+
+
+def test_what_is_no_run_is_left_alone(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tensorboard").mkdir()
+    with pytest.raises(RunError, match=r"holds something else than a run: its config.json has no data, eval, model, train"):
+        open_run(tmp_path, Config())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "tensorboard"]
+    assert (tmp_path / "config.json").read_text() == '{"model_type": "llama"}'
+
+
+def test_checkpoints_without_a_config_are_of_no_run(tmp_path):
+    run = open_run(tmp_path, Config())
+    run.checkpoint_dir("warmup").joinpath("4").mkdir(parents=True)
+    run.config_path.unlink()
+    with pytest.raises(RunError, match=r"no config\.json that says of what run"):
+        open_run(tmp_path, Config(seed=7))
+    assert not run.config_path.exists()
+
+
+def test_a_damaged_environment_is_recorded_anew_and_what_a_killed_process_left_goes(tmp_path, caplog):
+    run = open_run(tmp_path, Config())
+    run.environment_path.write_text("")
+    (tmp_path / ".report.json.123.tmp").write_text("half")
+    (tmp_path / ".mine.tmp").write_text("whole")
+    open_run(tmp_path, Config())
+    assert "recorded anew" in caplog.text and run.environment()["history"] == []
+    assert (tmp_path / ".mine.tmp").exists() and not (tmp_path / ".report.json.123.tmp").exists()
+
+
+def test_the_source_of_a_run_is_no_other_environment(tmp_path, caplog):
+    open_run(tmp_path, Config()).update_environment(source="abc")
+    run = open_run(tmp_path, Config())
+    assert run.environment()["source"] == "abc" and not caplog.text

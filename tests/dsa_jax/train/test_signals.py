@@ -10,14 +10,15 @@ from dsa_jax.train.signals import StopRequest
 @pytest.fixture(autouse=True)
 def handlers_of_a_terminal():
     """A test run started in the background inherits an ignored SIGINT."""
-    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     for number, handler in former.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda s: s.name)
 def test_first_signal_only_sets_the_flag(number):
     before = signal.getsignal(number)
     with StopRequest() as stop:
@@ -25,6 +26,14 @@ def test_first_signal_only_sets_the_flag(number):
         os.kill(os.getpid(), number)
         assert stop.requested and stop.signal_name == number.name
     assert signal.getsignal(number) is before
+
+
+def test_a_hangup_that_is_ignored_stays_so():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.requested
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_second_signal_of_the_same_kind_acts_at_once():
