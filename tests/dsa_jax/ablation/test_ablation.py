@@ -11,7 +11,7 @@ from dsa_jax.ablation.summary import answers, format_markdown
 from dsa_jax.config import Config, ConfigError
 from dsa_jax.evals.parity import BEFORE
 from dsa_jax.params import is_indexer_path, nested_parameters, parameter_paths
-from dsa_jax.train.rundir import RunError
+from dsa_jax.train.rundir import RunError, claimed
 from tests.dsa_jax.train.tiny import tiny_config
 
 TOPK = "model.attention.indexer.topk"
@@ -156,6 +156,11 @@ def test_a_signal_stops_the_sweep_and_keeps_what_is_done(tmp_path, monkeypatch):
     ablation = sweep(Variant("two", {TOPK: 2}), Variant("base"), seeds=(0,))
     assert run_ablation(ablation, tmp_path / "runs", tmp_path / "results", command="test") is None
     assert [run["variant"] for run in known_runs(tmp_path / "results")] == ["two"]
+
+
+def test_one_process_at_a_sweep(tmp_path):
+    with claimed(tmp_path, ".sweep.lock"), pytest.raises(RunError, match=r"another process is at results .* another --results"):
+        run_ablation(sweep(Variant("a")), tmp_path / "runs", tmp_path, command="")
 
 
 def test_other_seeds_of_the_same_sweep_stay(tmp_path, monkeypatch):
