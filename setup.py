@@ -1,5 +1,6 @@
 """Package metadata and the optional dependency sets. Tool settings live in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -14,9 +15,11 @@ LINT = ["ruff>=0.17", "mypy>=2.4"]
 AOT = ["jax==0.11.2", "jax-cuda13-plugin[with-cuda]==0.11.2", "jax-cuda13-pjrt==0.11.2", "jax-triton==0.3.1", "triton==3.6.0"]
 TEST = ["pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6.170", "beartype>=0.22", *HF, *PLOT, *DATA, *LINT]
 
+VERSION = re.search(r'__version__ = "(.*)"', Path(__file__).with_name("dsa_jax").joinpath("__init__.py").read_text())[1]
+
 setup(
     name="dsa-jax",
-    version="0.1.0",
+    version=VERSION,
     description="DeepSeek Sparse Attention for pretrained transformers, in JAX",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -20,6 +20,7 @@ from dsa_jax.benchmarks.op_calls import IMPLEMENTATIONS
 from dsa_jax.benchmarks.op_shapes import INTERPRETED, OPS, SHAPES
 from dsa_jax.benchmarks.worker import NoGpuError, Worker
 
+OUTPUT, DRY_OUTPUT = Path("benchmarks/results/gpu_check.json"), Path("runs/gpu_check_dry_run.json")
 TOTAL_SECONDS = 415.0
 ITEM_SECONDS = 60.0
 # What is done unless --all asks for every shape: each kernel at its most telling ones.
@@ -199,7 +200,7 @@ def table(record: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu_check.json"))
+    parser.add_argument("--output", type=Path, help=f"default: {OUTPUT}, with --dry_run {DRY_OUTPUT}")
     parser.add_argument("--dry_run", action="store_true", help="on CPU, at tiny sizes, kernels interpreted")
     parser.add_argument("--only", default="", help="words, with commas: only ops that contain one")
     parser.add_argument("--all", action="store_true", help="every shape; give it more --seconds")
@@ -207,12 +208,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", type=Path, help="print the Markdown of a result file, and do nothing else")
     given = parser.parse_args(arguments)
     if given.table:
-        print(table(json.loads(given.table.read_text(encoding="utf-8"))))
+        try:
+            content = json.loads(given.table.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            parser.error(f"--table={given.table} cannot be read: {error}")
+        print(table(content))
         return 0
+    output = given.output or (DRY_OUTPUT if given.dry_run else OUTPUT)
     try:
         words = [word for word in given.only.split(",") if word]
         options = {"dry_run": given.dry_run, "every_shape": given.all, "total_seconds": given.seconds}
-        return run(given.output, words=words, **options)
+        return run(output, words=words, **options)
     except NoGpuError as error:
         print(f"error: {error} Or pass --dry_run to go through everything on CPU at tiny sizes.", file=sys.stderr)
         return 2

@@ -19,6 +19,8 @@ _HOME = {
     "save_pretrained": "dsa_jax.hf",
 }
 
+__version__ = "0.1.0"
+
 __all__ = [
     "GenerateOutput",
     "ModelOutput",

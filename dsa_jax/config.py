@@ -90,7 +90,7 @@ class TextConfig:
     held_out_fraction: float = 0.1
     max_tokens: int = 0  # 0: no limit
     source: str = "memory"  # memory | grain: .parquet or .array_record files, read as they are needed (extra `data`)
-    column: str = "text"  # grain: where .parquet files hold the text
+    column: str = "text"  # where .jsonl and .parquet files hold the text
     open_documents: int = 16  # grain: documents that rows are cut from in turn, so that a batch holds several
     held_out_tokens: int = 2**20  # grain: what evaluation draws from; finding them reads 1 / held_out_fraction as many
 
@@ -373,15 +373,15 @@ class Config:
             raise ConfigError(
                 "train.warmup.steps is positive, but the model has no indexer. Set model.attention.indexer.enabled=True."
             )
-        stages = [stage for name in STAGES if (stage := getattr(self.train, name)).steps]
-        longest = max(
-            [length for stage in stages for length in (stage.seq_len, *(length for _, length in stage.curriculum))]
-            + [self.eval.recall_len] * bool(self.eval.recall_sequences)
-            + [self.eval.text_len] * bool(self.eval.text_sequences)
-            + [self.eval.task_len] * bool(self.eval.tasks),
-            default=0,
-        )
-        if longest > self.model.max_positions:
+        stages = {name: stage for name in STAGES if (stage := getattr(self.train, name)).steps}
+        used = {"recall": self.eval.recall_sequences, "text": self.eval.text_sequences, "task": self.eval.tasks}
+        lengths = {f"train.{name}.seq_len": stage.longest for name, stage in stages.items()}
+        lengths |= {f"eval.{name}_len": getattr(self.eval, f"{name}_len") for name, is_used in used.items() if is_used}
+        longest, limit = max(lengths.values(), default=0), self.model.max_positions
+        if longest > limit:
+            too_long = ", ".join(f"{name} is {length}" for name, length in lengths.items() if length > limit)
+            is_placeholder = self.data.text.tokenizer == "checkpoint" and not self.init.hf_dir
+            hint = " Give --config.init.hf_dir=DIR, which brings the model." if is_placeholder else " Shorten what is longer."
             raise ConfigError(
-                f"model.max_positions is {self.model.max_positions}; expected at least the longest sequence used ({longest})."
+                f"model.max_positions is {limit}; expected at least the longest sequence used ({longest}): {too_long}.{hint}"
             )

@@ -38,12 +38,25 @@ def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
     return cls(**arguments)
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested objects as one, by dotted name."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
 def check_kinds(config: Any, prefix: str = "") -> None:
-    """Require every field of a config, which a recipe may have set to anything, to be of its own kind.
+    """Require every field of a config, which a recipe may have set to anything, to be of its own kind, and no others to be set.
 
     Raises:
         ConfigError: naming the field by its path.
     """
+    fields = [field.name for field in dataclasses.fields(config)]
+    if others := sorted(vars(config).keys() - fields):
+        near = difflib.get_close_matches(others[0], fields, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{prefix}{others[0]} is set, which is no field of {type(config).__name__}.{hint}")
     for field in dataclasses.fields(config):
         name, value = f"{prefix}{field.name}", getattr(config, field.name)
         if not dataclasses.is_dataclass(field.type):

@@ -10,7 +10,7 @@ from dsa_jax.model.selection import DENSE
 from dsa_jax.model_config import PLAIN
 from dsa_jax.open_checkpoint import is_hf_directory, open_checkpoint
 from dsa_jax.train.checkpoint import CheckpointStore
-from dsa_jax.train.rundir import RunError, claimed, open_run
+from dsa_jax.train.rundir import RunDirectory, RunError, claimed, open_run
 
 
 def to_hf(source: Path, target: Path, *, weight_format: str = PLAIN) -> str:
@@ -45,6 +45,8 @@ def to_run(source: Path, target: Path) -> str:
     """
     if not is_hf_directory(source):
         raise RunError(f"{source} is not a Hugging Face directory: its config.json names no model_type.")
+    if RunDirectory(target, resumed=True).has_begun:
+        raise RunError(f"{target} holds a run already; expected a new directory. Choose another --to_run, or delete it.")
     loaded = load_pretrained(source)
     tokenizer = NO_TOKENIZER if loaded.tokenizer is None else "bytes"
     if (source / "tokenizer.json").is_file():
@@ -56,10 +58,6 @@ def to_run(source: Path, target: Path) -> str:
     if loaded.config.attention.mode != DENSE:
         stage, config.train.sparse_attention = "sparse", loaded.config.attention.mode
     with claimed(target), CheckpointStore(open_run(target, config).checkpoint_dir(stage), keep=1) as store:
-        if store.latest_valid() is not None:
-            raise RunError(
-                f"{target} holds a run with parameters already; expected a new directory. Choose another, or delete it."
-            )
         store.save(0, {"params": loaded.params}, {"stage": stage, "step": 0, "source": str(source)})
         store.wait()
     return f"{source} is now the run {target}"

@@ -16,6 +16,7 @@ import logging
 import math
 import re
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -41,10 +42,12 @@ class ConfigFlag:
     def __init__(self, default: str | None, kind: type, flag_values: flags.FlagValues) -> None:
         self._flag_values, self._kind = flag_values, kind
         shown = default if default is not None else "none, it must be given"
+        more = "Each of its fields is a flag, such as --config.seed=3: see --helpfull."
         self._file = flags.DEFINE_string(
-            "config", default, f"Recipe: a Python file with get_config(); FILE:ARG passes ARG to it. Default: {shown}.",
+            "config", default, f"Recipe: a Python file with get_config(); FILE:ARG passes ARG to it. Default: {shown}. {more}",
             flag_values=flag_values,
         )  # fmt: skip
+        show_in_help("config", flag_values)
         self._fields = {f"config.{name}": annotation for name, annotation, *_ in _walk(kind)}
         for name, annotation, value, comment in _walk(kind):
             text = f"{_kind_name(annotation)}, {value!r} unless the recipe sets it. {comment}".strip()
@@ -105,20 +108,37 @@ def load_config(path: str | None, kind: type = Config) -> Any:
     if spec is None or spec.loader is None:
         raise ConfigError(f"--config={path}: {file} is no Python file; expected a recipe with get_config().")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with _recipe_errors(path, file):
+        spec.loader.exec_module(module)
     if not callable(getattr(module, "get_config", None)):
         raise ConfigError(f"--config={path}: {file} has no function get_config(); expected one that returns a {kind.__name__}.")
-    if argument and not inspect.signature(module.get_config).parameters:
+    parameters = inspect.signature(module.get_config).parameters.values()
+    if argument and not parameters:
         raise ConfigError(f"--config={path}: the recipe {file} takes no argument. Leave out ':{argument}'.")
-    try:
+    if not argument and any(parameter.default is parameter.empty for parameter in parameters):
+        raise ConfigError(f"--config={path}: the recipe {file} needs an argument. Give --config={file}:ARG.")
+    with _recipe_errors(path, file):
         config = module.get_config(argument) if argument else module.get_config()
-    except ValueError as error:
-        raise ConfigError(f"--config={path}: {error}") from error
     if not isinstance(config, kind):
+        other = {"Ablation": " Sweeps are for experiments.ablate.", "Config": " One run is for experiments.retrofit."}
         raise ConfigError(
             f"--config={path}: get_config returned a {type(config).__name__}; expected a {kind.__module__}.{kind.__name__}."
+            f"{other.get(type(config).__name__, '')}"
         )
     return config
+
+
+@contextlib.contextmanager
+def _recipe_errors(path: str, file: str) -> Iterator[None]:
+    """What goes wrong in a recipe as a ConfigError that names the line."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"--config={path}: {error}") from error
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == Path(file)]
+        line = getattr(error, "lineno", None) or (lines[-1] if lines else "?")
+        raise ConfigError(f"--config={path}: {file}, line {line}: {type(error).__name__}: {error}") from error
 
 
 def parse_value(name: str, text: str, kind: Any) -> Any:
@@ -153,6 +173,8 @@ class ProcessFlags:
             "num_processes", None, "How many processes there are.", flag_values=flag_values
         )
         self._process_id = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", flag_values=flag_values)
+        for name in ("coordinator", "num_processes", "process_id"):
+            show_in_help(name, flag_values)
 
     def start(self) -> None:
         """Join the other processes, if any; only the first goes on logging what is no warning. Call it first in `main`."""
@@ -161,6 +183,11 @@ class ProcessFlags:
         start_processes(self._coordinator.value, self._num_processes.value, self._process_id.value)
         if not is_main():
             absl_logging.set_verbosity(absl_logging.WARNING)
+
+
+def show_in_help(name: str, flag_values: flags.FlagValues) -> None:
+    """List a flag that is defined for a command elsewhere under that command's `--help`, too."""
+    flag_values.register_key_flag_for_module(sys.argv[0], flag_values[name])
 
 
 def define_processes(*, flag_values: flags.FlagValues = flags.FLAGS) -> ProcessFlags:
@@ -202,9 +229,11 @@ def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = N
 
 
 def parse_flags(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
-    """Parse, and exit with status 2 and one line on a mistake."""
+    """Parse, and exit with status 2 and one line on a mistake; a request for help is none."""
     try:
         return flag_values(argv)
+    except SystemExit:
+        sys.exit(0)  # absl has shown the help and would exit with 1
     except flags.UnrecognizedFlagError as error:
         _fail(_unknown(error.flagname, flag_values), 2)
     except flags.Error as error:
@@ -255,7 +284,7 @@ def _comments(module_name: str) -> dict[tuple[str, str], str]:
         if heading := re.match(r"class (\w+)", line):
             owner = heading[1]
         elif field := re.match(r"    (\w+):[^#]*#\s*(.+)$", line):
-            found[owner, field[1]] = field[2][0].upper() + field[2][1:]
+            found[owner, field[1]] = field[2]
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from absl import flags
 
 from dsa_jax.train.rundir import atomic_write_text, make_writable_directory
+from experiments.flags import show_in_help
 
 
 class OutputFlag:
@@ -15,6 +16,7 @@ class OutputFlag:
 
     def __init__(self, text: str, flag_values: flags.FlagValues) -> None:
         self._flag = flags.DEFINE_string("output", "", text, flag_values=flag_values)
+        show_in_help("output", flag_values)
 
     def check(self) -> None:
         """Make its directory; call it before anything is computed.

@@ -99,7 +99,11 @@ def _run_claimed(ablation: Ablation, workdir: Path, results: Path, command: str)
                 return None
             known[key] = run
             write()
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     write()
+    if before and {**before, "command": ""} == {**json.loads(json.dumps(summary)), "command": ""}:
+        summary["command"] = before["command"]  # how what is there was made, where nothing was left to do
+        atomic_write_text(path, json.dumps(summary, indent=1) + "\n")
     return summary
 
 

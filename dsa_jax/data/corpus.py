@@ -61,7 +61,7 @@ def load_corpus(config: TextConfig, tokenizer: Tokenizer) -> Corpus:
     Raises:
         ConfigError: for a corpus without text, and whatever `documents.user_documents` refuses.
     """
-    documents = user_documents(config.path, tokenizer) if config.path else stdlib_documents(tokenizer)
+    documents = user_documents(config.path, tokenizer, column=config.column) if config.path else stdlib_documents(tokenizer)
     width = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     kept = [document.astype(width) for document in _limited(documents, config.max_tokens, tokenizer.end_of_text_id)]
     if not kept:

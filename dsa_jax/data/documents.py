@@ -28,12 +28,12 @@ def stdlib_documents(tokenizer: Tokenizer) -> Iterator[Int[np.ndarray, " N"]]:
         yield from _text_document(_decode(_read(file), file, 0), tokenizer)
 
 
-def user_documents(path: str, tokenizer: Tokenizer) -> Iterator[Int[np.ndarray, " N"]]:
+def user_documents(path: str, tokenizer: Tokenizer, *, column: str = "text") -> Iterator[Int[np.ndarray, " N"]]:
     """Documents of a `.txt`, `.jsonl` or `.npy` file, or of all such files below a directory, sorted by relative path.
 
-    A `.txt` file is one document; each line of a `.jsonl` file is an object whose "text" is one (blank lines are skipped);
-    a `.npy` file holds token ids, a document ending after each end-of-text id. Documents without a token are skipped, and so
-    are files of other kinds and hidden ones below a directory.
+    A `.txt` file is one document; each line of a `.jsonl` file is an object whose `column` is one (blank lines are skipped); a
+    `.npy` file holds token ids, a document ending after each end-of-text id. Documents without a token are skipped, and so are
+    files of other kinds and hidden ones below a directory.
 
     Raises:
         ConfigError: for a path that is missing, unreadable, of an unknown kind, or whose content is not what its suffix says.
@@ -51,7 +51,7 @@ def user_documents(path: str, tokenizer: Tokenizer) -> Iterator[Int[np.ndarray, 
         if file.suffix == ".txt":
             yield from _text_document(_decode(_read(file), file, 0), tokenizer)
         elif file.suffix == ".jsonl":
-            yield from _jsonl_documents(file, tokenizer)
+            yield from _jsonl_documents(file, tokenizer, column)
         elif file.suffix == ".npy":
             yield from _token_documents(file, tokenizer)
         else:
@@ -94,7 +94,7 @@ def _text_document(text: str, tokenizer: Tokenizer) -> Iterator[Int[np.ndarray, 
         yield np.append(tokenizer.encode(text), tokenizer.end_of_text_id)
 
 
-def _jsonl_documents(file: Path, tokenizer: Tokenizer) -> Iterator[Int[np.ndarray, " N"]]:
+def _jsonl_documents(file: Path, tokenizer: Tokenizer, column: str) -> Iterator[Int[np.ndarray, " N"]]:
     first_byte = 0
     for number, line in enumerate(_read(file).split(b"\n"), start=1):
         text = _decode(line, file, first_byte)
@@ -105,13 +105,16 @@ def _jsonl_documents(file: Path, tokenizer: Tokenizer) -> Iterator[Int[np.ndarra
             record = json.loads(text)
         except ValueError as error:
             raise ConfigError(f"{file}, line {number} is not JSON: {error}. Expected one object per line.") from error
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise ConfigError(f'{file}, line {number} has no "text" string; expected an object such as {{"text": "..."}}.')
-        if half := unpaired_surrogate(record["text"]):
+        if not isinstance(record, dict) or not isinstance(record.get(column), str):
+            raise ConfigError(
+                f'{file}, line {number} has no "{column}" string; expected an object such as {{"{column}": "..."}}. '
+                "data.text.column names the field that holds the text."
+            )
+        if half := unpaired_surrogate(record[column]):
             raise ConfigError(
                 f"{file}, line {number} holds {half!r}, half of a surrogate pair, which is no character. Repair or remove it."
             )
-        yield from _text_document(record["text"], tokenizer)
+        yield from _text_document(record[column], tokenizer)
 
 
 def _token_documents(file: Path, tokenizer: Tokenizer) -> Iterator[Int[np.ndarray, " N"]]:

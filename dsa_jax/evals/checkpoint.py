@@ -54,6 +54,10 @@ def evaluate_checkpoint(
         own.init.hf_dir = str(directory)
         own.train = TrainConfig()  # the recipe's stages, whose lengths the checkpoint may not have
         own = resolve_checkpoint(own)
+        limit = own.model.max_positions
+        if own.eval.text_len > limit and "config.eval.text_len" not in overrides:
+            _LOG.warning("eval.text_len is %d instead of %d: the model has no more positions", limit, own.eval.text_len)
+            own.eval.text_len = limit
     else:
         own = find_run(directory).config()
         if ignored := [name for name in overrides if not name.startswith("config.parallel.")]:

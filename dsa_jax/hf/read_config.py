@@ -61,7 +61,8 @@ def parse_config(content: dict[str, Any], file: Path) -> ModelConfig:
             config = _family_config(content, file)
         else:
             known = ", ".join(sorted(FAMILIES))
-            raise CheckpointError(f"{file}: model_type is {model_type!r}; expected one of {known}.")
+            hint = " It is a run's: experiments.convert --to_hf makes a checkpoint of it." if "train" in content else ""
+            raise CheckpointError(f"{file}: model_type is {model_type!r}; expected one of {known}.{hint}")
         config.validate()
     except ConfigError as error:
         raise CheckpointError(f"{file} describes a model that cannot be built: {error}") from error

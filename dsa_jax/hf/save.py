@@ -325,15 +325,16 @@ def _umask() -> int:
 
 def _say_who_can_read(target: Path, config: ModelConfig, layout: Layout) -> None:
     indexer = config.attention.indexer.enabled
+    understood = {"attention.indexer.rope_layout"} if is_reordered(config, layout.model_type) else set()
     if layout.model_type == OWN_MODEL_TYPE:
-        _LOG.warning("%s: no model family computes what this model does; only dsa-jax reads it", target)
+        _LOG.warning("%s: no model family computes what this model does, so only dsa-jax reads it: %s", target, layout.refused)
     elif indexer and not FAMILIES[layout.model_type].has_indexer:
         _LOG.warning(
-            "%s is a %s checkpoint with indexer tensors: dsa-jax reads them, others refuse or ignore them and run it dense",
-            target, layout.model_type,
+            "%s is a %s checkpoint with indexer tensors: dsa-jax reads them, others refuse or ignore them and run it dense%s",
+            target, layout.model_type, f". {layout.refused}" if layout.refused else "",
         )  # fmt: skip
+        understood |= {"attention.mode"} if config.attention.mode == "dense" else set()
     selects_blocks = config.attention.mode in ("coarse_to_fine", "blocks")
-    understood = {"attention.indexer.rope_layout"} if is_reordered(config, layout.model_type) else set()
     own = {
         k: v
         for k, v in layout.own.items()

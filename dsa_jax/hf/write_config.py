@@ -48,11 +48,15 @@ _OF_THE_RUN = frozenset(
 
 
 class Layout(NamedTuple):
-    """What to write as config.json; `own` are the values, by dotted name, that only this project reads."""
+    """What to write as config.json; `own` are the values, by dotted name, that only this project reads.
+
+    `refused` says why a family that says more to other programs cannot hold the model; empty where none can say more.
+    """
 
     model_type: str
     content: dict[str, Any]
     own: dict[str, Any]
+    refused: str = ""
 
 
 def choose_layout(config: ModelConfig) -> Layout:
@@ -75,18 +79,22 @@ def choose_layout(config: ModelConfig) -> Layout:
             "holds this variant of the indexer and other programs would run another model. Keep the run directory, "
             "which holds it whole."
         )
+    refused = ""
     for model_type in _candidates(config):
         content = family_content(config, model_type)
         try:
             back = parse_config(content, Path("config.json"))
-        except CheckpointError:
+        except CheckpointError as error:
+            refused = refused or f"{model_type} cannot say it ({error})"
             continue
         own = differences(config, back)
         soft = _SOFT | {"attention.indexer.rope_layout"} if is_reordered(config, model_type) else _SOFT
         if own.keys() <= soft:
             if own:
                 content[OWN_FIELD] = own
-            return Layout(model_type, content, own)
+            return Layout(model_type, content, own, refused)
+        unsaid = ", ".join(f"{name} = {value}" for name, value in own.items() if name not in soft)
+        refused = refused or f"{model_type} cannot say {unsaid}"
     content = {
         "model_type": OWN_MODEL_TYPE,
         "torch_dtype": config.param_dtype,
@@ -94,7 +102,7 @@ def choose_layout(config: ModelConfig) -> Layout:
         OWN_FIELD: {"model": to_dict(dataclasses.replace(config, weight_format=PLAIN))},
         **_quantization(config),
     }
-    return Layout(OWN_MODEL_TYPE, content, {})
+    return Layout(OWN_MODEL_TYPE, content, {}, refused)
 
 
 def differences(config: ModelConfig, other: ModelConfig) -> dict[str, Any]:

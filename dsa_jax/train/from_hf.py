@@ -6,7 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from dsa_jax.config import Config, ConfigError, ModelConfig
+from dsa_jax.config import Config, ConfigError, ModelConfig, to_dict
+from dsa_jax.config_io import flatten
 from dsa_jax.data import load_tokenizer
 from dsa_jax.data.tokenizer import Tokenizer
 from dsa_jax.hf import load_pretrained, read_model_config, save_pretrained
@@ -14,7 +15,6 @@ from dsa_jax.hf.tokenizer_files import has_tokenizer_files, tokenizer_name
 from dsa_jax.model import Transformer
 from dsa_jax.parallel.placement import current_mesh
 from dsa_jax.parallel.processes import gather_to_main, on_main
-from dsa_jax.params import parameter_paths
 
 _LOG = logging.getLogger(__name__)
 
@@ -70,7 +70,20 @@ def _merged(ours: ModelConfig, theirs: ModelConfig) -> ModelConfig:
         model.attention.indexer = copy.deepcopy(ours.attention.indexer)
     balance = {name: getattr(ours.moe, name) for name in ("bias_update_rate", "balance_loss_weight")}
     model.moe = dataclasses.replace(theirs.moe, **balance)
+    _say_what_is_ignored(ours, model)
     return model
+
+
+def _say_what_is_ignored(ours: ModelConfig, merged: ModelConfig) -> None:
+    """A recipe's model settings that differ from the checkpoint's, which decides."""
+    asked, usual, used = (flatten(to_dict(model)) for model in (ours, ModelConfig(), merged))
+    ignored = [
+        f"{name}={value!r} (the checkpoint: {used[name]!r})"
+        for name, value in asked.items()
+        if value != usual[name] and value != used[name]
+    ]
+    if ignored:
+        _LOG.warning("settings of the model without effect beside init.hf_dir: model.%s", ", model.".join(ignored))
 
 
 def checkpoint_params(config: Config) -> dict[str, Any]:
@@ -111,10 +124,8 @@ def export_checkpoint(directory: Path, config: Config, params: dict[str, Any], *
     """
     model = copy.deepcopy(config.model)
     model.attention.mode = attention
-    n_tensors = len(parameter_paths(params))
     whole = gather_to_main(params)
     tokenizer: Tokenizer | str = load_tokenizer(config.data.text.tokenizer)
     if not config.data.text_fraction and has_tokenizer_files(config.init.hf_dir):
         tokenizer = config.init.hf_dir
     on_main(lambda: save_pretrained(directory, model, whole, tokenizer=tokenizer))
-    _LOG.info("wrote %d parameters as a Hugging Face checkpoint to %s", n_tensors, directory)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from dsa_jax.config import STAGES as STAGE_ORDER
 from dsa_jax.config import Config, ConfigError
+from dsa_jax.data.tokenizer import NO_TOKENIZER
 from dsa_jax.model import Transformer, build_model, init_params
 from dsa_jax.model.layers import layer_stacks, restacked
 from dsa_jax.model.selection import NSA
@@ -69,9 +70,14 @@ def load_run(directory: Path, *, stage: str | None = None) -> LoadedRun:
     with CheckpointStore(run.checkpoint_dir(name), keep=config.train.keep_checkpoints) as store:
         restored = store.restore(step, with_shardings({"params": abstract}), subset=True)
     config.model.attention.mode = trained_attention(config, name)
+    text, exported = config.data.text, run.path / "hf"
+    is_missing = text.tokenizer not in ("bytes", NO_TOKENIZER) and not Path(text.tokenizer).exists()
+    if is_missing and (exported / "tokenizer.json").is_file():
+        _LOG.info("%s is gone: the tokenizer is the one that was exported to %s", text.tokenizer, exported)
+        text.tokenizer = str(exported)
     saved = restored.meta.get("data") or {}
-    text = saved.get("sha256") or saved.get("corpus")
-    return LoadedRun(config, build_model(config.model), restored.tree["params"], name, step, text)
+    digest = saved.get("sha256") or saved.get("corpus")
+    return LoadedRun(config, build_model(config.model), restored.tree["params"], name, step, digest)
 
 
 def resolve_run(config: Config, workdir: Path) -> Config:

@@ -56,13 +56,14 @@ caption { text-align: left; font-size: .9rem; padding-bottom: .3rem; }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th { font-weight: 600; }
 td:first-child, th:first-child { text-align: left; padding-left: 0; }
+td:last-child { white-space: normal; }
 td.text { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 .facts th { width: 1%; padding-right: 2rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; font-size: .92rem; }
 dt { font-weight: 600; }
 dd { margin: 0; color: var(--soft); }
 figure { margin: .6rem 0 0; padding: .8rem 1rem; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
-figure svg { display: block; width: 100%; height: auto; max-width: var(--width, 100%); }
+figure svg { display: block; width: auto; height: auto; max-width: 100%; }
 figcaption { font-size: .9rem; margin-top: .4rem; }
 details { margin: .5rem 0; font-size: .92rem; }
 summary { cursor: pointer; color: var(--soft); }
@@ -101,10 +102,16 @@ def render_page(report: Mapping[str, Any], entries: Sequence[Mapping[str, Any]])
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """(key, title) of each column of the parity table: those of every table, and what was evaluated beside, tasks first."""
+    """(key, title) of each column of the parity table: those of every table, and what was evaluated beside, tasks first.
+
+    A measure of quality that no row has, such as recall where only text was evaluated, gets no column.
+    """
+    quality = [
+        (key, title) for key, title in COLUMNS[:_N_QUALITY] if key == "name" or any(row.get(key) is not None for row in rows)
+    ]
     tasks = dict.fromkeys(name for row in rows for name in row.get("tasks") or {})
     recall = [_INDEXER_RECALL] if any(row.get("indexer_recall") is not None for row in rows) else []
-    return [*COLUMNS[:_N_QUALITY], *((name, name) for name in tasks), *COLUMNS[_N_QUALITY:], *recall]
+    return [*quality, *((name, name) for name in tasks), *COLUMNS[_N_QUALITY:], *recall]
 
 
 def with_tasks(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,7 +222,7 @@ def _curves(entries: Sequence[Mapping[str, Any]]) -> str:
     if loss:
         parts.append("<h2>Did the model keep learning?</h2>")
         parts.append(
-            _figure(loss, "Training loss by step, one panel per stage", "Loss on training batches, recall and text together.")
+            _figure(loss, "Training loss by step, one panel per stage", "Loss on training batches, all kinds of data together.")
         )
     if kl:
         parts.append("<h2>Did the indexer learn where attention looks?</h2>")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dsa_jax.config import Config, ConfigError, from_dict, to_dict
+from dsa_jax.config_io import flatten
 
 _LOG = logging.getLogger(__name__)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -113,7 +114,7 @@ class RunDirectory:
         updated = current | {
             name: {**(current.get(name) or {}), **value} if isinstance(value, dict) else value for name, value in given.items()
         }
-        before, after = _flatten(current), _flatten(updated)
+        before, after = flatten(current), flatten(updated)
         if any(before[name] and before[name] != after.get(name) for name in before if name.split(".")[0] in given):
             updated["history"] = [*current["history"], _without_history(current)]
         if updated != current:
@@ -198,6 +199,8 @@ def find_run(directory: str | os.PathLike[str]) -> RunDirectory:
         RunError: when it holds none.
     """
     run = RunDirectory(Path(directory), resumed=True)
+    if not run.path.is_dir():
+        raise RunError(f"there is no directory {directory}; expected that of a run, the --workdir of experiments.retrofit.")
     if not run.config_path.is_file():
         raise RunError(
             f"{directory} is not a run directory: it has no config.json. Give the --workdir of experiments.retrofit."
@@ -306,7 +309,7 @@ def make_writable_directory(path: Path, *, flag: str = "workdir") -> None:
 
 def _differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, str]:
     """What is different about each field that is."""
-    there, here = _flatten(recorded), _flatten(wanted)
+    there, here = flatten(recorded), flatten(wanted)
     names = sorted(name for name in there.keys() | here.keys() if there.get(name, "absent") != here.get(name, "absent"))
     return {
         name: f"{name} is {json.dumps(there[name]) if name in there else 'absent'} there and "
@@ -325,13 +328,6 @@ def _require_same_results(path: Path, differences: Mapping[str, str]) -> None:
         f"workdir {path} holds a run of another config: {'; '.join(shown)}. Choose another --workdir, or delete {path} to "
         "start over."
     )
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _record_environment(run: RunDirectory) -> None:

@@ -41,3 +41,12 @@ def test_whole_numbers_and_lists_stand_for_floats_and_tuples():
     config.train.warmup.optimizer.learning_rate = np.float64(1e-3)
     config.eval.rows, config.model = ["dense"], ModelConfig()
     config.validate()
+
+
+def test_a_misspelt_field_of_a_recipe_is_named():
+    config = Config()
+    config.train.warmup.stps = 3
+    with pytest.raises(
+        ConfigError, match=r"train\.warmup\.stps is set, which is no field of StageConfig\. Did you mean 'steps'"
+    ):
+        config.validate()

@@ -149,8 +149,26 @@ def test_missing_recipe_lists_the_available_ones(recipe, monkeypatch):
         ("a.txt", "", r"is no Python file"),
         ("a.py:small", "def get_config(): return None", r"takes no argument\. Leave out ':small'"),
         ("a.py:x", "def get_config(arg=''): raise ValueError('no such size')", r"a\.py:x: no such size"),
+        ("a.py", "def get_config(arg): return None", r"needs an argument\. Give --config=.*a\.py:ARG"),
+        ("a.py", "import nowhere", r"a\.py, line 1: ModuleNotFoundError: No module named 'nowhere'"),
+        ("a.py", "\n\ndef get_config():\n  return 1 +", r"a\.py, line 4: SyntaxError"),
+        ("a.py", "def get_config():\n  return {}.x", r"a\.py, line 2: AttributeError"),
+        ("a.py", "class Ablation: pass\nget_config = Ablation().__class__", r"Ablation.*Sweeps are for experiments\.ablate"),
     ],
-    ids=["no_function", "dict", "suffix", "no_argument", "wrong_argument"],
+    ids=[
+        *(
+            "no_function",
+            "dict",
+            "suffix",
+            "no_argument",
+            "wrong_argument",
+            "missing_argument",
+            "import",
+            "syntax",
+            "attribute",
+        ),
+        "sweep",
+    ],
 )
 def test_file_that_is_no_recipe(tmp_path, name, text, message):
     (tmp_path / name.partition(":")[0]).write_text(text)
@@ -214,7 +232,12 @@ def test_help_lists_every_field_with_its_comment(command):
     text = " ".join(command("--helpfull").stdout.split())
     for name, *_ in _walk(Config):
         assert f"--config.{name}:" in text
-    assert "--config.model.attention.indexer.topk: a whole number, 2048 unless the recipe sets it. K in the paper" in text
+    assert "--config.model.attention.indexer.topk: a whole number, 2048 unless the recipe sets it. k in the paper" in text
+
+
+def test_help_of_a_command_shows_its_shared_flags_and_is_no_error(command):
+    done = command("--help")
+    assert done.returncode == 0 and "--config:" in done.stdout and "see --helpfull" in done.stdout
 
 
 def test_errors_inside_main_are_one_line(capsys, monkeypatch):

@@ -102,6 +102,13 @@ def test_the_smallest_document_can_be_split():
     assert sorted([split.train[0].tolist(), split.held_out[0].tolist()]) == [[7], [END]]
 
 
+def test_another_field_of_jsonl_holds_the_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"content": word}) + "\n" for word in ("abcd", "efgh", "ijkl")))
+    assert texts_of(load(tmp_path, column="content", held_out_fraction=0.5)) == ["abcd", "efgh", "ijkl"]
+    with pytest.raises(ConfigError, match=r'line 1 has no "text" string.*data\.text\.column names'):
+        load(tmp_path)
+
+
 def test_max_tokens_keeps_the_start(tmp_path):
     write_lines(tmp_path / "a.jsonl", ["abcd", "efgh", "ijkl"])
     assert sum(load(tmp_path, max_tokens=8, held_out_fraction=0.5).describe()["n_tokens"].values()) == 8

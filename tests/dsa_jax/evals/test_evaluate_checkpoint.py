@@ -34,6 +34,16 @@ def test_tasks_of_the_command_line_are_evaluated_at_their_length(tmp_path):
     assert by_depth.shape == (4,) and np.isfinite(by_depth).any()
 
 
+def test_text_is_no_longer_than_the_model_has_positions(tmp_path, caplog):
+    directory, asks = checkpoint(tmp_path, 282), recipe()
+    asks.data, asks.eval.text_sequences, asks.eval.text_len = DataConfig(recall_fraction=0.0), 4, 8192
+    limit = small_config("gqa", vocab_size=282).max_positions
+    _, table = evaluate_checkpoint(directory, asks, ("dense",))
+    assert table.position_ends[-1] <= limit and f"eval.text_len is {limit} instead of 8192" in caplog.text
+    with pytest.raises(ConfigError, match=rf"max_positions is {limit}; expected .*\(8192\): eval\.text_len is 8192\. Shorten"):
+        evaluate_checkpoint(directory, asks, ("dense",), overrides=("config.eval.text_len",))
+
+
 def test_rows_that_the_model_lacks_the_weights_for_are_refused_before_any_is_read(tmp_path):
     directory = checkpoint(tmp_path, 282)
     for file in directory.glob("*.safetensors*"):

@@ -147,6 +147,16 @@ def test_where_a_retrofit_goes(case, changes, model_type, tmp_path, caplog):
     assert_same(again.params, loaded.params)
 
 
+def test_why_a_family_that_others_read_cannot_hold_the_model(tmp_path, caplog):
+    indexer = dataclasses.replace(INDEXER, rope_dim=4)
+    loaded = load_pretrained(
+        write_checkpoint(tmp_path / "dense", config_of("deepseek_v3")), indexer=indexer, attention="sparse"
+    )
+    assert loaded.config.attention.qk_rope_head_dim != 4
+    save_pretrained(tmp_path / "sparse", loaded.config, loaded.params)
+    assert "deepseek_v32 cannot say attention.indexer.rope_dim = 4" in caplog.text
+
+
 def test_a_shared_indexer_that_rotates_halves_is_written_interleaved(tmp_path):
     indexer = dataclasses.replace(INDEXER, n_heads=2, head_dim=10, rope_dim=8, layer_types=("full", "full", "shared"))
     loaded = load_pretrained(write_checkpoint(tmp_path / "dense", config_of("deepseek_v3")), indexer=indexer)
