@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import jax
-
 from dsa_jax.config import ModelConfig
-from dsa_jax.model import build_model, init_params
+from dsa_jax.model import abstract_params, build_model
 from dsa_jax.params import is_indexer_path, is_nsa_path, parameter_paths
 
 PHASES = ("prefill", "decode")
@@ -95,7 +93,7 @@ def active_weights(config: ModelConfig) -> Weights:
     Native sparse attention's own are left out, as its cost is not modelled.
     """
     model = build_model(config)
-    shapes = parameter_paths(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
+    shapes = parameter_paths(abstract_params(model))
     moe = config.moe
     totals = {True: 0.0, False: 0.0}
     for path, leaf in shapes.items():

@@ -10,7 +10,7 @@ from dsa_jax.config import STAGES as STAGE_ORDER
 from dsa_jax.config import Config, ConfigError
 from dsa_jax.data.batch import Batch
 from dsa_jax.generation.programs import Mode, Sampling, State, decode
-from dsa_jax.model import Transformer, build_model, init_params
+from dsa_jax.model import abstract_params, build_model
 from dsa_jax.parallel.ambient import ROWS
 from dsa_jax.parallel.check import check_stage
 from dsa_jax.parallel.placement import shardings_of
@@ -36,11 +36,6 @@ class Program(NamedTuple):
 
     function: Any
     arguments: tuple[Any, ...]
-
-
-def abstract_params(model: Transformer) -> dict[str, Any]:
-    """Shapes and dtypes of the parameters."""
-    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
 
 
 def step_program(config: Config, step: str, mesh: Mesh, decode_shape: DecodeShape) -> Program:

@@ -22,7 +22,7 @@ from dsa_jax.hf.plan import Source, check_blocks, count_mtp_layers, describe_rou
 from dsa_jax.hf.read_config import read_model_config, stated_dtype
 from dsa_jax.hf.tokenizer_files import load_checkpoint_tokenizer
 from dsa_jax.hf.weights import Weights, read_json
-from dsa_jax.model import Transformer, build_model, init_params
+from dsa_jax.model import Transformer, abstract_params, build_model, init_params
 from dsa_jax.model_config import FP8_BLOCKS, PLAIN, IndexerConfig, ModelConfig, NSAConfig
 from dsa_jax.parallel.placement import placement_on, spread
 from dsa_jax.parallel.rules import check_divisible
@@ -100,7 +100,7 @@ def load_pretrained(
     if attention is not None:
         config.attention.mode = attention
     model = build_model(config)
-    abstract = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    abstract = abstract_params(model)
     where = placement
     if mesh is not None and placement is None:
         check_divisible(abstract, mesh.shape)

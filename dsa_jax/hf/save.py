@@ -25,7 +25,7 @@ from dsa_jax.hf.safetensors_file import TensorToWrite, write_file
 from dsa_jax.hf.tokenizer_files import BYTES_FIELD, TOKENIZER_FILES, copy_tokenizer_files, has_tokenizer_files
 from dsa_jax.hf.weights import INDEX_FILE, SINGLE_FILE, read_json
 from dsa_jax.hf.write_config import Layout, choose_layout
-from dsa_jax.model import build_model, init_params, layer_stacks
+from dsa_jax.model import abstract_params, build_model, layer_stacks
 from dsa_jax.model_config import FP8_BLOCKS, ModelConfig
 from dsa_jax.params import is_block_scales_path, parameter_paths
 
@@ -111,7 +111,7 @@ def save_pretrained(
 def _checked_leaves(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters by path, each of the shape and type that the config asks for."""
     model = build_model(config)
-    expected = parameter_paths(jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0)))
+    expected = parameter_paths(abstract_params(model))
     leaves = parameter_paths(params)
     problems = [f"{path} is missing" for path in expected if path not in leaves]
     problems += [f"{path} belongs to no part of it" for path in leaves if path not in expected]

@@ -1,6 +1,6 @@
 """The transformer: MLA or GQA, with a lightning indexer, dense or mixture-of-experts MLPs."""
 
-from dsa_jax.model.build import build_model, init_params
+from dsa_jax.model.build import abstract_params, build_model, init_params
 from dsa_jax.model.layers import LayerStack, layer_stacks
 from dsa_jax.model.outputs import ModelOutput, MoEStatistics
 from dsa_jax.model.router import updated_score_bias
@@ -12,6 +12,7 @@ __all__ = [
     "MoEStatistics",
     "ModelOutput",
     "Transformer",
+    "abstract_params",
     "attention_modes",
     "build_model",
     "init_params",

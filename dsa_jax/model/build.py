@@ -65,6 +65,11 @@ def init_params(model: Transformer, key: PRNGKeyArray) -> dict[str, Any]:
     return _init_params(model, key)
 
 
+def abstract_params(model: Transformer) -> dict[str, Any]:
+    """Shapes and dtypes of the parameters; nothing is allocated."""
+    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _init_params(model: Transformer, key: PRNGKeyArray) -> dict[str, Any]:
     with no_mesh():  # the single token that shapes are drawn from cannot be split

@@ -2,10 +2,8 @@
 
 import math
 
-import jax
-
 from dsa_jax.config import STAGES, Config, ConfigError
-from dsa_jax.model import build_model, init_params
+from dsa_jax.model import abstract_params, build_model
 from dsa_jax.parallel.mesh import BATCH_AXES
 from dsa_jax.parallel.rules import check_divisible
 
@@ -32,7 +30,7 @@ def check_layout(config: Config) -> None:
             raise ConfigError(f"parallel.expert is {sizes['expert']}, but the model has no experts. Use fsdp or data instead.")
         _multiple("model.moe.n_routed_experts", moe.n_routed_experts, "expert", sizes["expert"])
     model = build_model(config.model)
-    check_divisible(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), sizes)
+    check_divisible(abstract_params(model), sizes)
 
     for name in STAGES:
         if getattr(config.train, name).steps:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from dsa_jax.config import STAGES as STAGE_ORDER
 from dsa_jax.config import Config, ConfigError
 from dsa_jax.data.tokenizer import NO_TOKENIZER
-from dsa_jax.model import Transformer, build_model, init_params
+from dsa_jax.model import Transformer, abstract_params, build_model, init_params
 from dsa_jax.model.layers import layer_stacks, restacked
 from dsa_jax.model.selection import NSA
 from dsa_jax.parallel.placement import current_mesh, with_shardings
@@ -64,7 +64,7 @@ def load_run(directory: Path, *, stage: str | None = None) -> LoadedRun:
             f"{directory} holds no usable checkpoint {wanted}under checkpoints/. Run experiments.retrofit there first."
         )
     name, step = newest
-    abstract = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    abstract = abstract_params(model)
     if mesh := current_mesh():
         check_divisible(abstract, mesh.shape)
     with CheckpointStore(run.checkpoint_dir(name), keep=config.train.keep_checkpoints) as store:
@@ -114,7 +114,7 @@ def initial_params(config: Config, model: Transformer, *, abstract: bool = False
             trained under another attention than the config says.
     """
     if abstract:
-        return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+        return abstract_params(model)
     if config.init.hf_dir:
         return checkpoint_params(config)
     fresh = init_params(model, jax.random.key(config.seed))

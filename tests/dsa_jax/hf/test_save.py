@@ -7,17 +7,17 @@ import json
 import logging
 import os
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
-from dsa_jax import build_model, init_params, load_pretrained, save_pretrained
+from dsa_jax import build_model, load_pretrained, save_pretrained
 from dsa_jax.config import AttentionConfig, IndexerConfig, ModelConfig, MoEConfig, RopeConfig
 from dsa_jax.hf import CheckpointError
 from dsa_jax.hf import save as save_module
 from dsa_jax.hf.write_config import choose_layout
+from dsa_jax.model import abstract_params
 from dsa_jax.params import nested_parameters, parameter_paths
 from tests.dsa_jax.hf.tiny import CASES, config_of, read_tensors, tensors_of, write_checkpoint
 
@@ -32,7 +32,7 @@ def drawn(config, seed=0):
     """Parameters of a config, drawn with numpy."""
     rng = np.random.default_rng(seed)
     model = build_model(config)
-    shapes = parameter_paths(jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0)))
+    shapes = parameter_paths(abstract_params(model))
     return nested_parameters({path: jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype) for path, leaf in shapes.items()})
 
 

@@ -1,10 +1,9 @@
 """Parameters in fp8 blocks whose scales differ, and what they stand for, element by element along the definition."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsa_jax.model import build_model, init_params
+from dsa_jax.model import abstract_params, build_model
 from dsa_jax.params import nested_parameters, parameter_paths
 from pallas_kernels.quantize import QuantizedBlocks
 from tests.dsa_jax.model.small import small_config
@@ -28,7 +27,7 @@ def meaning(blocks):
 def in_fp8(kind, **fields):
     """(model, parameters) of `small_config` in fp8 blocks; what is not in fp8 is drawn as well."""
     model = build_model(small_config(kind, weight_format="fp8_blocks", **fields))
-    shapes = parameter_paths(jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0)))
+    shapes = parameter_paths(abstract_params(model))
     rng = np.random.default_rng(1)
     params = {}
     for seed, (path, leaf) in enumerate(shapes.items()):

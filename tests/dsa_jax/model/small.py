@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsa_jax.config import AttentionConfig, IndexerConfig, ModelConfig, MoEConfig, RopeConfig
-from dsa_jax.model import build_model, init_params
+from dsa_jax.model import abstract_params, build_model
 from dsa_jax.params import nested_parameters, parameter_paths
 
 VOCAB = 64
@@ -60,7 +60,7 @@ def drawn(model):
         spread = {"kernel": 0.15, "embedding": 1.0}.get(path.split("/")[-1], 0.05)
         return noise * spread + (1 if path.endswith("scale") else 0)
 
-    shapes = parameter_paths(jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0)))
+    shapes = parameter_paths(abstract_params(model))
     return nested_parameters({path: draw(path, leaf) for path, leaf in shapes.items()})
 
 

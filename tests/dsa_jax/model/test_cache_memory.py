@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from dsa_jax.config import AttentionConfig, IndexerConfig, ModelConfig
-from dsa_jax.model import build_model, init_params
+from dsa_jax.model import abstract_params, build_model
 
 ROWS, CAPACITY, LAYERS = 2, 16384, 8
 
@@ -27,7 +27,7 @@ def step(kind, dtype, attention, length):
         result = model.apply({"params": params}, input_ids, n_new, cache, attention=attention, method="extend")
         return result.logits, result.cache
 
-    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    params = abstract_params(model)
     cache = jax.eval_shape(lambda: model.init_cache(ROWS, CAPACITY, dtype=dtype, page_size=64))
     ids, n_new = jax.ShapeDtypeStruct((ROWS, length), jnp.int32), jax.ShapeDtypeStruct((ROWS,), jnp.int32)
     program = jax.jit(extend, donate_argnums=3).lower(params, ids, n_new, cache).compile()

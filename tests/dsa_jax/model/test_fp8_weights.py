@@ -8,7 +8,7 @@ import pytest
 from dsa_jax.config import AttentionConfig, Config, ConfigError, ModelConfig, MoEConfig
 from dsa_jax.dryrun import summarize
 from dsa_jax.generation import generate
-from dsa_jax.model import build_model, init_params
+from dsa_jax.model import abstract_params, build_model
 from dsa_jax.model.grouped_matmul import grouped_matmul
 from dsa_jax.model.linear import Linear
 from dsa_jax.params import count_parameters, parameter_paths
@@ -148,7 +148,7 @@ def test_a_decode_step_holds_one_layer_and_widens_less():
         result = model.apply({"params": params}, input_ids, n_new, cache, method="extend")
         return result.logits, result.cache
 
-    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    params = abstract_params(model)
     cache = jax.eval_shape(lambda: model.init_cache(1, 64))
     ids, n_new = jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
     memory = jax.jit(extend, donate_argnums=3).lower(params, ids, n_new, cache).compile().memory_analysis()

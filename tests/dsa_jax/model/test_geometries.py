@@ -2,15 +2,14 @@
 
 import importlib
 
-import jax
 import pytest
 
-from dsa_jax.model import build_model, init_params, layer_stacks
+from dsa_jax.model import abstract_params, build_model, layer_stacks
 from dsa_jax.params import is_block_scales_path, is_indexer_path, is_score_bias_path, parameter_paths
 
 
 def abstract_parameters(config):
-    return parameter_paths(jax.eval_shape(lambda key: init_params(build_model(config), key), jax.random.key(0)))
+    return parameter_paths(abstract_params(build_model(config)))
 
 
 def total(paths, rule=lambda path: True):

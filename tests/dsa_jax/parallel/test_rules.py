@@ -3,20 +3,16 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from configs import deepseek_v32, llama3_8b
-from dsa_jax import build_model, init_params
 from dsa_jax.config import AXES, ConfigError, ParallelConfig
+from dsa_jax.model import abstract_params, build_model
 from dsa_jax.parallel.mesh import make_mesh
 from dsa_jax.parallel.rules import check_divisible, parameter_spec, parameter_specs
 from tests.dsa_jax.model.small import built
 
 
-def abstract(model):
-    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-
-
 @pytest.fixture(scope="module")
 def v32():
-    return abstract(build_model(deepseek_v32.get_config().model))
+    return abstract_params(build_model(deepseek_v32.get_config().model))
 
 
 @pytest.mark.parametrize("kind", ["gqa_qwen", "mla", "mla_plain"])
@@ -73,6 +69,6 @@ def test_sizes_that_do_not_divide_are_named(v32):
     check_divisible(v32, ParallelConfig(preset="fsdp2_tp2_cp2").sizes())
     with pytest.raises(ConfigError, match=r"parallel.expert is 3, .*experts/[\w/]+ with shape \(58, 256"):
         check_divisible(v32, ParallelConfig(expert=3).sizes())
-    llama = abstract(build_model(llama3_8b.get_config().model))
+    llama = abstract_params(build_model(llama3_8b.get_config().model))
     with pytest.raises(ConfigError, match=r"parallel\.tensor is 5"):
         check_divisible(llama, ParallelConfig(tensor=5).sizes())
