@@ -199,9 +199,14 @@ class StageConfig:
         return self.seq_len
 
     @property
+    def lengths(self) -> set[int]:
+        """The sequence lengths that steps may have, in tokens."""
+        return {self.seq_len, *(length for _, length in self.curriculum)}
+
+    @property
     def longest(self) -> int:
         """The longest sequence of any step, in tokens."""
-        return max(self.seq_len, *(length for _, length in self.curriculum), 0)
+        return max(self.lengths)
 
     def validate(self, prefix: str) -> None:
         not_negative(f"{prefix}.steps", self.steps)

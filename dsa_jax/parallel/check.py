@@ -52,7 +52,7 @@ def check_stage(config: Config, name: str) -> None:
     stage, sizes = getattr(config.train, name), config.parallel.sizes()
     n_parts = math.prod(sizes[axis] for axis in BATCH_AXES)
     _multiple(f"train.{name}.batch_size / accumulation", stage.batch_size // stage.accumulation, _ROWS, n_parts)
-    for length in {stage.seq_len, *(length for _, length in stage.curriculum)}:
+    for length in stage.lengths:
         _multiple(f"train.{name}.seq_len", length, "2 x context", 2 * sizes["context"], only_if=sizes["context"] > 1)
 
 

@@ -183,9 +183,7 @@ def check_lengths(config: Config, train_data: TrainData, eval_data: EvalData) ->
     """
     for name in STAGE_ORDER:
         stage = getattr(config.train, name)
-        for seq_len in (
-            {stage.seq_len_at(step) for step in (0, *(until for until, _ in stage.curriculum))} if stage.steps else ()
-        ):
+        for seq_len in stage.lengths if stage.steps else ():
             train_data.check(batch_size=stage.batch_size, seq_len=seq_len)
     eval_data.check(config.eval)
 
