@@ -1,18 +1,23 @@
 """What every part of the configuration checks with, and the error that all of them raise."""
 
 import difflib
+from collections.abc import Iterable
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be run: the message names the field, its value, what was expected and what to do."""
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error message, " Did you mean 'nearest'?"; empty where no name of `known` is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Require `value` to be one of `allowed`; the error names the nearest of them."""
     if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(allowed)}.{hint}")
+        raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(allowed)}.{did_you_mean(str(value), allowed)}")
 
 
 def positive(name: str, value: int | float) -> None:

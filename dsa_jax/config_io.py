@@ -1,12 +1,11 @@
-"""Configuration to nested dicts of JSON values, and back."""
+"""Configuration to nested dicts of JSON values and back, and its fields by dotted path."""
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from dsa_jax.config_checks import ConfigError
+from dsa_jax.config_checks import ConfigError, did_you_mean
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -26,9 +25,7 @@ def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
     arguments: dict[str, Any] = {}
     for name, value in values.items():
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{cls.__name__} has no field {name!r}.{hint}")
+            raise ConfigError(f"{cls.__name__} has no field {name!r}.{did_you_mean(name, fields)}")
         kind = fields[name].type
         if dataclasses.is_dataclass(kind):
             arguments[name] = from_dict(kind, value)  # type: ignore[arg-type]
@@ -39,11 +36,31 @@ def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested objects as one, by dotted name."""
+    """The values of nested mappings by dotted name, each name after `prefix`; an empty mapping leaves nothing."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat
+
+
+def set_field(config: Any, path: str, value: Any) -> None:
+    """Set the field of a config at a dotted path.
+
+    Raises:
+        ConfigError: where there is none, with the nearest name of that section.
+    """
+    *parents, name = path.split(".")
+    node = config
+    for part in parents:
+        node = getattr(node, _known(node, part, path))
+    setattr(node, _known(node, name, path), value)
+
+
+def _known(node: Any, name: str, path: str) -> str:
+    names = [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
+    if name not in names:
+        raise ConfigError(f"there is no config field {path}: {name!r} is unknown.{did_you_mean(name, names)}")
+    return name
 
 
 def check_kinds(config: Any, prefix: str = "") -> None:
@@ -54,8 +71,7 @@ def check_kinds(config: Any, prefix: str = "") -> None:
     """
     fields = [field.name for field in dataclasses.fields(config)]
     if others := sorted(vars(config).keys() - fields):
-        near = difflib.get_close_matches(others[0], fields, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(others[0], fields)
         raise ConfigError(f"{prefix}{others[0]} is set, which is no field of {type(config).__name__}.{hint}")
     for field in dataclasses.fields(config):
         name, value = f"{prefix}{field.name}", getattr(config, field.name)

@@ -1,9 +1,8 @@
 """Which implementation of each op of attention a model runs, written as one setting."""
 
-import difflib
 from typing import NamedTuple
 
-from dsa_jax.config_checks import ConfigError
+from dsa_jax.config_checks import ConfigError, did_you_mean
 
 AUTO = "auto"
 
@@ -53,8 +52,7 @@ def parse_implementations(field: str, text: str) -> Implementations:
         for part in text.split(","):
             op, _, name = (x.strip() for x in part.partition("="))
             if op not in Implementations._fields:
-                near = difflib.get_close_matches(op, Implementations._fields, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
+                hint = did_you_mean(op, Implementations._fields)
                 raise ConfigError(f"{field} names the op {op!r}; expected one of {', '.join(Implementations._fields)}.{hint}")
             if op in chosen:
                 raise ConfigError(f"{field} names {op} twice; expected each op once.")

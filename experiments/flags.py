@@ -27,6 +27,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from dsa_jax.config import Config, ConfigError
+from dsa_jax.config_io import set_field
 from dsa_jax.extras import MissingExtraError
 from dsa_jax.hf import CheckpointError
 from dsa_jax.train.rundir import RunError
@@ -71,11 +72,7 @@ class ConfigFlag:
         """
         config = load_config(self._file.value, self._kind)
         for name, text in self._overrides().items():
-            *parents, field = name.removeprefix("config.").split(".")
-            node = config
-            for parent in parents:
-                node = getattr(node, parent)
-            setattr(node, field, parse_value(name, text, self._fields[name]))
+            set_field(config, name.removeprefix("config."), parse_value(name, text, self._fields[name]))
         return config
 
 

@@ -1,8 +1,6 @@
 """What a sweep is: a question, a base recipe, and variants of it."""
 
 import copy
-import dataclasses
-import difflib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -11,6 +9,7 @@ from typing import Any
 
 from dsa_jax.config import Config, ConfigError, IndexerConfig, ModelConfig, NSAConfig, StageConfig, to_dict
 from dsa_jax.config_checks import random_seed
+from dsa_jax.config_io import flatten, set_field
 
 
 @dataclass(frozen=True)
@@ -100,39 +99,10 @@ class Ablation:
                 )
 
 
-def set_field(config: Config, path: str, value: Any) -> None:
-    """Set the field at a dotted path.
-
-    Raises:
-        ConfigError: where there is none, with the nearest name of that section.
-    """
-    *parents, name = path.split(".")
-    node: Any = config
-    for part in parents:
-        node = getattr(node, _known(node, part, path))
-    setattr(node, _known(node, name, path), value)
-
-
-def _known(node: Any, name: str, path: str) -> str:
-    names = [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"there is no config field {path}: {name!r} is unknown.{hint}")
-    return name
-
-
 def differences(config: Config, default: Config | None = None) -> dict[str, Any]:
     """The fields of `config` that are not at their defaults, by dotted path; what a new field changes nothing about."""
-    ours, theirs = (dict(_leaves(to_dict(c))) for c in (config, default or Config()))
+    ours, theirs = (flatten(to_dict(c)) for c in (config, default or Config()))
     return {path: value for path, value in ours.items() if value != theirs.get(path)}
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    leaves: list[tuple[str, Any]] = []
-    for name, value in values.items():
-        leaves += _leaves(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(f"{prefix}{name}", value)]
-    return leaves
 
 
 def evaluation_config(config: Config, variant: Variant) -> Config:

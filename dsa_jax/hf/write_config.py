@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsa_jax.config_io import to_dict
+from dsa_jax.config_io import flatten, to_dict
 from dsa_jax.hf.errors import CheckpointError
 from dsa_jax.hf.families import FAMILIES, OWN_FIELD, OWN_MODEL_TYPE
 from dsa_jax.hf.index_rope import is_reordered
@@ -107,7 +107,7 @@ def choose_layout(config: ModelConfig) -> Layout:
 
 def differences(config: ModelConfig, other: ModelConfig) -> dict[str, Any]:
     """Values of `config`, by dotted name, where `other` computes something else; what neither uses does not count."""
-    mine, theirs = _flat(to_dict(_canonical(config))), _flat(to_dict(_canonical(other)))
+    mine, theirs = flatten(to_dict(_canonical(config))), flatten(to_dict(_canonical(other)))
     return {name: value for name, value in mine.items() if name not in _OF_THE_RUN and value != theirs[name]}
 
 
@@ -274,10 +274,3 @@ def _canonical_rope(rope: RopeConfig) -> RopeConfig:
     elif not canonical.mscale_all_dim and canonical.mscale != 1.0:
         canonical.attention_factor, canonical.mscale = yarn_mscale(rope.factor, rope.mscale), 1.0
     return canonical
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat

@@ -6,6 +6,7 @@ from html import escape
 from typing import Any
 
 from dsa_jax.config import STAGES
+from dsa_jax.config_io import flatten
 from dsa_jax.data.tasks import TASKS
 from dsa_jax.train import plots
 
@@ -253,10 +254,11 @@ def _stages(stages: Mapping[str, Mapping[str, Any]]) -> str:
 def _facts(title: str, facts: Any) -> str:
     if not facts:
         return ""
-    values = _flatten(facts) if isinstance(facts, Mapping) else [("", facts)]
+    values = flatten(facts) if isinstance(facts, Mapping) else {"": facts}
     cells = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td class="text">{escape("-" if value is None else str(value))}</td></tr>'
-        for name, value in values
+        for name, value in values.items()
+        if value != []
     )
     return f'<h2>{title}</h2>\n<div class="scroll"><table class="facts">{cells}</table></div>'
 
@@ -294,16 +296,6 @@ def _definitions(pairs: Sequence[tuple[str, str]]) -> str:
     return (
         f"<dl>{''.join(f'<dt>{escape(term)}</dt><dd>{escape(meaning)}</dd>' for term, meaning in pairs)}</dl>" if pairs else ""
     )
-
-
-def _flatten(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    flat: list[tuple[str, Any]] = []
-    for name, value in facts.items():
-        if isinstance(value, Mapping):
-            flat += _flatten(value, f"{prefix}{name}.")
-        elif value != []:
-            flat.append((f"{prefix}{name}", value))
-    return flat
 
 
 def _listed(parts: Sequence[str]) -> str:
