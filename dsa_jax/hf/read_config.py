@@ -16,6 +16,7 @@ from dsa_jax.hf.config_fields import Fields
 from dsa_jax.hf.errors import CheckpointError
 from dsa_jax.hf.families import FAMILIES, HARMLESS, OWN_FIELD, OWN_MODEL_TYPE, UNSUPPORTED, Family
 from dsa_jax.hf.fp8 import block_size
+from dsa_jax.hf.names import EMBEDDING
 from dsa_jax.hf.rope_fields import read_rope
 from dsa_jax.hf.weights import Weights, read_json
 from dsa_jax.model.rope import rope_from_config, rotary_magnitude
@@ -24,7 +25,6 @@ from dsa_jax.model_config import AttentionConfig, IndexerConfig, ModelConfig, Mo
 _LOG = logging.getLogger(__name__)
 _DTYPES = {"float32": "float32", "float": "float32", "bfloat16": "bfloat16", "float16": "float32", "half": "float32"}
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float32"}
-_EMBEDDING = "model.embed_tokens.weight"
 
 
 def read_model_config(directory: str | Path) -> ModelConfig:
@@ -333,5 +333,5 @@ def _stored_dtype(directory: Path, content: dict[str, Any]) -> str:
     if content.get("quantization_config"):
         return "bfloat16"
     with Weights(directory) as weights:
-        info = weights.tensors.get(_EMBEDDING)
+        info = weights.tensors.get(EMBEDDING)
     return _STORED.get(info.dtype, "float32") if info else "float32"

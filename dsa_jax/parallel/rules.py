@@ -50,11 +50,6 @@ def parameter_spec(path: str) -> PartitionSpec:
     raise ValueError(f"no sharding rule matches {path!r}. Add one to dsa_jax/parallel/rules.py.")
 
 
-def parameter_specs(params: Mapping[str, Any]) -> dict[str, PartitionSpec]:
-    """`parameter_spec` of every leaf, by path."""
-    return {path: parameter_spec(path) for path in parameter_paths(params)}
-
-
 def check_divisible(params: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
     """Make sure that every split axis has a multiple of its number of devices. Leaves may be abstract.
 

@@ -59,15 +59,15 @@ class MetricsLog:
         """Append one step's seconds, rates and the like; raises as `log` does."""
         self._append(self.timing_path, stage, step, values)
 
-    def truncate_after(self, stage_order: Sequence[str], stage: str | None, step: int) -> None:
-        """Drop every entry that comes after `step` of `stage`; `stage` None drops all. Call it when a run resumes.
+    def truncate_after(self, stage_order: Sequence[str], stage: str, step: int) -> None:
+        """Drop every entry that comes after `step` of `stage`. Call it when a run resumes.
 
         The rewritten file replaces the old one atomically.
 
         Raises:
             RunError: for an entry of a stage that is not in `stage_order`.
         """
-        last = (stage_order.index(stage), step) if stage is not None else (-1, 0)
+        last = (stage_order.index(stage), step)
 
         def comes_later(entry: Mapping[str, Any]) -> bool:
             if entry["stage"] not in stage_order:
@@ -139,7 +139,7 @@ class NoMetrics(MetricsLog):
     def log_timing(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
         """Do nothing."""
 
-    def truncate_after(self, stage_order: Sequence[str], stage: str | None, step: int) -> None:
+    def truncate_after(self, stage_order: Sequence[str], stage: str, step: int) -> None:
         """Do nothing."""
 
 

@@ -1,4 +1,4 @@
-"""Named shapes of the index scores and the selection, shared by tests and benchmarks."""
+"""Named shapes of the index scores and the selection, shared by their tests."""
 
 from typing import NamedTuple
 
@@ -23,6 +23,3 @@ TEST_SHAPES = {
     "topk_beyond_context": IndexShape(2, 7, 9, 2, 4, 16),
     "several_chunks_and_blocks": IndexShape(1, 700, 2600, 2, 4, 33),
 }
-
-DEEPSEEK_V32 = IndexShape(1, 4096, 4096, 64, 128, 2048)
-CPU_LAYER = IndexShape(1, 16384, 16384, 8, 32, 512)

@@ -1,4 +1,4 @@
-"""Named shapes of the indexer loss, shared by tests and benchmarks."""
+"""Named shapes of the indexer loss, shared by its tests."""
 
 from typing import NamedTuple
 
@@ -25,6 +25,3 @@ TEST_SHAPES = {
     "grouped": LossShape(1, 19, 23, 2, 4, 4, 2, 6, 40),
     "several_chunks_and_blocks": LossShape(1, 300, 1100, 2, 4, 2, 2, 4, 33),
 }
-
-DEEPSEEK_V32 = LossShape(1, 4096, 4096, 64, 128, 128, 1, 576, 2048)
-CPU_LAYER = LossShape(1, 16384, 16384, 8, 32, 32, 1, 160, 512)

@@ -28,4 +28,3 @@ TEST_SHAPES = {
 
 DEEPSEEK_V32 = AttentionShape(1, 4096, 4096, 128, 1, 576, None, 512, 2048)
 LLAMA3_8B = AttentionShape(1, 4096, 4096, 32, 8, 128, 128, None, 2048)
-CPU_LAYER = AttentionShape(1, 16384, 16384, 32, 1, 160, None, 128, 512)

@@ -9,7 +9,7 @@ import pytest
 from ops_helpers import IMPLEMENTATIONS, assert_close, clipped, in_float64, normal, ranges
 
 import pallas_kernels as pk
-from pallas_kernels.dense_attention.shapes import TEST_SHAPES
+from pallas_kernels.sparse_attention.shapes import TEST_SHAPES
 
 
 def inputs(shape, seed=0):

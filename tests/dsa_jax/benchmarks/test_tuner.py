@@ -137,7 +137,7 @@ def test_unfit_file(tmp_path):
 
 
 @pytest.mark.slow
-def test_through_a_real_kernel(tmp_path, monkeypatch):
+def test_through_a_real_kernel(tmp_path):
     table = tmp_path / "table.json"
     options = {"table": table, "log": tmp_path / "log.jsonl", "command": "made up", "limit": 2, "interpreted": True}
     (entry,) = tuner.run("index_scores", ["laptop"], "pallas", **options)

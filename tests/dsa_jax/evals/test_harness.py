@@ -87,7 +87,7 @@ def test_long_context_loses_its_beginning(pretrained):
         short._pair("a", "0123456789")
 
 
-def test_generation_stops_at_the_first_stop_string(pretrained, scorer):
+def test_generation_stops_at_the_first_stop_string(scorer):
     free = scorer.generate_until([Instance(("abc", {"until": [], "max_gen_toks": 6}))])[0]
     assert free
     requests = [

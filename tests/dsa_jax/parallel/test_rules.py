@@ -6,8 +6,13 @@ from configs import deepseek_v32, llama3_8b
 from dsa_jax.config import AXES, ConfigError, ParallelConfig
 from dsa_jax.model import abstract_params, build_model
 from dsa_jax.parallel.mesh import make_mesh
-from dsa_jax.parallel.rules import check_divisible, parameter_spec, parameter_specs
+from dsa_jax.parallel.rules import check_divisible, parameter_spec
+from dsa_jax.params import parameter_paths
 from tests.dsa_jax.model.small import built
+
+
+def parameter_specs(params):
+    return {path: parameter_spec(path) for path in parameter_paths(params)}
 
 
 @pytest.fixture(scope="module")

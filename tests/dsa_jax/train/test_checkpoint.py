@@ -204,7 +204,7 @@ def test_full_disk_is_one_clear_error_and_earlier_checkpoints_stay(store, capfd)
     assert store.latest_valid() == 2
 
 
-def test_crash_before_the_manifest_leaves_the_one_before(store, monkeypatch, caplog):
+def test_crash_before_the_manifest_leaves_the_one_before(store, monkeypatch):
     save(store, 1)
 
     def crash(path, text):

@@ -73,7 +73,7 @@ def test_truncation_covers_later_stages_and_the_timing(tmp_path):
         log.truncate_after(STAGES, "pretrain", 10)
     assert steps(path) == steps(log.timing_path) == [("pretrain", 10)]
     with MetricsLog(path) as log:
-        log.truncate_after(STAGES, None, 0)
+        log.truncate_after(STAGES, "pretrain", 0)
         assert steps(path) == []
         log.log("pretrain", 1, {})
     assert steps(path) == [("pretrain", 1)]
