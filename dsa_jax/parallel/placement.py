@@ -1,6 +1,7 @@
 """Putting parameters, optimizer state and batches where the rules say."""
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -50,7 +51,8 @@ def leaf_spec(path: str, leaf: Any) -> PartitionSpec:
 
 def specs_of(tree: Any) -> Any:
     """`leaf_spec` of every leaf, in the structure of `tree`; leaves may be abstract."""
-    return jax.tree_util.tree_map_with_path(lambda keys, leaf: leaf_spec(_joined(keys), leaf), tree)
+    joined = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return jax.tree_util.tree_map_with_path(lambda keys, leaf: leaf_spec(joined(keys), leaf), tree)
 
 
 def shardings_of(tree: Any, mesh: Mesh) -> Any:
@@ -111,7 +113,3 @@ def place_batch(batch: Any) -> Any:
     if mesh is None:
         return batch
     return jax.tree.map(lambda rows: spread(rows, NamedSharding(mesh, ROWS)), batch)
-
-
-def _joined(keys: tuple[Any, ...]) -> str:
-    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)

@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dsa_jax.parallel.processes import is_main, on_main
+from dsa_jax.params import nested_parameters
 from dsa_jax.train.rundir import RunDirectory, RunError, atomic_write_text
 
 _LOG = logging.getLogger(__name__)
@@ -98,7 +99,9 @@ class CheckpointStore:
             self._pending = (step, specs)
             self._checkpointer.save(
                 target,
-                args=ocp.args.Composite(state=ocp.args.PyTreeSave(_nest(leaves)), meta=ocp.args.JsonSave(dict(meta))),
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(nested_parameters(leaves)), meta=ocp.args.JsonSave(dict(meta))
+                ),
             )
         except Exception as error:
             raise self._failed(step, error) from error
@@ -164,7 +167,7 @@ class CheckpointStore:
         if problem := on_main(lambda: None if step in self._verified else self._problem(step)):
             raise CheckpointError(f"checkpoint {self.directory / str(step)} is damaged: {problem}.")
         self._verified.add(step)
-        targets = _nest({path: _restore_target(leaf) for path, leaf in leaves.items()})
+        targets = nested_parameters({path: _restore_target(leaf) for path, leaf in leaves.items()})
         arguments = ocp.args.PyTreeRestore(
             item=targets, restore_args=ocp.checkpoint_utils.construct_restore_args(targets), partial_restore=subset
         )
@@ -315,17 +318,6 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
             raise ValueError(f"two leaves of the tree share the path {path!r}, or a name in it is empty.")
         named[path] = leaf
     return named
-
-
-def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = nested
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return nested
 
 
 def _storable(path: str, leaf: Any) -> Any:
