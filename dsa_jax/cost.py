@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from dsa_jax.config import ModelConfig
+from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.model import abstract_params, build_model
 from dsa_jax.params import is_indexer_path, is_nsa_path, parameter_paths
+from pallas_kernels.quantize import latent_row_bytes, vector_row_bytes
 
 PHASES = ("prefill", "decode")
 ATTENTIONS = ("dense", "sparse")
-FP8_SCALE_BYTES = 4
-FP8_TILE = 128
+N_POINTS = 512
+"""Steps from the first to the last position of a curve."""
 _BY_PHASE = ("linear", "dense", "index", "sparse")
 
 
@@ -75,6 +76,16 @@ Fitted to that figure, hence agreement with it is no test of them; that they lie
 """
 
 
+def require_indexer(config: ModelConfig) -> None:
+    """Make sure that there is sparse attention to compare with dense attention.
+
+    Raises:
+        ConfigError: when the model has no indexer.
+    """
+    if not config.attention.indexer.enabled:
+        raise ConfigError("the model has no indexer, so there is no sparse cost. Set model.attention.indexer.enabled=True.")
+
+
 def key_flops(config: ModelConfig) -> KeyFlops:
     """FLOPs per query, key and layer, from the shape of the model."""
     attention, indexer = config.attention, config.attention.indexer
@@ -125,10 +136,9 @@ def cache_bytes_per_token(config: ModelConfig, dtype: str, attention: str) -> fl
     """
     shape, indexer = config.attention, config.attention.indexer
     if dtype == "fp8":
-        index = indexer.head_dim + FP8_SCALE_BYTES
-        tiles = -(-shape.kv_lora_rank // FP8_TILE)
-        latent = shape.kv_lora_rank + tiles * FP8_SCALE_BYTES + 2 * shape.qk_rope_head_dim
-        heads = 2 * shape.n_kv_heads * (shape.head_dim + FP8_SCALE_BYTES)
+        index = vector_row_bytes(indexer.head_dim)
+        latent = latent_row_bytes(shape.kv_lora_rank, shape.qk_rope_head_dim)
+        heads = 2 * shape.n_kv_heads * vector_row_bytes(shape.head_dim)
     else:
         width = {"bfloat16": 2, "float32": 4}[dtype]
         index = width * indexer.head_dim

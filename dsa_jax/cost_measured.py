@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dsa_jax.config import ConfigError, ModelConfig
-from dsa_jax.cost import ATTENTIONS, PHASES, n_indexers, pays_from
+from dsa_jax.cost import ATTENTIONS, N_POINTS, PHASES, n_indexers, pays_from, require_indexer
 
-N_POINTS = 512
 Row = Mapping[str, Any]
 
 
@@ -109,8 +108,7 @@ def measured_tables(config: ModelConfig, rows: Sequence[Row], dollars_per_hour: 
     Raises:
         ConfigError: naming every op that is not measured as needed, or the devices where there are several.
     """
-    if not config.attention.indexer.enabled:
-        raise ConfigError("the model has no indexer, so there is no sparse cost. Set model.attention.indexer.enabled=True.")
+    require_indexer(config)
     devices = sorted({row["device"] for row in rows})
     if len(devices) > 1:
         raise ConfigError(f"the benchmark rows are of {', '.join(devices)}; expected one device. Give its files only.")

@@ -4,20 +4,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dsa_jax.config import ConfigError, ModelConfig
+from dsa_jax.config import ModelConfig
 from dsa_jax.cost import (
     ATTENTIONS,
+    N_POINTS,
     PHASES,
     Rates,
     cache_bytes_per_token,
     dollars_per_million_tokens,
     pays_from,
+    require_indexer,
     training_flops_per_token,
 )
 from dsa_jax.extras import MissingExtraError
 
 CACHE_DTYPES = ("bfloat16", "fp8")
-N_POINTS = 512
 _SHOWN = 8
 
 PUBLISHED_POSITIONS = (0, 2048, 8192, 16384, 32768, 65536, 98304, 131072)
@@ -36,8 +37,7 @@ def cost_tables(config: ModelConfig, rates: Rates, max_length: int) -> dict[str,
     Raises:
         ConfigError: when the model has no indexer.
     """
-    if not config.attention.indexer.enabled:
-        raise ConfigError("the model has no indexer, so there is no sparse cost. Set model.attention.indexer.enabled=True.")
+    require_indexer(config)
     positions = [round(i * max_length / N_POINTS) for i in range(N_POINTS + 1)]
     dollars = {
         phase: {

@@ -1,5 +1,6 @@
 """The device mesh."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,9 +21,7 @@ def make_mesh(config: ParallelConfig, devices: Sequence[Any] | None = None) -> M
     """
     sizes = config.sizes()
     devices = jax.devices() if devices is None else devices
-    needed = 1
-    for size in sizes.values():
-        needed *= size
+    needed = math.prod(sizes.values())
     if needed != len(devices):
         shown = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one device"
         raise ConfigError(
