@@ -17,18 +17,18 @@ class Rope:
     """Rotary embedding of `dim` channels; the other fields are those of `RopeConfig`, hashable."""
 
     dim: int
-    layout: str = "half_split"
-    theta: float = 10000.0
-    scaling: str = "none"
-    factor: float = 1.0
-    original_max_positions: int = 4096
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 0.0
-    attention_factor: float = 0.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
+    layout: str
+    theta: float
+    scaling: str
+    factor: float
+    original_max_positions: int
+    beta_fast: float
+    beta_slow: float
+    mscale: float
+    mscale_all_dim: float
+    attention_factor: float
+    low_freq_factor: float
+    high_freq_factor: float
 
 
 def rope_from_config(config: RopeConfig, *, dim: int, layout: str) -> Rope:

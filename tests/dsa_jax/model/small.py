@@ -8,6 +8,7 @@ import numpy as np
 
 from dsa_jax.config import AttentionConfig, IndexerConfig, ModelConfig, MoEConfig, RopeConfig
 from dsa_jax.model import abstract_params, build_model
+from dsa_jax.model.rope import rope_from_config
 from dsa_jax.params import nested_parameters, parameter_paths
 
 VOCAB = 64
@@ -42,6 +43,11 @@ def small_config(kind="gqa", *, moe=False, topk=5, layer_types=(), implementatio
             topk_groups=2, routed_scale=1.5,
         )  # fmt: skip
     return ModelConfig(**(fields | model_fields))
+
+
+def small_rope(dim, layout="half_split", **fields):
+    """The rotary embedding over `dim` channels; `fields` are those of `RopeConfig`."""
+    return rope_from_config(RopeConfig(**fields), dim=dim, layout=layout)
 
 
 @functools.cache

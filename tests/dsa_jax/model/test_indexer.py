@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsa_jax.model.indexer import Indexer
-from dsa_jax.model.rope import Rope
 from pallas_kernels import index_scores
+from tests.dsa_jax.model.small import small_rope
 
 F32 = jnp.dtype("float32")
 FIELDS = {
@@ -14,7 +14,7 @@ FIELDS = {
     "q_input_dim": 10,
     "n_heads": 3,
     "head_dim": 8,
-    "rope": Rope(dim=4),
+    "rope": small_rope(dim=4),
     "norm_eps": 1e-6,
     "hadamard": False,
     "fp8": False,
@@ -66,7 +66,7 @@ def test_hadamard_keeps_the_scores_fp8_nearly_and_the_rope_layout_changes_them()
     _, plain, _ = setup()
     _, rotated, _ = setup(hadamard=True)
     _, rounded, _ = setup(hadamard=True, fp8=True)
-    _, interleaved, _ = setup(rope=Rope(dim=4, layout="interleaved"))
+    _, interleaved, _ = setup(rope=small_rope(dim=4, layout="interleaved"))
     spread = scores(plain).std()
     np.testing.assert_allclose(scores(rotated), scores(plain), atol=1e-5)
     assert float(jnp.abs(rotated.q - plain.q).max()) > 0.1

@@ -12,10 +12,9 @@ from dsa_jax.hf import CheckpointError
 from dsa_jax.hf.write_config import choose_layout
 from dsa_jax.model import build_model
 from dsa_jax.model.indexer import Indexer
-from dsa_jax.model.rope import Rope
 from dsa_jax.params import is_indexer_path, parameter_paths
 from pallas_kernels import dense_attention, indexer_kl
-from tests.dsa_jax.model.small import built, forward, random_ids, small_config
+from tests.dsa_jax.model.small import built, forward, random_ids, small_config, small_rope
 
 T, E, HEADS, DIM = 9, 12, 3, 8
 CAUSAL = {"visible_start": jnp.zeros((1, T), jnp.int32), "visible_end": jnp.arange(1, T + 1, dtype=jnp.int32)[None]}
@@ -25,7 +24,7 @@ F32 = jnp.dtype("float32")
 def indexer(**fields):
     """Without rotation, which has its own tests."""
     plain = {
-        "hidden_dim": E, "q_input_dim": E, "n_heads": HEADS, "head_dim": DIM, "rope": Rope(dim=0), "norm_eps": 1e-6,
+        "hidden_dim": E, "q_input_dim": E, "n_heads": HEADS, "head_dim": DIM, "rope": small_rope(dim=0), "norm_eps": 1e-6,
         "hadamard": False, "fp8": False, "activation": "relu", "head_weights": "learned", "detach_input": False,
         "init_std": 0.5, "dtype": F32, "param_dtype": F32,
     }  # fmt: skip
