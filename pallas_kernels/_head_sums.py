@@ -30,12 +30,14 @@ Kind = Literal["scores", "ranked_scores", "probability"]
 def index_problem(q_index: Array, interpret: bool) -> Problem:
     """Geometry of the indexer: one group whose heads share a key."""
     heads, dim = q_index.shape[-2:]
-    return Problem(heads, 1, dim, dim, True, 1.0, interpret)
+    return Problem(heads, 1, dim, dim, is_shared=True, softmax_scale=1.0, interpret=interpret)
 
 
 def attention_problem(q: Array, k: Array, softmax_scale: float, interpret: bool) -> Problem:
     """Geometry of the attention whose probabilities are summed."""
-    return Problem(q.shape[-2], k.shape[-2], q.shape[-1], q.shape[-1], True, softmax_scale, interpret)
+    return Problem(
+        q.shape[-2], k.shape[-2], q.shape[-1], q.shape[-1], is_shared=True, softmax_scale=softmax_scale, interpret=interpret
+    )
 
 
 def default_tiles(problem: Problem, dtype: jnp.dtype) -> QueryTiles:

@@ -52,7 +52,9 @@ def sparse_attention(
     interpret = tiling.is_interpreted("sparse_attention") if interpret is None else interpret
     if 0 in (q.size, width, k.shape[1], topk_indices.shape[2]):
         return jnp.zeros((*q.shape[:3], width), q.dtype), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
-    problem = Problem(q.shape[2], k.shape[2], q.shape[3], width, v is None, float(softmax_scale), interpret)
+    problem = Problem(
+        q.shape[2], k.shape[2], q.shape[3], width, is_shared=v is None, softmax_scale=float(softmax_scale), interpret=interpret
+    )
     if options is None:
         sizes = {"queries": q.shape[0] * q.shape[1], "keys": k.shape[1], "topk": topk_indices.shape[2]}
         options = tiling.chosen_options(problem, q.dtype, **sizes)

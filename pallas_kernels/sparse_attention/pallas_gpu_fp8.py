@@ -49,7 +49,9 @@ def sparse_attention_fp8(
     if 0 in (q.size, *pool.shape, slots.shape[2]):
         return jnp.zeros((*q.shape[:3], latent_dim), q.dtype), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
     batch, length, heads, dim = q.shape
-    problem = Problem(heads, 1, dim, latent_dim, True, float(softmax_scale), interpret, piece=TILE)
+    problem = Problem(
+        heads, 1, dim, latent_dim, is_shared=True, softmax_scale=float(softmax_scale), interpret=interpret, piece=TILE
+    )
     if tiles is None:
         shape = tiling.call_shape(problem, q.dtype, queries=batch * length, keys=pool.shape[0], topk=slots.shape[2])
         tiles = tuning.choose("sparse_attention_fp8_forward", shape, default_tiles(problem, q.dtype))
