@@ -1,8 +1,8 @@
 """A dense model of 100M parameters learns code and recall at 8K on one GPU, and is retrofitted.
 
 Command:   python -m experiments.retrofit --config=configs/h200_code_8k.py --workdir=runs/h200_code_8k
-           (--config.data.text.path=DIR adds nothing to the standard library's source but takes its place: any directory of
-           .txt or .jsonl; 60 MB are plenty.) Then configs/h200_code_32k.py goes on from it.
+           (--config.data.text.path=DIR replaces the standard library's source: any directory of .txt or .jsonl; 60 MB are
+           plenty.) Then configs/h200_code_32k.py goes on from it.
 Hardware:  one H200, or two CPU cores with --config=configs/h200_code_8k.py:small, which is the same path at 1/16 of the width.
 Time:      meant for parts of ten minutes: `timeout --signal=TERM 570` before the command, and the same command again until it
            ends. It has not run on a GPU yet, so neither time nor quality is known.

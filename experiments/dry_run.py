@@ -22,7 +22,9 @@ from experiments.output import define_output
 _CONFIG = define_config()
 _COMPILE = flags.DEFINE_boolean("compile", False, "Compile the step for the recipe's mesh on emulated CPU devices.")
 _TARGET = flags.DEFINE_string("target", "", "Compile the step for GPUs that need not be here: h200x1, h200x8.")
-_WEAK_SCALING = flags.DEFINE_list("weak_scaling", [], "Layouts to climb to from one device; nothing else is printed.")
+_WEAK_SCALING = flags.DEFINE_list(
+    "weak_scaling", [], "Presets to measure step by step, starting from one device; nothing else is printed."
+)
 _STEP = flags.DEFINE_enum(
     "step", "", ["", "pretrain", "warmup", "sparse", "decode"], "What to compile; empty: the recipe's last stage."
 )

@@ -100,7 +100,10 @@ class Ablation:
 
 
 def differences(config: Config, default: Config | None = None) -> dict[str, Any]:
-    """The fields of `config` that are not at their defaults, by dotted path; what a new field changes nothing about."""
+    """The fields of `config` that are not at their defaults, by dotted path.
+
+    A field added to Config later leaves it unchanged.
+    """
     ours, theirs = (flatten(to_dict(c)) for c in (config, default or Config()))
     return {path: value for path, value in ours.items() if value != theirs.get(path)}
 

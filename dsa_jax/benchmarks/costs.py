@@ -19,7 +19,7 @@ class Cost(NamedTuple):
 def cost(op: str, shape: OpShape) -> Cost:
     """What `op` takes at `shape`, padding, recomputation and work arrays not counted.
 
-    A key that several queries select is read once. The backward pass recomputes q . k, which no way around it is known for.
+    A key that several queries select is read once. The backward pass recomputes q . k; no way around that is known.
     """
     s, size = shape, jnp.dtype(shape.dtype).itemsize
     rows, pairs = s.batch * s.queries, s.batch * s.queries * s.topk

@@ -49,7 +49,7 @@ def step_program(config: Config, step: str, mesh: Mesh, decode_shape: DecodeShap
     if step == "decode":
         if config.model.attention.nsa.enabled:
             raise ConfigError(
-                "the step is 'decode', which native sparse attention has none of. Set model.attention.nsa.enabled=False."
+                "the step is 'decode', but native sparse attention has no decode step. Set model.attention.nsa.enabled=False."
             )
         return _decode_step(config, mesh, decode_shape)
     if stage_of(config, step).indexer_loss and not config.model.attention.indexer.enabled:

@@ -78,7 +78,8 @@ def load_pretrained(
             scales; for serving and evaluation. "plain" widens them to `dtype`.
 
     Raises:
-        CheckpointError: when the directory cannot be read or does not fit its config.json; nothing is ever made up for it.
+        CheckpointError: when the directory cannot be read or does not fit its config.json; a missing weight is an error,
+            none is invented.
         ConfigError: when `attention`, `indexer`, `dtype` or `weight_format` cannot work with the model, or `mesh` does not
             divide a parameter.
     """

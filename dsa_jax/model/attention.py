@@ -63,7 +63,7 @@ def check_request(
 
     Raises:
         ValueError: for an unknown mode or loss, or a combination of them that this model cannot compute.
-        NotImplementedError: for native sparse attention over a cache, or its selection, which each key group has its own of.
+        NotImplementedError: for native sparse attention over a cache, or for its selection, since every key group has its own.
     """
     if request.attention not in attention_modes():
         raise ValueError(f"attention is {request.attention!r}; expected one of {', '.join(attention_modes())}.")

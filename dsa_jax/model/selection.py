@@ -39,11 +39,13 @@ class Heads(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """What a rule may keep, `topk` keys, and look at where it goes by blocks: `n_blocks` of `block_size` keys each.
+    """How many keys a rule may keep (`topk`) and, for rules that work by blocks, how many blocks it may look at.
+
+    Those are `n_blocks` blocks of `block_size` keys each.
 
     Where the indexer chooses key by key ("sparse", "coarse_to_fine"), the first `forced_sink` and the last `forced_local`
-    visible keys are always among the topk. "coarse_to_fine" makes one key of a block as `pooling` says; choosing blocks so
-    counts `coarse_loss_weight` in the indexer's dense loss.
+    visible keys are always among the topk. "coarse_to_fine" makes one key of a block as `pooling` says; the loss of
+    choosing blocks this way enters the indexer's dense loss with weight `coarse_loss_weight`.
     """
 
     topk: int

@@ -176,7 +176,7 @@ def claimed(workdir: str | os.PathLike[str], name: str = ".lock", *, flag: str =
     The lock is the file `name`; it ends with the process, however that ends.
 
     Raises:
-        RunError: when `workdir` cannot be written, or another process is at it; `flag` is the option that chose it.
+        RunError: when `workdir` cannot be written, or another process is using it; `flag` is the option that chose it.
     """
     make_writable_directory(Path(workdir), flag=flag)
     with ExitStack() as stack:
@@ -185,7 +185,7 @@ def claimed(workdir: str | os.PathLike[str], name: str = ".lock", *, flag: str =
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(
-                f"another process is at {flag} {workdir}. Wait until it has ended, or choose another --{flag}."
+                f"another process is using {flag} {workdir}. Wait until it has ended, or choose another --{flag}."
             ) from None
         except OSError as error:
             _LOG.warning("%s cannot be locked (%s): nothing stops a second process from writing there", workdir, error.strerror)

@@ -159,7 +159,10 @@ def test_a_signal_stops_the_sweep_and_keeps_what_is_done(tmp_path, monkeypatch):
 
 
 def test_one_process_at_a_sweep(tmp_path):
-    with claimed(tmp_path, ".sweep.lock"), pytest.raises(RunError, match=r"another process is at results .* another --results"):
+    with (
+        claimed(tmp_path, ".sweep.lock"),
+        pytest.raises(RunError, match=r"another process is using results .* another --results"),
+    ):
         run_ablation(sweep(Variant("a")), tmp_path / "runs", tmp_path, command="")
 
 

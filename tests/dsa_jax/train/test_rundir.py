@@ -68,7 +68,7 @@ def test_one_process_at_a_time(tmp_path, caplog):
     with claimed(tmp_path / "run"):
         code = f"from dsa_jax.train.rundir import claimed\nwith claimed({str(tmp_path / 'run')!r}): pass"
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        assert other.returncode and "RunError: another process is at workdir" in other.stderr
+        assert other.returncode and "RunError: another process is using workdir" in other.stderr
     with claimed(tmp_path / "run"):
         pass
     (tmp_path / "other" / ".lock").mkdir(parents=True)
