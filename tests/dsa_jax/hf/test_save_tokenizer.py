@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from dsa_jax import load_pretrained, save_pretrained
