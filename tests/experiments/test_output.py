@@ -1,14 +1,13 @@
 """What commands do with `--output`, and with flags that would change nothing: said before any work is done."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from absl import flags
 
 from dsa_jax.train.rundir import RunError
 from experiments.output import define_output
+from tests.experiments.commands import finish, start
 
 
 def output(path):
@@ -62,7 +61,5 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path):
     ids=["nothing-compiled", "two-devices", "dtype", "run-in-fp8", "length"],
 )
 def test_a_flag_that_would_change_nothing_is_refused(command, message):
-    run = subprocess.run(
-        [sys.executable, "-m", f"experiments.{command[0]}", *command[1:]], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 2 and message in run.stderr and "Traceback" not in run.stderr
+    status, _, errors = finish(start(*command))
+    assert status == 2 and message in errors and "Traceback" not in errors

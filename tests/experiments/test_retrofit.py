@@ -1,17 +1,14 @@
 """The command as a user runs it: in a process of its own, with signals and with wrong inputs."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.experiments.commands import finish, start
+
 RECIPE = """
 from tests.dsa_jax.train.tiny import tiny_config
 
@@ -31,20 +28,8 @@ def recipe(tmp_path_factory):
     return path
 
 
-def start(recipe, workdir, *overrides):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    environment |= {
-        "JAX_COMPILATION_CACHE_DIR": os.environ["DSA_TEST_CACHE"],
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    }
-    command = [sys.executable, "-m", "experiments.retrofit", f"--config={recipe}", f"--workdir={workdir}", *overrides]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process):
-    """Wait for the process; its exit status, standard output and standard error."""
-    output, errors = process.communicate(timeout=300)
-    return process.returncode, output, errors
+def retrofit(recipe, workdir, *overrides):
+    return start("retrofit", f"--config={recipe}", f"--workdir={workdir}", *overrides)
 
 
 def lines(path):
@@ -53,12 +38,12 @@ def lines(path):
 
 @pytest.mark.slow
 def test_sigterm_in_every_stage_then_the_same_command_gives_the_same_bits(recipe, tmp_path):
-    status, _, errors = finish(start(recipe, tmp_path / "undisturbed"))
+    status, _, errors = finish(retrofit(recipe, tmp_path / "undisturbed"))
     assert status == 0, errors
 
     interrupted = tmp_path / "interrupted"
     for stage in ("pretrain", "warmup", "sparse"):
-        process = start(recipe, interrupted)
+        process = retrofit(recipe, interrupted)
         deadline = time.monotonic() + 240
         while not any(json.loads(line)["stage"] == stage for line in lines(interrupted / "metrics.jsonl")[:-1]):
             assert process.poll() is None and time.monotonic() < deadline, finish(process)
@@ -66,7 +51,7 @@ def test_sigterm_in_every_stage_then_the_same_command_gives_the_same_bits(recipe
         process.send_signal(signal.SIGTERM)
         status, _, errors = finish(process)
         assert status == 0 and f"stopped by SIGTERM in stage {stage}" in errors, errors
-    status, output, errors = finish(start(recipe, interrupted))
+    status, output, errors = finish(retrofit(recipe, interrupted))
     assert status == 0, errors
     assert "report.html" in output
 
@@ -102,7 +87,7 @@ def test_wrong_inputs_end_in_one_clear_line(recipe, tmp_path, name):
         from experiments.flags import load_config
 
         open_run(places["other"], load_config(str(recipe))).checkpoint_dir("pretrain").joinpath("2").mkdir(parents=True)
-    process = start(recipe, tmp_path / "run", *(argument.format(**places) for argument in arguments))
+    process = retrofit(recipe, tmp_path / "run", *(argument.format(**places) for argument in arguments))
     got, _, errors = finish(process)
     assert got == status, errors
     final = errors.strip().splitlines()[-1]

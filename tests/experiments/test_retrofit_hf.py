@@ -1,11 +1,7 @@
 """Hugging Face directory in, Hugging Face directory out, through the real commands."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,8 +14,8 @@ from dsa_jax.params import is_indexer_path, parameter_paths
 from dsa_jax.train.from_hf import export_checkpoint, resolve_checkpoint
 from dsa_jax.train.rundir import RunError
 from tests.dsa_jax.model.small import small_config
+from tests.experiments.commands import finish, start
 
-ROOT = Path(__file__).parents[2]
 VOCAB = 264
 SETTINGS = {
     "data.text.tokenizer": "bytes",
@@ -51,15 +47,9 @@ SETTINGS = {
 
 def command(name, *arguments):
     """Run `python -m experiments.NAME`; returns what it printed."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    environment |= {
-        "JAX_COMPILATION_CACHE_DIR": os.environ["DSA_TEST_CACHE"],
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    }
-    line = [sys.executable, "-m", f"experiments.{name}", *arguments]
-    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    status, output, errors = finish(start(name, *arguments), timeout=400)
+    assert status == 0, errors
+    return output
 
 
 def table_row(printed, name):

@@ -23,8 +23,7 @@ from dsa_jax.train.init import at_start_of_stage, initial_params, load_run, reso
 from dsa_jax.train.retrofit import retrofit
 from dsa_jax.train.stages import stage_of
 from dsa_jax.train.step import init_state, make_train_step
-from tests.dsa_jax.train.test_step import padded_batch
-from tests.dsa_jax.train.tiny import tiny_config
+from tests.dsa_jax.train.tiny import padded_batch, tiny_config
 
 
 def test_the_configuration_knows_the_modes_of_the_model():

@@ -5,21 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsa_jax.data import Batch, make_train_data
 from dsa_jax.model import abstract_params, build_model, init_params
 from dsa_jax.params import is_indexer_path, parameter_paths
 from dsa_jax.train.stages import STAGES
 from dsa_jax.train.step import init_state, make_train_step, move_score_biases
-from tests.dsa_jax.train.tiny import tiny_config
-
-
-def padded_batch(config, n_rows=4):
-    """Recall rows, one of them cut short by padding and one empty, so that micro-batches hold unequal counts."""
-    batch = make_train_data(config.data, 0, config.model.vocab_size).batch(0, batch_size=n_rows, seq_len=16)
-    segment_ids, mask = batch.segment_ids.copy(), batch.target_mask.copy()
-    segment_ids[0, 14:], mask[0, 14:] = 0, False
-    segment_ids[3], mask[3] = 0, False
-    return Batch(batch.input_ids, batch.targets, mask, segment_ids)
+from tests.dsa_jax.train.tiny import padded_batch, tiny_config
 
 
 def one_step(config, stage, batch):

@@ -1,6 +1,7 @@
 """A model, data and recipe small enough to compile and train in seconds."""
 
 from dsa_jax.config import Config, DataConfig, OptimizerConfig, RecallConfig, StageConfig
+from dsa_jax.data import Batch, make_train_data
 
 
 def tiny_config(kind: str = "gqa", *, moe: bool = False, steps: int = 6) -> Config:
@@ -27,3 +28,12 @@ def tiny_config(kind: str = "gqa", *, moe: bool = False, steps: int = 6) -> Conf
         )
     config.eval.recall_len, config.eval.recall_sequences, config.eval.batch_size, config.eval.text_sequences = 16, 6, 4, 0
     return config
+
+
+def padded_batch(config, n_rows=4):
+    """Recall rows, one of them cut short by padding and one empty, so that micro-batches hold unequal counts."""
+    batch = make_train_data(config.data, 0, config.model.vocab_size).batch(0, batch_size=n_rows, seq_len=16)
+    segment_ids, mask = batch.segment_ids.copy(), batch.target_mask.copy()
+    segment_ids[0, 14:], mask[0, 14:] = 0, False
+    segment_ids[3], mask[3] = 0, False
+    return Batch(batch.input_ids, batch.targets, mask, segment_ids)
