@@ -5,7 +5,6 @@ Arguments are whatever the caller passed, so that most are of any type.
 
 import functools
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -100,6 +99,8 @@ def check_attention_arguments(op: str, q: Any, k: Any, v: Any = None, d_v: Any =
     check_float(op, q=q, k=k)
     check_shape(op, "q", q, (None,) * 4, "[B, T, heads, head dim]")
     batch, _, heads, dim = q.shape
+    if dim == 0:
+        raise ValueError(f"{op}: q has shape {list(q.shape)}; expected at least one channel.")
     check_shape(op, "k", k, (batch, None, None, dim), "[B, S, key heads, head dim]")
     if k.shape[2] == 0 or heads % k.shape[2]:
         raise ValueError(
@@ -109,6 +110,8 @@ def check_attention_arguments(op: str, q: Any, k: Any, v: Any = None, d_v: Any =
     if v is not None:
         check_float(op, v=v)
         check_shape(op, "v", v, (*k.shape[:3], None), "[B, S, key heads, value dim]")
+        if v.shape[-1] == 0:
+            raise ValueError(f"{op}: v has shape {list(v.shape)}; expected at least one channel.")
         if d_v is not None and d_v != v.shape[-1]:
             raise ValueError(
                 f"{op}: d_v is {d_v} and v has {v.shape[-1]} channels; expected the same. Leave d_v out when v is given."
@@ -148,9 +151,10 @@ def is_whole(value: object) -> bool:
 
 
 def check_scale(op: str, softmax_scale: Any) -> None:
-    """Raises ValueError unless it is a finite number, which a traced one cannot be: kernels are compiled for it."""
+    """Raises ValueError unless it is a number, finite in float32, which a traced one cannot be: kernels are compiled for it."""
     try:
-        is_number = not isinstance(softmax_scale, str | bool | jax.core.Tracer) and math.isfinite(float(softmax_scale))
+        known = not isinstance(softmax_scale, str | bool | np.bool_ | jax.core.Tracer)
+        is_number = known and abs(float(softmax_scale)) <= float(np.finfo(np.float32).max)
     except (TypeError, ValueError, OverflowError):
         is_number = False
     if not is_number:

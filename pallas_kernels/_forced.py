@@ -1,10 +1,11 @@
 """Keys that a selection takes whatever their scores: the first and the last ones that a query sees."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
+from pallas_kernels._checks import is_whole
 from pallas_kernels._selection import canonical
 
 
@@ -15,9 +16,10 @@ class ScoredRange(NamedTuple):
     end: Int32[Array, "B T"]
 
 
-def check_forced(op: str, topk: int, forced_sink: int, forced_local: int) -> None:
+def check_forced(op: str, topk: int, forced_sink: Any, forced_local: Any) -> None:
     """Raises ValueError unless both counts are zero or more and leave room for a key that is chosen by its score."""
-    if min(forced_sink, forced_local) < 0 or 0 < forced_sink + forced_local >= topk:
+    are_whole = is_whole(forced_sink) and is_whole(forced_local)
+    if not are_whole or min(forced_sink, forced_local) < 0 or 0 < forced_sink + forced_local >= topk:
         raise ValueError(
             f"{op}: forced_sink is {forced_sink} and forced_local {forced_local} with topk {topk}; expected counts of zero or "
             "more that leave at least one key to the scores. Check indexer.forced_sink and indexer.forced_local in the config."

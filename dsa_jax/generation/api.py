@@ -1,7 +1,6 @@
 """Text from a model: prefill in chunks, then one token per step for all rows at once."""
 
 import contextlib
-import math
 import operator
 import time
 from collections.abc import Callable, Sequence
@@ -92,13 +91,15 @@ def generate(
     """
     config, model = pretrained.config, pretrained.model
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, pretrained.params)
-    request = AttentionRequest(attention or model.default_attention)
+    request = AttentionRequest(model.default_attention if attention is None else attention)
     try:
-        check_request(request, has_indexer=model.has_indexer, has_nsa=model.has_nsa, cached=True)
+        check_request(request, **model.abilities, cached=True)
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(str(error)) from error
     max_new_tokens, seed = _whole("max_new_tokens", max_new_tokens), _whole("seed", seed)
     prefill_chunk = _whole("prefill_chunk", prefill_chunk)
+    if on_token is not None and not callable(on_token):
+        raise ConfigError(f"on_token is {on_token!r}; expected a function of (row, token).")
     if page_size is not None:
         page_size = _whole("page_size", page_size)
     stop = config.eos_token_ids if stop_tokens is None else _stop_tokens(stop_tokens)
@@ -174,9 +175,12 @@ def _whole(name: str, value: Any) -> int:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, str) or not hasattr(value, "__float__"):
-        raise ConfigError(f"{name} is {value!r}; expected a number.")
-    return float(value)
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name} is {value!r}; expected a number.") from None
 
 
 def _stop_tokens(tokens: Any) -> tuple[int, ...]:
@@ -225,8 +229,8 @@ def _checked_prompts(prompts: Any, config: ModelConfig, max_new_tokens: int) -> 
 
 
 def _check_numbers(temperature: float, top_p: float, seed: int, prefill_chunk: int) -> None:
-    if not (math.isfinite(temperature) and temperature >= 0.0):
-        raise ConfigError(f"temperature is {temperature}; expected 0 (greedy) or a positive number.")
+    if not 0.0 <= temperature <= float(np.finfo(np.float32).max):
+        raise ConfigError(f"temperature is {temperature}; expected 0 (greedy) or a positive number, finite in float32.")
     if not 0.0 < top_p <= 1.0:
         raise ConfigError(f"top_p is {top_p}; expected a probability above 0 and at most 1 (no limit).")
     if not 0 <= seed < 2**32:

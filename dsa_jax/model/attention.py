@@ -56,10 +56,11 @@ def check_request(
     *,
     has_indexer: bool,
     has_nsa: bool = False,
+    activation: str = "relu",
     return_topk_indices: bool = False,
     cached: bool = False,
 ) -> None:
-    """Reject what no layer could answer.
+    """Reject what no layer could answer; `activation` is that of the indexer.
 
     Raises:
         ValueError: for an unknown mode or loss, or a combination of them that this model cannot compute.
@@ -90,6 +91,11 @@ def check_request(
         raise ValueError(
             f"attention is {request.attention!r}, but the model has no indexer. Set attention.indexer.enabled=True, or use "
             "'dense' or 'window'."
+        )
+    elif request.attention == "coarse_to_fine" and activation == "softmax":
+        raise ValueError(
+            "attention is 'coarse_to_fine' and the indexer's activation 'softmax', whose normaliser runs over keys that "
+            "coarse_to_fine never reads. Use attention 'sparse'."
         )
 
 

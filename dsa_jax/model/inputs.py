@@ -20,6 +20,9 @@ def check_inputs(input_ids: Any, positions: Any, segment_ids: Any, **_: Any) -> 
             raise ValueError(f"{name} is a {type(array).__name__}; expected an array. Make it one with jnp.asarray({name}).")
         if not jnp.issubdtype(array.dtype, jnp.integer):
             raise ValueError(f"{name} has dtype {array.dtype}; expected whole numbers. Cast with {name}.astype(jnp.int32).")
+        if isinstance(array, np.ndarray) and array.size and not (array.min() >= -(2**31) and array.max() < 2**31):
+            far = array.min() if array.min() < -(2**31) else array.max()
+            raise ValueError(f"{name} holds {far}; expected numbers that fit 32 bits, as JAX keeps them. Renumber them.")
         if array.ndim != 2:
             raise ValueError(f"{name} has shape {list(array.shape)}; expected [B, T]. Give a single row as {name}[None].")
         if array.shape != input_ids.shape:

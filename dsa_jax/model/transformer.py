@@ -67,6 +67,12 @@ class Transformer(nn.Module):
         if not self.tie_embeddings:
             self.lm_head = Head(self.hidden_dim, self.vocab_size, self.init_std, self.param_dtype)
 
+    @property
+    def abilities(self) -> dict[str, Any]:
+        """What `attention.check_request` wants to know of a model."""
+        activation = self.stacks[0].block.attention.activation
+        return {"has_indexer": self.has_indexer, "has_nsa": self.has_nsa, "activation": activation}
+
     @checked(check_inputs)
     def __call__(
         self,
@@ -102,9 +108,8 @@ class Transformer(nn.Module):
                 segment_ids that are not whole numbers of one shape [B, T]; for arrays split over Explicit axes of a mesh.
             NotImplementedError: for the selection of native sparse attention.
         """
-        request = AttentionRequest(attention or self.default_attention, indexer_loss, return_coverage)
-        known = {"has_indexer": self.has_indexer, "has_nsa": self.has_nsa}
-        check_request(request, **known, return_topk_indices=return_topk_indices)
+        request = AttentionRequest(self.default_attention if attention is None else attention, indexer_loss, return_coverage)
+        check_request(request, **self.abilities, return_topk_indices=return_topk_indices)
         input_ids = at_least_32_bits(input_ids)
         check_auto_axes(input_ids, self.layer_params)
         check_rows(input_ids.shape)
@@ -201,9 +206,8 @@ class Transformer(nn.Module):
                 Explicit axes of a mesh.
             NotImplementedError: for native sparse attention.
         """
-        request = AttentionRequest(attention or self.default_attention)
-        known = {"has_indexer": self.has_indexer, "has_nsa": self.has_nsa}
-        check_request(request, **known, return_topk_indices=return_topk_indices, cached=True)
+        request = AttentionRequest(self.default_attention if attention is None else attention)
+        check_request(request, **self.abilities, return_topk_indices=return_topk_indices, cached=True)
         if by_indexer(request) and not any(INDEX_KEYS in pools for pools in cache.pools.values()):
             raise ValueError(
                 f"attention is {request.attention!r}, but the cache holds no index keys. Make it with with_index_keys=True."

@@ -19,6 +19,10 @@ def _check(q, k_compressed, lse, softmax_scale, n_keys, geometry, visible_start,
     _checks.check_lse(op, lse, q)
     _checks.check_ranges(op, visible_start, visible_end, *q.shape[:2])
     _checks.check_scale(op, softmax_scale)
+    if not isinstance(geometry, BlockGeometry) or not all(map(_checks.is_whole, (n_keys, *geometry))):
+        raise ValueError(
+            f"{op}: n_keys is {n_keys!r} and geometry {geometry!r}; expected whole numbers and a BlockGeometry of such."
+        )
     _checks.check_topk(op, geometry.topk)
     sizes = {name: getattr(geometry, name) for name in ("compress_block", "select_block")}
     forced = {name: getattr(geometry, name) for name in ("n_initial", "n_local")}

@@ -43,7 +43,7 @@ def dense_attention(
     """Softmax attention of query t over all keys in [visible_start[t], visible_end[t]).
 
     `out[t, h] = sum_s softmax_s(softmax_scale * q[t, h] . k[s, g(h)]) v[s, g(h)]` with head h in group `h // (H / G)`.
-    Differentiable in q, k and v, through both outputs.
+    Differentiable in q, k and v, through both outputs, once and in reverse mode ("reference": in any).
 
     Args:
         v: None for latent attention: the values are the leading `d_v` channels of the keys (all of them when d_v is None).

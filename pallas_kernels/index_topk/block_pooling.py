@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels._checks import check_float, check_shape, checked, is_whole
+
 POOLINGS = ("mean", "salient")
 
 
@@ -16,6 +18,15 @@ def check_pooling(op: str, pooling: str) -> None:
         raise ValueError(f"{op}: pooling is {pooling!r}; expected one of {', '.join(POOLINGS)}.")
 
 
+def _check(k, block_size, pooling):
+    check_pooling("pool_blocks", pooling)
+    check_float("pool_blocks", k=k)
+    check_shape("pool_blocks", "k", k, (None,) * 3, "[B, S, channels]")
+    if not is_whole(block_size) or block_size < 1:
+        raise ValueError(f"pool_blocks: block_size is {block_size!r}; expected a positive number of keys.")
+
+
+@checked(_check)
 def pool_blocks(k: Float[Array, "B S D"], block_size: int, pooling: str = "mean") -> Float[Array, "B N D"]:
     """One key for each complete block of `block_size` keys; the keys after the last one are left out. Differentiable.
 
@@ -28,13 +39,10 @@ def pool_blocks(k: Float[Array, "B S D"], block_size: int, pooling: str = "mean"
         [B, S // block_size, D], in float32 or the dtype of `k` where that is wider.
 
     Raises:
-        ValueError: for an unknown pooling, or a block_size below 1.
+        ValueError: for an unknown pooling, keys that are no [B, S, D] of floats, or a block_size below 1.
 
     Source: HISA (arXiv 2603.28458) section 3 for the mean; "salient" is ours.
     """
-    check_pooling("pool_blocks", pooling)
-    if block_size < 1:
-        raise ValueError(f"pool_blocks: block_size is {block_size}; expected a positive number of keys.")
     batch, length, dim = k.shape
     n_blocks = length // block_size
     blocks = k[:, : n_blocks * block_size].astype(jnp.promote_types(k.dtype, jnp.float32))

@@ -40,9 +40,10 @@ def _check(
     _checks.check_topk("index_topk_coarse_to_fine", topk)
     check_forced("index_topk_coarse_to_fine", topk, forced_sink, forced_local)
     _checks.check_ranges("index_topk_coarse_to_fine", visible_start, visible_end, *q_index.shape[:2])
-    if not all(type(size) is int and size > 0 for size in (block_size, n_blocks)):
+    if not all(_checks.is_whole(size) and size > 0 for size in (block_size, n_blocks)):
         raise ValueError(
-            f"index_topk_coarse_to_fine: block_size is {block_size} and n_blocks {n_blocks}; expected positive whole numbers."
+            f"index_topk_coarse_to_fine: block_size is {block_size!r} and n_blocks {n_blocks!r}; expected positive whole "
+            "numbers."
         )
 
 

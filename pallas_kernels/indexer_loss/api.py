@@ -34,7 +34,8 @@ def _check_kl(
     _checks.check_index_arguments("indexer_kl", q_index, k_index, weights)
     _checks.check_attention_arguments("indexer_kl", q, k)
     _checks.check_shape("indexer_kl", "q", q, (*q_index.shape[:2], None, None), "[B, T] of q_index, heads, head dim")
-    if type(keys_per_index_key) is not int or keys_per_index_key < 1 or (keys_per_index_key > 1 and topk_indices is not None):
+    is_count = _checks.is_whole(keys_per_index_key) and keys_per_index_key >= 1
+    if not is_count or (keys_per_index_key > 1 and topk_indices is not None):
         raise ValueError(
             f"indexer_kl: keys_per_index_key is {keys_per_index_key}; expected a positive whole number, 1 with topk_indices."
         )
@@ -74,7 +75,8 @@ def indexer_kl(
     p is the attention probability `exp(softmax_scale * q . k - lse)` summed over heads and L1-normalised over the set; the
     softmax runs over the same set. The set is every visible key (topk_indices None: warm-up), or the selected keys that are
     visible. Gradient reaches q_index, k_index and weights only: q, k and lse are the constant target. With g the gradient
-    in the score, g = softmax(score) - p on the set and 0 elsewhere; the gradient of the ReLU at 0 is 0.
+    in the score, g = softmax(score) - p on the set and 0 elsewhere; the gradient of the ReLU at 0 is 0. Once and in reverse
+    mode; "reference" has every derivative.
 
     Args:
         k_index: one for each key, N = S, unless `keys_per_index_key` says otherwise.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._checks import check_float, checked
+from pallas_kernels._checks import check_float, checked, is_whole
 from pallas_kernels.quantize import reference
 
 WEIGHT_BLOCK = (128, 128)
@@ -98,7 +98,7 @@ def dequantize_part(
 
 
 def _checked(block: tuple[int, int]) -> tuple[int, int]:
-    if len(block) != 2 or min(block) < 1:
+    if not isinstance(block, tuple | list) or len(block) != 2 or not all(map(is_whole, block)) or min(block) < 1:
         raise ValueError(f"fp8 blocks: block is {block}; expected rows and columns, at least one each, such as (128, 128).")
     return block
 

@@ -10,11 +10,14 @@ A row is uint8 and little-endian, so that a pool of rows is one array whose part
 Source: FlashMLA README, "FP8 KV cache"; DeepSeek-V3.2-Exp inference/model.py.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from pallas_kernels._checks import check_float, check_shape, check_vectors, checked
+from pallas_kernels._checks import check_array, check_float, check_shape, check_vectors, checked, is_whole
 from pallas_kernels.quantize import reference
 
 TILE = 128
@@ -29,6 +32,12 @@ def latent_row_bytes(latent_dim: int, rope_dim: int) -> int:
 def vector_row_bytes(dim: int) -> int:
     """Bytes of a packed vector."""
     return dim + 4
+
+
+def _check_rows(op: str, rows: Any) -> None:
+    check_array(op, rows=rows)
+    if rows.dtype != jnp.uint8 or not rows.ndim:
+        raise ValueError(f"{op}: rows has dtype {rows.dtype} and shape {list(rows.shape)}; expected uint8 [..., bytes].")
 
 
 def _check_latent(latent, k_rope, **_):
@@ -58,11 +67,19 @@ def pack_latent_fp8(
     return jnp.concatenate([_as_bytes(values), _as_bytes(scales), _as_bytes(k_rope.astype(jnp.bfloat16))], axis=-1)
 
 
+def _check_latent_rows(rows, latent_dim):
+    _check_rows("unpack_latent_fp8", rows)
+    if not is_whole(latent_dim) or latent_dim < 1:
+        raise ValueError(f"unpack_latent_fp8: latent_dim is {latent_dim!r}; expected a positive whole number.")
+
+
+@checked(_check_latent_rows)
 def unpack_latent_fp8(rows: UInt8[Array, "*N bytes"], latent_dim: int) -> tuple[Float[Array, "*N C"], Float[Array, "*N R"]]:
     """(latent, k_rope) of packed rows, float32.
 
     Raises:
-        ValueError: when the rows are too short for `latent_dim` channels, or what is left over is no bfloat16 array.
+        ValueError: when the rows are no uint8 array or too short for `latent_dim` channels, or what is left over is no
+            bfloat16 array.
     """
     n_tiles = -(-latent_dim // TILE)
     rope_bytes = rows.shape[-1] - latent_dim - 4 * n_tiles
@@ -92,11 +109,12 @@ def pack_vector_fp8(x: Float[Array, "*N D"], *, power_of_two_scales: bool = True
     return jnp.concatenate([_as_bytes(reference.fp8_values(x, scales)), _as_bytes(scales[..., None])], axis=-1)
 
 
+@checked(functools.partial(_check_rows, "unpack_vector_fp8"))
 def unpack_vector_fp8(rows: UInt8[Array, "*N bytes"]) -> Float[Array, "*N D"]:
     """The vectors of packed rows, float32.
 
     Raises:
-        ValueError: when a row has no room for a channel and a scale.
+        ValueError: when the rows are no uint8 array, or a row has no room for a channel and a scale.
     """
     if rows.shape[-1] <= 4:
         raise ValueError(f"unpack_vector_fp8: rows have {rows.shape[-1]} bytes; expected more than the 4 of the scale.")

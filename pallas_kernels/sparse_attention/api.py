@@ -52,7 +52,8 @@ def sparse_attention(
     """Softmax attention of query t over the keys topk_indices[t], the same ones for every head.
 
     `out[t, h] = sum_s softmax_s(softmax_scale * q[t, h] . k[s, g(h)]) v[s, g(h)]` with head h in group `h // (H / G)`.
-    Differentiable in q, k and v, through both outputs. Visibility is whatever the selection says; no mask is added.
+    Differentiable in q, k and v, through both outputs, once and in reverse mode ("reference": in any). Visibility is whatever
+    the selection says; no mask is added.
 
     Args:
         v: None for latent attention: the values are the leading `d_v` channels of the keys (all of them when d_v is None).

@@ -136,6 +136,8 @@ WRONG = {
     "negative-length": ({"max_new_tokens": -1}, "max_new_tokens is -1"),
     "cold": ({"temperature": -0.5}, "temperature is -0.5"),
     "not-a-temperature": ({"temperature": float("nan")}, "temperature is nan"),
+    "too-hot": ({"temperature": 1e39}, "temperature is 1e.39; expected .* finite in float32"),
+    "no-mode": ({"attention": ""}, "attention is ''; expected one of dense, sparse"),
     "no-mass": ({"top_p": 0.0}, r"top_p is 0.0"),
     "too-much-mass": ({"top_p": 1.5}, r"top_p is 1.5"),
     "seed": ({"seed": -1}, "seed is -1"),

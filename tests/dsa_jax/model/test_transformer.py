@@ -294,6 +294,8 @@ def test_padding_may_hold_tokens_outside_the_vocabulary():
         ("positions", np.zeros((2, LENGTH), np.float32), "positions has dtype float32"),
         ("segment_ids", np.ones((2, LENGTH - 1), np.int32), r"segment_ids has shape \[2, 23\]; expected \[2, 24\]"),
         ("segment_ids", np.ones((2, LENGTH), bool), "segment_ids has dtype bool"),
+        ("segment_ids", np.full((2, LENGTH), 2**32 + 1), "segment_ids holds 4294967297; expected numbers that fit 32 bits"),
+        ("input_ids", np.full((2, LENGTH), -(2**40)), "input_ids holds -1099511627776; expected numbers that fit 32 bits"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(name, array, message):
