@@ -164,7 +164,10 @@ def run_stage(
         stream = None if is_main() else Discard()
         peaks = peaks_of(jax.devices()[0].device_kind)
         peak_flops = peaks and peaks.flops * jax.device_count()
-        with Progress(stage.name, settings.steps, start_step=step, stream=stream, peak_flops=peak_flops) as progress:
+        tokens_left = lambda done: settings.batch_size * sum(map(settings.seq_len_at, range(done, settings.steps)))
+        with Progress(
+            stage.name, settings.steps, start_step=step, peak_flops=peak_flops, tokens_left=tokens_left, stream=stream
+        ) as progress:
 
             def summary() -> dict[str, Any]:
                 timing = progress.timing()

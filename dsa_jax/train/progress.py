@@ -69,6 +69,7 @@ class Progress:
         start_step: int = 0,
         every_seconds: float | int = 10.0,
         peak_flops: float | int | None = None,
+        tokens_left: Callable[[int], int] | None = None,
         stream: Stream | None = None,
         clock: Callable[[], float] = time.monotonic,
         live: bool | None = None,
@@ -81,6 +82,7 @@ class Progress:
             start_step: steps done before this process.
             every_seconds: pause between plain lines.
             peak_flops: floating-point operations per second that all devices could do together; with those of a step gives MFU.
+            tokens_left: from the steps done to the tokens of those to come; default: as many per step as lately.
             stream: where to write, default stderr.
             clock: seconds, never going back.
             live: redraw one line; default: whether the stream is a terminal.
@@ -88,6 +90,7 @@ class Progress:
         self._stage, self._total, self._step = stage, total_steps, start_step
         self._every = every_seconds
         self._peak_flops = peak_flops
+        self._tokens_left = tokens_left
         self._stream: Any = stream if stream is not None else sys.stderr
         self._clock = clock
         self._live = _is_terminal(self._stream) if live is None else live
@@ -158,8 +161,10 @@ class Progress:
             parts.append(f"{_quantity(rate)} tokens/s")
             if self._peak_flops is not None and not math.isnan(flops):
                 parts.append(f"MFU {flops / seconds / self._peak_flops:.1%}")
-            if self._step < self._total:
-                parts.append(f"{_duration((self._total - self._step) * seconds / len(self._recent))} left")
+            if self._step < self._total and rate:
+                as_lately = (self._total - self._step) * tokens / len(self._recent)
+                left = as_lately if self._tokens_left is None else self._tokens_left(self._step)
+                parts.append(f"{_duration(left / rate)} left")
         return ", ".join(parts)
 
     def close(self) -> None:

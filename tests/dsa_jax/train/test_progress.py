@@ -61,6 +61,14 @@ def test_plain_lines_do_not_flood(clock):
     assert "\x1b" not in stream.getvalue() and "\r" not in stream.getvalue()
 
 
+def test_time_left_counts_tokens_where_steps_grow(clock):
+    progress = Progress("pretrain", 4, tokens_left=lambda done: 5000 - 1000 * done, stream=io.StringIO(), clock=clock)
+    for step in (1, 2):
+        clock.now += 2.0
+        progress.update(step, tokens=1000)
+    assert progress.line() == "pretrain 2/4, 500 tokens/s, 6.0 s left"
+
+
 def test_time_left_counts_from_the_resumed_step(clock):
     progress = Progress("sparse", 100, start_step=90, stream=io.StringIO(), clock=clock)
     assert progress.line() == "sparse 90/100"
