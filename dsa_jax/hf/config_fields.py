@@ -38,7 +38,10 @@ class Fields:
         return float(value)
 
     def flag(self, name: str, default: Any = _REQUIRED) -> bool:
-        """true or false."""
+        """true or false; an explicit null is false, as Python's truth has it in transformers."""
+        if self.content.get(name, default) is None:
+            self.asked.add(name)
+            return False
         value = self._value(name, default)
         if type(value) is not bool:
             self.fail(name, "true or false")

@@ -128,7 +128,7 @@ def make_train_step(model: Transformer, stage: Stage, config: Config) -> Callabl
         counts = metrics.pop("expert_counts", None)
         if counts is not None:
             frozen = move_score_biases(frozen, counts, moe.bias_update_rate)
-            metrics["expert_load_max"] = (counts / counts.sum(-1, keepdims=True)).max() * moe.n_routed_experts
+            metrics["expert_load_max"] = (counts / jnp.maximum(counts.sum(-1, keepdims=True), 1)).max() * moe.n_routed_experts
         new = (merge_parameters(optax.apply_updates(trainable, updates), frozen), opt_state)
         old = (state.params, state.opt_state)
         params, opt_state = jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old)

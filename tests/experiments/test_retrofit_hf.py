@@ -104,7 +104,7 @@ def test_dense_checkpoint_in_sparse_checkpoint_out(kind, written, tmp_path):
 def test_conversion_to_a_run_and_back_keeps_every_bit(tmp_path):
     config, before = dense_directory("gqa", tmp_path / "dense")
     to_run(tmp_path / "dense", tmp_path / "run")
-    with pytest.raises(RunError, match="holds a run with parameters already"):
+    with pytest.raises(RunError, match="holds a run already"):
         to_run(tmp_path / "dense", tmp_path / "run")
     assert "again" in to_hf(tmp_path / "run", tmp_path / "again")
     again = load_pretrained(tmp_path / "again")

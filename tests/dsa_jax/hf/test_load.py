@@ -201,6 +201,11 @@ def test_what_carries_no_weights_is_passed_over(tmp_path, caplog):
         loaded = load_pretrained(write_checkpoint(tmp_path, content, tensors_of(content) | extra))
     assert "lm_head" not in loaded.params
     assert "its own copy lm_head.weight is not read" in caplog.text
+    assert "lm_head.weight differs from model.embed_tokens.weight" in caplog.text
+    caplog.clear()
+    extra["lm_head.weight"] = tensors_of(content)["model.embed_tokens.weight"]
+    load_pretrained(write_checkpoint(tmp_path / "same", content, tensors_of(content) | extra))
+    assert "differs" not in caplog.text
     assert "not known: invented_field" in caplog.text
 
 

@@ -158,6 +158,13 @@ def test_the_newer_spelling_of_the_dtype_counts(stated, expected, tmp_path):
     assert read_model_config(write_checkpoint(tmp_path, content | stated, {})).param_dtype == expected
 
 
+def test_a_flag_that_is_null_is_false(tmp_path):
+    content = config_of("deepseek_v3")
+    assert read_model_config(write_checkpoint(tmp_path, content, {})).moe.normalize_weights
+    content["norm_topk_prob"] = None
+    assert not read_model_config(write_checkpoint(tmp_path, content, {})).moe.normalize_weights
+
+
 @pytest.mark.parametrize("missing", ["hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings"])
 def test_fields_that_are_needed_are_named(missing, tmp_path):
     directory = write_checkpoint(tmp_path, config_of("llama", **{missing: ...}), {})
