@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from dsa_jax.config import STAGES, Config
 from dsa_jax.parallel.processes import is_main, on_main
 from dsa_jax.params import nested_parameters
 from dsa_jax.train.rundir import RunDirectory, RunError, atomic_write_text
@@ -302,6 +303,11 @@ def newest_checkpoint(run: RunDirectory, stages: Sequence[str]) -> tuple[str, in
             if step is not None:
                 return name, step
     return None
+
+
+def latest_position(run: RunDirectory, config: Config) -> tuple[str, int] | None:
+    """The furthest stage of the recipe with a valid checkpoint, and that checkpoint's step."""
+    return newest_checkpoint(run, [name for name in STAGES if getattr(config.train, name).steps])
 
 
 def _leaf_specs(manifest: Mapping[str, Any]) -> dict[str, LeafSpec]:

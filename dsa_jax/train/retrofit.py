@@ -17,9 +17,10 @@ from dsa_jax.parallel.check import check_layout
 from dsa_jax.parallel.placement import on_mesh, place
 from dsa_jax.parallel.processes import any_process, is_main, on_main
 from dsa_jax.params import count_parameters, is_indexer_path, split_parameters
+from dsa_jax.train.checkpoint import latest_position
 from dsa_jax.train.from_hf import export_checkpoint, resolve_checkpoint
 from dsa_jax.train.init import at_start_of_stage, initial_params, load_run, resolve_run
-from dsa_jax.train.loop import latest_position, run_stage
+from dsa_jax.train.loop import Training, run_stage
 from dsa_jax.train.metrics import MetricsLog, NoMetrics
 from dsa_jax.train.report import format_table, write_report
 from dsa_jax.train.rundir import RunDirectory, RunError, claimed, open_run
@@ -92,9 +93,9 @@ def _retrofit(config: Config, workdir: Path, tensorboard: bool) -> dict[str, Any
     n_indexer = count_parameters(split_parameters(params, is_indexer_path)[0])
     _LOG.info("%s: %d parameters, %d of them in indexers", config.name, count_parameters(params), n_indexer)
     summaries: dict[str, dict[str, Any]] = {}
-    first_batch = 0
     log = MetricsLog(run.metrics_path, tensorboard=tensorboard) if is_main() else NoMetrics()
     with StopRequest() as stop, log as metrics:
+        training = Training(run, config, model, train_data, stop, metrics)
         for name in STAGE_ORDER:
             steps = getattr(config.train, name).steps
             is_done = position is not None and STAGE_ORDER.index(name) < STAGE_ORDER.index(position[0])
@@ -103,17 +104,7 @@ def _retrofit(config: Config, workdir: Path, tensorboard: bool) -> dict[str, Any
                 if resume_step is None:
                     params = at_start_of_stage(params, config, name)
                 params, summaries, is_complete = run_stage(
-                    run,
-                    config,
-                    stage_of(config, name),
-                    model,
-                    params,
-                    train_data,
-                    stop,
-                    metrics,
-                    resume_step=resume_step,
-                    first_batch=first_batch,
-                    summaries=summaries,
+                    training, stage_of(config, name), params, resume_step=resume_step, summaries=summaries
                 )
                 _record_implementations(run)
                 if not is_complete:
@@ -125,7 +116,6 @@ def _retrofit(config: Config, workdir: Path, tensorboard: bool) -> dict[str, Any
                         f"step {taken} of {steps} is saved" if taken else "before its first step",
                     )
                     return None
-            first_batch += steps
         if any_process(stop.requested):
             _LOG.warning("stopped by %s after the last step, every step is saved; the same command continues", _who(stop))
             return None

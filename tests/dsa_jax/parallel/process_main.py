@@ -7,14 +7,14 @@ import os
 import signal
 import sys
 
-from dsa_jax.train import loop
 from dsa_jax.train.checkpoint import CheckpointStore
+from dsa_jax.train.judge import Judge
 from experiments import retrofit
 from experiments.flags import run_main
 
 
 def arm(when, number):
-    take, seal = loop._Judge.take, CheckpointStore._seal
+    take, seal = Judge.take, CheckpointStore._seal
 
     def take_and_signal(self, step, values):
         if when == f"{self.stage.name}:{step}":
@@ -26,7 +26,7 @@ def arm(when, number):
             os.kill(os.getpid(), number)
         return seal(self)
 
-    loop._Judge.take, CheckpointStore._seal = take_and_signal, signal_and_seal
+    Judge.take, CheckpointStore._seal = take_and_signal, signal_and_seal
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from dsa_jax.params import parameter_paths
 from dsa_jax.train import loop
 from dsa_jax.train import retrofit as retrofit_module
 from dsa_jax.train.init import initial_params, load_run, resolve_run
-from dsa_jax.train.loop import NotFiniteError
+from dsa_jax.train.judge import Judge, NotFiniteError
 from dsa_jax.train.metrics import read_metrics
 from dsa_jax.train.retrofit import retrofit
 from dsa_jax.train.rundir import RunError
@@ -74,14 +74,14 @@ def test_metrics_hold_every_step_once(undisturbed):
 )
 def test_interrupted_and_resumed_equals_undisturbed(undisturbed, tmp_path, monkeypatch, caplog, stop_at):
     """A stop request during a step: the step is finished and saved, and the next call ends with the same bits."""
-    take = loop._Judge.take
+    take = Judge.take
 
     def take_and_stop(self, step, values):
         if (self.stage.name, step) == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
         return take(self, step, values)
 
-    monkeypatch.setattr(loop._Judge, "take", take_and_stop)
+    monkeypatch.setattr(Judge, "take", take_and_stop)
     assert retrofit(tiny_config(), tmp_path) is None or stop_at == ("sparse", 6)
     assert ("in stage warmup, before its first step" in caplog.text) == (stop_at == ("pretrain", 6))
     monkeypatch.undo()

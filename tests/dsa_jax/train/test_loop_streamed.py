@@ -12,8 +12,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from dsa_jax.config import TextConfig
 from dsa_jax.data import mixture
 from dsa_jax.params import parameter_paths
-from dsa_jax.train import loop
 from dsa_jax.train.init import load_run
+from dsa_jax.train.judge import Judge
 from dsa_jax.train.metrics import read_metrics
 from dsa_jax.train.retrofit import retrofit
 from tests.dsa_jax.train.tiny import tiny_config
@@ -58,7 +58,7 @@ def test_a_stop_in_mid_epoch_and_its_resumption_change_no_bit(config, tmp_path, 
     retrofit(config, whole)
     expected = list(batches)
     batches.clear()
-    take = loop._Judge.take
+    take = Judge.take
 
     def take_and_stop(self, step, values):
         if (self.stage.name, step) == ("pretrain", 1):
@@ -66,7 +66,7 @@ def test_a_stop_in_mid_epoch_and_its_resumption_change_no_bit(config, tmp_path, 
         return take(self, step, values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Judge, "take", take_and_stop)
+        patch.setattr(Judge, "take", take_and_stop)
         assert retrofit(config, parts) is None
     saved = json.loads(next((parts / "checkpoints" / "pretrain").glob("*/meta/metadata")).read_text())["data"]
     assert saved["step"] == 2 and saved["row"] == 4

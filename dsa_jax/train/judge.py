@@ -1,0 +1,76 @@
+"""Reading the metrics of finished steps: the policy on values that are not finite, and the log."""
+
+import logging
+from dataclasses import dataclass
+
+import jax
+
+from dsa_jax.config import Config, StageConfig
+from dsa_jax.train.checkpoint import latest_position
+from dsa_jax.train.metrics import MetricsLog
+from dsa_jax.train.rundir import RunDirectory, RunError
+from dsa_jax.train.stages import Stage
+
+_LOG = logging.getLogger(__name__)
+_SHOWN = ("loss", "kl")
+_COUNTERS = ("is_finite", "skipped_in_a_row", "stop")
+
+
+class NotFiniteError(RunError):
+    """A loss, gradient or update became NaN or infinite and the policy is to stop."""
+
+
+@dataclass
+class Judge:
+    """Reads the metrics of finished steps: decides on values that are not finite, and logs.
+
+    Attributes:
+        saved_step: the last checkpoint of the stage; None before its first.
+        final: the metrics logged last.
+        stops: whether a process has voted to stop.
+    """
+
+    run: RunDirectory
+    stage: Stage
+    config: Config
+    metrics: MetricsLog
+    saved_step: int | None
+    final: dict[str, float]
+    stops: bool = False
+
+    def take(self, step: int, values: dict[str, jax.Array]) -> dict[str, float]:
+        """Judge and log the 1-based `step`; returns what the progress line shows.
+
+        Raises:
+            NotFiniteError: by `train.nan_policy`.
+        """
+        read = jax.device_get(values)
+        self.stops |= bool(read.get("stop", False))
+        if not read["is_finite"]:
+            self._not_finite(step, int(read["skipped_in_a_row"]))
+        record = {name: float(value) for name, value in sorted(read.items()) if not value.ndim and name not in _COUNTERS}
+        record |= {f"kl_layer_{i}": float(value) for i, value in enumerate(read.get("kl_layers", ()))}
+        settings: StageConfig = getattr(self.config.train, self.stage.name)
+        if step % settings.log_every == 0 or step == settings.steps:
+            self.metrics.log(self.stage.name, step, record)
+            self.final = record
+        return {name: record[name] for name in _SHOWN if name in record}
+
+    def _not_finite(self, step: int, in_a_row: int) -> None:
+        where, last = f"stage {self.stage.name}, step {step}", self._last_checkpoint()
+        advice = f"Lower train.{self.stage.name}.optimizer.learning_rate"
+        if self.config.train.nan_policy == "stop":
+            raise NotFiniteError(
+                f"loss, gradient or update is not finite in {where}; {last}. {advice} (in another --workdir where this one has "
+                "a checkpoint), or set train.nan_policy=skip to drop such updates."
+            )
+        if in_a_row >= self.config.train.max_skipped_steps:
+            raise NotFiniteError(f"{in_a_row} updates in a row were not finite up to {where}; {last}. {advice}.")
+        _LOG.warning("%s: the update is not finite and was dropped (%d in a row)", where, in_a_row)
+
+    def _last_checkpoint(self) -> str:
+        position = latest_position(self.run, self.config) if self.saved_step is None else (self.stage.name, self.saved_step)
+        if position is None:
+            return "there is no checkpoint yet"
+        stage, step = position
+        return f"the last checkpoint is step {step} of stage {stage} ({self.run.checkpoint_dir(stage)})"
