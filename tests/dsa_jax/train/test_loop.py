@@ -82,10 +82,12 @@ def test_interrupted_and_resumed_equals_undisturbed(undisturbed, tmp_path, monke
         return take(self, step, values)
 
     monkeypatch.setattr(Judge, "take", take_and_stop)
-    assert retrofit(tiny_config(), tmp_path) is None or stop_at == ("sparse", 6)
+    config = tiny_config()
+    config.eval.rows = ("dense",)
+    assert retrofit(config, tmp_path) is None or stop_at == ("sparse", 6)
     assert ("in stage warmup, before its first step" in caplog.text) == (stop_at == ("pretrain", 6))
     monkeypatch.undo()
-    retrofit(tiny_config(), tmp_path)
+    retrofit(config, tmp_path)
     want, got = final_params(undisturbed[0]), final_params(tmp_path)
     assert want.keys() == got.keys()
     for path in want:
@@ -110,17 +112,17 @@ def test_a_signal_during_the_evaluation_stops_after_a_row(undisturbed, tmp_path,
 
 
 def test_damaged_checkpoint_is_skipped_and_retrained(undisturbed, tmp_path, caplog):
-    retrofit(tiny_config(), tmp_path)
-    newest = max((tmp_path / "checkpoints" / "sparse").glob("[0-9]*"), key=lambda p: int(p.name))
+    workdir = shutil.copytree(undisturbed[0], tmp_path / "run")
+    newest = max((workdir / "checkpoints" / "sparse").glob("[0-9]*"), key=lambda p: int(p.name))
     for file in newest.rglob("*"):
         if file.is_file() and file.stat().st_size > 200:
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    retrofit(tiny_config(), tmp_path)
+    retrofit(tiny_config(), workdir)
     assert newest.name in caplog.text and "sparse" in caplog.text
-    want, got = final_params(undisturbed[0]), final_params(tmp_path)
+    want, got = final_params(undisturbed[0]), final_params(workdir)
     for path in want:
         np.testing.assert_array_equal(got[path], want[path], err_msg=path)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == (undisturbed[0] / "metrics.jsonl").read_bytes()
+    assert (workdir / "metrics.jsonl").read_bytes() == (undisturbed[0] / "metrics.jsonl").read_bytes()
 
 
 def poisoned(monkeypatch, bad_steps):
@@ -163,6 +165,7 @@ def test_nan_can_be_skipped_and_counted(tmp_path, monkeypatch):
     config = tiny_config()
     config.train.nan_policy = "skip"
     config.train.warmup.steps = config.train.sparse.steps = 0
+    config.eval.rows = ("dense",)
     poisoned(monkeypatch, {2, 3})
     report = retrofit(config, tmp_path)
     assert report["stages"]["pretrain"]["final"]["skipped"] == 2
@@ -246,12 +249,14 @@ def test_a_batch_that_cannot_be_made_costs_no_step(undisturbed, tmp_path, monkey
         return batch(self, step, **sizes)
 
     monkeypatch.setattr(TrainData, "batch", failing)
+    config = tiny_config()
+    config.eval.rows = ("dense",)
     message = r"no batch for step 4 of stage warmup: the file is gone\. The steps before it are saved"
     with pytest.raises(RunError, match=message):
-        retrofit(tiny_config(), tmp_path)
+        retrofit(config, tmp_path)
     assert (tmp_path / "checkpoints" / "warmup" / "3" / "manifest.json").exists()
     monkeypatch.undo()
-    retrofit(tiny_config(), tmp_path)
+    retrofit(config, tmp_path)
     for path, value in final_params(tmp_path).items():
         np.testing.assert_array_equal(value, final_params(undisturbed[0])[path], err_msg=path)
     assert (tmp_path / "metrics.jsonl").read_bytes() == (undisturbed[0] / "metrics.jsonl").read_bytes()
