@@ -43,12 +43,12 @@ $(VENV)/.has-%: setup.py pyproject.toml
 AOT_PYTHON ?= $(firstword $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.12*/bin/python) python3.12)
 aot:
 	$(MAKE) .venv-aot/.has-aot VENV=.venv-aot PYTHON=$(AOT_PYTHON)
-	.venv-aot/bin/python -m benchmarks.aot $(AOT_ARGS)
+	.venv-aot/bin/python -m dsa_jax.benchmarks.aot $(AOT_ARGS)
 
 # On the GPU at hand: every kernel is checked, then timed. GPU_PYTHON has jax with CUDA; nothing is installed.
 GPU_PYTHON ?= $(PYTHON)
 gpu-check:
-	$(GPU_PYTHON) -m benchmarks.gpu_check --output=benchmarks/results/gpu_check.json
+	$(GPU_PYTHON) -m dsa_jax.benchmarks.gpu_check --output=experiments/results/gpu_check.json
 
 clean:
-	rm -rf $(VENV) $(PARITY_VENV) $(NOTEBOOKS_VENV) build *.egg-info
+	rm -rf $(VENV) $(PARITY_VENV) $(NOTEBOOKS_VENV) .cache build *.egg-info

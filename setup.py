@@ -26,7 +26,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["dsa_jax*", "pallas_kernels*", "experiments*", "configs*"]),
-    package_data={"pallas_kernels.tuning": ["table.json"]},
+    package_data={"pallas_kernels.tuning": ["table.json"], "dsa_jax.benchmarks": ["h200.txtpb"]},
     install_requires=[
         "jax>=0.10.2,<0.13",
         "flax>=0.12.8,<0.13",

@@ -7,7 +7,7 @@ import importlib
 from typing import Any
 
 _HOME = {
-    "Pretrained": "dsa_jax.pretrained",
+    "Pretrained": "dsa_jax.checkpoints.pretrained",
     "GenerateOutput": "dsa_jax.generation",
     "ModelOutput": "dsa_jax.model",
     "Transformer": "dsa_jax.model",
@@ -15,8 +15,8 @@ _HOME = {
     "generate": "dsa_jax.generation",
     "init_params": "dsa_jax.model",
     "layer_stacks": "dsa_jax.model",
-    "load_pretrained": "dsa_jax.hf",
-    "save_pretrained": "dsa_jax.hf",
+    "load_pretrained": "dsa_jax.checkpoints.hf",
+    "save_pretrained": "dsa_jax.checkpoints.hf",
 }
 
 __version__ = "0.1.0"

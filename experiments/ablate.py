@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import flags
 
-from dsa_jax.ablation.ablation import Ablation
+from dsa_jax.sweeps.sweep import Ablation
 from experiments.flags import define_config, run_main
 
 _CONFIG = define_config("configs/ablations/topk.py", kind=Ablation)
@@ -25,10 +25,10 @@ _RESULTS = flags.DEFINE_string("results", "experiments/results/ablations", "Dire
 def main(argv: list[str]) -> int:
     """Run, print the table, draw."""
     del argv
-    from dsa_jax.ablation.plot import plot_ablation
-    from dsa_jax.ablation.run import keep_compiled_programs, run_ablation
-    from dsa_jax.ablation.summary import format_markdown
-    from dsa_jax.train.rundir import atomic_write_text
+    from dsa_jax.run.directory import atomic_write_text
+    from dsa_jax.sweeps.plot import plot_ablation
+    from dsa_jax.sweeps.run import keep_compiled_programs, run_ablation
+    from dsa_jax.sweeps.summary import format_markdown
 
     ablation, workdir, results = _CONFIG.value, Path(_WORKDIR.value), Path(_RESULTS.value)
     keep_compiled_programs(workdir / "compiled")

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int | None:
     del argv
     from dsa_jax.benchmarks import layer, ops, peers, train_step
     from dsa_jax.benchmarks.op_checks import CheckError
-    from dsa_jax.train.rundir import describe_environment
+    from dsa_jax.run.directory import describe_environment
 
     _OUTPUT.check()
     is_op = _OP.value in OPS

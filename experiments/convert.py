@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from dsa_jax.convert import to_hf, to_run
+    from dsa_jax.checkpoints.convert import to_hf, to_run
 
     if bool(_TO_HF.value) == bool(_TO_RUN.value):
         raise ConfigError("give exactly one of --to_hf=DIR and --to_run=DIR.")

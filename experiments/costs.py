@@ -5,11 +5,13 @@ r"""What sparse attention saves: dollars per million tokens by position, cache b
     python -m experiments.costs --benchmark=FILE,FILE
 
 The default is DeepSeek-V3.2 on H800s at 2 dollars an hour, whose two curves are figure 3 of the V3.2-Exp report. The model is
-analytic, its speeds fitted to that figure (`dsa_jax.cost.H800_REPORT`); with other models it says what those speeds would give.
+analytic, its speeds fitted to that figure (`dsa_jax.costs.model.H800_REPORT`); with other models it says what those speeds
+would give.
 
 With --benchmark nothing is modelled: the curves are those of attention alone, over the lengths measured, from the times that
-`experiments.benchmark --output` and `benchmarks.gpu_check` wrote. The files must cover index_topk and dense_attention at two
-lengths each, sparse_attention and decode, in the model's geometry and on one device; what is missing is named.
+`experiments.benchmark --output` and `dsa_jax.benchmarks.gpu_check` wrote. The files must cover index_topk and
+dense_attention at two lengths each, sparse_attention and decode, in the model's geometry and on one device; what is missing
+is named.
 """
 
 import dataclasses
@@ -34,10 +36,10 @@ _OUTPUT = flags.DEFINE_string("output", "", "Directory for costs.json and costs.
 def main(argv: list[str]) -> None:
     """Compute, print, plot."""
     del argv
-    from dsa_jax.cost import H800_REPORT
-    from dsa_jax.cost_measured import measured_tables, read_rows
-    from dsa_jax.cost_report import cost_tables, format_costs, format_measured, plot_costs
-    from dsa_jax.train.rundir import atomic_write_text, make_writable_directory
+    from dsa_jax.costs.measured import measured_tables, read_rows
+    from dsa_jax.costs.model import H800_REPORT
+    from dsa_jax.costs.report import cost_tables, format_costs, format_measured, plot_costs
+    from dsa_jax.run.directory import atomic_write_text, make_writable_directory
 
     for flag in (_PRICE, _SPEED):
         if not math.isfinite(flag.value):

@@ -12,7 +12,6 @@ of the extra `aot`.
 
 import math
 import os
-from pathlib import Path
 
 from absl import flags
 
@@ -87,7 +86,7 @@ def main(argv: list[str]) -> None:
     print(format_summary(summary, device_bytes), flush=True)
     if _COMPILE.value or _TARGET.value:
         if _TARGET.value:
-            mesh, device_bytes = target_mesh(config, _TARGET.value, Path(__file__).parents[1])
+            mesh, device_bytes = target_mesh(config, _TARGET.value)
         else:
             mesh = emulated_mesh(config)
         result = compile_step(config, step, mesh, shape)

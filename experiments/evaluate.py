@@ -31,8 +31,8 @@ def main(argv: list[str]) -> None:
     """Evaluate and print."""
     del argv
     from dsa_jax.evals.checkpoint import evaluate_checkpoint
-    from dsa_jax.parallel.processes import is_main, on_main
-    from dsa_jax.train.report import format_table
+    from dsa_jax.report.report import format_table
+    from dsa_jax.run.processes import is_main, on_main
 
     _PROCESSES.start()
     on_main(_OUTPUT.check)

@@ -26,11 +26,11 @@ from typing import Any
 from absl import app, flags
 from absl import logging as absl_logging
 
+from dsa_jax.checkpoints.hf import CheckpointError
 from dsa_jax.config import Config, ConfigError
-from dsa_jax.config_io import set_field
+from dsa_jax.config.fields import set_field
 from dsa_jax.extras import MissingExtraError
-from dsa_jax.hf import CheckpointError
-from dsa_jax.train.rundir import RunError
+from dsa_jax.run.directory import RunError
 from experiments.streams import LastingStream
 
 _EXPECTED = (ConfigError, RunError, CheckpointError, MissingExtraError)
@@ -175,7 +175,7 @@ class ProcessFlags:
 
     def start(self) -> None:
         """Join the other processes, if any; only the first goes on logging what is no warning. Call it first in `main`."""
-        from dsa_jax.parallel.processes import is_main, start_processes
+        from dsa_jax.run.processes import is_main, start_processes
 
         start_processes(self._coordinator.value, self._num_processes.value, self._process_id.value)
         if not is_main():

@@ -37,11 +37,11 @@ _PREFILL_CHUNK = flags.DEFINE_integer("prefill_chunk", 512, "Prompt tokens proce
 def main(argv: list[str]) -> None:
     """Generate and print."""
     del argv
+    from dsa_jax.checkpoints.open import open_checkpoint
     from dsa_jax.config import ParallelConfig
     from dsa_jax.data.documents import unpaired_surrogate
     from dsa_jax.generation import generate
     from dsa_jax.generation.text import TextStream
-    from dsa_jax.open_checkpoint import open_checkpoint
     from dsa_jax.parallel.placement import on_mesh
 
     texts = [*_PROMPT.value, *([_read(Path(_PROMPT_FILE.value))] if _PROMPT_FILE.value else [])]

@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import flags
 
-from dsa_jax.train.rundir import atomic_write_text, make_writable_directory
+from dsa_jax.run.directory import atomic_write_text, make_writable_directory
 from experiments.flags import show_in_help
 
 
@@ -51,7 +51,7 @@ class OutputFlag:
 
 def _line(results: Mapping[str, Any], indent: int | None = None) -> str:
     """As JSON, in which NaN and infinities are null."""
-    from dsa_jax.train.report import to_plain
+    from dsa_jax.report.report import to_plain
 
     return json.dumps(to_plain(results), indent=indent, allow_nan=False) + "\n"
 

@@ -15,8 +15,8 @@ _RESULTS = flags.DEFINE_string("results", "experiments/results", "Directory of t
 def main(argv: list[str]) -> None:
     """Write the page."""
     del argv
-    from dsa_jax.ablation.page import PAGE, render_results
-    from dsa_jax.train.rundir import atomic_write_text
+    from dsa_jax.run.directory import atomic_write_text
+    from dsa_jax.sweeps.page import PAGE, render_results
 
     directory = Path(_RESULTS.value)
     atomic_write_text(directory / PAGE, render_results(directory))

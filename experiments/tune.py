@@ -23,7 +23,9 @@ _IMPLEMENTATION = flags.DEFINE_string(
 )
 _KERNEL = flags.DEFINE_list("kernel", [], "Only these of the op's kernels; empty: all.")
 _LIMIT = flags.DEFINE_integer("limit", 24, "Candidates of each kernel, the default first, then the nearest.", lower_bound=1)
-_UNFIT = flags.DEFINE_string("unfit", "", "File that benchmarks.aot --candidates wrote; what failed there is not tried.")
+_UNFIT = flags.DEFINE_string(
+    "unfit", "", "File that dsa_jax.benchmarks.aot --candidates wrote; what failed there is not tried."
+)
 _LOG = flags.DEFINE_string("log", "runs/tune/trials.jsonl", "JSON Lines file of all trials.")
 _TABLE = flags.DEFINE_string("table", "", "Table to write; empty: the one that the kernels read.")
 _INTERPRET = flags.DEFINE_bool("interpret", False, "On CPU at tiny sizes, kernels interpreted; needs --table.")

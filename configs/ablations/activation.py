@@ -6,7 +6,7 @@ Result:    experiments/results/ablations/activation.md
 """
 
 from configs.ablations import INDEXER, base
-from dsa_jax.ablation.ablation import Ablation, Variant
+from dsa_jax.sweeps.sweep import Ablation, Variant
 
 
 def get_config() -> Ablation:

@@ -6,7 +6,7 @@ Result:    experiments/results/ablations/baselines.md
 """
 
 from configs.ablations import INDEXER, base
-from dsa_jax.ablation.ablation import Ablation, Variant
+from dsa_jax.sweeps.sweep import Ablation, Variant
 
 ROWS = ("dense", "sparse", "window", "sink_window", "random", "blocks")
 # Its compressed keys alone are more than 16, so it reads more than the others: 57 keys on average.

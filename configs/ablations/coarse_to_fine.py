@@ -11,7 +11,7 @@ Result:    experiments/results/ablations/coarse_to_fine.md
 """
 
 from configs.ablations import INDEXER, long_base
-from dsa_jax.ablation.ablation import Ablation, Variant
+from dsa_jax.sweeps.sweep import Ablation, Variant
 
 LENGTH = 1024
 

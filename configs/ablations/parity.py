@@ -7,8 +7,8 @@ Result:    experiments/results/ablations/parity.md
 
 from configs import quickstart
 from configs.ablations import INDEXER
-from dsa_jax.ablation.ablation import Ablation, Variant
 from dsa_jax.evals.parity import ROWS
+from dsa_jax.sweeps.sweep import Ablation, Variant
 
 SHOWN = ("dense", "sparse", "untrained", "window", "sink_window", "random", "oracle")
 

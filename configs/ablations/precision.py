@@ -8,9 +8,9 @@ Result:    experiments/results/ablations/precision.md
 from typing import Any
 
 from configs.ablations import INDEXER, base
-from dsa_jax.ablation.ablation import Ablation, Variant
+from dsa_jax.config.model import ModelConfig
 from dsa_jax.evals.outliers import with_outlier_channels
-from dsa_jax.model_config import ModelConfig
+from dsa_jax.sweeps.sweep import Ablation, Variant
 
 FP8, ROTATED = {f"{INDEXER}.fp8": True}, {f"{INDEXER}.hadamard": True}
 

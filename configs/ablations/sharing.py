@@ -8,7 +8,7 @@ Result:    experiments/results/ablations/sharing.md
 """
 
 from configs.ablations import INDEXER, base
-from dsa_jax.ablation.ablation import Ablation, Variant
+from dsa_jax.sweeps.sweep import Ablation, Variant
 
 
 def get_config() -> Ablation:

@@ -8,7 +8,7 @@ The learning rate rises over 20 steps, so that a warm-up of 15 ends at three qua
 """
 
 from configs.ablations import base
-from dsa_jax.ablation.ablation import Ablation, Variant
+from dsa_jax.sweeps.sweep import Ablation, Variant
 
 
 def get_config() -> Ablation:

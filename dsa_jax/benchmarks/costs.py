@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from dsa_jax.benchmarks.op_shapes import OpShape
-from dsa_jax.devices import peaks_of
+from dsa_jax.costs.devices import peaks_of
 from pallas_kernels.quantize import latent_row_bytes
 
 

@@ -108,7 +108,7 @@ class Log:
 
 
 def read_unfit(path: Path) -> set[tuple[str, str]]:
-    """What `benchmarks.aot --candidates` found not to compile, or to spill, as `unfit_key` gives it."""
+    """What `dsa_jax.benchmarks.aot --candidates` found not to compile, or to spill, as `unfit_key` gives it."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return {unfit_key(x["kernel"], x["shape"], x["tiles"]) for x in map(json.loads, lines) if x["unfit"]}
 

@@ -3,7 +3,7 @@
 from dsa_jax.data.batch import Batch
 from dsa_jax.data.corpus import Corpus, load_corpus
 from dsa_jax.data.mixture import EvalData, TrainData, make_eval_data, make_train_data
-from dsa_jax.data.recall import RecallTask, recall_rows
+from dsa_jax.data.tasks.recall import RecallTask, recall_rows
 from dsa_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [

@@ -17,9 +17,9 @@ from dsa_jax.config import ConfigError, DataConfig, EvalConfig
 from dsa_jax.data.batch import Batch, pad_to, stack_rows
 from dsa_jax.data.corpus import Corpus, load_corpus
 from dsa_jax.data.packing import TokenStream, epoch_order, pack_rows
-from dsa_jax.data.recall import RecallTask, recall_rows
 from dsa_jax.data.streamed import HeldOutText, StreamedCorpus, TextReader
 from dsa_jax.data.tasks import Setting, get_task
+from dsa_jax.data.tasks.recall import RecallTask, recall_rows
 from dsa_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 # First word of the entropy of each random stream, so that no two ever share one.

@@ -16,9 +16,9 @@ from jax.sharding import AbstractMesh, AxisType
 from dsa_jax.config import Config
 from dsa_jax.dryrun.sizes import array_bytes, shard_bytes
 from dsa_jax.model import Transformer
+from dsa_jax.model.attention.visibility import Visibility
 from dsa_jax.model.outputs import AttentionRequest
 from dsa_jax.model.transformer import BlockStack, rematerialised
-from dsa_jax.model.visibility import Visibility
 from dsa_jax.parallel.rules import parameter_spec
 from dsa_jax.params import merge_parameters, nested_parameters, parameter_paths, split_parameters
 from dsa_jax.train.loss import LOGITS_PER_CHUNK

@@ -16,7 +16,7 @@ from dsa_jax.dryrun.products import product_flops
 from dsa_jax.dryrun.programs import DecodeShape, step_program
 from dsa_jax.parallel.mesh import make_mesh
 
-TARGETS = {"h200": (Path("benchmarks/h200.txtpb"), 141_000_000_000)}
+TARGETS = {"h200": (Path(__file__).parents[1] / "benchmarks" / "h200.txtpb", 141_000_000_000)}
 """By name: the committed description for the compiler, and the bytes of device memory."""
 _PLUGIN = "jax_plugins.xla_cuda13"
 
@@ -54,11 +54,8 @@ def emulated_mesh(config: Config) -> Mesh:
     return make_mesh(config.parallel, jax.devices("cpu")[:needed])
 
 
-def target_mesh(config: Config, target: str, root: Path) -> tuple[Mesh, int]:
+def target_mesh(config: Config, target: str) -> tuple[Mesh, int]:
     """(the recipe's mesh over GPUs that need not be here, bytes of memory of each); `target` such as h200x8.
-
-    Args:
-        root: folder of the repository, which holds the target's description.
 
     Raises:
         ConfigError: for an unknown target, a mesh of another size, or without the compiler.
@@ -73,13 +70,10 @@ def target_mesh(config: Config, target: str, root: Path) -> tuple[Mesh, int]:
             "pip install --editable '.[aot]'"
         )
     description, memory = TARGETS[match[1]]
-    path = root / description
-    if not path.is_file():
-        raise ConfigError(f"there is no target description {path}; expected to run in a checkout of the repository.")
     from jax.experimental import topologies
 
     topology = topologies.get_topology_desc(
-        platform="cuda", topology_name=match[1], target_config=path.read_text(), topology=f"1x1x{match[2]}"
+        platform="cuda", topology_name=match[1], target_config=description.read_text(), topology=f"1x1x{match[2]}"
     )
     return make_mesh(config.parallel, topology.devices), memory
 

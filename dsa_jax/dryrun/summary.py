@@ -7,14 +7,14 @@ import jax
 
 from dsa_jax.config import STAGES as STAGE_ORDER
 from dsa_jax.config import Config
-from dsa_jax.cost import (
+from dsa_jax.costs.model import (
     ATTENTIONS,
     active_weights,
     cache_bytes_per_token,
     forward_flops_per_token,
     training_flops_per_token,
 )
-from dsa_jax.cost_report import CACHE_DTYPES
+from dsa_jax.costs.report import CACHE_DTYPES
 from dsa_jax.dryrun.activations import estimate_activations
 from dsa_jax.dryrun.programs import abstract_params
 from dsa_jax.dryrun.sizes import bytes_per_device, sharding_table

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.model import Transformer
+from dsa_jax.model.attention.selection import DENSE
+from dsa_jax.model.attention.visibility import Visibility, causal_visibility, segment_positions
 from dsa_jax.model.block import Block
 from dsa_jax.model.outputs import AttentionRequest
-from dsa_jax.model.selection import DENSE
-from dsa_jax.model.visibility import Visibility, causal_visibility, segment_positions
 from pallas_kernels import index_scores
 
 

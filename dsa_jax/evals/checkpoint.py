@@ -6,17 +6,17 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from dsa_jax.checkpoints.hf import read_model_config
+from dsa_jax.checkpoints.open import is_hf_directory
 from dsa_jax.config import Config, ConfigError, TrainConfig
 from dsa_jax.data import make_eval_data
 from dsa_jax.evals.parity import ROWS, Parity, can_run, evaluate_parity
-from dsa_jax.hf import read_model_config
-from dsa_jax.open_checkpoint import is_hf_directory
 from dsa_jax.parallel.check import check_layout
 from dsa_jax.parallel.placement import on_mesh
-from dsa_jax.parallel.processes import on_main
+from dsa_jax.run.directory import find_run
+from dsa_jax.run.processes import on_main
 from dsa_jax.train.from_hf import load_for_evaluation, resolve_checkpoint
 from dsa_jax.train.init import load_run
-from dsa_jax.train.rundir import find_run
 
 _LOG = logging.getLogger(__name__)
 

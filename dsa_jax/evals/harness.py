@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsa_jax.checkpoints.pretrained import Pretrained
 from dsa_jax.config import ConfigError
 from dsa_jax.data import Batch
 from dsa_jax.extras import MissingExtraError
 from dsa_jax.generation import generate
-from dsa_jax.pretrained import Pretrained
 from dsa_jax.train.loss import forward_with_loss
 
 _LOG = logging.getLogger(__name__)

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsa_jax.config import Config, EvalConfig
+from dsa_jax.config.model import BY_INDEXER
 from dsa_jax.data import Batch, EvalData
 from dsa_jax.data.tasks import get_task
 from dsa_jax.model import Transformer, init_params
-from dsa_jax.model_config import BY_INDEXER
 from dsa_jax.parallel.placement import place, place_batch, replicate
 from dsa_jax.params import is_indexer_path, merge_parameters, split_parameters
 from dsa_jax.train.loss import forward_with_loss

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsa_jax.checkpoints.pretrained import Pretrained
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.generation.pages import PageAllocator, make_block_table
 from dsa_jax.generation.programs import Mode, Sampling, State, compiled, decode, prefill, state_shardings
 from dsa_jax.model import Transformer
-from dsa_jax.model.attention import by_indexer, check_request
-from dsa_jax.model.cache import Cache
+from dsa_jax.model.attention.attend import by_indexer, check_request
+from dsa_jax.model.attention.cache import Cache
 from dsa_jax.model.outputs import AttentionRequest
-from dsa_jax.pretrained import Pretrained
 
 SMALLEST_CHUNK = 16
 

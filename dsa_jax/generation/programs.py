@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from dsa_jax.generation.sampling import greedy_token, row_keys, sample_token
 from dsa_jax.model import Transformer
-from dsa_jax.model.cache import Cache
+from dsa_jax.model.attention.cache import Cache
 
 HEADS_NDIM = 4
 """Axes of a pool of heads: layers, slots, heads, channels."""

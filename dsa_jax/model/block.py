@@ -4,12 +4,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from dsa_jax.model.cache import LayerCache
-from dsa_jax.model.cached_attention import CachedAttentionOutput
+from dsa_jax.model.attention.attend_cached import CachedAttentionOutput
+from dsa_jax.model.attention.cache import LayerCache
+from dsa_jax.model.attention.selection import IndexHeads
+from dsa_jax.model.attention.visibility import Visibility
 from dsa_jax.model.norm import RMSNorm
 from dsa_jax.model.outputs import AttentionRequest, LayerStatistics
-from dsa_jax.model.selection import IndexHeads
-from dsa_jax.model.visibility import Visibility
 
 
 class Block(nn.Module):

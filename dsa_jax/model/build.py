@@ -8,17 +8,17 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from dsa_jax.config import IndexerConfig, ModelConfig
-from dsa_jax.implementations import parse_implementations
+from dsa_jax.config.implementations import parse_implementations
+from dsa_jax.model.attention.gqa import GQA
+from dsa_jax.model.attention.indexer import Indexer
+from dsa_jax.model.attention.mla import MLA
+from dsa_jax.model.attention.nsa import NSA
+from dsa_jax.model.attention.selection import Budget
 from dsa_jax.model.block import Block
-from dsa_jax.model.gqa import GQA
-from dsa_jax.model.indexer import Indexer
-from dsa_jax.model.layers import LayerStack, layer_stacks
-from dsa_jax.model.mla import MLA
 from dsa_jax.model.mlp import MLP
-from dsa_jax.model.moe import MoE
-from dsa_jax.model.nsa import NSA
+from dsa_jax.model.moe.moe import MoE
 from dsa_jax.model.rope import rope_from_config
-from dsa_jax.model.selection import Budget
+from dsa_jax.model.stacks import LayerStack, layer_stacks
 from dsa_jax.model.transformer import BlockStack, Transformer
 from dsa_jax.parallel.ambient import no_mesh
 from dsa_jax.parallel.placement import hold

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from dsa_jax.model_config import FP8_BLOCKS
+from dsa_jax.config.model import FP8_BLOCKS
 from dsa_jax.params import BLOCK_SCALES
 from pallas_kernels import traced_platform
 from pallas_kernels.quantize import QuantizedBlocks, dequantize_blocks, dequantize_part

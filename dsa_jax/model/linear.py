@@ -4,9 +4,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from dsa_jax.config.model import PLAIN
 from dsa_jax.model.kernels import make_kernel, widened
 from dsa_jax.model.precision import precision_of
-from dsa_jax.model_config import PLAIN
 
 
 class Linear(nn.Module):

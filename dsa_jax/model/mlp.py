@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
+from dsa_jax.config.model import PLAIN
 from dsa_jax.model.linear import Linear
 from dsa_jax.model.outputs import MoEStatistics
-from dsa_jax.model_config import PLAIN
 
 
 class FeedForwardOutput(NamedTuple):

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Float, Int
 
-from dsa_jax.model.cache import Cache
-from dsa_jax.model.selection import IndexHeads
+from dsa_jax.model.attention.cache import Cache
+from dsa_jax.model.attention.selection import IndexHeads
 
 
 @dataclass(frozen=True)

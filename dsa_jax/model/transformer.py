@@ -10,16 +10,16 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from dsa_jax.model.attention import TOPK_NAME, by_indexer, check_request
+from dsa_jax.model.attention.attend import TOPK_NAME, by_indexer, check_request
+from dsa_jax.model.attention.cache import INDEX_KEYS, Cache, LayerCache, allocate_cache, token_slots
+from dsa_jax.model.attention.selection import DENSE
+from dsa_jax.model.attention.visibility import Visibility, causal_visibility, segment_positions
 from dsa_jax.model.block import Block
-from dsa_jax.model.cache import INDEX_KEYS, Cache, LayerCache, allocate_cache, token_slots
 from dsa_jax.model.inputs import at_least_32_bits, check_inputs, check_new_tokens
 from dsa_jax.model.kernels import pick, widens_slices
 from dsa_jax.model.norm import RMSNorm
 from dsa_jax.model.outputs import AttentionRequest, ExtendOutput, LayerStatistics, ModelOutput
 from dsa_jax.model.precision import precision_of
-from dsa_jax.model.selection import DENSE
-from dsa_jax.model.visibility import Visibility, causal_visibility, segment_positions
 from dsa_jax.parallel.ambient import check_auto_axes
 from dsa_jax.parallel.sequence import check_rows, constrain, from_balanced, to_balanced
 from pallas_kernels import checked

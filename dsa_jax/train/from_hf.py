@@ -6,15 +6,15 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from dsa_jax.checkpoints.hf import load_pretrained, read_model_config, save_pretrained
+from dsa_jax.checkpoints.hf.tokenizer_files import has_tokenizer_files, tokenizer_name
 from dsa_jax.config import Config, ConfigError, ModelConfig, to_dict
-from dsa_jax.config_io import flatten
+from dsa_jax.config.fields import flatten
 from dsa_jax.data import load_tokenizer
 from dsa_jax.data.tokenizer import Tokenizer
-from dsa_jax.hf import load_pretrained, read_model_config, save_pretrained
-from dsa_jax.hf.tokenizer_files import has_tokenizer_files, tokenizer_name
 from dsa_jax.model import Transformer
 from dsa_jax.parallel.placement import current_mesh
-from dsa_jax.parallel.processes import gather_to_main, on_main
+from dsa_jax.run.processes import gather_to_main, on_main
 
 _LOG = logging.getLogger(__name__)
 

@@ -13,15 +13,15 @@ from dsa_jax.config import STAGES as STAGE_ORDER
 from dsa_jax.config import Config, ConfigError
 from dsa_jax.data.tokenizer import NO_TOKENIZER
 from dsa_jax.model import Transformer, abstract_params, build_model, init_params
-from dsa_jax.model.layers import layer_stacks, restacked
-from dsa_jax.model.selection import NSA
+from dsa_jax.model.attention.selection import NSA
+from dsa_jax.model.stacks import layer_stacks, restacked
 from dsa_jax.parallel.placement import current_mesh, with_shardings
-from dsa_jax.parallel.processes import on_main
 from dsa_jax.parallel.rules import check_divisible
 from dsa_jax.params import is_indexer_path, is_nsa_path, nested_parameters, parameter_paths
-from dsa_jax.train.checkpoint import CheckpointStore, newest_checkpoint
+from dsa_jax.run.checkpoints import CheckpointStore, newest_checkpoint
+from dsa_jax.run.directory import RunDirectory, RunError, find_run
+from dsa_jax.run.processes import on_main
 from dsa_jax.train.from_hf import checkpoint_params
-from dsa_jax.train.rundir import RunDirectory, RunError, find_run
 from dsa_jax.train.stages import stage_of, trained_attention
 
 _LOG = logging.getLogger(__name__)

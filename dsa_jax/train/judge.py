@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import jax
 
 from dsa_jax.config import Config, StageConfig
-from dsa_jax.train.checkpoint import latest_position
-from dsa_jax.train.metrics import MetricsLog
-from dsa_jax.train.rundir import RunDirectory, RunError
+from dsa_jax.run.checkpoints import latest_position
+from dsa_jax.run.directory import RunDirectory, RunError
+from dsa_jax.run.metrics import MetricsLog
 from dsa_jax.train.stages import Stage
 
 _LOG = logging.getLogger(__name__)

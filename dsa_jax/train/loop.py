@@ -8,18 +8,18 @@ import jax
 
 from dsa_jax.config import STAGES as STAGE_ORDER
 from dsa_jax.config import Config, ModelConfig, StageConfig
-from dsa_jax.cost import training_flops_per_token
+from dsa_jax.costs.devices import peaks_of
+from dsa_jax.costs.model import training_flops_per_token
 from dsa_jax.data import Batch, TrainData
-from dsa_jax.devices import peaks_of
 from dsa_jax.model import Transformer
 from dsa_jax.parallel.placement import place, place_batch, with_shardings
-from dsa_jax.parallel.processes import is_main, with_votes
-from dsa_jax.train.checkpoint import CheckpointStore
+from dsa_jax.run.checkpoints import CheckpointStore
+from dsa_jax.run.directory import RunDirectory, RunError
+from dsa_jax.run.metrics import MetricsLog
+from dsa_jax.run.processes import is_main, with_votes
+from dsa_jax.run.progress import Discard, Progress
+from dsa_jax.run.signals import StopRequest
 from dsa_jax.train.judge import Judge
-from dsa_jax.train.metrics import MetricsLog
-from dsa_jax.train.progress import Discard, Progress
-from dsa_jax.train.rundir import RunDirectory, RunError
-from dsa_jax.train.signals import StopRequest
 from dsa_jax.train.stages import Stage
 from dsa_jax.train.step import TrainState, init_state, make_train_step
 

@@ -6,26 +6,26 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from dsa_jax.checkpoints.hf import CheckpointError
 from dsa_jax.config import STAGES as STAGE_ORDER
 from dsa_jax.config import Config, ConfigError, to_dict
 from dsa_jax.data import EvalData, TrainData, make_eval_data, make_train_data
 from dsa_jax.evals.parity import Parity, evaluate_parity
-from dsa_jax.hf import CheckpointError
 from dsa_jax.model import Transformer, build_model
-from dsa_jax.model.selection import DENSE
+from dsa_jax.model.attention.selection import DENSE
 from dsa_jax.parallel.check import check_layout
 from dsa_jax.parallel.placement import on_mesh, place
-from dsa_jax.parallel.processes import any_process, is_main, on_main
 from dsa_jax.params import count_parameters, is_indexer_path, split_parameters
-from dsa_jax.train.checkpoint import latest_position
+from dsa_jax.report.report import format_table, write_report
+from dsa_jax.run.checkpoints import latest_position
+from dsa_jax.run.directory import RunDirectory, RunError, claimed, open_run
+from dsa_jax.run.metrics import MetricsLog, NoMetrics
+from dsa_jax.run.processes import any_process, is_main, on_main
+from dsa_jax.run.signals import StopRequest
+from dsa_jax.run.source import source_fingerprint
 from dsa_jax.train.from_hf import export_checkpoint, resolve_checkpoint
 from dsa_jax.train.init import at_start_of_stage, initial_params, load_run, resolve_run
 from dsa_jax.train.loop import Training, run_stage
-from dsa_jax.train.metrics import MetricsLog, NoMetrics
-from dsa_jax.train.report import format_table, write_report
-from dsa_jax.train.rundir import RunDirectory, RunError, claimed, open_run
-from dsa_jax.train.signals import StopRequest
-from dsa_jax.train.source import source_fingerprint
 from dsa_jax.train.stages import stage_of, trained_attention
 from pallas_kernels import implementations_chosen
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dsa_jax.config import Config
-from dsa_jax.model_config import BY_INDEXER
+from dsa_jax.config.model import BY_INDEXER
 from dsa_jax.params import is_indexer_path, is_nsa_path, is_score_bias_path
 
 

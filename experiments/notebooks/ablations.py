@@ -14,9 +14,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import configs.ablations
-from dsa_jax.ablation.plot import draw_ablation, figure_size
-from dsa_jax.ablation.summary import answers, environments, format_table, total_seconds
 from dsa_jax.evals.parity import BEFORE
+from dsa_jax.sweeps.plot import draw_ablation, figure_size
+from dsa_jax.sweeps.summary import answers, environments, format_table, total_seconds
 from experiments.notebooks.settings import RESULTS
 
 sweeps = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dsa_jax.extras import MissingExtraError
-from dsa_jax.train.rundir import atomic_write_text
+from dsa_jax.run.directory import atomic_write_text
 
 FOLDER = Path(__file__).parent
 NAMES = ("indexer", "retrofit", "parity", "costs", "ablations")

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # What sparse attention costs and saves
 #
-# All numbers here are computed, none is measured. `dsa_jax.cost` counts floating-point operations and assumes sustained
+# All numbers here are computed, none is measured. `dsa_jax.costs.model` counts floating-point operations and assumes sustained
 # speeds, which are fitted to the published curves of DeepSeek-V3.2-Exp on H800s at 2 dollars an hour. `python -m
 # experiments.costs` prints the same; with `--benchmark=FILE` it draws the curves of attention from measured kernels
 # instead.
@@ -11,8 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from configs import deepseek_v2_lite, deepseek_v32, glm5, llama3_8b, qwen3_0_6b
-from dsa_jax.cost import ATTENTIONS, H800_REPORT, PHASES, cache_bytes_per_token, dollars_per_million_tokens
-from dsa_jax.cost_report import CACHE_DTYPES, PUBLISHED_DOLLARS, PUBLISHED_POSITIONS, cost_tables, draw_costs, format_costs
+from dsa_jax.costs.model import ATTENTIONS, H800_REPORT, PHASES, cache_bytes_per_token, dollars_per_million_tokens
+from dsa_jax.costs.report import CACHE_DTYPES, PUBLISHED_DOLLARS, PUBLISHED_POSITIONS, cost_tables, draw_costs, format_costs
 
 LENGTH = 131072
 config = deepseek_v32.get_config()

@@ -13,7 +13,7 @@ import numpy as np
 from dsa_jax import build_model, init_params
 from dsa_jax.evals.parity import evaluate_parity
 from dsa_jax.params import count_parameters, is_indexer_path, split_parameters
-from dsa_jax.train.report import format_table
+from dsa_jax.report.report import format_table
 from experiments.notebooks.small_model import data_of, recipe, train_stage
 
 config = recipe()

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 
 from configs import quickstart
-from dsa_jax.ablation.ablation import run_key
 from dsa_jax.config import STAGES, Config
 from dsa_jax.data import EvalData, TrainData, make_eval_data, make_train_data
 from dsa_jax.model import Transformer, build_model, init_params
 from dsa_jax.params import nested_parameters, parameter_paths
+from dsa_jax.sweeps.sweep import run_key
 from dsa_jax.train.stages import stage_of
 from dsa_jax.train.step import init_state, make_train_step
 from experiments.notebooks.settings import SMALL

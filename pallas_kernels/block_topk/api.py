@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import _checks, _dispatch
-from pallas_kernels._explicit import split_like
-from pallas_kernels._varying import vary_alike
 from pallas_kernels.block_topk import reference, xla
 from pallas_kernels.block_topk.geometry import BlockGeometry
+from pallas_kernels.common import checks as _checks
+from pallas_kernels.common import dispatch as _dispatch
+from pallas_kernels.common.explicit import split_like
+from pallas_kernels.common.varying import vary_alike
 
 _IMPLEMENTATIONS = {"reference": reference.block_topk, "xla": xla.block_topk}
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._numerics import constant_lse, visible_mask
 from pallas_kernels.block_topk.geometry import BlockGeometry
+from pallas_kernels.common.numerics import constant_lse, visible_mask
 from pallas_kernels.dense_attention.reference import attention_logits
 from pallas_kernels.index_topk.reference import canonical_topk
 

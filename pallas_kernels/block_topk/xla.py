@@ -3,10 +3,10 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._chunks import map_queries, rows_per_chunk
-from pallas_kernels._numerics import accumulation_dtype, constant_lse, dot, rank_scores, visible_mask
-from pallas_kernels._selection import canonical, largest_ascending
 from pallas_kernels.block_topk.geometry import BlockGeometry
+from pallas_kernels.common.chunks import map_queries, rows_per_chunk
+from pallas_kernels.common.numerics import accumulation_dtype, constant_lse, dot, rank_scores, visible_mask
+from pallas_kernels.common.selection import canonical, largest_ascending
 from pallas_kernels.dense_attention.xla import as_rows
 
 LOGIT_BUDGET = 2**20  # numbers in one chunk of logits: batch x heads x queries x compressed keys

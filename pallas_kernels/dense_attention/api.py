@@ -5,9 +5,10 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import _checks, _dispatch
-from pallas_kernels._explicit import split_like
-from pallas_kernels._varying import vary_alike
+from pallas_kernels.common import checks as _checks
+from pallas_kernels.common import dispatch as _dispatch
+from pallas_kernels.common.explicit import split_like
+from pallas_kernels.common.varying import vary_alike
 from pallas_kernels.dense_attention import reference, xla
 
 _DENSE = {"reference": reference.dense_attention, "xla": xla.dense_attention}

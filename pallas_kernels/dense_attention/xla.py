@@ -10,9 +10,9 @@ from jax import lax
 from jax.dtypes import float0
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._chunks import KeyWalk, add_to_chunk, key_walk, map_queries, rows_per_chunk, scan_queries, slice_chunk
-from pallas_kernels._numerics import accumulation_dtype, add_leading, constant_lse, dot, values_of
-from pallas_kernels._selection import all_visible, select_in_blocks
+from pallas_kernels.common.chunks import KeyWalk, add_to_chunk, key_walk, map_queries, rows_per_chunk, scan_queries, slice_chunk
+from pallas_kernels.common.numerics import accumulation_dtype, add_leading, constant_lse, dot, values_of
+from pallas_kernels.common.selection import all_visible, select_in_blocks
 
 LOGIT_BUDGET = 2**20  # numbers in one block of logits: batch x heads x queries x keys
 BLOCK_K = 512

@@ -6,12 +6,13 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import _checks, _dispatch
-from pallas_kernels._activation import check_activation
-from pallas_kernels._activation_options import activation_options
-from pallas_kernels._explicit import split_like
-from pallas_kernels._forced import check_forced, scored_range, with_forced
-from pallas_kernels._varying import vary_alike
+from pallas_kernels.common import checks as _checks
+from pallas_kernels.common import dispatch as _dispatch
+from pallas_kernels.common.activation import check_activation
+from pallas_kernels.common.activation_options import activation_options
+from pallas_kernels.common.explicit import split_like
+from pallas_kernels.common.forced import check_forced, scored_range, with_forced
+from pallas_kernels.common.varying import vary_alike
 from pallas_kernels.index_topk import mosaic_gpu, pallas_gpu, reference, triton_gpu, xla
 
 _SCORES: dict[str, Callable[..., Any]] = {

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels._checks import check_float, check_shape, checked, is_whole
+from pallas_kernels.common.checks import check_float, check_shape, checked, is_whole
 
 POOLINGS = ("mean", "salient")
 

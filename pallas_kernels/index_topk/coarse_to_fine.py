@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import _checks
-from pallas_kernels._activation import check_activation, weighted_sum
-from pallas_kernels._chunks import map_queries, rows_per_chunk
-from pallas_kernels._explicit import split_like
-from pallas_kernels._forced import check_forced, scored_range, with_forced
-from pallas_kernels._numerics import accumulation_dtype, dot, rank_scores
-from pallas_kernels._selection import canonical, largest_ascending
-from pallas_kernels._varying import vary_alike
+from pallas_kernels.common import checks as _checks
+from pallas_kernels.common.activation import check_activation, weighted_sum
+from pallas_kernels.common.chunks import map_queries, rows_per_chunk
+from pallas_kernels.common.explicit import split_like
+from pallas_kernels.common.forced import check_forced, scored_range, with_forced
+from pallas_kernels.common.numerics import accumulation_dtype, dot, rank_scores
+from pallas_kernels.common.selection import canonical, largest_ascending
+from pallas_kernels.common.varying import vary_alike
 from pallas_kernels.index_topk.api import index_topk
 from pallas_kernels.index_topk.block_pooling import check_pooling, pool_blocks
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import tuning
-from pallas_kernels._dispatch import traced_device_kind, traced_platform
-from pallas_kernels._head_sums import Kind, index_problem
+from pallas_kernels.common import gpu_tiles as tiling
+from pallas_kernels.common.dispatch import traced_device_kind, traced_platform
+from pallas_kernels.common.index_scores import Kind, index_problem
 from pallas_kernels.index_topk import pallas_gpu
-from pallas_kernels.sparse_attention import pallas_gpu_tiles as tiling
 from pallas_kernels.tuning.kernels import SHARED_BYTES
 from pallas_kernels.tuning.tiles import WarpgroupTiles
 

@@ -11,13 +11,13 @@ from jax import lax
 from jax.dtypes import float0
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import _head_sums
-from pallas_kernels._chunks import map_queries, rows_per_chunk
-from pallas_kernels._head_sums import Kind
-from pallas_kernels._selection import all_visible, canonical
-from pallas_kernels._threshold import COUNT_GROUPS, largest_by_threshold
+from pallas_kernels.common import gpu_tiles as tiling
+from pallas_kernels.common import index_scores as _head_sums
+from pallas_kernels.common.chunks import map_queries, rows_per_chunk
+from pallas_kernels.common.index_scores import Kind
+from pallas_kernels.common.selection import all_visible, canonical
+from pallas_kernels.common.threshold import COUNT_GROUPS, largest_by_threshold
 from pallas_kernels.index_topk import xla
-from pallas_kernels.sparse_attention import pallas_gpu_tiles as tiling
 from pallas_kernels.tuning.tiles import AnyTiles, QueryTiles
 
 SCORE_BUDGET = 2**26

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels._activation import activate
-from pallas_kernels._numerics import accumulation_dtype, rank_scores, visible_mask, widen_fp8
+from pallas_kernels.common.activation import activate
+from pallas_kernels.common.numerics import accumulation_dtype, rank_scores, visible_mask, widen_fp8
 
 
 def index_scores(

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import tuning
-from pallas_kernels._dispatch import traced_platform
-from pallas_kernels._varying import vary_over, varying_axes
+from pallas_kernels.common.dispatch import traced_platform
+from pallas_kernels.common.varying import vary_over, varying_axes
 from pallas_kernels.index_topk import pallas_gpu
 from pallas_kernels.tuning.tiles import ScanTiles
 

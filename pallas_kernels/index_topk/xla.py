@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._activation import weighted_sum
-from pallas_kernels._chunks import map_queries, rows_per_chunk, slice_chunk
-from pallas_kernels._numerics import accumulation_dtype, head_products, widen_fp8
-from pallas_kernels._selection import all_visible, select_in_blocks
+from pallas_kernels.common.activation import weighted_sum
+from pallas_kernels.common.chunks import map_queries, rows_per_chunk, slice_chunk
+from pallas_kernels.common.numerics import accumulation_dtype, head_products, widen_fp8
+from pallas_kernels.common.selection import all_visible, select_in_blocks
 from pallas_kernels.index_topk import reference
 
 SCORE_BUDGET = 2**22  # numbers in one chunk's scores: batch x queries x keys

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import _checks, _dispatch
-from pallas_kernels._activation import check_activation
-from pallas_kernels._activation_options import activation_options
-from pallas_kernels._explicit import split_like
-from pallas_kernels._varying import vary_over, varying_axes
+from pallas_kernels.common import checks as _checks
+from pallas_kernels.common import dispatch as _dispatch
+from pallas_kernels.common.activation import check_activation
+from pallas_kernels.common.activation_options import activation_options
+from pallas_kernels.common.explicit import split_like
+from pallas_kernels.common.varying import vary_over, varying_axes
 from pallas_kernels.indexer_loss import pallas_gpu, reference, xla
 
 _IMPLEMENTATIONS = {"reference": reference.indexer_kl, "xla": xla.indexer_kl, "pallas": pallas_gpu.indexer_kl}

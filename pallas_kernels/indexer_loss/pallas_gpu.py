@@ -15,12 +15,12 @@ from jax.dtypes import float0
 from jax.scipy.special import xlogy
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels import _head_sums
-from pallas_kernels._chunks import map_queries, rows_per_chunk, scan_queries
-from pallas_kernels._numerics import constant_lse, softmax_and_lse, sum_over_axis, visible_mask
+from pallas_kernels.common import gpu_tiles as tiling
+from pallas_kernels.common import index_scores as _head_sums
+from pallas_kernels.common.chunks import map_queries, rows_per_chunk, scan_queries
+from pallas_kernels.common.numerics import constant_lse, softmax_and_lse, sum_over_axis, visible_mask
 from pallas_kernels.indexer_loss import pallas_gpu_gradients as gradients
 from pallas_kernels.indexer_loss.xla_selected import set_members
-from pallas_kernels.sparse_attention import pallas_gpu_tiles as tiling
 from pallas_kernels.sparse_attention.xla import join_batch, join_batch_indices
 from pallas_kernels.tuning.tiles import QueryTiles, Tiles
 

@@ -13,11 +13,11 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import tuning
-from pallas_kernels._chunks import rows_per_chunk, scan_queries
-from pallas_kernels._head_sums import per_row
+from pallas_kernels.common import gpu_tiles as tiling
+from pallas_kernels.common.chunks import rows_per_chunk, scan_queries
+from pallas_kernels.common.gpu_tiles import Problem, Refs
+from pallas_kernels.common.index_scores import per_row
 from pallas_kernels.sparse_attention import pallas_gpu_backward as backward
-from pallas_kernels.sparse_attention import pallas_gpu_tiles as tiling
-from pallas_kernels.sparse_attention.pallas_gpu_tiles import Problem, Refs
 from pallas_kernels.tuning.tiles import SMALLEST_SIDE, Tiles
 
 MOST_HEADS = 128

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels._numerics import accumulation_dtype, constant_lse, sum_over_axis, visible_mask
+from pallas_kernels.common.numerics import accumulation_dtype, constant_lse, sum_over_axis, visible_mask
 from pallas_kernels.dense_attention.reference import attention_logits
 from pallas_kernels.index_topk.reference import index_scores
 

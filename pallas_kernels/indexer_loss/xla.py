@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._numerics import accumulation_dtype
+from pallas_kernels.common.numerics import accumulation_dtype
 from pallas_kernels.indexer_loss.xla_selected import kl_over_selected
 from pallas_kernels.indexer_loss.xla_visible import kl_over_visible
 from pallas_kernels.sparse_attention.xla import join_batch, join_batch_indices

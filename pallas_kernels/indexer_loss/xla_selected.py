@@ -10,9 +10,9 @@ from jax.dtypes import float0
 from jax.scipy.special import xlogy
 from jaxtyping import Array
 
-from pallas_kernels._activation import activate, head_lse_gradient, times_slope, weighted_sum
-from pallas_kernels._chunks import map_queries, rows_per_chunk, scan_queries
-from pallas_kernels._numerics import accumulation_dtype, constant_lse, dot, softmax_and_lse, sum_over_axis
+from pallas_kernels.common.activation import activate, head_lse_gradient, times_slope, weighted_sum
+from pallas_kernels.common.chunks import map_queries, rows_per_chunk, scan_queries
+from pallas_kernels.common.numerics import accumulation_dtype, constant_lse, dot, softmax_and_lse, sum_over_axis
 from pallas_kernels.sparse_attention.xla import (
     CHUNKS_PER_STEP,
     GATHER_BUDGET,

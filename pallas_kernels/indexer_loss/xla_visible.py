@@ -11,9 +11,9 @@ from jax.dtypes import float0
 from jax.scipy.special import xlogy
 from jaxtyping import Array
 
-from pallas_kernels._activation import activate, head_lse_gradient, times_slope, weighted_sum
-from pallas_kernels._chunks import KeyWalk, add_to_chunk, key_walk, map_queries, rows_per_chunk, scan_queries, slice_chunk
-from pallas_kernels._numerics import (
+from pallas_kernels.common.activation import activate, head_lse_gradient, times_slope, weighted_sum
+from pallas_kernels.common.chunks import KeyWalk, add_to_chunk, key_walk, map_queries, rows_per_chunk, scan_queries, slice_chunk
+from pallas_kernels.common.numerics import (
     accumulation_dtype,
     head_products,
     head_products_transposed,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels._checks import check_vectors, checked
+from pallas_kernels.common.checks import check_vectors, checked
 from pallas_kernels.quantize import reference
 
 

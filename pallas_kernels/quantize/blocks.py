@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._checks import check_float, checked, is_whole
+from pallas_kernels.common.checks import check_float, checked, is_whole
 from pallas_kernels.quantize import reference
 
 WEIGHT_BLOCK = (128, 128)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from pallas_kernels._checks import check_array, check_float, check_shape, check_vectors, checked, is_whole
+from pallas_kernels.common.checks import check_array, check_float, check_shape, check_vectors, checked, is_whole
 from pallas_kernels.quantize import reference
 
 TILE = 128

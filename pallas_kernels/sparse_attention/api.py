@@ -5,9 +5,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt8
 
-from pallas_kernels import _checks, _dispatch
-from pallas_kernels._explicit import split_like
-from pallas_kernels._varying import vary_alike
+from pallas_kernels.common import checks as _checks
+from pallas_kernels.common import dispatch as _dispatch
+from pallas_kernels.common.explicit import split_like
+from pallas_kernels.common.varying import vary_alike
 from pallas_kernels.quantize.cache_layouts import latent_row_bytes
 from pallas_kernels.sparse_attention import pallas_gpu, pallas_gpu_fp8, reference, xla
 

@@ -17,10 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._numerics import values_of
+from pallas_kernels.common import gpu_tiles as tiling
+from pallas_kernels.common.gpu_tiles import LOG2_E, Options, Problem, Refs, Tiles
+from pallas_kernels.common.numerics import values_of
 from pallas_kernels.sparse_attention import pallas_gpu_backward as backward
-from pallas_kernels.sparse_attention import pallas_gpu_tiles as tiling
-from pallas_kernels.sparse_attention.pallas_gpu_tiles import LOG2_E, Options, Problem, Refs, Tiles
 from pallas_kernels.sparse_attention.xla import join_batch, join_batch_indices
 from pallas_kernels.tuning.tiles import WGMMA_ROWS
 

@@ -16,9 +16,9 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array
 
 from pallas_kernels import tuning
-from pallas_kernels._chunks import rows_per_chunk, scan_queries
-from pallas_kernels.sparse_attention import pallas_gpu_tiles as tiling
-from pallas_kernels.sparse_attention.pallas_gpu_tiles import LOG2_E, Columns, Problem, Refs, Tiles
+from pallas_kernels.common import gpu_tiles as tiling
+from pallas_kernels.common.chunks import rows_per_chunk, scan_queries
+from pallas_kernels.common.gpu_tiles import LOG2_E, Columns, Problem, Refs, Tiles
 from pallas_kernels.tuning.tiles import RowTiles
 
 # Rows after the last key: the first takes what absent keys would get.

@@ -9,10 +9,10 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32, UInt8
 
 from pallas_kernels import tuning
+from pallas_kernels.common import gpu_tiles as tiling
+from pallas_kernels.common.gpu_tiles import Columns, KeyTile, Problem, Refs, Tiles
 from pallas_kernels.quantize.cache_layouts import TILE
 from pallas_kernels.sparse_attention import pallas_gpu
-from pallas_kernels.sparse_attention import pallas_gpu_tiles as tiling
-from pallas_kernels.sparse_attention.pallas_gpu_tiles import Columns, KeyTile, Problem, Refs, Tiles
 from pallas_kernels.tuning.kernels import SHARED_BYTES
 from pallas_kernels.tuning.tiles import SMALLEST_SIDE, SplitTiles
 

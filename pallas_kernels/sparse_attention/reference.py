@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt8
 
-from pallas_kernels._numerics import accumulation_dtype, softmax_and_lse, values_of
+from pallas_kernels.common.numerics import accumulation_dtype, softmax_and_lse, values_of
 from pallas_kernels.quantize.cache_layouts import unpack_latent_fp8
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from jax.dtypes import float0
 from jaxtyping import Array, Bool, Float, Int32, Shaped, UInt8
 
-from pallas_kernels._chunks import map_queries, rows_per_chunk, scan_queries
-from pallas_kernels._numerics import accumulation_dtype, add_leading, dot, softmax_and_lse, values_of
+from pallas_kernels.common.chunks import map_queries, rows_per_chunk, scan_queries
+from pallas_kernels.common.numerics import accumulation_dtype, add_leading, dot, softmax_and_lse, values_of
 from pallas_kernels.quantize.cache_layouts import unpack_latent_fp8
 
 # Numbers gathered per chunk: batch x queries x selected keys x channels. Half a MiB in float32, so that a chunk stays in

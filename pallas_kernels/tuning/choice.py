@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeVar
 
 from absl import logging
 
-from pallas_kernels._dispatch import traced_device_kind
+from pallas_kernels.common.dispatch import traced_device_kind
 from pallas_kernels.tuning import table
 from pallas_kernels.tuning.kernels import KERNELS, Shape, shape_of
 from pallas_kernels.tuning.tiles import AnyTiles

@@ -2,7 +2,7 @@
 
 from dsa_jax.train.retrofit import retrofit
 from experiments.flags import load_config
-from tests.dsa_jax.model.conftest import compile_quickly
+from tests.dsa_jax.conftest import compile_quickly
 
 __all__ = ["compile_quickly"]  # two models and three stages each: most of the time is compilation
 

@@ -8,7 +8,7 @@ from absl import flags
 
 from dsa_jax.config import Config, ConfigError
 from dsa_jax.extras import MissingExtraError
-from dsa_jax.train.rundir import RunError
+from dsa_jax.run.directory import RunError
 from experiments.flags import _walk, define_config, load_config, parse_flags, parse_value, run_main
 
 RECIPE = """
@@ -180,7 +180,7 @@ MAIN = """
 import sys
 from experiments.flags import define_config, run_main
 from dsa_jax.config import ConfigError
-from dsa_jax.train.rundir import RunError
+from dsa_jax.run.directory import RunError
 CONFIG = define_config()
 
 def main(argv):

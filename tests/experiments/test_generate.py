@@ -2,12 +2,12 @@
 
 import jax
 
+from dsa_jax.checkpoints.pretrained import Pretrained
 from dsa_jax.data import ByteTokenizer
 from dsa_jax.generation import generate
 from dsa_jax.model import build_model, init_params
-from dsa_jax.pretrained import Pretrained
-from dsa_jax.train.checkpoint import CheckpointStore
-from dsa_jax.train.rundir import open_run
+from dsa_jax.run.checkpoints import CheckpointStore
+from dsa_jax.run.directory import open_run
 from tests.dsa_jax.train.tiny import tiny_config
 from tests.experiments.commands import ROOT, finish, start
 

@@ -13,7 +13,7 @@ import matplotlib
 import pytest
 
 from configs.ablations import base
-from dsa_jax.ablation.ablation import Ablation, Variant
+from dsa_jax.sweeps.sweep import Ablation, Variant
 from experiments.notebooks.build import FOLDER, NAMES
 
 HELPERS = {"__init__", "build", "settings", "small_model"}

@@ -5,7 +5,7 @@ import json
 import pytest
 from absl import flags
 
-from dsa_jax.train.rundir import RunError
+from dsa_jax.run.directory import RunError
 from experiments.output import define_output
 from tests.experiments.commands import finish, start
 

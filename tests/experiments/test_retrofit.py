@@ -83,7 +83,7 @@ def test_wrong_inputs_end_in_one_clear_line(recipe, tmp_path, name):
     places["latin"].write_bytes(b"caf\xe9 " * 100)
     np.save(places["floats"], np.ones(100))
     if name == "another-config":
-        from dsa_jax.train.rundir import open_run
+        from dsa_jax.run.directory import open_run
         from experiments.flags import load_config
 
         open_run(places["other"], load_config(str(recipe))).checkpoint_dir("pretrain").joinpath("2").mkdir(parents=True)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
-from pallas_kernels._checks import check_scale
-from pallas_kernels._dispatch import resolve_implementation
+from pallas_kernels.common.checks import check_scale
+from pallas_kernels.common.dispatch import resolve_implementation
 
 B, T, S = 1, 3, 4
 RANGE = {"visible_start": jnp.zeros((B, T), jnp.int32), "visible_end": jnp.ones((B, T), jnp.int32)}

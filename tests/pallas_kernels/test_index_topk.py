@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ops_helpers import IMPLEMENTATIONS, RANGE_KINDS, assert_close, clipped, in_float64, normal, ranges, small_integers
 
 import pallas_kernels as pk
-from pallas_kernels._selection import largest_ascending
+from pallas_kernels.common.selection import largest_ascending
 from pallas_kernels.index_topk import reference
 from pallas_kernels.index_topk.shapes import TEST_SHAPES
 

@@ -6,7 +6,7 @@ import re
 import pytest
 from lowering import lower_for_h200
 
-from benchmarks.kernel_cases import cases
+from dsa_jax.benchmarks.kernel_cases import cases
 
 CASES = {f"{case.name}: {case.shape}: {case.kernels[0]}": case for case in cases()}
 

@@ -14,9 +14,9 @@ from ops_helpers import assert_close, in_float64, normal
 from test_sparse_attention import inputs, selection
 
 import pallas_kernels as pk
-from pallas_kernels import _head_sums
+from pallas_kernels.common import index_scores as _head_sums
+from pallas_kernels.common.gpu_tiles import Options, Problem, Tiles, cut_columns, default_options
 from pallas_kernels.sparse_attention import pallas_gpu, pallas_gpu_fp8, reference
-from pallas_kernels.sparse_attention.pallas_gpu_tiles import Options, Problem, Tiles, cut_columns, default_options
 from pallas_kernels.sparse_attention.shapes import DEEPSEEK_V32, LLAMA3_8B, AttentionShape
 
 SCALE = 0.3

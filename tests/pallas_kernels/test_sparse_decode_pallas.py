@@ -11,9 +11,9 @@ from ops_helpers import assert_close, in_float64, normal
 from test_sparse_attention import inputs, selection
 
 import pallas_kernels as pk
+from pallas_kernels.common.gpu_tiles import Options, Problem, Tiles, default_options, default_splits
 from pallas_kernels.quantize import latent_row_bytes, pack_latent_fp8, unpack_latent_fp8
 from pallas_kernels.sparse_attention import pallas_gpu, pallas_gpu_fp8, reference
-from pallas_kernels.sparse_attention.pallas_gpu_tiles import Options, Problem, Tiles, default_options, default_splits
 from pallas_kernels.sparse_attention.shapes import AttentionShape
 
 SCALE = 0.3

@@ -7,9 +7,8 @@ import numpy as np
 from jaxtyping import Int
 
 from dsa_jax.config import TASKS as TASK_NAMES
-from dsa_jax.config_checks import one_of
+from dsa_jax.config.checks import one_of
 from dsa_jax.data.batch import Batch
-from dsa_jax.data.recall import recall_rows
 from dsa_jax.data.tasks.needles import (
     N_DEPTHS,
     mqar_rows,
@@ -18,6 +17,7 @@ from dsa_jax.data.tasks.needles import (
     passkey_rows,
     record_depths,
 )
+from dsa_jax.data.tasks.recall import recall_rows
 from dsa_jax.data.tasks.setting import Setting
 from dsa_jax.data.tasks.variables import variable_hops, variable_tracking_rows
 from dsa_jax.data.tasks.words import answer_ranks, common_words_rows, frequent_words_rows

@@ -17,7 +17,7 @@ from jaxtyping import Int
 
 from dsa_jax.config import TASKS, ConfigError, TaskConfig
 from dsa_jax.data.batch import Batch
-from dsa_jax.data.recall import RecallTask
+from dsa_jax.data.tasks.recall import RecallTask
 
 
 class Setting(NamedTuple):

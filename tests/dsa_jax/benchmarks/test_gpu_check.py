@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from benchmarks import gpu_check
+from dsa_jax.benchmarks import gpu_check
 from dsa_jax.benchmarks.op_checks import CheckError
 from dsa_jax.benchmarks.op_shapes import OPS
 from dsa_jax.benchmarks.worker import Worker

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsa_jax.checkpoints.pretrained import Pretrained
 from dsa_jax.config import ConfigError
 from dsa_jax.data import ByteTokenizer
 from dsa_jax.evals.harness import HarnessScorer, cut_at, lm_eval_model, rolling_windows
-from dsa_jax.pretrained import Pretrained
 from tests.dsa_jax.model.small import built, small_config
 
 

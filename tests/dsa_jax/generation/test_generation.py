@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import dsa_jax.generation.programs as programs
+from dsa_jax.checkpoints.pretrained import Pretrained
 from dsa_jax.generation import generate
 from dsa_jax.generation.api import _checked_prompts, _number, _stop_tokens, _whole
-from dsa_jax.pretrained import Pretrained
 from tests.dsa_jax.model.small import VOCAB, built, forward, small_config
 
 MODELS = {

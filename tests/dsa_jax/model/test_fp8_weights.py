@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsa_jax.checkpoints.pretrained import Pretrained
 from dsa_jax.config import AttentionConfig, Config, ConfigError, ModelConfig, MoEConfig
 from dsa_jax.dryrun import summarize
 from dsa_jax.generation import generate
 from dsa_jax.model import abstract_params, build_model
-from dsa_jax.model.grouped_matmul import grouped_matmul
 from dsa_jax.model.linear import Linear
+from dsa_jax.model.moe.grouped_matmul import grouped_matmul
 from dsa_jax.params import count_parameters, parameter_paths
-from dsa_jax.pretrained import Pretrained
 from dsa_jax.train.retrofit import retrofit
 from dsa_jax.train.stages import STAGES
 from dsa_jax.train.step import make_train_step

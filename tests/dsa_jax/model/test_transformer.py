@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dsa_jax.model import build_model, init_params
-from dsa_jax.model.attention import TOPK_NAME
+from dsa_jax.model.attention.attend import TOPK_NAME
 from dsa_jax.model.inputs import check_inputs, check_new_tokens
 from dsa_jax.params import is_indexer_path, is_score_bias_path, parameter_paths
 from tests.dsa_jax.model.small import LENGTH, VOCAB, built, forward, random_ids, small_config

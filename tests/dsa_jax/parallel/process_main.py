@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 
-from dsa_jax.train.checkpoint import CheckpointStore
+from dsa_jax.run.checkpoints import CheckpointStore
 from dsa_jax.train.judge import Judge
 from experiments import retrofit
 from experiments.flags import run_main

@@ -7,7 +7,7 @@ import pytest
 
 from dsa_jax import load_pretrained
 from dsa_jax.config import ParallelConfig
-from dsa_jax.model.experts import ExpertKernels, routed_sum
+from dsa_jax.model.moe.experts import ExpertKernels, routed_sum
 from dsa_jax.parallel.mesh import make_mesh
 from dsa_jax.parallel.placement import current_mesh
 from dsa_jax.params import parameter_paths

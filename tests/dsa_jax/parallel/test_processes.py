@@ -7,7 +7,7 @@ import pytest
 
 from dsa_jax.config import ConfigError
 from dsa_jax.parallel.placement import place_batch, placement_on, replicate
-from dsa_jax.parallel.processes import Launch, find_launch, first_host, gather_to_main, is_main, on_main, with_votes
+from dsa_jax.run.processes import Launch, find_launch, first_host, gather_to_main, is_main, on_main, with_votes
 from tests.dsa_jax.parallel.meshes import mesh
 
 STEP = {

@@ -16,8 +16,8 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from dsa_jax.params import parameter_paths
+from dsa_jax.run.metrics import read_metrics
 from dsa_jax.train.init import load_run
-from dsa_jax.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[3]
 MAIN = Path(__file__).with_name("process_main.py")

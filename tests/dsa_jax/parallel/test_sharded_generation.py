@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from dsa_jax.checkpoints.pretrained import Pretrained
 from dsa_jax.config import ParallelConfig
 from dsa_jax.generation import generate
 from dsa_jax.generation.programs import Mode, Sampling, State, compiled, decode, state_shardings
 from dsa_jax.parallel.mesh import make_mesh
 from dsa_jax.parallel.placement import place
-from dsa_jax.pretrained import Pretrained
 from tests.dsa_jax.model.small import built, small_config
 
 MODELS = {

@@ -10,8 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dsa_jax.parallel.mesh import BATCH_AXES
 from dsa_jax.parallel.rules import parameter_spec
 from dsa_jax.params import nested_parameters, parameter_paths
+from tests.dsa_jax.model.attention.test_nsa import model_and_params
 from tests.dsa_jax.model.small import VOCAB
-from tests.dsa_jax.model.test_nsa import model_and_params
 from tests.dsa_jax.parallel.meshes import mesh
 
 BATCH, LENGTH = 8, 32

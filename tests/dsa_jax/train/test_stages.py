@@ -8,16 +8,16 @@ import jax
 import numpy as np
 import pytest
 
+from dsa_jax.checkpoints.hf import CheckpointError, save_pretrained
+from dsa_jax.checkpoints.open import open_checkpoint
 from dsa_jax.config import ConfigError, NSAConfig, StageConfig
+from dsa_jax.config.model import ATTENTIONS, BY_INDEXER
 from dsa_jax.data import make_eval_data
 from dsa_jax.dryrun import summarize
 from dsa_jax.evals.parity import evaluate_parity
 from dsa_jax.generation import generate
-from dsa_jax.hf import CheckpointError, save_pretrained
 from dsa_jax.model import build_model, init_params
-from dsa_jax.model.selection import SELECTORS, attention_modes
-from dsa_jax.model_config import ATTENTIONS, BY_INDEXER
-from dsa_jax.open_checkpoint import open_checkpoint
+from dsa_jax.model.attention.selection import SELECTORS, attention_modes
 from dsa_jax.params import is_indexer_path, is_nsa_path, nested_parameters, parameter_paths
 from dsa_jax.train.init import at_start_of_stage, initial_params, load_run, resolve_run
 from dsa_jax.train.retrofit import retrofit

@@ -1,1 +1,0 @@
-"""What can be said about the GPU kernels: compiled for an H200 without one."""

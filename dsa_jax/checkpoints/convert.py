@@ -1,0 +1,63 @@
+"""Checkpoints from one layout to the other: run directory and Hugging Face directory."""
+
+from pathlib import Path
+
+from dsa_jax.checkpoints.hf import load_pretrained, save_pretrained
+from dsa_jax.checkpoints.hf.tokenizer_files import has_tokenizer_files
+from dsa_jax.checkpoints.open import is_hf_directory, open_checkpoint
+from dsa_jax.config import Config, DataConfig, TextConfig
+from dsa_jax.config.model import PLAIN
+from dsa_jax.data.tokenizer import NO_TOKENIZER, ByteTokenizer, Tokenizer
+from dsa_jax.model.attention.selection import DENSE
+from dsa_jax.run.checkpoints import CheckpointStore
+from dsa_jax.run.directory import RunDirectory, RunError, claimed, open_run
+
+
+def to_hf(source: Path, target: Path, *, weight_format: str = PLAIN) -> str:
+    """Write the newest parameters of `source` as a Hugging Face checkpoint; returns a line that says what was written.
+
+    Args:
+        source: a run directory or a Hugging Face one.
+        target: Hugging Face directory to write.
+        weight_format: of what is written. "fp8_blocks" quantises a Hugging Face checkpoint, or keeps it in fp8.
+
+    Raises:
+        ConfigError: where `source` is a run and `weight_format` is not plain.
+        RunError, CheckpointError: where `source` cannot be read or `target` not be written.
+    """
+    loaded = open_checkpoint(source, weight_format=weight_format)
+    tokenizer: Tokenizer | Path | None = loaded.tokenizer
+    if is_hf_directory(source) and not isinstance(tokenizer, ByteTokenizer) and has_tokenizer_files(source):
+        tokenizer = source  # whether or not it could be read here
+    save_pretrained(target, loaded.config, loaded.params, tokenizer=tokenizer)
+    return f"{source} is now a Hugging Face checkpoint in {target}"
+
+
+def to_run(source: Path, target: Path) -> str:
+    """Write a Hugging Face checkpoint as a run directory, whose only step is number 0 of the stage that it is trained for.
+
+    The run can be evaluated, generated from and named as `init.checkpoint`; the text it is evaluated on is the default one,
+    with the checkpoint's tokenizer.
+
+    Raises:
+        RunError: where `source` is no Hugging Face directory or `target` holds a run.
+        CheckpointError: where the checkpoint cannot be read.
+    """
+    if not is_hf_directory(source):
+        raise RunError(f"{source} is not a Hugging Face directory: its config.json names no model_type.")
+    if RunDirectory(target, resumed=True).has_begun:
+        raise RunError(f"{target} holds a run already; expected a new directory. Choose another --to_run, or delete it.")
+    loaded = load_pretrained(source)
+    tokenizer = NO_TOKENIZER if loaded.tokenizer is None else "bytes"
+    if (source / "tokenizer.json").is_file():
+        tokenizer = str(source.resolve())
+    data = DataConfig(recall_fraction=0.0, text=TextConfig(tokenizer=tokenizer))
+    config = Config(name=source.resolve().name, model=loaded.config, data=data)
+    config.eval.recall_sequences = 0
+    stage = "pretrain"
+    if loaded.config.attention.mode != DENSE:
+        stage, config.train.sparse_attention = "sparse", loaded.config.attention.mode
+    with claimed(target), CheckpointStore(open_run(target, config).checkpoint_dir(stage), keep=1) as store:
+        store.save(0, {"params": loaded.params}, {"stage": stage, "step": 0, "source": str(source)})
+        store.wait()
+    return f"{source} is now the run {target}"

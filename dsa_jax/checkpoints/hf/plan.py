@@ -1,0 +1,267 @@
+"""Which tensors of a checkpoint fill which parameters: everything is checked here, before the first weight is read."""
+
+import logging
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Shaped
+
+from dsa_jax.checkpoints.hf.errors import CheckpointError
+from dsa_jax.checkpoints.hf.fp8 import SCALE_SUFFIX, check_grid, dequantize_blocks
+from dsa_jax.checkpoints.hf.names import EMBEDDING, HEAD, pieces, tensor_name
+from dsa_jax.checkpoints.hf.safetensors_file import DTYPES, TensorInfo
+from dsa_jax.checkpoints.hf.weights import Weights
+from dsa_jax.config.model import ModelConfig
+from pallas_kernels.quantize import quantize_blocks
+from pallas_kernels.quantize.blocks import WEIGHT_BLOCK
+
+_LOG = logging.getLogger(__name__)
+_FLOATS = ("F64", "F32", "BF16", "F16")
+_FP8 = ("F8_E4M3",)
+_MOST_SHOWN = 5
+_PART_BYTES = 16 * 2**20
+_COMPARED_ROWS = 1024
+_quantize = jax.jit(quantize_blocks)
+
+
+class Source(NamedTuple):
+    """One tensor, or a part of one, and the part of a parameter that it fills."""
+
+    name: str
+    place: tuple[int, ...]
+    transpose: bool
+    lead: tuple[int, ...] = ()
+    rows: slice | None = None
+
+
+def plan_sources(
+    config: ModelConfig, shapes: Mapping[str, Any], weights: Weights, *, block: tuple[int, int], n_mtp_layers: int
+) -> dict[str, list[Source]]:
+    """The sources of every parameter in `shapes` (anything with a `shape`, by path).
+
+    Raises:
+        CheckpointError: listing tensors that are missing, of another shape, of a type that holds no weights, or left over.
+    """
+    plan: dict[str, list[Source]] = {}
+    used: dict[str, tuple[int, ...]] = {}
+    for path, leaf in shapes.items():
+        transpose = tensor_name(config, path).transpose
+        plan[path] = []
+        for piece in pieces(config, path):
+            shape = leaf.shape[len(piece.place) :]
+            shape = tuple(reversed(shape)) if transpose else tuple(shape)
+            source, whole = _source(piece.name, piece.place, transpose, shape, leaf.shape, weights.tensors)
+            plan[path].append(source)
+            used[source.name] = whole
+    _check_present(used, weights)
+    _check_kinds(used, weights, block)
+    _check_left_over(used, config, weights, n_mtp_layers)
+    return plan
+
+
+class BlockPart(NamedTuple):
+    """Some rows of a tensor in fp8 blocks, their place in it, and the same of their scales."""
+
+    rows: slice
+    values: Shaped[np.ndarray, "..."]
+    block_rows: slice
+    scales: Shaped[np.ndarray, "..."]
+
+
+def read_blocks(source: Source, weights: Weights) -> Iterator[BlockPart]:
+    """What `source` names in blocks of 128 x 128: as stored, and whole, or quantised here, in parts."""
+    scale_name = source.name + SCALE_SUFFIX
+    step = WEIGHT_BLOCK[0]
+    if scale_name in weights.tensors:
+        rows = source.rows or slice(None)
+        block_rows = slice(rows.start // step, -(-rows.stop // step)) if source.rows else None
+        values = weights.read(source.name, lead=source.lead, rows=source.rows)
+        scales = weights.read(scale_name, lead=source.lead, rows=block_rows)
+        yield BlockPart(slice(0, len(values)), values, slice(0, len(scales)), scales)
+        return
+    for rows, value in read_source(source, weights, WEIGHT_BLOCK, np.dtype(np.float32), multiple=step):
+        values, scales = map(np.asarray, _quantize(value))
+        yield BlockPart(rows, values, slice(rows.start // step, rows.start // step + len(scales)), scales)
+
+
+def read_source(
+    source: Source, weights: Weights, block: tuple[int, int], dtype: np.dtype, *, multiple: int = 1
+) -> Iterator[tuple[slice, Shaped[np.ndarray, "..."]]]:
+    """What `source` names, as stored, in parts that are small beside the model: (rows of the part, their values).
+
+    A quantised tensor comes whole, and of type `dtype`. All parts but the last have a multiple of `multiple` rows.
+    """
+    scale_name = source.name + SCALE_SUFFIX
+    if scale_name in weights.tensors:
+        quantized = weights.read(source.name, lead=source.lead)
+        value = dequantize_blocks(quantized, weights.read(scale_name, lead=source.lead), block, dtype)
+        value = value if source.rows is None else value[source.rows]
+        yield slice(0, len(value)), value
+        return
+    info = weights.tensors[source.name]
+    shape = info.shape[len(source.lead) :]
+    first, stop, _ = (source.rows or slice(None)).indices(shape[0])
+    row_bytes = math.prod(shape[1:]) * DTYPES[info.dtype].itemsize
+    step = max(1, _PART_BYTES // max(row_bytes * multiple, 1)) * multiple
+    for start in range(first, stop, step):
+        rows = slice(start, min(start + step, stop))
+        yield slice(rows.start - first, rows.stop - first), weights.read(source.name, lead=source.lead, rows=rows)
+
+
+def _source(
+    name: str,
+    place: tuple[int, ...],
+    transpose: bool,
+    shape: tuple[int, ...],
+    stacked: tuple[int, ...],
+    tensors: Mapping[str, TensorInfo],
+) -> tuple[Source, tuple[int, ...]]:
+    """The source of one piece and the shape its whole tensor must have; experts may be fused into one tensor per layer."""
+    if name in tensors or len(place) < 2:
+        return Source(name, place, transpose), shape
+    expert, n_experts = place[1], stacked[1]
+    prefix, projection = re.fullmatch(r"(.*\.experts)\.\d+\.(\w+)\.weight", name).groups()  # type: ignore[union-attr]
+    fused = f"{prefix}.{'down_proj' if projection == 'down_proj' else 'gate_up_proj'}"
+    if fused not in tensors:
+        return Source(name, place, transpose), shape
+    if projection == "down_proj":
+        return Source(fused, place, transpose, (expert,)), (n_experts, *shape)
+    first = 0 if projection == "gate_proj" else shape[0]
+    rows = slice(first, first + shape[0])
+    return Source(fused, place, transpose, (expert,), rows), (n_experts, 2 * shape[0], shape[1])
+
+
+def _check_present(used: Mapping[str, tuple[int, ...]], weights: Weights) -> None:
+    missing = [name for name in used if name not in weights.tensors]
+    if missing:
+        hint = "The checkpoint is incomplete, or config.json is that of another model."
+        if any(".indexer." in name for name in missing):
+            hint = "A checkpoint without an indexer must not declare one in config.json; pass `indexer` to add a new one."
+        raise CheckpointError(f"{weights.directory} lacks {_shown(f'{name} {list(used[name])}' for name in missing)}. {hint}")
+    wrong = [name for name, shape in used.items() if weights.tensors[name].shape != shape]
+    if wrong:
+        shown = _shown(f"{name} with shape {list(weights.tensors[name].shape)}, expected {list(used[name])}" for name in wrong)
+        raise CheckpointError(
+            f"{weights.tensors[wrong[0]].file} holds {shown}. The weights do not fit {weights.directory / 'config.json'}: get "
+            "both from the same source."
+        )
+
+
+def _check_kinds(used: Mapping[str, tuple[int, ...]], weights: Weights, block: tuple[int, int]) -> None:
+    for name, shape in used.items():
+        info, scale = weights.tensors[name], weights.tensors.get(name + SCALE_SUFFIX)
+        if scale is None and info.dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{info.file}: {name} is of type {info.dtype} and has no {name}{SCALE_SUFFIX} beside it; expected one of "
+                f"{', '.join(_FLOATS)}, or F8_E4M3 with scales per block."
+            )
+        if scale is not None:
+            if info.dtype not in _FP8 or scale.dtype not in _FLOATS:
+                raise CheckpointError(
+                    f"{info.file}: {name} is of type {info.dtype} with scales of type {scale.dtype}; expected F8_E4M3 with F32."
+                )
+            check_grid(name, shape, scale.shape, block, (info.file, scale.file))
+
+
+def check_blocks(sources: Iterable[Source], weights: Weights, block: tuple[int, int]) -> None:
+    """Make sure that what is stored in fp8 can stay as it is.
+
+    Raises:
+        CheckpointError: for blocks of another size than 128 x 128, or a projection that begins inside one.
+    """
+    for source in sources:
+        info = weights.tensors[source.name]
+        if source.name + SCALE_SUFFIX not in weights.tensors:
+            continue
+        if block != WEIGHT_BLOCK:
+            raise CheckpointError(
+                f"{info.file}: {source.name} has scales per block of {block[0]} x {block[1]}; weight_format fp8_blocks keeps "
+                f"blocks of {WEIGHT_BLOCK[0]} x {WEIGHT_BLOCK[1]}. Load with weight_format plain."
+            )
+        if source.rows is not None and source.rows.start % WEIGHT_BLOCK[0]:
+            raise CheckpointError(
+                f"{info.file}: {source.name} holds two projections fused, and the second begins at row {source.rows.start}, "
+                "inside a block of fp8 weights: weight_format fp8_blocks cannot part them. Load with weight_format plain."
+            )
+
+
+def _check_left_over(used: Mapping[str, tuple[int, ...]], config: ModelConfig, weights: Weights, n_mtp_layers: int) -> None:
+    """Name tensors that no parameter wants, apart from multi-token-prediction layers, buffers, empty ones such as those of no
+    shared experts, and the copy of a tied head.
+    """
+    skipped: dict[int, int] = {}
+    extra = []
+    for name in weights.tensors:
+        base = name.removesuffix(SCALE_SUFFIX)
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        index = int(layer[1]) if layer else -1
+        if base in used or name.endswith("rotary_emb.inv_freq") or 0 in weights.tensors[name].shape:
+            continue
+        if config.n_layers <= index < config.n_layers + n_mtp_layers:
+            skipped[index] = skipped.get(index, 0) + 1
+        elif name == HEAD and config.tie_embeddings:
+            _LOG.info("%s: the head is tied to %s, its own copy %s is not read", weights.directory, EMBEDDING, HEAD)
+            if not _is_copy(weights):
+                _LOG.warning(
+                    "%s: %s differs from %s, to which config.json ties it; transformers runs it as stored. To do so here, set "
+                    "tie_word_embeddings to false there",
+                    weights.directory,
+                    HEAD,
+                    EMBEDDING,
+                )
+        else:
+            extra.append(name)
+    if skipped:
+        _LOG.info(
+            "%s: skipped %d tensors of %d multi-token-prediction layers", weights.directory, sum(skipped.values()), len(skipped)
+        )
+    if extra:
+        file = weights.tensors[sorted(extra)[0]].file
+        shown = _shown(f"{name} {list(weights.tensors[name].shape)}" for name in sorted(extra))
+        raise CheckpointError(
+            f"{file} holds {shown}, which the model of {weights.directory / 'config.json'} has no use for. config.json is that "
+            "of another model, or lacks a field."
+        )
+
+
+def _is_copy(weights: Weights) -> bool:
+    """Whether the stored head holds what the embedding does."""
+    shape = weights.tensors[HEAD].shape
+    if shape != weights.tensors[EMBEDDING].shape:
+        return False
+    parts = [slice(first, first + _COMPARED_ROWS) for first in range(0, shape[0], _COMPARED_ROWS)]
+    return all(np.array_equal(weights.read(HEAD, rows=part), weights.read(EMBEDDING, rows=part)) for part in parts)
+
+
+def describe_rounding(plan: Mapping[str, list[Source]], shapes: Mapping[str, Any], weights: Weights) -> None:
+    """Log how many tensors lose precision because the parameters are narrower than what is stored."""
+    rounded = [
+        source.name
+        for path, sources in plan.items()
+        for source in sources
+        if DTYPES[weights.tensors[source.name].dtype].itemsize > np.dtype(shapes[path].dtype).itemsize
+    ]
+    if rounded:
+        _LOG.info("%s: rounded %s to the type of the parameters", weights.directory, _shown(rounded))
+
+
+def count_mtp_layers(content: Mapping[str, Any], file: Path) -> int:
+    """How many layers after the last one may be multi-token-prediction layers."""
+    for name in ("num_nextn_predict_layers", "num_mtp_layers"):
+        value = content.get(name)
+        if value is not None:
+            if type(value) is not int:
+                raise CheckpointError(f"{file}: {name} is {value!r}; expected a whole number.")
+            return max(value, 1)
+    return 1
+
+
+def _shown(names: Iterable[str]) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - _MOST_SHOWN} more" if len(listed) > _MOST_SHOWN else ""
+    return ", ".join(listed[:_MOST_SHOWN]) + more

@@ -1,0 +1,100 @@
+"""The rotary embedding of a config.json in its two spellings, hub style and transformers 5, as a `RopeConfig` and back."""
+
+from typing import Any
+
+from dsa_jax.checkpoints.hf.config_fields import Fields
+from dsa_jax.config.model import RopeConfig
+from dsa_jax.model.rope import yarn_mscale
+
+_TYPES = {"default": "none", "yarn": "yarn", "llama3": "llama3"}
+_READ = frozenset(
+    {
+        "attention_factor", "beta_fast", "beta_slow", "factor", "finetuned", "high_freq_factor", "low_freq_factor",
+        "mscale", "mscale_all_dim", "original_max_position_embeddings", "partial_rotary_factor", "rope_theta",
+        "rope_type", "truncate", "type",
+    }
+)  # fmt: skip
+
+
+def read_rope(fields: Fields) -> RopeConfig:
+    """The rotary embedding, from `rope_theta` and `rope_scaling` or from `rope_parameters`.
+
+    Raises:
+        CheckpointError: for a kind of scaling, or a part of it, that the model does not compute.
+    """
+    spelled = "rope_scaling" if fields.content.get("rope_scaling") else "rope_parameters"
+    values = fields.content.get(spelled) or {}
+    if not isinstance(values, dict):
+        fields.fail(spelled, "an object with rope_type")
+    rope = Fields(fields.file, values, {}, prefix=f"{spelled}.")
+    for name in sorted(values.keys() - _READ):
+        rope.fail(name, f"only {', '.join(sorted(_READ))}")
+    kind = rope.text("rope_type", rope.text("type", "default"))
+    if kind not in _TYPES:
+        rope.fail("rope_type" if "rope_type" in values else "type", f"one of {', '.join(_TYPES)}")
+    if values.get("partial_rotary_factor") not in (None, 1, 1.0):
+        rope.fail("partial_rotary_factor", "1.0: every channel is rotated")
+    if values.get("truncate") not in (None, True):
+        rope.fail("truncate", "true")
+    config = RopeConfig(theta=rope.number("rope_theta", fields.number("rope_theta")), scaling=_TYPES[kind])
+    if config.scaling == "none":
+        return config
+    positions = fields.whole("max_position_embeddings")
+    # Beside the scaling it counts for more than inside, as in transformers 5.
+    name = "original_max_position_embeddings"
+    config.original_max_positions = fields.whole(name) if fields.has(name) else rope.whole(name, positions)
+    if config.original_max_positions < 1:
+        (fields if fields.has(name) else rope).fail(name, "a positive number of tokens")
+    if config.scaling == "llama3":
+        if rope.number("mscale_all_dim", 0.0):
+            rope.fail("mscale_all_dim", "none of it where rope_type is llama3")
+        config.factor = rope.number("factor")
+        config.low_freq_factor, config.high_freq_factor = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+        return config
+    config.factor = rope.number("factor", positions / config.original_max_positions)
+    config.beta_fast = rope.number("beta_fast", 32.0) or 32.0
+    config.beta_slow = rope.number("beta_slow", 1.0) or 1.0
+    config.attention_factor = rope.number("attention_factor", 0.0)
+    mscale = rope.number("mscale", 0.0)
+    config.mscale_all_dim = rope.number("mscale_all_dim", 0.0)
+    if mscale and config.mscale_all_dim:
+        config.mscale = mscale
+    elif config.mscale_all_dim and not config.attention_factor:
+        # The magnitude then ignores mscale_all_dim, which still enters the softmax scale.
+        config.attention_factor = yarn_mscale(config.factor, 1.0)
+    return config
+
+
+def write_rope(config: RopeConfig) -> dict[str, Any]:
+    """Both spellings at once: `rope_theta` with `rope_scaling`, and `rope_parameters`."""
+    scaling: dict[str, Any] | None = None
+    if config.scaling == "yarn":
+        scaling = {
+            "rope_type": "yarn",
+            "factor": config.factor,
+            "original_max_position_embeddings": config.original_max_positions,
+            "beta_fast": config.beta_fast,
+            "beta_slow": config.beta_slow,
+        }
+        if config.mscale_all_dim:
+            scaling |= {"mscale": config.mscale, "mscale_all_dim": config.mscale_all_dim}
+        if config.attention_factor:
+            scaling["attention_factor"] = config.attention_factor
+        elif not config.mscale_all_dim and config.mscale != 1.0:
+            # Without mscale_all_dim other readers ignore mscale.
+            scaling["attention_factor"] = yarn_mscale(config.factor, config.mscale)
+    elif config.scaling == "llama3":
+        scaling = {
+            "rope_type": "llama3",
+            "factor": config.factor,
+            "original_max_position_embeddings": config.original_max_positions,
+            "low_freq_factor": config.low_freq_factor,
+            "high_freq_factor": config.high_freq_factor,
+        }
+    parameters = {"rope_type": "default"} if scaling is None else scaling
+    hub = None if scaling is None else {"type": scaling["rope_type"], **scaling}
+    return {
+        "rope_theta": config.theta,
+        "rope_scaling": hub,
+        "rope_parameters": {"rope_theta": config.theta, **parameters},
+    }

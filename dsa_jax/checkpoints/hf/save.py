@@ -1,0 +1,345 @@
+"""Saving a model as a Hugging Face checkpoint: one tensor in memory at a time, the directory whole or as it was."""
+
+import errno
+import glob
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Shaped
+
+from dsa_jax.checkpoints.hf.errors import CheckpointError
+from dsa_jax.checkpoints.hf.families import FAMILIES, OWN_MODEL_TYPE
+from dsa_jax.checkpoints.hf.index_rope import is_reordered, to_stored
+from dsa_jax.checkpoints.hf.names import Piece, pieces, tensor_name
+from dsa_jax.checkpoints.hf.safetensors_file import TensorToWrite, write_file
+from dsa_jax.checkpoints.hf.tokenizer_files import BYTES_FIELD, TOKENIZER_FILES, copy_tokenizer_files, has_tokenizer_files
+from dsa_jax.checkpoints.hf.weights import INDEX_FILE, SINGLE_FILE, read_json
+from dsa_jax.checkpoints.hf.write_config import Layout, choose_layout
+from dsa_jax.config.model import FP8_BLOCKS, ModelConfig
+from dsa_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
+from dsa_jax.model import abstract_params, build_model, layer_stacks
+from dsa_jax.params import is_block_scales_path, parameter_paths
+
+_LOG = logging.getLogger(__name__)
+_METADATA = {"format": "pt"}
+# What a checkpoint directory may hold beside its .safetensors, and saving may therefore replace.
+_REPLACEABLE = frozenset({"config.json", INDEX_FILE, *TOKENIZER_FILES, "README.md", "LICENSE", ".gitattributes"})
+
+
+def save_pretrained(
+    directory: str | Path,
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    *,
+    tokenizer: Tokenizer | str | Path | None = None,
+    shard_bytes: int = 5 * 2**30,
+) -> None:
+    """Write config.json, the weights and the tokenizer's files; `load_pretrained` gives the same bits back.
+
+    Latent attention with an indexer becomes a deepseek_v32 checkpoint, or a glm_moe_dsa one where it came from there,
+    rotates the indexer interleaved or shares selections; transformers, vLLM and SGLang know both. A shared indexer that rotates
+    halves is written with its channels interleaved, as readers of glm_moe_dsa expect them. Where that cannot express
+    the model, and for grouped-query attention, the names and the model_type of the family stay, and `self_attn.indexer.*`
+    tensors and `index_*` fields are added: others than this project then run it dense. What no family computes gets a
+    model_type of this project. The log says which.
+
+    Weights are stored as `config.param_dtype`, selection biases and the indexer's key norm as float32. Other norms and
+    routers, which are float32 here, are stored as `param_dtype` if that loses nothing and else as float32. Kernels in fp8
+    blocks are stored as they are, each with its `weight_scale_inv`, as DeepSeek publishes them.
+
+    Args:
+        directory: what it holds is replaced once the new checkpoint is complete; it must be empty, new or a checkpoint.
+        config: the model.
+        params: its parameters, of the shapes and types that `init_params` gives.
+        tokenizer: one of ours, or the path of a directory or of the file of a tokenizer; its files are copied.
+        shard_bytes: most bytes of tensors in one file, unless a single tensor has more.
+
+    Raises:
+        CheckpointError: when the parameters do not fit the config, no format holds the model (`choose_layout`), or the
+            directory cannot be written; it is then as before.
+    """
+    target = Path(directory).resolve()
+    if not isinstance(shard_bytes, int) or shard_bytes < 1:
+        raise ValueError(f"shard_bytes is {shard_bytes!r}; expected a positive number of bytes, such as 5 * 2**30.")
+    leaves = _checked_leaves(config, params)
+    _check_target(target)
+    layout = choose_layout(config)
+    if is_reordered(config, layout.model_type):
+        leaves = to_stored(config, leaves)
+    tensors = _tensors(config, leaves)
+    if layout.model_type in FAMILIES:
+        tensors += _zero_biases(config)
+    content = dict(layout.content)
+    if config.weight_format == FP8_BLOCKS and _are_powers_of_two(leaves):
+        content["quantization_config"] = content["quantization_config"] | {"scale_fmt": "ue8m0"}
+    if isinstance(tokenizer, ByteTokenizer):
+        content[BYTES_FIELD] = "bytes"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+        try:
+            _write_weights(temporary, tensors, shard_bytes)
+            source = _tokenizer_source(tokenizer)
+            carried = copy_tokenizer_files(source, temporary) if source else []
+            _state_end_tokens(temporary / "generation_config.json", config)
+            _write_json(temporary / "config.json", content)
+            temporary.chmod(0o777 & ~_umask())
+            _sync(temporary)
+            _replace(temporary, target)
+            _remove_leftovers(target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    except OSError as error:
+        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+        raise CheckpointError(
+            f"{target} cannot be written: {reason}. What was there before is untouched; free space or choose another directory."
+        ) from error
+    _LOG.info("wrote %s: %d tensors%s", target, len(tensors), f", {', '.join(carried)}" if carried else "")
+    _say_who_can_read(target, config, layout)
+
+
+def _checked_leaves(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters by path, each of the shape and type that the config asks for."""
+    model = build_model(config)
+    expected = parameter_paths(abstract_params(model))
+    leaves = parameter_paths(params)
+    problems = [f"{path} is missing" for path in expected if path not in leaves]
+    problems += [f"{path} belongs to no part of it" for path in leaves if path not in expected]
+    for path, leaf in expected.items():
+        if path in leaves:
+            given = leaves[path]
+            if tuple(given.shape) != tuple(leaf.shape) or given.dtype != leaf.dtype:
+                problems.append(f"{path} is {given.dtype} {list(given.shape)}, expected {leaf.dtype} {list(leaf.shape)}")
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(f"The parameters do not fit the config: {'; '.join(problems[:5])}{more}.")
+    for path, leaf in leaves.items():
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            raise CheckpointError(f"{path} lies on devices of other processes; gather the parameters before saving.")
+    return {path: leaves[path] for path in expected}
+
+
+def _tensors(config: ModelConfig, leaves: Mapping[str, Any]) -> list[TensorToWrite]:
+    """Every tensor of the checkpoint: those outside the layers first, then layer by layer."""
+    param_dtype = jnp.dtype(config.param_dtype)
+    by_layer: dict[int, list[TensorToWrite]] = {}
+    kept_wide = []
+    first_layer = {stack.name: stack.first_layer for stack in layer_stacks(config)}
+    for path, leaf in leaves.items():
+        name = tensor_name(config, path)
+        dtype = np.dtype(leaf.dtype)
+        if dtype.itemsize > param_dtype.itemsize and not name.float32:
+            if _is_exact_in(leaf, param_dtype):
+                dtype = np.dtype(param_dtype)
+            else:
+                kept_wide.append(path)
+        fetch = _Fetcher(leaf, dtype)
+        for piece in pieces(config, path):
+            shape = tuple(leaf.shape[len(piece.place) :])
+            layer = first_layer[path.split("/", 1)[0]] + piece.place[0] if piece.place else -1
+            tensor = TensorToWrite(
+                piece.name, dtype, shape[::-1] if name.transpose else shape, fetch.of(piece, transpose=name.transpose)
+            )
+            by_layer.setdefault(layer, []).append(tensor)
+    if kept_wide:
+        _LOG.info("kept in float32, since %s would round them: %s", config.param_dtype, ", ".join(kept_wide))
+    return [tensor for layer in sorted(by_layer) for tensor in by_layer[layer]]
+
+
+class _Fetcher:
+    """Brings slices of one parameter to the host, remembering the last layer for the experts in it."""
+
+    def __init__(self, leaf: Any, dtype: np.dtype) -> None:
+        on_host = isinstance(leaf, jax.Array) and [device.platform for device in leaf.devices()] == ["cpu"]
+        self._leaf = np.asarray(leaf) if on_host else leaf  # the same memory
+        self._dtype = dtype
+        self._last: tuple[int, Shaped[np.ndarray, ...]] | None = None
+
+    def of(self, piece: Piece, *, transpose: bool) -> Callable[[], Shaped[np.ndarray, "..."]]:
+        """A function that returns the tensor of `piece`."""
+        return lambda: self._slice(piece.place, transpose)
+
+    def _slice(self, place: tuple[int, ...], transpose: bool) -> Shaped[np.ndarray, "..."]:
+        if len(place) < 2:
+            value = np.asarray(self._leaf[place])
+        else:
+            if self._last is None or self._last[0] != place[0]:
+                self._last = (place[0], np.asarray(self._leaf[place[0]]))
+            value = self._last[1][place[1:]]
+        if transpose:
+            value = value.T
+        return np.ascontiguousarray(value).astype(self._dtype, copy=False)
+
+
+def _are_powers_of_two(leaves: Mapping[str, Any]) -> bool:
+    """Whether all block scales are: what readers then expect of the scales of activations, too."""
+    return all((np.frexp(np.asarray(leaf))[0] == 0.5).all() for path, leaf in leaves.items() if is_block_scales_path(path))
+
+
+def _is_exact_in(leaf: Any, dtype: np.dtype) -> bool:
+    value = np.asarray(leaf)
+    return bool(np.array_equal(value.astype(dtype).astype(value.dtype), value))
+
+
+def _zero_biases(config: ModelConfig) -> list[TensorToWrite]:
+    """Selection biases of zero for a sigmoid router without any, since every family that scores so has them."""
+    moe = config.moe
+    if not moe.n_routed_experts or moe.scoring != "sigmoid" or moe.use_score_bias:
+        return []
+    shape = (moe.n_routed_experts,)
+    zeros = lambda: np.zeros(shape, np.float32)
+    name = "model.layers.{}.mlp.gate.e_score_correction_bias"
+    return [
+        TensorToWrite(name.format(layer), np.dtype(np.float32), shape, zeros)
+        for layer in range(moe.n_dense_layers, config.n_layers)
+    ]
+
+
+def _write_weights(directory: Path, tensors: list[TensorToWrite], shard_bytes: int) -> None:
+    shards: list[list[TensorToWrite]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.n_bytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.n_bytes
+    if len(shards) == 1:
+        write_file(directory / SINGLE_FILE, tensors, _METADATA)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_file(directory / file, shard, _METADATA)
+        weight_map |= {tensor.name: file for tensor in shard}
+    total = sum(tensor.n_bytes for tensor in tensors)
+    _write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    with file.open("w", encoding="utf-8") as stream:
+        stream.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _state_end_tokens(file: Path, config: ModelConfig) -> None:
+    """Let the generation settings that came with a tokenizer name the model's end tokens, since readers prefer these."""
+    if not file.is_file():
+        return
+    settings = read_json(file)
+    stated, ours = settings.pop("eos_token_id", None), list(config.eos_token_ids)
+    if ours in (stated, [stated]) or (stated is None and not ours):
+        return
+    _write_json(file, settings | ({"eos_token_id": ours} if ours else {}))
+
+
+def _tokenizer_source(tokenizer: Tokenizer | str | Path | None) -> Path | None:
+    """A directory with files of a tokenizer, or its one file."""
+    if tokenizer is None or isinstance(tokenizer, ByteTokenizer):
+        return None
+    if isinstance(tokenizer, JsonTokenizer):
+        return tokenizer.file
+    if isinstance(tokenizer, str | Path):
+        path = Path(tokenizer)
+        if not (path.is_file() and (path.suffix == ".json" or path.name in TOKENIZER_FILES)) and not has_tokenizer_files(path):
+            raise CheckpointError(
+                f"tokenizer is {str(tokenizer)!r}; expected a directory with a tokenizer.json or another file of a tokenizer, "
+                "or such a file."
+            )
+        return path
+    raise CheckpointError(f"tokenizer is a {type(tokenizer).__name__}; expected a JsonTokenizer, a ByteTokenizer or a path.")
+
+
+def _check_target(target: Path) -> None:
+    """Refuse to replace anything but a checkpoint."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise CheckpointError(f"{target} is a file; expected a directory to write a checkpoint to.")
+    names = sorted(entry.name for entry in target.iterdir())
+    others = [
+        entry.name
+        for entry in sorted(target.iterdir())
+        if entry.is_dir() or not (entry.suffix == ".safetensors" or entry.name in _REPLACEABLE)
+    ]
+    if names and ("config.json" not in names or not any(name.endswith(".safetensors") for name in names)):
+        raise CheckpointError(f"{target} holds {names[0]} and is no checkpoint; expected a new or empty directory.")
+    if others:
+        raise CheckpointError(
+            f"{target} is a checkpoint that also holds {others[0]}, which saving would remove; choose another directory."
+        )
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    """Put `temporary` in the place of `target`, which is moved aside first and back if that fails."""
+    aside = None
+    if target.exists():
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+        try:
+            os.replace(target, aside)
+        except OSError:
+            aside.rmdir()
+            raise
+    try:
+        os.replace(temporary, target)
+    except OSError:
+        if aside is not None:
+            os.replace(aside, target)
+        raise
+    _sync(target.parent)
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """What earlier calls for the same directory left beside it when they were killed."""
+    for suffix in ("part", "old"):
+        for leftover in target.parent.glob(f".{glob.escape(target.name)}.{'[a-z0-9_]' * 8}.{suffix}"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _say_who_can_read(target: Path, config: ModelConfig, layout: Layout) -> None:
+    indexer = config.attention.indexer.enabled
+    understood = {"attention.indexer.rope_layout"} if is_reordered(config, layout.model_type) else set()
+    if layout.model_type == OWN_MODEL_TYPE:
+        _LOG.warning("%s: no model family computes what this model does, so only dsa-jax reads it: %s", target, layout.refused)
+    elif indexer and not FAMILIES[layout.model_type].has_indexer:
+        _LOG.warning(
+            "%s is a %s checkpoint with indexer tensors: dsa-jax reads them, others refuse or ignore them and run it dense%s",
+            target, layout.model_type, f". {layout.refused}" if layout.refused else "",
+        )  # fmt: skip
+        understood |= {"attention.mode"} if config.attention.mode == "dense" else set()
+    selects_blocks = config.attention.mode in ("coarse_to_fine", "blocks")
+    own = {
+        k: v
+        for k, v in layout.own.items()
+        if k not in understood and (selects_blocks or not k.startswith("attention.indexer.coarse_"))
+    }
+    if own:
+        shown = ", ".join(f"{name} = {value}" for name, value in own.items())
+        _LOG.warning("%s: only dsa-jax honours %s; others compute something else", target, shown)

@@ -1,0 +1,276 @@
+"""A `ModelConfig` as the config.json of a model family, and the choice of the family that says the most to others.
+
+A family expresses a model when reading back what was written for it gives the same model. What remains different is written
+beside it, under a field that only this project reads, as long as it leaves the meaning of the tensors alone.
+"""
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dsa_jax.checkpoints.hf.errors import CheckpointError
+from dsa_jax.checkpoints.hf.families import FAMILIES, OWN_FIELD, OWN_MODEL_TYPE
+from dsa_jax.checkpoints.hf.index_rope import is_reordered
+from dsa_jax.checkpoints.hf.read_config import parse_config
+from dsa_jax.checkpoints.hf.rope_fields import write_rope
+from dsa_jax.config.fields import flatten, to_dict
+from dsa_jax.config.model import (
+    FP8_BLOCKS,
+    PLAIN,
+    AttentionConfig,
+    IndexerConfig,
+    ModelConfig,
+    MoEConfig,
+    NSAConfig,
+    RopeConfig,
+)
+from dsa_jax.model.rope import yarn_mscale
+from pallas_kernels.quantize.blocks import WEIGHT_BLOCK
+
+# Differences under which a checkpoint keeps its family: other readers compute something close, and are told what.
+_SOFT = frozenset(
+    {
+        "attention.mode", "attention.latent_norm_eps", "logits_scale", "attention.indexer.hadamard", "attention.indexer.fp8",
+        "attention.indexer.topk", "attention.indexer.coarse_block_size", "attention.indexer.coarse_blocks",
+        "attention.indexer.coarse_pooling",
+    }
+)  # fmt: skip
+# How a model is run or trained, and where it came from: no part of a checkpoint.
+_OF_THE_RUN = frozenset(
+    {
+        "family", "param_dtype", "dtype", "weight_format", "scan_layers", "remat", "initializer_range",
+        "embedding_initializer_range", "attention.implementation", "attention.indexer.detach_input",
+        "attention.indexer.distill_shared", "attention.indexer.coarse_loss_weight", "moe.bias_update_rate",
+        "moe.balance_loss_weight",
+    }
+)  # fmt: skip
+
+
+class Layout(NamedTuple):
+    """What to write as config.json; `own` are the values, by dotted name, that only this project reads.
+
+    `refused` says why a family that says more to other programs cannot hold the model; empty where none can say more.
+    """
+
+    model_type: str
+    content: dict[str, Any]
+    own: dict[str, Any]
+    refused: str = ""
+
+
+def choose_layout(config: ModelConfig) -> Layout:
+    """The config.json for `config`: deepseek_v32 or glm_moe_dsa for latent attention with an indexer, else the model's family.
+
+    Falls back to a model_type of this project for what no family computes.
+
+    Raises:
+        CheckpointError: for native sparse attention, and an indexer that is a variant under study: no published format holds
+            either.
+    """
+    if config.attention.nsa.enabled:
+        raise CheckpointError(
+            "model.attention.nsa.enabled is True, but no published checkpoint format holds the weights of native sparse "
+            "attention. Keep the run directory, which holds it whole."
+        )
+    if fields := config.attention.indexer.unpublished():
+        raise CheckpointError(
+            f"model.attention.indexer has {', '.join(fields)}; expected the defaults, since no published checkpoint format "
+            "holds this variant of the indexer and other programs would run another model. Keep the run directory, "
+            "which holds it whole."
+        )
+    refused = ""
+    for model_type in _candidates(config):
+        content = family_content(config, model_type)
+        try:
+            back = parse_config(content, Path("config.json"))
+        except CheckpointError as error:
+            refused = refused or f"{model_type} cannot say it ({error})"
+            continue
+        own = differences(config, back)
+        soft = _SOFT | {"attention.indexer.rope_layout"} if is_reordered(config, model_type) else _SOFT
+        if own.keys() <= soft:
+            if own:
+                content[OWN_FIELD] = own
+            return Layout(model_type, content, own, refused)
+        unsaid = ", ".join(f"{name} = {value}" for name, value in own.items() if name not in soft)
+        refused = refused or f"{model_type} cannot say {unsaid}"
+    content = {
+        "model_type": OWN_MODEL_TYPE,
+        "torch_dtype": config.param_dtype,
+        "vocab_size": config.vocab_size,
+        OWN_FIELD: {"model": to_dict(dataclasses.replace(config, weight_format=PLAIN))},
+        **_quantization(config),
+    }
+    return Layout(OWN_MODEL_TYPE, content, {}, refused)
+
+
+def differences(config: ModelConfig, other: ModelConfig) -> dict[str, Any]:
+    """Values of `config`, by dotted name, where `other` computes something else; what neither uses does not count."""
+    mine, theirs = flatten(to_dict(_canonical(config))), flatten(to_dict(_canonical(other)))
+    return {name: value for name, value in mine.items() if name not in _OF_THE_RUN and value != theirs[name]}
+
+
+def family_content(config: ModelConfig, model_type: str) -> dict[str, Any]:
+    """The config.json of `config` as a `model_type`; whether that says everything is not checked here."""
+    family, attention = FAMILIES[model_type], config.attention
+    content: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_dim,
+        "intermediate_size": config.mlp_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": attention.n_heads,
+        "num_key_value_heads": attention.n_kv_heads if attention.kind == "gqa" else attention.n_heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": float(config.norm_eps),
+        "initializer_range": float(config.initializer_range),
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": attention.kind == "gqa" and attention.use_bias,
+        "attention_dropout": 0.0,
+        "max_position_embeddings": config.max_positions,
+        "bos_token_id": config.bos_token_id if config.bos_token_id >= 0 else None,
+        "eos_token_id": config.eos_token_ids[0] if len(config.eos_token_ids) == 1 else list(config.eos_token_ids) or None,
+        "use_cache": True,
+        "torch_dtype": config.param_dtype,
+        "dtype": config.param_dtype,
+        **write_rope(attention.rope),
+        **_quantization(config),
+    }
+    if attention.kind == "gqa":
+        content["head_dim"] = attention.head_dim
+    else:
+        content |= _mla_content(attention)
+        if family.latent_rope == "by field":
+            content["rope_interleave"] = attention.rope_layout == "interleaved"
+    if family.experts:
+        content |= _expert_content(config, model_type)
+    if attention.indexer.enabled:
+        content |= _indexer_content(config, model_type)
+    return content
+
+
+def _quantization(config: ModelConfig) -> dict[str, Any]:
+    """What DeepSeek's own config.json says of weights in fp8; every reader scales activations as it goes."""
+    if config.weight_format != FP8_BLOCKS:
+        return {}
+    blocks = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(WEIGHT_BLOCK), "activation_scheme": "dynamic"}
+    return {"quantization_config": blocks}
+
+
+def _candidates(config: ModelConfig) -> list[str]:
+    indexer, n_experts = config.attention.indexer, config.moe.n_routed_experts
+    if config.attention.kind == "gqa":
+        plain = "qwen3" if config.attention.qk_norm else "llama"
+        return list(dict.fromkeys(["qwen3_moe" if n_experts else plain, *_own_family(config)]))
+    first: list[str] = []
+    if indexer.enabled:
+        like_glm = config.family == "glm_moe_dsa" or indexer.rope_layout == "interleaved" or "shared" in indexer.layer_types
+        first = ["glm_moe_dsa" if like_glm else "deepseek_v32"]
+    return list(dict.fromkeys([*first, *_own_family(config), "deepseek_v3", "deepseek_v2"]))
+
+
+def _own_family(config: ModelConfig) -> list[str]:
+    family = FAMILIES.get(config.family)
+    if family is None or family.kind != config.attention.kind or (family.has_indexer and not config.attention.indexer.enabled):
+        return []
+    return [config.family]
+
+
+def _mla_content(attention: AttentionConfig) -> dict[str, Any]:
+    return {
+        "q_lora_rank": attention.q_lora_rank or None,
+        "kv_lora_rank": attention.kv_lora_rank,
+        "qk_nope_head_dim": attention.qk_nope_head_dim,
+        "qk_rope_head_dim": attention.qk_rope_head_dim,
+        "v_head_dim": attention.v_head_dim,
+        "head_dim": attention.qk_rope_head_dim,
+    }
+
+
+def _expert_content(config: ModelConfig, model_type: str) -> dict[str, Any]:
+    moe, family = config.moe, FAMILIES[model_type]
+    n_dense = moe.n_dense_layers if moe.n_routed_experts else config.n_layers
+    content: dict[str, Any] = {
+        "num_experts_per_tok": moe.n_experts_per_token,
+        "moe_intermediate_size": moe.expert_dim,
+        "norm_topk_prob": moe.normalize_weights,
+    }
+    if family.kind == "gqa":
+        content |= {"num_experts": moe.n_routed_experts, "decoder_sparse_step": 1, "mlp_only_layers": list(range(n_dense))}
+        return content
+    greedy = "group_limited_greedy" if moe.topk_groups < moe.n_groups else "greedy"
+    content |= {
+        "n_routed_experts": moe.n_routed_experts,
+        "n_shared_experts": moe.n_shared_experts,
+        "first_k_dense_replace": n_dense,
+        "moe_layer_freq": 1,
+        "n_group": moe.n_groups,
+        "topk_group": moe.topk_groups,
+        "topk_method": greedy if model_type == "deepseek_v2" else "noaux_tc",
+        "scoring_func": moe.scoring,
+        "routed_scaling_factor": float(moe.routed_scale),
+        "num_nextn_predict_layers": 0,
+    }
+    if model_type in ("deepseek_v32", "glm_moe_dsa", "glm4_moe_lite"):
+        content["mlp_layer_types"] = ["dense"] * n_dense + ["sparse"] * (config.n_layers - n_dense)
+    return content
+
+
+def _indexer_content(config: ModelConfig, model_type: str) -> dict[str, Any]:
+    indexer = config.attention.indexer
+    content: dict[str, Any] = {
+        "index_n_heads": indexer.n_heads,
+        "index_head_dim": indexer.head_dim,
+        "index_topk": indexer.topk,
+    }
+    if model_type == "glm_moe_dsa" or indexer.layer_types:
+        content["indexer_types"] = list(indexer.layer_types or ["full"] * config.n_layers)
+    if model_type == "glm_moe_dsa" or not FAMILIES[model_type].has_indexer:
+        content["indexer_rope_interleave"] = indexer.rope_layout == "interleaved" or is_reordered(config, model_type)
+    if not FAMILIES[model_type].has_indexer:
+        content |= {"index_rope_dim": indexer.rope_dim, "index_norm_eps": indexer.norm_eps}
+    return content
+
+
+def _canonical(config: ModelConfig) -> ModelConfig:
+    """The same model with every field that it does not use at its default."""
+    config = copy.deepcopy(config)
+    config.attention.nsa = NSAConfig()  # no checkpoint has its weights
+    plain, attention = AttentionConfig(), config.attention
+    unused = ["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "latent_norm_eps"]
+    for name in unused if attention.kind == "gqa" else ["n_kv_heads", "head_dim", "qk_norm", "use_bias", "use_out_bias"]:
+        setattr(attention, name, getattr(plain, name))
+    if not attention.indexer.enabled:
+        # The budget of the baselines is there without an indexer, too.
+        attention.indexer = IndexerConfig() if attention.mode == "dense" else IndexerConfig(topk=attention.indexer.topk)
+    elif set(attention.indexer.layer_types) <= {"full"}:
+        attention.indexer.layer_types = ()
+    attention.rope = _canonical_rope(attention.rope)
+    moe = config.moe
+    if not moe.n_routed_experts or moe.n_dense_layers == config.n_layers:
+        config.moe = MoEConfig()
+    elif moe.topk_groups == moe.n_groups:
+        moe.n_groups = moe.topk_groups = 1
+        moe.group_score = MoEConfig().group_score
+    # A sigmoid router without a bias is one whose biases are zero, and is written so.
+    if moe.scoring == "sigmoid":
+        moe.use_score_bias = True
+    return config
+
+
+def _canonical_rope(rope: RopeConfig) -> RopeConfig:
+    used = {
+        "none": (),
+        "llama3": ("factor", "original_max_positions", "low_freq_factor", "high_freq_factor"),
+        "yarn": (
+            "factor", "original_max_positions", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"
+        ),
+    }[rope.scaling]  # fmt: skip
+    canonical = RopeConfig(theta=rope.theta, scaling=rope.scaling, **{name: getattr(rope, name) for name in used})
+    if canonical.attention_factor:
+        canonical.mscale = 1.0
+    elif not canonical.mscale_all_dim and canonical.mscale != 1.0:
+        canonical.attention_factor, canonical.mscale = yarn_mscale(rope.factor, rope.mscale), 1.0
+    return canonical

@@ -1,0 +1,47 @@
+"""Settings as nested dataclasses: a recipe, the model in it, and how they are read, checked and written."""
+
+from dsa_jax.config.checks import ConfigError
+from dsa_jax.config.fields import from_dict, to_dict
+from dsa_jax.config.model import AttentionConfig, IndexerConfig, ModelConfig, MoEConfig, NSAConfig, RopeConfig
+from dsa_jax.config.recipe import (
+    AXES,
+    STAGES,
+    TASKS,
+    Config,
+    DataConfig,
+    EvalConfig,
+    InitConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RecallConfig,
+    StageConfig,
+    TaskConfig,
+    TextConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "AXES",
+    "STAGES",
+    "TASKS",
+    "AttentionConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EvalConfig",
+    "IndexerConfig",
+    "InitConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "NSAConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RecallConfig",
+    "RopeConfig",
+    "StageConfig",
+    "TaskConfig",
+    "TextConfig",
+    "TrainConfig",
+    "from_dict",
+    "to_dict",
+]

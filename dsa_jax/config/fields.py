@@ -1,0 +1,94 @@
+"""Configuration to nested dicts of JSON values and back, and its fields by dotted path."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from dsa_jax.config.checks import ConfigError, did_you_mean
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as nested dicts of JSON values; tuples become lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
+    """Build the dataclass `cls` from nested dicts as `to_dict` writes them; missing fields keep their defaults.
+
+    Raises:
+        ConfigError: for a field that `cls` does not have, with the nearest name, or a value of another kind than its field.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{cls.__name__} is {values!r}; expected an object with its fields.")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise ConfigError(f"{cls.__name__} has no field {name!r}.{did_you_mean(name, fields)}")
+        kind = fields[name].type
+        if dataclasses.is_dataclass(kind):
+            arguments[name] = from_dict(kind, value)  # type: ignore[arg-type]
+        else:
+            _check_kind(f"{cls.__name__}.{name}", kind, value)
+            arguments[name] = _tuples(value)
+    return cls(**arguments)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings by dotted name, each name after `prefix`; an empty mapping leaves nothing."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def set_field(config: Any, path: str, value: Any) -> None:
+    """Set the field of a config at a dotted path.
+
+    Raises:
+        ConfigError: where there is none, with the nearest name of that section.
+    """
+    *parents, name = path.split(".")
+    node = config
+    for part in parents:
+        node = getattr(node, _known(node, part, path))
+    setattr(node, _known(node, name, path), value)
+
+
+def _known(node: Any, name: str, path: str) -> str:
+    names = [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
+    if name not in names:
+        raise ConfigError(f"there is no config field {path}: {name!r} is unknown.{did_you_mean(name, names)}")
+    return name
+
+
+def check_kinds(config: Any, prefix: str = "") -> None:
+    """Require every field of a config, which a recipe may have set to anything, to be of its own kind, and no others to be set.
+
+    Raises:
+        ConfigError: naming the field by its path.
+    """
+    fields = [field.name for field in dataclasses.fields(config)]
+    if others := sorted(vars(config).keys() - fields):
+        hint = did_you_mean(others[0], fields)
+        raise ConfigError(f"{prefix}{others[0]} is set, which is no field of {type(config).__name__}.{hint}")
+    for field in dataclasses.fields(config):
+        name, value = f"{prefix}{field.name}", getattr(config, field.name)
+        if not dataclasses.is_dataclass(field.type):
+            _check_kind(name, field.type, value)
+        elif isinstance(value, field.type):  # type: ignore[arg-type]
+            check_kinds(value, f"{name}.")
+        else:
+            raise ConfigError(f"{name} is {value!r}; expected a {field.type.__name__}.")  # type: ignore[union-attr]
+
+
+def _check_kind(name: str, kind: Any, value: Any) -> None:
+    fits = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}.get(kind, (list, tuple))
+    # float64 of NumPy is a float; bool is an int, and not meant.
+    if type(value) not in fits and not (kind is float and isinstance(value, float)):
+        raise ConfigError(f"{name} is {value!r}; expected {' or '.join(each.__name__ for each in fits)}.")
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

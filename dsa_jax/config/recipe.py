@@ -1,0 +1,366 @@
+"""Configuration as nested dataclasses: one tree, every field overridable from the command line.
+
+The dataclasses stay unfrozen because flag overrides are assigned after construction; call `Config.validate()` once they
+have been. Lengths are in tokens, learning rates are absolute, fractions lie in [0, 1].
+"""
+
+import re
+from dataclasses import dataclass, field
+
+from dsa_jax.config.checks import ConfigError, fraction, not_negative, one_of, positive, random_seed
+from dsa_jax.config.fields import check_kinds
+from dsa_jax.config.model import ATTENTIONS, ModelConfig
+
+STAGES = ("pretrain", "warmup", "sparse")
+AXES = ("data", "fsdp", "expert", "tensor", "context")
+"""Axes of the device mesh, outermost first."""
+EVAL_ROWS = ("dense", "sparse", "coarse_to_fine", "untrained", "window", "sink_window", "random", "blocks", "oracle", "nsa")
+TASKS = (
+    "recall",
+    "mqar",
+    "passkey",
+    "multi_needle",
+    "variable_tracking",
+    "common_words",
+    "frequent_words",
+)
+"""Synthetic tasks. The place of a name decides the id of its leading token, so new ones are added at the end."""
+_AXIS_OF = {"dp": "data", "fsdp": "fsdp", "ep": "expert", "tp": "tensor", "cp": "context"}
+
+
+@dataclass
+class RecallConfig:
+    """Record-token recall: the vocabulary of the task and how densely records are scattered."""
+
+    n_keys: int = 32
+    n_values: int = 8
+    n_fillers: int = 64
+    tokens_per_record: int = 16  # a sequence of length L holds L // tokens_per_record records
+
+
+@dataclass
+class TaskConfig:
+    """Sizes of the synthetic tasks other than recall, whose tokens they share; the same at all lengths but short ones."""
+
+    n_needles: int = 16  # records of a multi_needle row, pairs of an mqar row; at most one per recall.tokens_per_record
+    n_asked: int = 8  # needles that a multi_needle row asks for; the others distract
+    n_chains: int = 4  # variable_tracking: chains of assignments in a row
+    n_hops: int = 3  # variable_tracking: assignments that follow the first of a chain
+    n_answers: int = 4  # common_words, frequent_words: words that the answer lists
+    n_queries: int = 64  # mqar, multi_needle, variable_tracking: questions of a row, at most a quarter of its tokens
+
+    def validate(self) -> None:
+        for name in ("n_needles", "n_asked", "n_chains", "n_answers", "n_queries"):
+            positive(f"data.task.{name}", getattr(self, name))
+        not_negative("data.task.n_hops", self.n_hops)
+
+
+@dataclass
+class TextConfig:
+    """A text corpus. Documents go to the held-out split by a hash of their content."""
+
+    path: str = ""  # .txt, .jsonl, .npy or a directory of them; empty: the Python standard library's own source
+    tokenizer: str = "bytes"  # bytes | checkpoint (that of init.hf_dir) | none | path of a tokenizer.json (extra `hf`)
+    held_out_fraction: float = 0.1
+    max_tokens: int = 0  # 0: no limit
+    source: str = "memory"  # memory | grain: .parquet or .array_record files, read as they are needed (extra `data`)
+    column: str = "text"  # where .jsonl and .parquet files hold the text
+    open_documents: int = 16  # grain: documents that rows are cut from in turn, so that a batch holds several
+    held_out_tokens: int = 2**20  # grain: what evaluation draws from; finding them reads 1 / held_out_fraction as many
+
+    def validate(self) -> None:
+        one_of("data.text.source", self.source, ("memory", "grain"))
+        if not 0.0 < self.held_out_fraction < 1.0:
+            raise ConfigError(f"data.text.held_out_fraction is {self.held_out_fraction}; expected between 0 and 1, exclusive.")
+        for name in ("open_documents", "held_out_tokens"):
+            positive(f"data.text.{name}", getattr(self, name))
+        if self.source == "grain" and not self.path:
+            raise ConfigError(
+                "data.text.path is empty; expected .parquet or .array_record files, since data.text.source is 'grain'."
+            )
+        if self.source == "grain" and self.max_tokens:
+            raise ConfigError(
+                f"data.text.max_tokens is {self.max_tokens}; expected 0, since data.text.source is 'grain'. Name fewer files."
+            )
+
+
+@dataclass
+class DataConfig:
+    """What a batch is made of: rows of the recall task, rows of other tasks, and rows of packed text."""
+
+    recall_fraction: float = 0.5  # share of the rows of a batch
+    tasks: tuple[tuple[str, float], ...] = ()  # ((task, share of the rows of a batch), ...); what is left is text
+    recall: RecallConfig = field(default_factory=RecallConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+
+    @property
+    def text_fraction(self) -> float:
+        """Share of the rows of a batch that recall and the other tasks leave to text; rounding errors are none."""
+        left = 1.0 - self.recall_fraction - sum(share for _, share in self.tasks)
+        return left if left > 1e-9 else 0.0
+
+    def validate(self) -> None:
+        fraction("data.recall_fraction", self.recall_fraction)
+        self.task.validate()
+        for entry in self.tasks:
+            if len(entry) != 2:
+                raise ConfigError(f"data.tasks has {entry!r}; expected (task, share), such as ('multi_needle', 0.25).")
+            one_of("data.tasks", entry[0], TASKS)
+            fraction(f"data.tasks, the share of {entry[0]},", entry[1])
+        names = [name for name, _ in self.tasks]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"data.tasks names {', '.join(names)}; expected each task once.")
+        total = self.recall_fraction + sum(share for _, share in self.tasks)
+        if total > 1.0 + 1e-9:
+            raise ConfigError(
+                f"data.recall_fraction and the shares of data.tasks add up to {total:g}; expected at most 1. Lower one of them."
+            )
+        self.text.validate()
+        for name in ("n_keys", "n_values", "n_fillers", "tokens_per_record"):
+            positive(f"data.recall.{name}", getattr(self.recall, name))
+
+
+@dataclass
+class OptimizerConfig:
+    """One optimizer with its schedule."""
+
+    name: str = "adamw"  # adamw | muon (matrices by Muon, the rest by AdamW)
+    learning_rate: float = 3e-3
+    schedule: str = "cosine"  # constant | linear | cosine, after the warm-up
+    warmup_steps: int = 20
+    final_fraction: float = 0.1  # of learning_rate, where the schedule ends, one step after the last
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # on matrices only
+    clip_norm: float = 1.0  # global gradient norm; 0: no clipping
+
+    def validate(self, prefix: str) -> None:
+        one_of(f"{prefix}.name", self.name, ("adamw", "muon"))
+        one_of(f"{prefix}.schedule", self.schedule, ("constant", "linear", "cosine"))
+        positive(f"{prefix}.learning_rate", self.learning_rate)
+        not_negative(f"{prefix}.warmup_steps", self.warmup_steps)
+        not_negative(f"{prefix}.clip_norm", self.clip_norm)
+        not_negative(f"{prefix}.weight_decay", self.weight_decay)
+        positive(f"{prefix}.eps", self.eps)
+        for name in ("final_fraction", "b1", "b2"):
+            fraction(f"{prefix}.{name}", getattr(self, name))
+        for name in ("b1", "b2"):
+            if getattr(self, name) == 1.0:
+                raise ConfigError(f"{prefix}.{name} is 1; expected less, since a mean that decays by 1 never moves.")
+
+
+@dataclass
+class StageConfig:
+    """One training stage. `steps` 0 skips it."""
+
+    steps: int = 0
+    batch_size: int = 16  # sequences per update
+    seq_len: int = 256
+    curriculum: tuple[tuple[int, int], ...] = ()  # ((until_step, seq_len), ...) before seq_len applies
+    accumulation: int = 1  # micro-batches per update
+    indexer_loss_weight: float = 1.0  # multiplies the KL, summed over layers
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    log_every: int = 10
+    checkpoint_every: int = 500  # the last step of a stage is always saved
+
+    def seq_len_at(self, step: int) -> int:
+        """Sequence length of the 0-based `step`, in tokens."""
+        for until, seq_len in self.curriculum:
+            if step < until:
+                return seq_len
+        return self.seq_len
+
+    @property
+    def lengths(self) -> set[int]:
+        """The sequence lengths that steps may have, in tokens."""
+        return {self.seq_len, *(length for _, length in self.curriculum)}
+
+    @property
+    def longest(self) -> int:
+        """The longest sequence of any step, in tokens."""
+        return max(self.lengths)
+
+    def validate(self, prefix: str) -> None:
+        not_negative(f"{prefix}.steps", self.steps)
+        for name in ("batch_size", "seq_len", "accumulation", "log_every", "checkpoint_every"):
+            positive(f"{prefix}.{name}", getattr(self, name))
+        not_negative(f"{prefix}.indexer_loss_weight", self.indexer_loss_weight)
+        if self.batch_size % self.accumulation:
+            raise ConfigError(
+                f"{prefix}.batch_size is {self.batch_size}; expected a multiple of accumulation ({self.accumulation})."
+            )
+        last = 0
+        for phase in self.curriculum:
+            if len(phase) != 2 or phase[0] <= last or phase[1] < 1:
+                raise ConfigError(
+                    f"{prefix}.curriculum is {self.curriculum}; expected ((until_step, seq_len), ...) with rising steps and "
+                    "positive lengths."
+                )
+            last = phase[0]
+        self.optimizer.validate(f"{prefix}.optimizer")
+
+
+@dataclass
+class TrainConfig:
+    """The three stages of a retrofit and what they share."""
+
+    pretrain: StageConfig = field(default_factory=StageConfig)
+    warmup: StageConfig = field(default_factory=StageConfig)
+    sparse: StageConfig = field(default_factory=StageConfig)
+    pretrain_attention: str = "dense"  # one of ATTENTIONS; where the indexer chooses, its KL trains it, too
+    sparse_attention: str = "sparse"  # of the third stage; another name trains a baseline instead
+    nan_policy: str = "stop"  # stop | skip (leave parameters untouched and count)
+    max_skipped_steps: int = 10  # with skip: consecutive steps before stopping after all
+    keep_checkpoints: int = 2  # per stage
+
+    def validate(self) -> None:
+        for name in STAGES:
+            getattr(self, name).validate(f"train.{name}")
+        for name in ("pretrain_attention", "sparse_attention"):
+            one_of(f"train.{name}", getattr(self, name), ATTENTIONS)
+        one_of("train.nan_policy", self.nan_policy, ("stop", "skip"))
+        positive("train.max_skipped_steps", self.max_skipped_steps)
+        positive("train.keep_checkpoints", self.keep_checkpoints)
+
+
+@dataclass
+class EvalConfig:
+    """The parity table."""
+
+    recall_len: int = 256
+    recall_sequences: int = 128
+    text_len: int = 128
+    text_sequences: int = 256
+    tasks: tuple[str, ...] = ()  # synthetic tasks, a column each; they need not be in data.tasks
+    task_len: int = 256
+    task_sequences: int = 128  # of each task
+    batch_size: int = 16
+    rows: tuple[str, ...] = (
+        "dense",
+        "sparse",
+        "untrained",
+        "window",
+        "oracle",
+    )  # also coarse_to_fine, sink_window, random, blocks, nsa
+    position_buckets: int = 8
+
+    def validate(self) -> None:
+        for name in ("recall_len", "text_len", "task_len", "task_sequences", "batch_size", "position_buckets"):
+            positive(f"eval.{name}", getattr(self, name))
+        for name in ("recall_sequences", "text_sequences"):
+            not_negative(f"eval.{name}", getattr(self, name))
+        for task in self.tasks:
+            one_of("eval.tasks", task, TASKS)
+        if len(set(self.tasks)) != len(self.tasks):
+            raise ConfigError(f"eval.tasks names {', '.join(self.tasks)}; expected each task once.")
+        for row in self.rows:
+            one_of("eval.rows", row, EVAL_ROWS)
+
+
+@dataclass
+class InitConfig:
+    """Where the parameters come from; empty: random."""
+
+    checkpoint: str = ""  # a run directory; its parameters are taken, an indexer it lacks is initialised
+    stage: str = ""  # of that run: pretrain, warmup or sparse; empty: the furthest that it has
+    hf_dir: str = ""  # a Hugging Face checkpoint directory; it also decides the model, to which the recipe adds an indexer
+
+    def validate(self) -> None:
+        if self.checkpoint and self.hf_dir:
+            raise ConfigError(
+                f"init.checkpoint ({self.checkpoint}) and init.hf_dir ({self.hf_dir}) are both given; expected at most one."
+            )
+        if self.stage:
+            one_of("init.stage", self.stage, STAGES)
+        if self.stage and not self.checkpoint:
+            raise ConfigError(f"init.stage is {self.stage!r} without init.checkpoint. Give the run that has the stage.")
+
+
+@dataclass
+class ParallelConfig:
+    """How many devices each mesh axis has. A preset names a layout; an axis that is not 0 overrides it."""
+
+    preset: str = "single"  # single, or axes with sizes joined by _: fsdp8, ep8, tp8, ep4_tp2, fsdp2_tp2_cp2, dp2_fsdp4
+    data: int = 0  # dp: batch rows split, parameters replicated
+    fsdp: int = 0  # batch rows and parameters split
+    expert: int = 0  # ep: batch rows and experts split
+    tensor: int = 0  # tp: heads, MLP columns and vocabulary split
+    context: int = 0  # cp: positions split
+
+    def validate(self) -> None:
+        for name in AXES:
+            not_negative(f"parallel.{name}", getattr(self, name))
+        self.sizes()
+
+    def sizes(self) -> dict[str, int]:
+        """Devices along each axis, in the order of the mesh."""
+        return {name: getattr(self, name) or size for name, size in _preset_sizes(self.preset).items()}
+
+
+def _preset_sizes(preset: str) -> dict[str, int]:
+    sizes = dict.fromkeys(AXES, 1)
+    if preset == "single":
+        return sizes
+    for part in preset.split("_"):
+        match = re.fullmatch(r"(dp|fsdp|ep|tp|cp)([1-9][0-9]*)", part)
+        name = _AXIS_OF[match[1]] if match else ""
+        if not match or sizes[name] != 1:
+            raise ConfigError(
+                f"parallel.preset is {preset!r}; expected 'single', or each of dp, fsdp, ep, tp and cp at most once with its "
+                "size, joined by _: such as fsdp8 or ep4_tp2."
+            )
+        sizes[name] = int(match[2])
+    return sizes
+
+
+@dataclass
+class Config:
+    """Everything a run needs."""
+
+    name: str = "unnamed"
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def validate(self) -> None:
+        """Check every field against the others.
+
+        Raises:
+            ConfigError: naming the first field that cannot work.
+        """
+        check_kinds(self)
+        self.model.validate()
+        self.data.validate()
+        self.train.validate()
+        self.eval.validate()
+        self.init.validate()
+        self.parallel.validate()
+        random_seed("seed", self.seed)
+        for name in ("pretrain", "sparse"):
+            if getattr(self.train, name).steps:
+                field_name = f"{name}_attention"
+                self.model.attention.check_can_run(f"train.{field_name}", getattr(self.train, field_name))
+        if self.model.attention.indexer.enabled and "coarse_to_fine" in self.eval.rows:
+            self.model.attention.check_can_run("eval.rows", "coarse_to_fine")
+        if self.train.warmup.steps and not self.model.attention.indexer.enabled:
+            raise ConfigError(
+                "train.warmup.steps is positive, but the model has no indexer. Set model.attention.indexer.enabled=True."
+            )
+        stages = {name: stage for name in STAGES if (stage := getattr(self.train, name)).steps}
+        used = {"recall": self.eval.recall_sequences, "text": self.eval.text_sequences, "task": self.eval.tasks}
+        lengths = {f"train.{name}.seq_len": stage.longest for name, stage in stages.items()}
+        lengths |= {f"eval.{name}_len": getattr(self.eval, f"{name}_len") for name, is_used in used.items() if is_used}
+        longest, limit = max(lengths.values(), default=0), self.model.max_positions
+        if longest > limit:
+            too_long = ", ".join(f"{name} is {length}" for name, length in lengths.items() if length > limit)
+            is_placeholder = self.data.text.tokenizer == "checkpoint" and not self.init.hf_dir
+            hint = " Give --config.init.hf_dir=DIR, which brings the model." if is_placeholder else " Shorten what is longer."
+            raise ConfigError(
+                f"model.max_positions is {limit}; expected at least the longest sequence used ({longest}): {too_long}.{hint}"
+            )

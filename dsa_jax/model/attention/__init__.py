@@ -1,0 +1,1 @@
+"""Attention layers: the kinds, the selection rules, the indexer, the cache."""

@@ -1,0 +1,312 @@
+"""report.html: one self-contained page, tables always, plots where matplotlib is installed."""
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from dsa_jax.config import STAGES
+from dsa_jax.config.fields import flatten
+from dsa_jax.data.tasks import TASKS
+from dsa_jax.report import plots
+
+COLUMNS = (
+    ("name", "row"),
+    ("recall_accuracy", "recall accuracy"),
+    ("text_loss", "text loss"),
+    ("coverage", "coverage"),
+    ("keys_per_query", "keys/query"),
+)
+_INDEXER_RECALL = ("indexer_recall", "index recall")
+_N_QUALITY = 3  # columns before those of the tasks
+_ROW_MEANINGS = {
+    "dense": "every query attends to all keys before it; what sparse attention must match",
+    "dense, before sparse training": "the dense model as it was before the sparse stage; tells what the extra training changed",
+    "sparse": "each query attends only to the top-k keys that the trained indexer picked",
+    "sparse, coarse to fine": "the same indexer on the best blocks of keys only, chosen by one pooled index key each",
+    "sparse, untrained indexer": "the same model with a freshly initialised indexer; shows what training the indexer is worth",
+    "window of the same budget": "the most recent keys, as many as sparse reads; shows what a selection by content is worth",
+    "sink and window of the same budget": "the first four keys and the most recent ones",
+    "random keys of the same budget": "one key from each of as many equal stretches; what the budget is worth without a choice",
+    "blocks of the same budget": "whole blocks by their mean index key, the query's own block always",
+    "oracle top-k": "the top-k keys by true attention mass; the best any indexer could do",
+    "native sparse attention": "compressed blocks, selected blocks and a window, gated; keys read are those of all three",
+}
+_COLUMN_MEANINGS = (
+    ("recall accuracy", "share of held-out queries answered with the right value; higher is better"),
+    ("text loss", "cross-entropy on held-out text, nats per token; lower is better"),
+    ("coverage", "share of the dense attention mass that lies on the keys read"),
+    ("keys/query", "keys read per query, mean over queries and layers"),
+    ("index recall", "share of the indexer's top-k keys that a selection by blocks holds"),
+)
+_INSTALL_HINT = "Plots need matplotlib. Install it with: pip install 'dsa-jax[plot]'"
+_CSS = """
+:root { color-scheme: light dark; --ink: #1d2127; --soft: #5c6570; --line: #d9dde3; --page: #ffffff; --card: #f6f7f9; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e9ee; --soft: #9aa4b1; --line: #363c45; --page: #15181c; --card: #1d2127; }
+}
+body { margin: 0 auto; max-width: 56rem; padding: 2rem 1.25rem 4rem; background: var(--page); color: var(--ink);
+  font: 16px/1.55 system-ui, sans-serif; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .4rem; }
+h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; }
+p { margin: .4rem 0; max-width: 44rem; }
+.soft, caption, figcaption { color: var(--soft); }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; margin: .6rem 0; font-variant-numeric: tabular-nums; }
+caption { text-align: left; font-size: .9rem; padding-bottom: .3rem; }
+th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th { font-weight: 600; }
+td:first-child, th:first-child { text-align: left; padding-left: 0; }
+td:last-child { white-space: normal; }
+td.text { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+.facts th { width: 1%; padding-right: 2rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; font-size: .92rem; }
+dt { font-weight: 600; }
+dd { margin: 0; color: var(--soft); }
+figure { margin: .6rem 0 0; padding: .8rem 1rem; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+figure svg { display: block; width: auto; height: auto; max-width: 100%; }
+figcaption { font-size: .9rem; margin-top: .4rem; }
+details { margin: .5rem 0; font-size: .92rem; }
+summary { cursor: pointer; color: var(--soft); }
+pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem; overflow-x: auto;
+  font: 13px/1.45 ui-monospace, monospace; }
+.hint { background: var(--card); border-left: 3px solid #d9730d; padding: .5rem .9rem; }
+@media (max-width: 40rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .4rem; } }
+"""
+
+
+def render_page(report: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:
+    """The page of a report of plain JSON values (see `write_report`); `entries` are those of metrics.jsonl."""
+    has_plots = plots.matplotlib_available()
+    rows = report["rows"]
+    sections = [
+        _parity(rows, has_plots),
+        _by_group(rows),
+        _by_place(report, "coverage_by_layer", has_plots),
+        _by_place(report, "loss_by_position", has_plots),
+        _curves(entries) if has_plots else "",
+        _stages(report.get("stages") or {}),
+        _facts("What text was it?", report.get("corpus")),
+        _facts("Where did it run?", report.get("environment")),
+        _config(report.get("config")),
+    ]
+    name = escape(str(report["name"]))
+    hint = "" if has_plots else f'<p class="hint">{escape(_INSTALL_HINT)}, then run the same command again.</p>'
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{name}: dense and sparse attention compared</title>\n<style>{_CSS}</style>\n</head>\n<body>\n"
+        f"<h1>{name}: what does sparse attention cost in quality?</h1>\n<p>{escape(_verdict(rows))}</p>\n{hint}"
+        + "\n".join(section for section in sections if section)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """(key, title) of each column of the parity table: those of every table, and what was evaluated beside, tasks first.
+
+    A measure of quality that no row has, such as recall where only text was evaluated, gets no column.
+    """
+    quality = [
+        (key, title) for key, title in COLUMNS[:_N_QUALITY] if key == "name" or any(row.get(key) is not None for row in rows)
+    ]
+    tasks = dict.fromkeys(name for row in rows for name in row.get("tasks") or {})
+    recall = [_INDEXER_RECALL] if any(row.get("indexer_recall") is not None for row in rows) else []
+    return [*quality, *((name, name) for name in tasks), *COLUMNS[_N_QUALITY:], *recall]
+
+
+def with_tasks(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the report as `columns_of` names its values: the accuracy of each task under the task's name."""
+    return {**row, **{name: result["accuracy"] for name, result in (row.get("tasks") or {}).items()}}
+
+
+def format_cell(column: str, value: Any) -> str:
+    """One number of the parity table as text; a dash for None."""
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if column == "keys_per_query" else f"{value:.3f}"
+
+
+def _verdict(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One sentence comparing the rows `dense` and `sparse`."""
+    by_name = {row["name"]: row for row in rows}
+    if not {"dense", "sparse"} <= by_name.keys():
+        return "The rows dense and sparse were not both evaluated; the table shows what was."
+    dense, sparse = by_name["dense"], by_name["sparse"]
+    parts = []
+    if sparse.get("keys_per_query") and dense.get("keys_per_query"):
+        parts.append(f"reads {sparse['keys_per_query']:.1f} keys per query instead of {dense['keys_per_query']:.1f}")
+    if sparse.get("recall_accuracy") is not None and dense.get("recall_accuracy") is not None:
+        parts.append(f"recalls {sparse['recall_accuracy']:.1%} of the records instead of {dense['recall_accuracy']:.1%}")
+    if sparse.get("text_loss") is not None and dense.get("text_loss") is not None:
+        parts.append(f"changes the loss on text by {sparse['text_loss'] - dense['text_loss']:+.3f} nats per token")
+    return f"On the same weights, sparse attention {_listed(parts)}." if parts else "Nothing was measured for dense and sparse."
+
+
+def _parity(rows: Sequence[Mapping[str, Any]], has_plots: bool) -> str:
+    columns, rows = columns_of(rows), [with_tasks(row) for row in rows]
+    cells = [[row["name"], *(format_cell(column, row.get(column)) for column, _ in columns[1:])] for row in rows]
+    table = _table("Parity table, on held-out data", [title for _, title in columns], cells)
+    tasks = [name for name, _ in columns if name in TASKS]
+    titles = {title for _, title in columns}
+    column_meanings = [(title, meaning) for title, meaning in _COLUMN_MEANINGS if title in titles]
+    column_meanings += [(name, f"share of {TASKS[name].summary}") for name in tasks]
+    meanings = [(row["name"], _ROW_MEANINGS[row["name"]]) for row in rows if row["name"] in _ROW_MEANINGS]
+    figures = ""
+    if has_plots:
+        recall = plots.parity_bars(rows, "recall_accuracy", "recall accuracy (share of queries)", upper=1.0)
+        text = plots.parity_bars(rows, "text_loss", "text loss (nats per token)")
+        figures = _figure(recall, "Recall accuracy by row", "How much is recalled? Longer is better.", rows, "recall_accuracy")
+        figures += _figure(text, "Text loss by row", "How well is text predicted? Shorter is better.", rows, "text_loss")
+        for name in tasks:
+            bars = plots.parity_bars(rows, name, f"{name} (share of {TASKS[name].summary})", upper=1.0)
+            figures += _figure(bars, f"Accuracy on {name} by row", "How much is answered? Longer is better.", rows, name)
+    return (
+        f"<h2>How close is sparse to dense?</h2>\n{table}\n<details open><summary>What the rows and columns mean</summary>"
+        f"{_definitions(meanings)}{_definitions(column_meanings)}</details>\n{figures}"
+    )
+
+
+def _by_group(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The accuracy of each task by depth, hops or rank, one table each."""
+    tables = []
+    for name, task in TASKS.items():
+        results = {row["name"]: row["tasks"][name] for row in rows if name in (row.get("tasks") or {})}
+        key = f"by_{task.grouping}"
+        n_groups = max((len(result.get(key) or ()) for result in results.values()), default=0)
+        if n_groups:
+            header = ["row", *(_group_title(task.grouping, i, n_groups) for i in range(n_groups))]
+            cells = [[row, *(format_cell(name, value) for value in result[key])] for row, result in results.items()]
+            tables.append(_table(f"{name}: accuracy by {task.grouping}", header, cells))
+    return f"<h2>Where do the tasks fail?</h2>\n{''.join(tables)}" if tables else ""
+
+
+def _group_title(grouping: str, i: int, n_groups: int) -> str:
+    if grouping == "depth":
+        return f"depth {100 * i // n_groups}-{100 * (i + 1) // n_groups}%"
+    return f"{i} hops" if grouping == "hops" else f"rank {i + 1}"
+
+
+def _by_place(report: Mapping[str, Any], key: str, has_plots: bool) -> str:
+    """Coverage by layer, or loss by position: a plot and its numbers."""
+    series = dict(report.get(key) or {})
+    is_coverage = key == "coverage_by_layer"
+    places = list(range(max(map(len, series.values()), default=0))) if is_coverage else series.pop("positions", [])
+    if not series or not places:
+        return ""
+    if is_coverage:
+        title, place = "How much of the attention does the selection hold, layer by layer?", "layer"
+        x_label, y_label = "layer", "coverage (share of attention mass)"
+        caption = "Coverage is the share of dense attention mass that the keys read hold; 1 means nothing is lost."
+    else:
+        title, place = "Does the loss grow with position?", "up to position"
+        x_label, y_label = "position in the sequence (tokens, upper end of bucket)", "text loss (nats per token)"
+        caption = "Sparse attention reads few keys late in a sequence; lines that stay together mean that it misses nothing."
+    figure = ""
+    if has_plots:
+        order = [row["name"] for row in report["rows"]]
+        svg = plots.lines_by_row(places, series, order, name=key, x_label=x_label, y_label=y_label, is_share=is_coverage)
+        figure = _figure(svg, f"{y_label} against {x_label}, one line per row of the table", caption)
+    cells = [
+        [str(where), *("-" if i >= len(values) or values[i] is None else f"{values[i]:.3f}" for values in series.values())]
+        for i, where in enumerate(places)
+    ]
+    table = _table(y_label, [place, *series], cells)
+    numbers = f"<details{'' if has_plots else ' open'}><summary>The numbers</summary>{table}</details>"
+    return f"<h2>{title}</h2>\n{figure}{numbers}"
+
+
+def _curves(entries: Sequence[Mapping[str, Any]]) -> str:
+    loss = plots.training_curves(entries, "loss", STAGES, "training loss (nats per token)")
+    kl = plots.training_curves(entries, "kl", STAGES, "KL (nats, summed over layers)", is_log=True)
+    parts = []
+    if loss:
+        parts.append("<h2>Did the model keep learning?</h2>")
+        parts.append(
+            _figure(loss, "Training loss by step, one panel per stage", "Loss on training batches, all kinds of data together.")
+        )
+    if kl:
+        parts.append("<h2>Did the indexer learn where attention looks?</h2>")
+        caption = (
+            "Divergence of the indexer's distribution from the attention's, over all visible keys in the warm-up and over the "
+            "selected ones in the sparse stage; logarithmic scale."
+        )
+        parts.append(_figure(kl, "Indexer KL by step, one panel per stage", caption))
+    return "\n".join(parts)
+
+
+def _stages(stages: Mapping[str, Mapping[str, Any]]) -> str:
+    if not stages:
+        return ""
+    header = ["stage", "steps", "tokens", "time", "compilation", "tokens/s", "last metrics"]
+    cells = []
+    for stage_name, stage in stages.items():
+        seconds, tokens = stage.get("seconds"), stage.get("tokens")
+        final = stage.get("final") or {}
+        last = ", ".join(f"{name} {final[name]:.4g}" for name in ("loss", "accuracy", "kl") if final.get(name) is not None)
+        timed = stage.get("timed_tokens")
+        rate = f"{timed / seconds:,.0f}" if timed and seconds else "-"
+        times = [_time(seconds), _time(stage.get("compile_seconds"))]
+        cells.append([stage_name, _count(stage.get("steps")), _count(tokens), *times, rate, last or "-"])
+    return f"<h2>How long did it take?</h2>\n{_table('Time without compilation; tokens/s over the whole stage', header, cells)}"
+
+
+def _facts(title: str, facts: Any) -> str:
+    if not facts:
+        return ""
+    values = flatten(facts) if isinstance(facts, Mapping) else {"": facts}
+    cells = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td class="text">{escape("-" if value is None else str(value))}</td></tr>'
+        for name, value in values.items()
+        if value != []
+    )
+    return f'<h2>{title}</h2>\n<div class="scroll"><table class="facts">{cells}</table></div>'
+
+
+def _config(config: Any) -> str:
+    if not config:
+        return ""
+    text = escape(json.dumps(config, indent=2, sort_keys=True))
+    return f"<h2>What was configured?</h2>\n<details><summary>The whole configuration</summary><pre>{text}</pre></details>"
+
+
+def _figure(svg: str | None, subject: str, caption: str, rows: Sequence[Mapping[str, Any]] = (), metric: str = "") -> str:
+    """An SVG with its caption; the alternative text names the subject and, given rows, their values."""
+    if svg is None:
+        return ""
+    values = "; ".join(f"{row['name']} {format_cell(metric, row[metric])}" for row in rows if row.get(metric) is not None)
+    label = escape(f"{subject}: {values}." if values else f"{subject}.", quote=True)
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>\n"
+
+
+def _table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in header)
+    body = "".join(
+        f'<tr><th scope="row">{escape(str(row[0]))}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>\n'
+        for row in rows
+    )
+    return (
+        f'<div class="scroll"><table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _definitions(pairs: Sequence[tuple[str, str]]) -> str:
+    return (
+        f"<dl>{''.join(f'<dt>{escape(term)}</dt><dd>{escape(meaning)}</dd>' for term, meaning in pairs)}</dl>" if pairs else ""
+    )
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _count(value: Any) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _time(seconds: Any) -> str:
+    if seconds is None:
+        return "-"
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"

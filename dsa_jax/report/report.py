@@ -1,0 +1,65 @@
+"""The report of a run: report.json for programs, report.html for readers, a table for the terminal."""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsa_jax.report.page import columns_of, format_cell, render_page, with_tasks
+from dsa_jax.run.directory import atomic_write_text
+from dsa_jax.run.metrics import read_metrics
+
+
+def write_report(run_dir: str | os.PathLike[str], report: Mapping[str, Any]) -> None:
+    """Write report.html and then report.json, each atomically, into the run directory.
+
+    Args:
+        run_dir: where metrics.jsonl lies, from which the training curves are drawn.
+        report: `name`; `rows`, each with `name`, `recall_accuracy`, `text_loss` (nats per token), `coverage` and
+            `keys_per_query`, None where not measured, and optionally `tasks` (by name `accuracy`, `loss` and a list of
+            accuracies `by_depth`, `by_hops` or `by_rank`); and, each optional, `stages` (by stage `steps`, `seconds`,
+            `compile_seconds`, `tokens`, `final`), `coverage_by_layer` (by row), `loss_by_position` (`positions`, the upper end
+            of each bucket, and losses by row), `config`, `environment`, `corpus`. Numpy values are fine. NaN and infinities
+            become null in report.json.
+
+    Raises:
+        RunError: when a file cannot be written.
+    """
+    directory = Path(run_dir)
+    plain = to_plain(report)
+    atomic_write_text(directory / "report.html", render_page(plain, read_metrics(directory / "metrics.jsonl")))
+    atomic_write_text(directory / "report.json", json.dumps(plain, indent=2, allow_nan=False) + "\n")
+
+
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The parity table as aligned text; a dash where a value is None or missing."""
+    columns = columns_of(rows)
+    lines = [[title for _, title in columns]]
+    for row in map(with_tasks, rows):
+        lines.append([str(row["name"]), *(format_cell(name, row.get(name)) for name, _ in columns[1:])])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+def to_plain(value: Any) -> Any:
+    """`value` as JSON values: numpy and JAX values as numbers and lists, dataclasses as objects, NaN and infinities as None."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {str(name): to_plain(item) for name, item in value.items()}
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

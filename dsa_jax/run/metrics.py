@@ -1,0 +1,236 @@
+"""The metrics of a run: one JSON object per logged step, the same bytes whether or not the run was interrupted."""
+
+import importlib.util
+import json
+import math
+import numbers
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dsa_jax.run.directory import RunError, atomic_write_text
+
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class MetricsLog:
+    """Appends to `metrics.jsonl`, and to `timing.jsonl` beside it.
+
+    A line is `{"stage": ..., "step": ..., <name>: <number>, ...}`. Floats are written so that reading gives the same float64;
+    NaN and infinities, which JSON lacks, as the strings "NaN", "Infinity" and "-Infinity". Metrics hold only what the run
+    determines; what a clock says goes to the timing file, so that an interrupted and an undisturbed run write the same bytes.
+    A last line cut off by a crash is dropped when the log is opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, tensorboard: bool = False) -> None:
+        """Open for appending; with `tensorboard` also write event files to `tensorboard/<stage>/` beside the log.
+
+        Raises:
+            RunError: when the file cannot be written, holds a damaged line, or tensorboardX is asked for and missing.
+        """
+        self.path = Path(path)
+        self.timing_path = self.path.with_name("timing.jsonl")
+        self._files: dict[Path, BinaryIO] = {}
+        self._last: dict[Path, tuple[str, int]] = {}
+        self._events = EventFiles(self.path.with_name("tensorboard")) if tensorboard else None
+        self.n_steps = 0  # that metrics.jsonl holds, of all stages
+        self._drop(lambda entry: False)
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def log(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
+        """Append one step. Values are numbers, or arrays holding one.
+
+        Raises:
+            ValueError: when the step does not come after the last one of its stage, or a value is no number.
+            RunError: when the line cannot be written.
+        """
+        self._append(self.path, stage, step, values)
+        self.n_steps += 1
+        if self._events is not None:
+            self._events.write(stage, step, values)
+
+    def log_timing(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
+        """Append one step's seconds, rates and the like; raises as `log` does."""
+        self._append(self.timing_path, stage, step, values)
+
+    def truncate_after(self, stage_order: Sequence[str], stage: str, step: int) -> None:
+        """Drop every entry that comes after `step` of `stage`. Call it when a run resumes.
+
+        The rewritten file replaces the old one atomically.
+
+        Raises:
+            RunError: for an entry of a stage that is not in `stage_order`.
+        """
+        last = (stage_order.index(stage), step)
+
+        def comes_later(entry: Mapping[str, Any]) -> bool:
+            if entry["stage"] not in stage_order:
+                raise RunError(
+                    f"{self.path} has an entry of stage {entry['stage']!r}; expected one of {', '.join(stage_order)}."
+                )
+            return (stage_order.index(entry["stage"]), entry["step"]) > last
+
+        self.close()
+        self._drop(comes_later)
+
+    def sync(self) -> None:
+        """Force what was logged to the disk; call it before a checkpoint that counts on it.
+
+        Raises:
+            RunError: when the file system refuses.
+        """
+        for path, file in self._files.items():
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                raise _refused(path, error) from error
+
+    def close(self) -> None:
+        """Close the files; the next `log` opens them again."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+        if self._events is not None:
+            self._events.close()
+
+    def _append(self, path: Path, stage: str, step: int, values: Mapping[str, Any]) -> None:
+        last_stage, last_step = self._last.get(path, ("", -1))
+        if stage == last_stage and step <= last_step:
+            raise ValueError(f"step {step} of {stage} is logged after step {last_step}; call truncate_after when resuming.")
+        entry = {"stage": stage, "step": step} | {name: _encode(name, value) for name, value in values.items()}
+        line = memoryview(json.dumps(entry).encode() + b"\n")
+        try:
+            if path not in self._files:
+                # Without a buffer, which closing would try to write again where the disk is full.
+                self._files[path] = open(path, "ab", buffering=0)  # noqa: SIM115
+            # One write per line, but for a full disk: a reader, or a crash, sees whole lines or a torn last one.
+            while line:
+                line = line[self._files[path].write(line) :]
+        except OSError as error:
+            raise _refused(path, error) from error
+        self._last[path] = (stage, step)
+
+    def _drop(self, unwanted: Callable[[Mapping[str, Any]], bool]) -> None:
+        for file in (self.path, self.timing_path):
+            _drop_lines(file, unwanted)
+            entries = _read(file)
+            self._last.pop(file, None)
+            if entries:
+                self._last[file] = (entries[-1]["stage"], entries[-1]["step"])
+            if file == self.path:
+                self.n_steps = len(entries)
+
+
+class NoMetrics(MetricsLog):
+    """Logs nothing, for processes beside the one that writes the run's files."""
+
+    def __init__(self) -> None:
+        self._files, self._events, self.n_steps = {}, None, 0
+
+    def log(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def log_timing(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def truncate_after(self, stage_order: Sequence[str], stage: str, step: int) -> None:
+        """Do nothing."""
+
+
+class EventFiles:
+    """TensorBoard events, one folder per stage so that each counts its own steps."""
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        if not tensorboard_available():
+            raise RunError("TensorBoard events need tensorboardX. Install it with: pip install 'dsa-jax[tensorboard]'")
+        self._directory = Path(directory)
+        self._writers: dict[str, Any] = {}
+
+    def write(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
+        """Add scalars. The first of a stage hides what an interrupted run had written from that step on."""
+        from tensorboardX import SummaryWriter
+
+        if stage not in self._writers:
+            self._writers[stage] = SummaryWriter(str(self._directory / stage), purge_step=step)
+        for name, value in values.items():
+            self._writers[stage].add_scalar(name, float(value), step)
+
+    def close(self) -> None:
+        """Flush and close; a later `write` starts new files."""
+        for writer in self._writers.values():
+            writer.close()
+        self._writers.clear()
+
+
+def tensorboard_available() -> bool:
+    """Whether the `tensorboard` extra is installed."""
+    return importlib.util.find_spec("tensorboardX") is not None
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The entries of a metrics file in order, NaN and infinities as floats; a torn last line is left out.
+
+    Returns:
+        An empty list when the file does not exist.
+
+    Raises:
+        RunError: for a damaged line that is not the last, naming the line.
+    """
+    return [
+        {name: value if name == "stage" else _NOT_FINITE.get(value, value) for name, value in entry.items()}
+        for entry in _read(Path(path))
+    ]
+
+
+def _refused(path: Path, error: OSError) -> RunError:
+    return RunError(f"cannot write {path}: {error.strerror or error}. Free space, then run the same command again.")
+
+
+def _encode(name: str, value: Any) -> int | float | str:
+    number = value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else value
+    if isinstance(number, bool) or not isinstance(number, numbers.Real):
+        raise ValueError(f"metric {name} is {value!r}; expected a number.")
+    if isinstance(number, numbers.Integral):
+        return int(number)
+    number = float(number)
+    if math.isfinite(number):
+        return number
+    return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
+
+
+def _lines(path: Path) -> list[str]:
+    """Complete lines, each with its newline; what follows the last newline is torn."""
+    if not path.exists():
+        return []
+    text = path.read_bytes()
+    return text[: text.rfind(b"\n") + 1].decode("utf-8", errors="replace").splitlines(keepends=True)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    entries = []
+    for number, line in enumerate(_lines(path), start=1):
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry["stage"], str) or not isinstance(entry["step"], int):
+                raise ValueError("stage or step is of the wrong kind")
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(
+                f"{path}, line {number} is damaged ({error}). Remove the line, or choose another --workdir."
+            ) from error
+        entries.append(entry)
+    return entries
+
+
+def _drop_lines(path: Path, unwanted: Any) -> None:
+    """Rewrite without the unwanted entries and the torn last line; leave the file alone when there is nothing to drop."""
+    if not path.exists():
+        return
+    kept = "".join(line for line, entry in zip(_lines(path), _read(path), strict=True) if not unwanted(entry))
+    if kept.encode() != path.read_bytes():
+        atomic_write_text(path, kept)

@@ -1,0 +1,191 @@
+"""Several processes as one run: how they find each other, agree, and leave the writing of files to the first.
+
+All processes run the same program on the same data. What only one may do or decide (files, which checkpoint counts) goes
+through `on_main`; what any one may bring up (a signal) through `with_votes`.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dsa_jax.config import ConfigError
+from dsa_jax.run.directory import RunError
+
+_BLOCK = 4096  # messages are padded to multiples of it, so that few lengths are compiled
+_SHUTDOWN_SECONDS = 60
+_FLAGS = "--coordinator, --num_processes and --process_id"
+
+
+class ProcessError(RunError):
+    """Another process of the run failed: the message is its own."""
+
+
+class Launch(NamedTuple):
+    """Where the processes meet, how many there are, which one this is, and the GPUs it may use (None: all it sees)."""
+
+    coordinator: str
+    num_processes: int
+    process_id: int
+    local_device_ids: list[int] | None = None
+
+
+def find_launch(
+    coordinator: str, num_processes: int | None, process_id: int | None, environment: Mapping[str, str]
+) -> Launch | None:
+    """How this process was launched: as the arguments say, else as SLURM says for a step of several tasks, else alone (None).
+
+    A batch script outside `srun` is no step, whatever the job asked for. Of several tasks on a node each takes the GPU of its
+    local number, unless SLURM shows it one GPU only; a task that has a node to itself takes all GPUs.
+
+    Raises:
+        ConfigError: when only some of the arguments are given, or they contradict each other.
+    """
+    if coordinator or num_processes is not None or process_id is not None:
+        if not coordinator or num_processes is None or process_id is None:
+            raise ConfigError(f"{_FLAGS} belong together; expected all three or none.")
+        if not re.fullmatch(r"\S+:[0-9]+", coordinator):
+            raise ConfigError(f"--coordinator is {coordinator!r}; expected HOST:PORT of process 0, such as node001:12345.")
+        if not 0 <= process_id < num_processes:
+            raise ConfigError(f"--process_id is {process_id}; expected 0 to {num_processes - 1} (--num_processes).")
+        return Launch(coordinator, num_processes, process_id)
+    nodes = environment.get("SLURM_STEP_NODELIST")
+    n_tasks = int(environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS") or 1)
+    if not nodes or n_tasks == 1:
+        return None
+    # A port that two jobs are unlikely to share, the same in all tasks; as JAX chooses it.
+    port = environment.get("JAX_COORDINATOR_PORT") or str(61440 + int(environment["SLURM_JOB_ID"]) % 4096)
+    n_visible = len(environment.get("CUDA_VISIBLE_DEVICES", "").split(","))
+    shares_node = n_tasks > int(environment.get("SLURM_STEP_NUM_NODES") or 1)
+    is_given_its_own = "SLURM_GPUS_PER_TASK" in environment
+    sees_others = not is_given_its_own and ("CUDA_VISIBLE_DEVICES" not in environment or n_visible > 1)
+    local = [int(environment["SLURM_LOCALID"])] if shares_node and sees_others else None
+    return Launch(f"{first_host(nodes)}:{port}", n_tasks, int(environment["SLURM_PROCID"]), local)
+
+
+def first_host(nodes: str) -> str:
+    """First host of a SLURM node list such as `gpu[007-010,012],login1`."""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
+    if match is None:
+        raise ConfigError(f"SLURM_STEP_NODELIST is {nodes!r}; expected a list of hosts. Give {_FLAGS} instead.")
+    return match[1] + (match[2] or "")
+
+
+def start_processes(coordinator: str = "", num_processes: int | None = None, process_id: int | None = None) -> None:
+    """Join the other processes of the run, if there are any; to be called before anything asks JAX for devices.
+
+    Returns once all have come, or fails after five minutes.
+    """
+    launch = find_launch(coordinator, num_processes, process_id, os.environ)
+    if launch is None or launch.num_processes == 1:
+        return
+    # It would take SIGTERM for itself and do nothing with it: until training begins, a signal is to end the process.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
+        launch.coordinator,
+        launch.num_processes,
+        launch.process_id,
+        local_device_ids=launch.local_device_ids,
+        # Left to itself JAX hides all GPUs but one from a SLURM task, even where it has the node to itself.
+        cluster_detection_method="deactivate",
+        # After an error of its own a process waits so long for the others, which may wait for it, and then ends them all.
+        shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+    )
+
+
+def is_main() -> bool:
+    """Whether this process writes the files: the first, or the only one."""
+    return jax.process_index() == 0
+
+
+def on_main(function: Callable[[], Any]) -> Any:
+    """Run `function` in the first process only and give its result, a JSON value, to all, which all call this.
+
+    Nobody goes on before it is done, so what it wrote can be read after. With one process this is `function()`.
+
+    Raises:
+        ProcessError: in the others, when `function` raises; in the first, what it raised.
+    """
+    if jax.process_count() == 1:
+        return function()
+    error, message = None, ""
+    if is_main():
+        try:
+            message = json.dumps({"result": function()})
+        except Exception as raised:
+            error, message = raised, json.dumps({"error": f"process 0 failed: {raised}"})
+    answer = json.loads(_broadcast(message))
+    if error is not None:
+        raise error
+    if "error" in answer:
+        raise ProcessError(answer["error"])
+    return answer["result"]
+
+
+def any_process(flag: bool) -> bool:
+    """Whether `flag` is true in any process; all call this, where no step is running."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def _broadcast(message: str) -> str:
+    text = message.encode()
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    padded = np.zeros(-(-size // _BLOCK) * _BLOCK, np.uint8)
+    if is_main():
+        padded[:size] = np.frombuffer(text, np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))[:size]).decode()
+
+
+def with_votes(step: Callable[..., tuple[Any, dict[str, Any]]]) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """`step`, (state, batch) to (state, metrics), as (state, batch, wants) whose metrics also hold `stop`: whether any wants.
+
+    The question travels with the step and the answer with its metrics, equal in every process, so that all stop after the
+    same step, nobody waits for it, and no collective runs beside the step's own. The state is donated.
+    """
+    mesh = jax.sharding.get_mesh()
+    votes = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+    def voted(state: Any, batch: Any, wants: jax.Array) -> tuple[Any, dict[str, Any]]:
+        state, metrics = step(state, batch)
+        return state, metrics | {"stop": jnp.any(wants)}
+
+    jitted = jax.jit(voted, donate_argnums=0)
+
+    def call(state: Any, batch: Any, wants: bool) -> tuple[Any, dict[str, Any]]:
+        cast = jax.make_array_from_callback((mesh.size,), votes, lambda index: np.full(1, wants))
+        return jitted(state, batch, cast)
+
+    return call
+
+
+def gather_to_main(tree: Any) -> Any:
+    """The arrays of `tree` in the memory of the first process's host, None in the others; `tree` itself with one process.
+
+    Stacked parameters come layer by layer, so devices hold one whole layer of one parameter beside their own share.
+    """
+    return tree if jax.process_count() == 1 else jax.tree.map(_gather, tree)
+
+
+def _gather(leaf: jax.Array) -> np.ndarray | None:
+    replicated = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
+    if leaf.ndim < 3:
+        whole = jax.jit(lambda x: x, out_shardings=replicated)(leaf)
+        return np.asarray(whole) if is_main() else None
+    one = jax.jit(lambda x, i: x[i], out_shardings=replicated)
+    out = np.empty(leaf.shape, leaf.dtype) if is_main() else None
+    for i in range(leaf.shape[0]):
+        layer = one(leaf, i)
+        if out is not None:
+            out[i] = np.asarray(layer)
+        # One at a time: launched ahead, they would pile up on the devices.
+        layer.block_until_ready()
+    return out

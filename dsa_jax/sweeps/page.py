@@ -1,0 +1,70 @@
+"""One page of all results: what was run, on what, with which seeds, how long, and where each number comes from."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dsa_jax.run.directory import RunError
+from dsa_jax.sweeps.summary import environments, format_table, total_seconds
+
+SWEEPS = "ablations"
+PAGE = "README.md"
+
+
+def render_results(directory: Path) -> str:
+    """The page of a results directory: its sweeps (`ablations/*.json`) in full, its other pages (`*.md`) by title and command.
+
+    Raises:
+        RunError: for a result file that cannot be read.
+    """
+    sweeps = [_read(path) for path in sorted((directory / SWEEPS).glob("*.json"))]
+    lines = [
+        "# Results",
+        "",
+        "Written by `python -m experiments.summarize` from the files beside it: every number is in the file named with it.",
+        "",
+        "| sweep | runs | seeds | minutes | device and versions |",
+        "|---|---|---|---|---|",
+        *(_sweep_line(result) for result in sweeps),
+        "",
+        "| other results | command |",
+        "|---|---|",
+        *(_page_line(path) for path in sorted(directory.glob("*.md")) if path.name != PAGE),
+        "",
+    ]
+    for result in sweeps:
+        name = result["name"]
+        lines += [
+            f"## {result['question']}",
+            "",
+            f"![{result['question']}]({SWEEPS}/{name}.png)",
+            "",
+            *format_table(result),
+            "",
+            f"From [{SWEEPS}/{name}.json]({SWEEPS}/{name}.json): `{result['command']}`",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is no result of an ablation ({error}). Restore it or delete it.") from error
+
+
+def _sweep_line(result: Mapping[str, Any]) -> str:
+    seeds = ", ".join(map(str, result["seeds"]))
+    where = "; ".join(environments(result))
+    name = f"[{result['question']}]({SWEEPS}/{result['name']}.md)"
+    return f"| {name} | {len(result['runs'])} | {seeds} | {total_seconds(result) / 60:.0f} | {where} |"
+
+
+def _page_line(path: Path) -> str:
+    text = path.read_text(encoding="utf-8")
+    title = re.search(r"^# (.+)$", text, re.MULTILINE)
+    commands = [" ".join(command.split()) for command in re.findall(r"^Command:\s+`([^`]+)`", text, re.MULTILINE)]
+    return f"| [{title[1] if title else path.stem}]({path.name}) | " + "<br>".join(f"`{c}`" for c in commands) + " |"

@@ -1,0 +1,206 @@
+"""Run a sweep, every (variant, seed) once, and keep what each gave in one JSON file."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from dsa_jax.config import Config, ConfigError
+from dsa_jax.data import make_eval_data
+from dsa_jax.evals.parity import BEFORE, evaluate_parity
+from dsa_jax.model import build_model
+from dsa_jax.run.directory import RunError, atomic_write_text, claimed, make_writable_directory
+from dsa_jax.sweeps.sweep import (
+    Ablation,
+    Variant,
+    after_dense,
+    dense_part,
+    differences,
+    evaluation_config,
+    run_key,
+)
+from dsa_jax.train.init import load_run
+from dsa_jax.train.retrofit import retrofit
+
+_LOG = logging.getLogger(__name__)
+
+Run = dict[str, Any]
+REPORT = "report.json"
+
+
+def run_ablation(ablation: Ablation, workdir: Path, results: Path, *, command: str) -> dict[str, Any] | None:
+    """Train what `results` does not hold yet, and write `results`/<name>.json after every run.
+
+    The dense pretraining is done once per seed and shared. A run that another sweep in `results` holds already is taken from
+    there; seeds that the sweep's own file holds beside those asked for stay in it. A run that ends in an error is recorded with
+    its message, and tried again by the next call. Runs of other settings in the sweep's own file are never dropped: it refuses.
+
+    Args:
+        ablation: the sweep.
+        workdir: holds run directories, named by their recipe: several sweeps may share it, one at a time.
+        results: directory of result files.
+        command: what the user typed, recorded with the results; after the command of the file, where that has other seeds.
+
+    Returns:
+        The content of the result file, or None if a signal stopped it; the same call then continues.
+
+    Raises:
+        ConfigError: before anything runs, for a sweep that cannot, or whose file holds runs of other settings.
+        RunError: before anything runs, where a directory cannot be written, a file of `results` is no result of a sweep, or
+            another process runs this sweep.
+    """
+    ablation.validate()
+    make_writable_directory(workdir)
+    with claimed(results, f".{ablation.name}.lock", flag="results"):
+        return _run_claimed(ablation, workdir, results, command)
+
+
+def _run_claimed(ablation: Ablation, workdir: Path, results: Path, command: str) -> dict[str, Any] | None:
+    path = results / f"{ablation.name}.json"
+    known = {run["key"]: run for run in known_runs(results) if "rows" in run}
+    own = _read(path) if path.exists() else []
+    earlier = {run["seed"] for run in own}
+    seeds = sorted({*ablation.seeds, *earlier})
+    if earlier - set(ablation.seeds):
+        before = json.loads(path.read_text(encoding="utf-8"))["command"].split(" && ")
+        command = " && ".join(dict.fromkeys([*before, command]))
+    jobs = {(variant.name, seed): ablation.key(variant, seed) for seed in seeds for variant in ablation.variants}
+    if lost := [run for run in own if "rows" in run and run["key"] not in jobs.values()]:
+        raise ConfigError(
+            f"{path} holds {len(lost)} runs of other settings, such as {lost[0]['variant']!r} with seed {lost[0]['seed']}, "
+            "which this sweep would drop. Give it another --config.name or --results."
+        )
+    summary: dict[str, Any] = {
+        "name": ablation.name,
+        "question": ablation.question,
+        "axis": ablation.axis,
+        "command": command,
+        "variants": [_described(v) for v in ablation.variants],
+        "base": differences(ablation.base),
+    }
+
+    def write() -> None:
+        found = [{**known[k], "variant": name, "seed": seed, "key": k} for (name, seed), k in jobs.items() if k in known]
+        summary["seeds"] = sorted({run["seed"] for run in found})
+        summary["runs"] = found
+        atomic_write_text(path, json.dumps(summary, indent=1) + "\n")
+
+    wanted = [(variant, seed) for seed in ablation.seeds for variant in ablation.variants]
+    for number, (variant, seed) in enumerate(wanted, start=1):
+        key = jobs[variant.name, seed]
+        if key not in known:
+            _LOG.info("%s: %s, seed %d (run %d of %d)", ablation.name, variant.name, seed, number, len(wanted))
+            run = _run(ablation, variant, seed, workdir)
+            jax.clear_caches()  # the next run has programs of its own
+            if run is None:
+                return None
+            known[key] = run
+            write()
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    write()
+    if before and {**before, "command": ""} == {**json.loads(json.dumps(summary)), "command": ""}:
+        summary["command"] = before["command"]  # how what is there was made, where nothing was left to do
+        atomic_write_text(path, json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def _described(variant: Variant) -> dict[str, Any]:
+    change = variant.change_params
+    return {
+        "name": variant.name,
+        "settings": dict(variant.settings),
+        "at_evaluation": dict(variant.at_evaluation),
+        "change_params": change.__qualname__ if change else None,
+        "row": variant.row,
+        "place": variant.place,
+    }
+
+
+def known_runs(results: Path) -> Iterator[Run]:
+    """Every run that the result files of a directory hold.
+
+    Raises:
+        RunError: for a file that is no result file.
+    """
+    for path in sorted(results.glob("*.json")):
+        yield from _read(path)
+
+
+def _read(path: Path) -> list[Run]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["runs"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is no result of an ablation ({error}). Restore it or delete it.") from error
+
+
+def _run(ablation: Ablation, variant: Variant, seed: int, workdir: Path) -> Run | None:
+    """One run's outcome; None if a signal stopped it."""
+    try:
+        trained = _train(ablation.config(variant, seed), workdir)
+        if trained is None:
+            return None
+        report = _finished(trained.run)
+        rows = report["rows"] if variant.retains_run else _evaluate(trained.run, variant, report["rows"])
+    except (ConfigError, RunError) as error:
+        _LOG.error("%s, seed %d: %s", variant.name, seed, error)
+        return {"failed": str(error)}
+    return {
+        "rows": rows,
+        "trained": [{"key": path.name, "seconds": _seconds(path)} for path in (trained.dense, trained.run) if path],
+        "environment": {name: report["environment"][name] for name in ("python", "versions", "device", "git")},
+    }
+
+
+class _Trained(NamedTuple):
+    run: Path
+    dense: Path | None
+
+
+def _train(config: Config, workdir: Path) -> _Trained | None:
+    """The run directory of `config`, complete, and that of its dense part; None if a signal stopped one of them."""
+    run, dense, dense_run = workdir / run_key(config), dense_part(config), None
+    if dense is not None:
+        dense_run = workdir / run_key(dense)
+        if not _complete(dense, dense_run):
+            return None
+        config = after_dense(config, str(dense_run.absolute()))
+    return _Trained(run, dense_run) if _complete(config, run) else None
+
+
+def _complete(config: Config, path: Path) -> bool:
+    """Whether `path` holds the finished run of `config`, trained here unless it was before; False if a signal stopped it."""
+    config.name = path.name  # by what it computes: variants of several sweeps may be this one run
+    return (path / REPORT).exists() or retrofit(config, path) is not None
+
+
+def _finished(run: Path) -> dict[str, Any]:
+    try:
+        return json.loads((run / REPORT).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{run / REPORT} is damaged ({error}). Delete it, and the run is evaluated again.") from error
+
+
+def _seconds(run: Path) -> float:
+    """Wall time of all stages, evaluation and compilation included."""
+    stages = _finished(run)["stages"].values()
+    return round(sum(stage["seconds"] + stage.get("compile_seconds", 0.0) for stage in stages), 1)
+
+
+def _evaluate(trained: Path, variant: Variant, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The row that answers for `variant` on the weights of a finished run, after the run's own row of the dense model."""
+    run = load_run(trained)
+    config = evaluation_config(run.config, variant)
+    config.eval.rows = (variant.row,)
+    params = variant.change_params(run.params, config.model) if variant.change_params else run.params
+    data = make_eval_data(config.data, config.seed, config.model.vocab_size)
+    table = evaluate_parity(build_model(config.model), params, data, config)
+    return [row for row in rows if row["name"] == BEFORE.name] + table.rows
+
+
+def keep_compiled_programs(directory: Path) -> None:
+    """Let JAX keep what it compiles in `directory`: the seeds of a variant, and a continued sweep, run the same programs."""
+    jax.config.update("jax_compilation_cache_dir", str(directory.absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,0 +1,1 @@
+"""What the ops share: argument checks, dispatch, chunking, numerics, meshes, the tie rule, GPU tiles."""

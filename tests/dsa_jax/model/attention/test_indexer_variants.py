@@ -1,0 +1,160 @@
+"""The indexer's variants for ablations: each against a few lines of float64, forward and backward, and what refuses them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsa_jax.checkpoints.hf import CheckpointError
+from dsa_jax.checkpoints.hf.write_config import choose_layout
+from dsa_jax.config import Config, ConfigError, EvalConfig
+from dsa_jax.model import build_model
+from dsa_jax.model.attention.indexer import Indexer
+from dsa_jax.params import is_indexer_path, parameter_paths
+from pallas_kernels import dense_attention, indexer_kl
+from tests.dsa_jax.model.small import built, forward, random_ids, small_config, small_rope
+
+T, E, HEADS, DIM = 9, 12, 3, 8
+CAUSAL = {"visible_start": jnp.zeros((1, T), jnp.int32), "visible_end": jnp.arange(1, T + 1, dtype=jnp.int32)[None]}
+F32 = jnp.dtype("float32")
+
+
+def indexer(**fields):
+    """Without rotation, which has its own tests."""
+    plain = {
+        "hidden_dim": E, "q_input_dim": E, "n_heads": HEADS, "head_dim": DIM, "rope": small_rope(dim=0), "norm_eps": 1e-6,
+        "hadamard": False, "fp8": False, "activation": "relu", "head_weights": "learned", "detach_input": False,
+        "init_std": 0.5, "dtype": F32, "param_dtype": F32,
+    }  # fmt: skip
+    return Indexer(**(plain | fields))
+
+
+def written_out(params, x, target, activation):
+    """KL per query for one row `x` [T, E] and the attention probabilities `target` [T, T], in the dtype given."""
+    q = (x @ params["wq_b"]["kernel"]).reshape(T, HEADS, DIM)
+    k = x @ params["wk"]["kernel"]
+    k = (k - k.mean(-1, keepdims=True)) / jnp.sqrt(k.var(-1, keepdims=True) + 1e-6)
+    k = k * params["k_norm"]["scale"] + params["k_norm"]["bias"]
+    weights = x @ params["weights_proj"]["kernel"] if "weights_proj" in params else jnp.ones((T, HEADS))
+    products, causal = jnp.einsum("thd,sd->ths", q, k) * DIM**-0.5, jnp.tril(jnp.ones((T, T), bool))
+    softmax = lambda u: jax.nn.softmax(jnp.where(causal[:, None], u, -jnp.inf), axis=-1)
+    activate = {"relu": jax.nn.relu, "none": lambda u: u, "softmax": softmax}[activation]
+    scores = jnp.einsum("th,ths->ts", weights * HEADS**-0.5, activate(products))
+    log_softmax = jax.nn.log_softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
+    return jnp.where(causal, target * (jnp.log(jnp.where(causal, target, 1)) - jnp.where(causal, log_softmax, 0)), 0).sum(-1)
+
+
+@functools.cache
+def arrays():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    return draw(1, T, E), draw(1, T, 2, 4), draw(1, T, 1, 4), draw(1, T)
+
+
+@pytest.mark.parametrize("head_weights", ["learned", "constant"])
+@pytest.mark.parametrize("activation", ["relu", "none", "softmax"])
+def test_kl_and_every_gradient_match_float64(activation, head_weights):
+    x, q, k, d_kl = arrays()
+    module = indexer(activation=activation, head_weights=head_weights)
+    params = module.init(jax.random.key(1), x, x, jnp.arange(T)[None])["params"]
+    params["k_norm"] = {"scale": jnp.linspace(0.5, 1.5, DIM), "bias": jnp.linspace(-0.3, 0.3, DIM)}
+    assert ("weights_proj" in params) == (head_weights == "learned")
+    lse = dense_attention(q, k, None, softmax_scale=1.0, implementation="reference", **CAUSAL).lse
+
+    def loss(params, x):
+        index = module.apply({"params": params}, x, x, jnp.arange(T)[None])
+        return (indexer_kl(*index, q, k, lse, softmax_scale=1.0, activation=activation, **CAUSAL) * d_kl).sum()
+
+    value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
+    with jax.enable_x64(True):
+        wide = lambda tree: jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)), tree)
+        logits = jnp.einsum("thd,sd->ths", *(wide(a) for a in (q[0], k[0, :, 0])))
+        probability = jax.nn.softmax(jnp.where(jnp.tril(jnp.ones((T, T), bool))[:, None], logits, -jnp.inf), axis=-1).mean(1)
+        expected, wanted = jax.value_and_grad(
+            lambda params, x: (written_out(params, x[0], probability, activation) * wide(d_kl)[0]).sum(), (0, 1)
+        )(wide(params), wide(x))
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+        for got, want in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(got, want, atol=2e-5 * max(1.0, float(jnp.abs(want).max())))
+
+
+def test_the_kl_reaches_the_hidden_state_only_where_the_input_is_not_detached():
+    ids = random_ids()
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(model, params):
+        loss = lambda p: model.apply({"params": p}, ids, attention="sparse", indexer_loss="sparse").indexer_kl.sum()
+        return parameter_paths(jax.grad(loss)(params))
+
+    (apart, params), joint = built("mla"), small_config("mla")
+    joint.attention.indexer.detach_input = False
+    of_apart, of_joint = gradients(apart, params), gradients(build_model(joint), params)
+    for path in of_apart:
+        if is_indexer_path(path):
+            np.testing.assert_allclose(of_joint[path], of_apart[path], rtol=1e-5, atol=1e-7, err_msg=path)
+        else:
+            assert not np.any(of_apart[path]), path
+    for path in ("embed/embedding", "dense_layers/attention/wq_a/kernel", "dense_layers/attention_norm/scale"):
+        assert np.all(np.isfinite(of_joint[path])) and np.any(of_joint[path]), path
+    # The loss of the last layer's indexer reads its query latent, but nothing behind the attention of that layer.
+    assert np.any(of_joint["dense_layers/attention/wq_a/kernel"][-1])
+    assert not np.any(of_joint["dense_layers/attention/wo/kernel"][-1])
+
+
+@pytest.mark.parametrize("attention", ["sparse", "coarse_to_fine"])
+def test_forced_keys_are_selected_in_every_layer_and_the_kl_measures_the_set_with_them(attention):
+    model, params = built("mla", variant=(("forced_sink", 2), ("forced_local", 1)))
+    free, _ = built("mla")
+    out = forward(model, params, random_ids(), attention=attention, indexer_loss="sparse", everything=True)
+    plain = forward(free, params, random_ids(), attention=attention, indexer_loss="sparse", everything=True)
+    picked = np.asarray(out.topk_indices)
+    for t in range(5, picked.shape[2]):
+        assert (picked[:, :, t, :2] == [0, 1]).all() and (picked[:, :, t, -1] == t).all()
+    assert np.any(picked[0] != plain.topk_indices[0]) and abs(float(out.indexer_kl[0] - plain.indexer_kl[0])) > 1e-4
+
+
+@pytest.mark.parametrize(("name", "value"), [("activation", "none"), ("head_weights", "constant"), ("forced_local", 2)])
+def test_a_hugging_face_export_refuses_what_no_format_holds(name, value):
+    config = small_config("mla_plain")
+    setattr(config.attention.indexer, name, value)
+    with pytest.raises(CheckpointError, match=f"model.attention.indexer has {name}={value!r}; expected the defaults"):
+        choose_layout(config)
+
+
+def test_how_an_indexer_was_trained_is_no_part_of_a_checkpoint():
+    config = small_config("mla_float")
+    plain = choose_layout(config)
+    config.attention.indexer.detach_input = False
+    assert choose_layout(config) == plain
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"forced_sink": -1}, "indexer.forced_sink is -1; expected zero or more"),
+        ({"forced_sink": 3, "forced_local": 2}, r"forced_local 2; expected fewer than topk \(5\) together"),
+        ({"activation": "gelu"}, "indexer.activation is 'gelu'; expected one of relu, none, softmax"),
+        ({"head_weights": "uniform"}, "indexer.head_weights is 'uniform'; expected one of learned, constant"),
+    ],
+)
+def test_a_variant_that_does_not_exist_is_refused(fields, message):
+    config = small_config()
+    for name, value in fields.items():
+        setattr(config.attention.indexer, name, value)
+    with pytest.raises(ConfigError, match=message):
+        config.validate()
+
+
+def test_an_activation_that_kernels_or_modes_cannot_serve_is_refused():
+    config = small_config()
+    config.attention.indexer.activation = "softmax"
+    config.validate()
+    with pytest.raises(ConfigError, match=r"mode is 'coarse_to_fine' with .*activation='softmax'"):
+        config.attention.check_can_run("model.attention.mode", "coarse_to_fine")
+    with pytest.raises(ConfigError, match=r"eval.rows is 'coarse_to_fine' with .*activation='softmax'"):
+        Config(model=config, eval=EvalConfig(rows=("sparse", "coarse_to_fine"))).validate()
+    config.attention.implementation = "index_topk=pallas"
+    with pytest.raises(ConfigError, match=r"activation is 'softmax', which the kernels of .*=pallas' do not have"):
+        config.validate()

@@ -1,0 +1,214 @@
+"""Native sparse attention: against its definition over whole arrays, causality, degenerate cases, and what refuses it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsa_jax.config import ConfigError, NSAConfig
+from dsa_jax.config.implementations import Implementations
+from dsa_jax.model import build_model, init_params
+from dsa_jax.model.attention.nsa import Branch, Compressor, NSABranches
+from dsa_jax.model.attention.nsa_attention import attend_natively
+from dsa_jax.model.attention.visibility import causal_visibility
+from dsa_jax.params import is_nsa_path, nested_parameters, parameter_paths
+from pallas_kernels import BlockGeometry
+from tests.dsa_jax.model.small import built, forward, random_ids, small_config
+
+GEOMETRY = BlockGeometry(compress_block=4, compress_stride=2, select_block=8, topk=3, n_initial=1, n_local=1)
+WINDOW = 5
+LENGTH = 43  # ragged in strides and blocks
+SEGMENTS = jnp.asarray([[1] * LENGTH, [1] * 3 + [2] * 18 + [3] * 17 + [0] * 5])
+
+
+def whole_attention(q, k, v, mask):
+    """Softmax attention under a mask [B, T, H, S]; 0 where nothing is visible."""
+    heads = q.shape[2] // k.shape[2]
+    logits = jnp.einsum("bthd,bshd->bths", q, jnp.repeat(k, heads, 2)) * q.shape[-1] ** -0.5
+    some = mask.any(-1, keepdims=True)
+    p = jax.nn.softmax(jnp.where(mask | ~some, logits, -jnp.inf), axis=-1) * some
+    return jnp.einsum("bths,bshd->bthd", p, jnp.repeat(v, heads, 2)), p
+
+
+def naive(q, select, branches, segment_ids, geometry=GEOMETRY, window=WINDOW):
+    """The definition, with T x S masks and one sort: (out, keys read by query)."""
+    (batch, length, n_heads), groups = q.shape[:3], select.k.shape[2]
+    place = jnp.arange(length)
+    sees = (segment_ids[:, :, None] == segment_ids[:, None]) & (place <= place[:, None]) & (segment_ids > 0)[:, :, None]
+    of_heads = lambda mask: jnp.broadcast_to(mask[:, :, None], (*mask.shape[:2], n_heads, mask.shape[2]))
+    n_compressed, n_blocks = branches.compress.k.shape[1], -(-length // geometry.select_block)
+    covers = jnp.stack(
+        [(place // geometry.compress_stride >= i) & (place < i * geometry.compress_stride + geometry.compress_block)
+         for i in range(n_compressed)]
+    )  # fmt: skip
+    whole = (sees[:, :, None] | ~covers).all(-1)
+    coarse, p = whole_attention(q, *branches.compress, of_heads(whole))
+    in_block = place // geometry.select_block == jnp.arange(n_blocks)[:, None]
+    overlap = (covers[:, None] & in_block).sum(-1) / geometry.compress_stride
+    score = jnp.einsum("btghn,nj->btgj", p.reshape(batch, length, groups, -1, n_compressed), overlap)
+    visible = (sees[:, :, None] & in_block).any(-1)[:, :, None]
+    rank = jnp.cumsum(visible, -1)
+    forced = visible & ((rank <= geometry.n_initial) | (visible.sum(-1, keepdims=True) - rank < geometry.n_local))
+    score = jnp.where(forced, jnp.inf, jnp.where(visible, score, -jnp.inf))
+    order = jnp.argsort(-score, axis=-1, stable=True)[..., : geometry.topk]
+    chosen = (jax.nn.one_hot(order, n_blocks).sum(-2) > 0) & visible
+    reads = (chosen[..., None] & in_block).any(-2) & sees[:, :, None]
+    fine, _ = whole_attention(q, *select, jnp.repeat(reads, n_heads // groups, axis=2))
+    near = sees & (place > place[:, None] - window)
+    local, _ = whole_attention(q, *branches.window, of_heads(near))
+    out = sum(branches.gates[..., i, None] * part for i, part in enumerate((coarse, fine, local)))
+    return out, whole.sum(-1) + reads.sum(-1).mean(-1) + near.sum(-1)
+
+
+def random_heads(length=LENGTH, groups=2, heads=4, dim=8, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal((2, *shape)), dtype)
+    branch = lambda n: Branch(draw(n, groups, dim), draw(n, groups, dim))
+    gates = jax.nn.sigmoid(draw(length, heads, 3))
+    return draw(length, heads, dim), branch(length), NSABranches(branch(GEOMETRY.n_compressed(length)), branch(length), gates)
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "geometry", "window"))
+def attend(q, select, branches, segment_ids=SEGMENTS, *, implementation="xla", geometry=GEOMETRY, window=WINDOW):
+    settings = {"geometry": geometry, "window": window, "softmax_scale": q.shape[-1] ** -0.5, "wants_coverage": True}
+    return attend_natively(
+        q,
+        select,
+        branches,
+        visibility=causal_visibility(segment_ids),
+        implementations=Implementations.every(implementation),
+        **settings,
+    )
+
+
+def loss_and_gradients(function, heads, d_out):
+    loss = lambda heads: jnp.sum(function(*heads)[0] * d_out)
+    return jax.jit(jax.value_and_grad(loss))(heads)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_equals_the_definition_with_its_gradients(implementation):
+    """Whole row, packed segments, one too short for a compressed key, padding; the definition in float64."""
+    heads = random_heads()
+    d_out = jnp.asarray(np.random.default_rng(1).standard_normal(heads[0].shape), jnp.float32)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), (heads, d_out))
+        expected, n_keys = jax.jit(naive)(*wide[0], jnp.asarray(np.asarray(SEGMENTS)))
+        _, gradients = loss_and_gradients(lambda *heads: naive(*heads, jnp.asarray(np.asarray(SEGMENTS))), *wide)
+    got = attend(*heads, implementation=implementation)
+    np.testing.assert_allclose(got.out, expected, atol=1e-5)
+    valid = np.asarray(SEGMENTS) > 0
+    np.testing.assert_allclose(got.keys_per_query, np.asarray(n_keys)[valid].mean(), rtol=1e-6)
+    assert np.all(np.asarray(got.out)[~valid] == 0) and 0 < float(got.coverage) < 1
+    _, ours = loss_and_gradients(lambda *heads: attend(*heads, implementation=implementation), heads, d_out)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), ours, gradients)
+
+
+def test_a_query_that_sees_no_compressed_key_gets_the_other_branches():
+    """The first three queries of a row: with gates 1, 1 and 1 the sum of selection and window, nothing from compression."""
+    q, select, branches = random_heads()
+    ones = branches._replace(gates=jnp.ones_like(branches.gates))
+    poisoned = ones._replace(compress=Branch(*(x.at[0, 0].set(1e6) for x in ones.compress)))
+    early = np.asarray(attend(q, select, ones).out)[0, :3]
+    np.testing.assert_array_equal(np.asarray(attend(q, select, poisoned).out)[0, :3], early)
+    assert not np.array_equal(np.asarray(attend(q, select, poisoned).out)[0, 3], np.asarray(attend(q, select, ones).out)[0, 3])
+
+
+def test_selecting_everything_with_one_gate_open_is_dense_attention():
+    q, select, branches = random_heads()
+    everything = GEOMETRY._replace(topk=6)
+    for i, branch in ((1, select), (2, branches.window)):
+        gates = jnp.zeros_like(branches.gates).at[..., i].set(1.0)
+        got = attend(q, select, branches._replace(gates=gates), geometry=everything, window=LENGTH)
+        place = jnp.arange(LENGTH)
+        mask = (SEGMENTS[:, :, None] == SEGMENTS[:, None]) & (place <= place[:, None]) & (SEGMENTS > 0)[:, :, None]
+        dense, _ = whole_attention(q, *branch, jnp.broadcast_to(mask[:, :, None], (2, LENGTH, 4, LENGTH)))
+        np.testing.assert_allclose(got.out, dense, atol=1e-5)
+    np.testing.assert_allclose(got.coverage, 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 3, 9, 10])
+def test_an_untrained_compressor_is_the_mean(length):
+    compressor = Compressor(4, 2, 8, 0.3, jnp.dtype("float32"), jnp.dtype("float32"))
+    x = jax.random.normal(jax.random.key(0), (2, length, 3, 8))
+    params = compressor.init(jax.random.key(1), x)
+    expected = [x[:, i : i + 4].mean(1) for i in range(0, length - 3, 2)]
+    got = compressor.apply(params, x)
+    assert got.shape == (2, len(expected), 3, 8)
+    np.testing.assert_allclose(got, np.stack(expected, 1) if expected else got, atol=1e-6)
+
+
+def nsa_fields(**fields):
+    return NSAConfig(enabled=True, **({"compress_block": 4, "compress_stride": 2, "select_block": 8, "window": 5} | fields))
+
+
+@functools.cache
+def model_and_params(kind="gqa"):
+    config = small_config(kind)
+    config.attention.nsa = nsa_fields(n_select_blocks=3, n_local_blocks=1)
+    model = build_model(config)
+    params = init_params(model, jax.random.key(0))
+    noise = lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(leaf.size), leaf.shape, leaf.dtype)
+    return model, jax.tree.map(noise, params)
+
+
+def test_no_gradient_from_the_future_or_from_other_segments():
+    """Exactly zero through all three branches, the compressor and the gates; and every parameter of NSA learns."""
+    model, params = model_and_params("gqa_qwen")
+    segments = jnp.asarray([[1] * 5 + [2] * 19])
+    query, unused_token = 15, 40
+
+    def loss(params):
+        output = model.apply({"params": params}, jnp.arange(24)[None], segment_ids=segments, attention="nsa")
+        return output.logits[0, query, unused_token]
+
+    gradients = jax.jit(jax.grad(loss))(params)
+    moved = np.abs(np.asarray(gradients["embed"]["embedding"][:24])).sum(-1) > 0
+    np.testing.assert_array_equal(np.flatnonzero(moved), np.arange(5, query + 1))
+    for path, leaf in parameter_paths(gradients).items():
+        if is_nsa_path(path):
+            assert np.abs(np.asarray(leaf)).max() > 0, path
+
+
+def test_dense_attention_leaves_nsa_alone():
+    model, params = model_and_params()
+    same, own = built("gqa")
+    without = {path: leaf for path, leaf in parameter_paths(params).items() if not is_nsa_path(path)}
+    assert without.keys() == parameter_paths(own).keys()
+    np.testing.assert_array_equal(
+        forward(model, params, random_ids(), attention="dense").logits,
+        forward(same, nested_parameters(without), random_ids(), attention="dense").logits,
+    )
+
+
+def test_what_cannot_be_done_is_refused():
+    model, params = model_and_params()
+    run = functools.partial(model.apply, {"params": params}, random_ids(), attention="nsa")
+    with pytest.raises(NotImplementedError, match="selects blocks for each key-value group"):
+        run(return_topk_indices=True)
+    with pytest.raises(ValueError, match="learns from the model's loss alone"):
+        run(indexer_loss="sparse")
+    with pytest.raises(NotImplementedError, match="cannot run over a cache"):
+        run(jnp.ones(2, jnp.int32), model.init_cache(2, 32), method="extend")
+    plain, plain_params = built("gqa")
+    with pytest.raises(ValueError, match="whose weights the model lacks"):
+        plain.apply({"params": plain_params}, random_ids(), attention="nsa")
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("mla", {}, "selects by key-value group"),
+        ("gqa", {"compress_stride": 3}, "compress_block is 4; expected a multiple of compress_stride"),
+        ("gqa", {"select_block": 9}, "select_block is 9; expected a multiple of compress_stride"),
+        ("gqa", {"n_select_blocks": 2}, "expected at least the 3 blocks"),
+        ("gqa", {"window": 0}, "nsa.window is 0"),
+    ],
+)
+def test_a_configuration_that_cannot_work_is_refused(kind, fields, message):
+    config = small_config(kind)
+    config.attention.nsa = nsa_fields(**fields)
+    with pytest.raises(ConfigError, match=message):
+        config.validate()
