@@ -15,12 +15,16 @@ from pallas_kernels.index_topk.block_pooling import pool_blocks
 from pallas_kernels.index_topk.coarse_to_fine import index_topk_coarse_to_fine
 from pallas_kernels.indexer_loss.api import indexer_kl
 from pallas_kernels.sparse_attention.api import SparseAttentionOutput, sparse_attention, sparse_attention_fp8
+from pallas_kernels.types import ForcedKeys, IndexHeads, Visible
 
 __all__ = [
     "IMPLEMENTATIONS",
     "BlockGeometry",
     "DenseAttentionOutput",
+    "ForcedKeys",
+    "IndexHeads",
     "SparseAttentionOutput",
+    "Visible",
     "attention_topk",
     "block_topk",
     "checked",

@@ -18,6 +18,5 @@ def get_config() -> Ablation:
         variants=(
             Variant("ReLU"),
             Variant("none", {f"{INDEXER}.activation": "none"}),
-            Variant("softmax over keys", {f"{INDEXER}.activation": "softmax"}),
         ),
     )

@@ -98,7 +98,7 @@ def compile_case(case: KernelCase, sharding: SingleDeviceSharding) -> list[Compi
     """
     for old in (*Path(DUMP).glob("module_*"), *MOSAIC_DUMP.iterdir()):
         old.unlink()
-    arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in case.arrays]
+    arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), case.arrays)
     with captured_stderr() as log, use_abstract_mesh(MESH):
         memory = jax.jit(case.function).lower(*arrays).compile().memory_analysis()
     if memory is None:
@@ -134,7 +134,7 @@ def mosaic_reports() -> Iterator[tuple[str, re.Match[str], tuple[int, int], bool
 
 def try_candidates(case: KernelCase, sharding: SingleDeviceSharding, limit: int) -> Iterator[dict[str, Any]]:
     """Compiles a case with other block sizes, a kernel at a time: {kernel, shape, tiles, unfit}, `unfit` None where it fits."""
-    arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in case.arrays]
+    arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), case.arrays)
     with tuning.recorded() as choices, use_abstract_mesh(MESH):
         jax.eval_shape(case.function, *arrays)
     for choice in {choice.kernel: choice for choice in choices if choice.kernel in case.kernels}.values():

@@ -22,7 +22,7 @@ SCALE = 0.125
 
 
 class KernelCase(NamedTuple):
-    """A function of arrays, the arrays it is compiled for, and the names of the kernels that must be in it.
+    """A function of arrays or bundles of them, those it is compiled for, and the names of the kernels that must be in it.
 
     No array of the program, other than those given, may hold more than `most_numbers`.
     """
@@ -30,7 +30,7 @@ class KernelCase(NamedTuple):
     name: str
     shape: str
     function: Callable[..., Any]
-    arrays: tuple[jax.ShapeDtypeStruct, ...]
+    arrays: tuple[Any, ...]
     kernels: tuple[str, ...]
     most_numbers: int
 
@@ -130,8 +130,9 @@ def _indexer_kl(name: str, shape: AttentionShape) -> Iterator[KernelCase]:
     def gradients(*arrays: Any, deterministic: bool) -> Any:
         def loss(*learned: Any) -> Any:
             call = functools.partial(indexer_loss.indexer_kl, softmax_scale=SCALE, interpret=False)
+            index, visible = IndexHeads(*learned), Visible(*arrays[6:8])
             indices = arrays[8] if len(arrays) > 8 else None
-            return call(*learned, *arrays[3:8], topk_indices=indices, deterministic=deterministic).sum()
+            return call(index, visible, *arrays[3:6], topk_indices=indices, deterministic=deterministic).sum()
 
         return jax.value_and_grad(loss, (0, 1, 2))(*arrays[:3])
 
@@ -153,41 +154,39 @@ def _indexer_kl(name: str, shape: AttentionShape) -> Iterator[KernelCase]:
 def _index_scores() -> Iterator[KernelCase]:
     for heads, batch, queries, keys in ((64, 1, 4096, 32768), (32, 1, 4096, 32768), (64, 32, 1, 131072)):
         for dtype in (jnp.bfloat16, jnp.float8_e4m3fn):
-            arrays = (
-                jax.ShapeDtypeStruct((batch, queries, heads, 128), dtype),
-                jax.ShapeDtypeStruct((batch, keys, 128), dtype),
-                _f32(batch, queries, heads),
-                _i32(batch, queries),
-                _i32(batch, queries),
-                _f32(batch, keys),
-            )
+            q = jax.ShapeDtypeStruct((batch, queries, heads, 128), dtype)
+            k = jax.ShapeDtypeStruct((batch, keys, 128), dtype)
+            index: Any = IndexHeads(q, k, _f32(batch, queries, heads))
+            visible: Any = Visible(_i32(batch, queries), _i32(batch, queries))
+            arrays = index, visible, _f32(batch, keys)
 
-            def scores(q: Any, k: Any, w: Any, start: Any, end: Any, k_scale: Any) -> Any:
-                return index_topk.index_scores(q, k, w, start, end, k_scale=k_scale, interpret=False)
+            def scores(index: IndexHeads, visible: Visible, k_scale: Any) -> Any:
+                return index_topk.index_scores(index, visible, k_scale=k_scale, interpret=False)
 
-            def selection(q: Any, k: Any, w: Any, start: Any, end: Any, k_scale: Any) -> Any:
-                return index_topk.index_topk(q, k, w, start, end, k_scale=k_scale, topk=2048, interpret=False)
+            def selection(index: IndexHeads, visible: Visible, k_scale: Any) -> Any:
+                return index_topk.index_topk(index, visible, k_scale=k_scale, topk=2048, interpret=False)
 
             name = f"{jnp.dtype(dtype).name}, {heads} heads, 128, {batch} x {queries} queries, {keys} keys"
             kernels = ("head_sums_visible_scores",), ("head_sums_visible_ranked_scores",)
             if dtype == jnp.bfloat16 and importlib.util.find_spec("jax_triton") is not None:
                 by_radix = functools.partial(selection_by_radix.index_topk, topk=2048, compute_capability=90, interpret=False)
-                yield KernelCase("index_topk, radix", name, by_radix, arrays[:5], kernels[1], index_topk.SCORE_BUDGET)
+                yield KernelCase("index_topk, radix", name, by_radix, arrays[:2], kernels[1], index_topk.SCORE_BUDGET)
             if jax.__version_info__ >= mosaic_gpu.LEAST_JAX:
                 yield from _mosaic(name, arrays)
             yield KernelCase("index_scores", name, scores, arrays, kernels[0], batch * queries * keys)
             yield KernelCase("index_topk", name, selection, arrays, kernels[1], index_topk.SCORE_BUDGET)
 
 
-def _mosaic(name: str, arrays: tuple[jax.ShapeDtypeStruct, ...]) -> Iterator[KernelCase]:
+def _mosaic(name: str, arrays: tuple[Any, ...]) -> Iterator[KernelCase]:
     """As the cases of the same arrays through Triton."""
 
-    def scores(q: Any, k: Any, w: Any, start: Any, end: Any, k_scale: Any) -> Any:
-        return mosaic_gpu.index_scores(q, k, w, start, end, k_scale=k_scale, interpret=False)
+    def scores(index: IndexHeads, visible: Visible, k_scale: Any) -> Any:
+        return mosaic_gpu.index_scores(index, visible, k_scale=k_scale, interpret=False)
 
-    def selection(q: Any, k: Any, w: Any, start: Any, end: Any, k_scale: Any) -> Any:
-        return mosaic_gpu.index_topk(q, k, w, start, end, k_scale=k_scale, topk=2048, interpret=False)
+    def selection(index: IndexHeads, visible: Visible, k_scale: Any) -> Any:
+        return mosaic_gpu.index_topk(index, visible, k_scale=k_scale, topk=2048, interpret=False)
 
-    most = arrays[0].shape[0] * arrays[0].shape[1] * arrays[1].shape[1]
+    (batch, queries), keys = arrays[0].q.shape[:2], arrays[0].k.shape[1]
+    most = batch * queries * keys
     yield KernelCase("index_scores, mosaic", name, scores, arrays, ("mosaic_scores",), most)
     yield KernelCase("index_topk, mosaic", name, selection, arrays, ("mosaic_ranked_scores",), index_topk.SCORE_BUDGET)

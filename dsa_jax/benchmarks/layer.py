@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from dsa_jax.benchmarks.op_calls import index_heads, visible
 from pallas_kernels import dense_attention, index_topk, index_topk_coarse_to_fine, sparse_attention
 from pallas_kernels.sparse_attention.xla import gather_rows, with_zero_row
 
@@ -121,20 +122,16 @@ def _phase(
         report(format_table(rows[-1:]).splitlines()[1])
         return seconds
 
-    def select(q_index: Array, k_index: Array, weights: Array, visible_start: Array, visible_end: Array, **_: Array) -> Array:
-        visible: dict[str, Any] = {"visible_start": visible_start, "visible_end": visible_end}
-        return index_topk(q_index, k_index, weights, topk=shape.topk, **visible, implementation="xla")
+    def select(**given: Array) -> Array:
+        return index_topk(index_heads(given), visible(given), topk=shape.topk, implementation="xla")
 
     def select_by_blocks(**given: Array) -> Array:
-        visible: dict[str, Any] = {name: given[name] for name in ("visible_start", "visible_end")}
-        indexer = given["q_index"], given["k_index"], given["weights"]
-        options = visible | {"block_size": COARSE_BLOCK, "n_blocks": max(1, length // (4 * COARSE_BLOCK) - 2)}
-        return index_topk_coarse_to_fine(*indexer, topk=shape.topk, **options, implementation="xla")
+        options: dict[str, Any] = {"block_size": COARSE_BLOCK, "n_blocks": max(1, length // (4 * COARSE_BLOCK) - 2)}
+        options |= {"topk": shape.topk, "implementation": "xla"}
+        return index_topk_coarse_to_fine(index_heads(given), visible(given), **options)
 
     def score(**given: Array) -> Array:
-        visible: dict[str, Any] = {name: given[name] for name in ("visible_start", "visible_end")}
-        indexer = given["q_index"], given["k_index"], given["weights"]
-        return index_topk(*indexer, topk=1, **visible, implementation="xla")
+        return index_topk(index_heads(given), visible(given), topk=1, implementation="xla")
 
     def attend(q: Array, k: Array, topk_indices: Array, **_: Array) -> Array:
         return sparse_attention(
@@ -152,17 +149,9 @@ def _phase(
     def sparse(**given: Array) -> Array:
         return attend(topk_indices=select(**given), **given)
 
-    def dense(q: Array, k: Array, visible_start: Array, visible_end: Array, **_: Array) -> Array:
-        return dense_attention(
-            q,
-            k,
-            None,
-            softmax_scale=shape.softmax_scale,
-            visible_start=visible_start,
-            visible_end=visible_end,
-            d_v=shape.latent_dim,
-            implementation="xla",
-        ).out
+    def dense(q: Array, k: Array, **given: Array) -> Array:
+        options: dict[str, Any] = {"softmax_scale": shape.softmax_scale, "d_v": shape.latent_dim, "implementation": "xla"}
+        return dense_attention(q, k, None, visible(given), **options).out
 
     def library(q: Array, k: Array, **_: Array) -> Array:
         # It wants values as wide as keys; the rope channels of the result are dropped.

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from dsa_jax.benchmarks.op_shapes import OpShape
-from pallas_kernels import dense_attention, index_scores, index_topk, indexer_kl, sparse_attention, sparse_attention_fp8
+from pallas_kernels import (
+    IndexHeads,
+    Visible,
+    dense_attention,
+    index_scores,
+    index_topk,
+    indexer_kl,
+    sparse_attention,
+    sparse_attention_fp8,
+)
 from pallas_kernels.quantize import pack_latent_fp8
 
 # "pallas_ordered" is pallas asked for the same gradients, bit by bit, every run.
@@ -89,6 +98,16 @@ def _selection(shape: OpShape, key: Array) -> Int32[Array, "B T K"]:
     return jnp.pad(chosen.astype(jnp.int32), missing, constant_values=-1)
 
 
+def index_heads(arrays: Arrays) -> IndexHeads:
+    """The indexer's arrays out of those of `make_inputs`."""
+    return IndexHeads(arrays["q_index"], arrays["k_index"], arrays["weights"])
+
+
+def visible(arrays: Arrays) -> Visible:
+    """The visible ranges out of the arrays of `make_inputs`."""
+    return Visible(arrays["visible_start"], arrays["visible_end"])
+
+
 def make_call(op: str, shape: OpShape, implementation: str) -> Callable[..., dict[str, Array]]:
     """A function of the arrays of `make_inputs`, by name, that returns the op's results by name."""
     run, options = implementation.removesuffix("_ordered"), {}
@@ -96,19 +115,20 @@ def make_call(op: str, shape: OpShape, implementation: str) -> Callable[..., dic
         options = {"deterministic": True}
     scale = shape.dim**-0.5
 
-    def scores(q_index: Array, k_index: Array, weights: Array, **rest: Any) -> dict[str, Array]:
-        return {"scores": index_scores(q_index, k_index, weights, **rest, implementation=run)}
+    def scores(k_scale: Array | None = None, **arrays: Array) -> dict[str, Array]:
+        return {"scores": index_scores(index_heads(arrays), visible(arrays), k_scale=k_scale, implementation=run)}
 
-    def selection(q_index: Array, k_index: Array, weights: Array, **rest: Any) -> dict[str, Array]:
-        return {"selection": index_topk(q_index, k_index, weights, topk=shape.topk, **rest, implementation=run)}
+    def selection(k_scale: Array | None = None, **arrays: Array) -> dict[str, Array]:
+        options: dict[str, Any] = {"topk": shape.topk, "k_scale": k_scale, "implementation": run}
+        return {"selection": index_topk(index_heads(arrays), visible(arrays), **options)}
 
     def attend(q: Array, k: Array, topk_indices: Array, v: Array | None = None) -> dict[str, Array]:
         keywords = {"softmax_scale": scale, "d_v": shape.d_v, "implementation": run, **options}
         return dict(sparse_attention(q, k, v, topk_indices, **keywords)._asdict())
 
-    def attend_to_all(q: Array, k: Array, v: Array | None = None, **visible: Any) -> dict[str, Array]:
-        keywords = {"softmax_scale": scale, "d_v": shape.d_v, "implementation": run}
-        return dict(dense_attention(q, k, v, **visible, **keywords)._asdict())
+    def attend_to_all(q: Array, k: Array, v: Array | None = None, **arrays: Array) -> dict[str, Array]:
+        keywords: dict[str, Any] = {"softmax_scale": scale, "d_v": shape.d_v, "implementation": run}
+        return dict(dense_attention(q, k, v, visible(arrays), **keywords)._asdict())
 
     def attend_fp8(q: Array, pool: Array, topk_indices: Array) -> dict[str, Array]:
         keywords = {"softmax_scale": scale, "latent_dim": shape.width, "implementation": run}
@@ -123,8 +143,9 @@ def make_call(op: str, shape: OpShape, implementation: str) -> Callable[..., dic
         learned: dict[str, Any] = {name: arrays.pop(name) for name in ("q_index", "k_index", "weights")}
 
         def kl(learned: dict[str, Any]) -> Array:
-            keywords: dict[str, Any] = {**arrays, "softmax_scale": scale, "implementation": run, **options}
-            return indexer_kl(**learned, q=q, k=k, lse=lse, **keywords)
+            keywords: dict[str, Any] = {"softmax_scale": scale, "implementation": run, **options}
+            indices = arrays.get("topk_indices")
+            return indexer_kl(index_heads(learned), visible(arrays), q, k, lse, topk_indices=indices, **keywords)
 
         value, pull = jax.vjp(kl, learned)
         (gradients,) = pull(d_kl)

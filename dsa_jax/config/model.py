@@ -59,7 +59,7 @@ class IndexerConfig:
     norm_eps: float = 1e-6  # LayerNorm of the index key
     hadamard: bool = False  # rotate q and k by the orthonormal Hadamard matrix
     fp8: bool = False  # simulate e4m3 with power-of-two scales on q and k
-    activation: str = "relu"  # relu | none | softmax (over the visible keys, per head), before the heads are weighed
+    activation: str = "relu"  # relu | none, before the heads are weighed
     head_weights: str = "learned"  # learned | constant (every head counts the same; no projection)
     detach_input: bool = True  # False: the KL's gradient goes on into the hidden state
     forced_sink: int = 0  # first visible keys that sparse and coarse_to_fine always select, within topk
@@ -90,7 +90,7 @@ class IndexerConfig:
                 f"fewer than topk ({self.topk}) together, so that the indexer has a key to choose. Force fewer or raise topk."
             )
         one_of("model.attention.indexer.rope_layout", self.rope_layout, ("half_split", "interleaved"))
-        one_of("model.attention.indexer.activation", self.activation, ("relu", "none", "softmax"))
+        one_of("model.attention.indexer.activation", self.activation, ("relu", "none"))
         one_of("model.attention.indexer.coarse_pooling", self.coarse_pooling, ("mean", "salient"))
         one_of("model.attention.indexer.head_weights", self.head_weights, ("learned", "constant"))
         if self.rope_dim % 2 or not 0 <= self.rope_dim <= self.head_dim:
@@ -246,11 +246,6 @@ class AttentionConfig:
         one_of(name, attention, ATTENTIONS)
         if attention in BY_INDEXER and not self.indexer.enabled:
             raise ConfigError(f"{name} is {attention!r} without an indexer. Set model.attention.indexer.enabled=True.")
-        if attention == "coarse_to_fine" and self.indexer.activation == "softmax":
-            raise ConfigError(
-                f"{name} is 'coarse_to_fine' with model.attention.indexer.activation='softmax', whose normaliser runs over "
-                "keys that coarse_to_fine never reads. Use 'sparse', or another activation."
-            )
         if attention == "nsa" and not self.nsa.enabled:
             raise ConfigError(f"{name} is 'nsa', whose weights the model lacks. Set model.attention.nsa.enabled=True.")
 

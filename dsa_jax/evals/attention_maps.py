@@ -8,10 +8,10 @@ from jaxtyping import Array, Float, Int
 
 from dsa_jax.model import Transformer
 from dsa_jax.model.attention.selection import DENSE
-from dsa_jax.model.attention.visibility import Visibility, causal_visibility, segment_positions
+from dsa_jax.model.attention.visibility import causal_visibility, segment_positions
 from dsa_jax.model.block import Block
 from dsa_jax.model.outputs import AttentionRequest
-from pallas_kernels import index_scores
+from pallas_kernels import Visible, index_scores
 
 
 class AttentionMap(NamedTuple):
@@ -32,27 +32,26 @@ def attention_maps(model: Transformer, params: dict[str, Any], input_ids: Int[Ar
     All of T x T is held for every head: meant for rows of some hundred tokens.
     """
     segment_ids = jnp.ones_like(input_ids)
-    positions, visibility = segment_positions(segment_ids), causal_visibility(segment_ids)
+    positions, visible = segment_positions(segment_ids), causal_visibility(segment_ids)
     bound = model.bind({"params": params})
     x = bound.embed(input_ids)
     maps: list[Any] = []
     for stack, stack_params in zip(bound.stacks, bound.layer_params, strict=True):
         for i in range(stack.n_layers):
             variables = {"params": jax.tree.map(lambda leaf, i=i: leaf[i], stack_params)}
-            maps.append(stack.block.apply(variables, x, positions, visibility, method=_map_of))
-            x, _ = stack.block.apply(variables, x, positions, visibility, None, AttentionRequest(DENSE))
+            maps.append(stack.block.apply(variables, x, positions, visible, method=_map_of))
+            x, _ = stack.block.apply(variables, x, positions, visible, None, AttentionRequest(DENSE))
     return maps
 
 
-def _map_of(block: Block, x: Float[Array, "B T E"], positions: Int[Array, "B T"], visibility: Visibility) -> AttentionMap:
+def _map_of(block: Block, x: Float[Array, "B T E"], positions: Int[Array, "B T"], visible: Visible) -> AttentionMap:
     heads, index, softmax_scale = block.attention.parts(block.attention_norm(x), positions)
     q, k = heads.q.astype(jnp.float32), heads.k.astype(jnp.float32)
     k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
     logits = softmax_scale * jnp.einsum("bthd,bshd->bhts", q, k, precision=jax.lax.Precision.HIGHEST)
     place = jnp.arange(x.shape[1])
-    visible = (visibility.start[..., None] <= place) & (place < visibility.end[..., None])
-    attention = jax.nn.softmax(logits, axis=-1, where=visible[:, None]).mean(axis=1)
+    mask = (visible.start[..., None] <= place) & (place < visible.end[..., None])
+    attention = jax.nn.softmax(logits, axis=-1, where=mask[:, None]).mean(axis=1)
     if index is None:
         return AttentionMap(attention, None)
-    ranges: dict[str, Any] = {"visible_start": visibility.start, "visible_end": visibility.end}
-    return AttentionMap(attention, index_scores(*index, activation=block.attention.activation, **ranges))
+    return AttentionMap(attention, index_scores(index, visible, activation=block.attention.activation))

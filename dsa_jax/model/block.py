@@ -6,10 +6,9 @@ from jaxtyping import Array, Float, Int
 
 from dsa_jax.model.attention.attend_cached import CachedAttentionOutput
 from dsa_jax.model.attention.cache import LayerCache
-from dsa_jax.model.attention.selection import IndexHeads
-from dsa_jax.model.attention.visibility import Visibility
 from dsa_jax.model.norm import RMSNorm
 from dsa_jax.model.outputs import AttentionRequest, LayerStatistics
+from pallas_kernels import IndexHeads, Visible
 
 
 class Block(nn.Module):
@@ -33,15 +32,15 @@ class Block(nn.Module):
         self,
         x: Float[Array, "B T E"],
         positions: Int[Array, "B T"],
-        visibility: Visibility,
+        visible: Visible,
         previous_topk: Int[Array, "B T K"] | None,
         request: AttentionRequest,
         served_by: IndexHeads | None = None,
     ) -> tuple[Float[Array, "B T E"], LayerStatistics]:
         """The new residual stream and what the layer measured."""
-        attended = self.attention(self.attention_norm(x), positions, visibility, previous_topk, request, served_by)
+        attended = self.attention(self.attention_norm(x), positions, visible, previous_topk, request, served_by)
         x = x + attended.out
-        transformed = self.mlp(self.mlp_norm(x), visibility.valid)
+        transformed = self.mlp(self.mlp_norm(x), visible.some)
         statistics = LayerStatistics(
             indexer_kl=attended.indexer_kl,
             coverage=attended.coverage,
@@ -57,12 +56,12 @@ class Block(nn.Module):
         self,
         x: Float[Array, "B T E"],
         positions: Int[Array, "B T"],
-        visibility: Visibility,
+        visible: Visible,
         previous_topk: Int[Array, "B T K"] | None,
         cache: LayerCache,
         request: AttentionRequest,
     ) -> CachedAttentionOutput:
         """The same over a cache that gets the new tokens; `out` is the new residual stream."""
-        attended = self.attention.extend(self.attention_norm(x), positions, visibility, previous_topk, cache, request)
+        attended = self.attention.extend(self.attention_norm(x), positions, visible, previous_topk, cache, request)
         x = x + attended.out
-        return attended._replace(out=x + self.mlp(self.mlp_norm(x), visibility.valid).out)
+        return attended._replace(out=x + self.mlp(self.mlp_norm(x), visible.some).out)

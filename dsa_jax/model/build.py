@@ -22,7 +22,7 @@ from dsa_jax.model.stacks import LayerStack, layer_stacks
 from dsa_jax.model.transformer import BlockStack, Transformer
 from dsa_jax.parallel.ambient import no_mesh
 from dsa_jax.parallel.placement import hold
-from pallas_kernels import BlockGeometry
+from pallas_kernels import BlockGeometry, ForcedKeys
 
 
 def build_model(config: ModelConfig) -> Transformer:
@@ -166,8 +166,7 @@ def _budget(indexer: IndexerConfig) -> Budget:
         topk=indexer.topk,
         block_size=indexer.coarse_block_size,
         n_blocks=indexer.coarse_blocks,
-        forced_sink=indexer.forced_sink,
-        forced_local=indexer.forced_local,
+        forced=ForcedKeys(first=indexer.forced_sink, last=indexer.forced_local),
         pooling=indexer.coarse_pooling,
         coarse_loss_weight=indexer.coarse_loss_weight,
     )
@@ -185,7 +184,6 @@ def _indexer(config: ModelConfig) -> Indexer:
         norm_eps=indexer.norm_eps,
         hadamard=indexer.hadamard,
         fp8=indexer.fp8,
-        activation=indexer.activation,
         head_weights=indexer.head_weights,
         detach_input=indexer.detach_input,
         init_std=config.initializer_range,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.model.attention.cache import Cache
-from dsa_jax.model.attention.selection import IndexHeads
+from pallas_kernels import IndexHeads
 
 
 @dataclass(frozen=True)

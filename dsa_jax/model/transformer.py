@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from dsa_jax.model.attention.attend import TOPK_NAME, by_indexer, check_request
 from dsa_jax.model.attention.cache import INDEX_KEYS, Cache, LayerCache, allocate_cache, token_slots
 from dsa_jax.model.attention.selection import DENSE
-from dsa_jax.model.attention.visibility import Visibility, causal_visibility, segment_positions
+from dsa_jax.model.attention.visibility import causal_visibility, segment_positions
 from dsa_jax.model.block import Block
 from dsa_jax.model.inputs import at_least_32_bits, check_inputs, check_new_tokens
 from dsa_jax.model.kernels import pick, widens_slices
@@ -22,7 +22,7 @@ from dsa_jax.model.outputs import AttentionRequest, ExtendOutput, LayerStatistic
 from dsa_jax.model.precision import precision_of
 from dsa_jax.parallel.ambient import check_auto_axes
 from dsa_jax.parallel.sequence import check_rows, constrain, from_balanced, to_balanced
-from pallas_kernels import checked
+from pallas_kernels import Visible, checked
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,7 @@ class Transformer(nn.Module):
     @property
     def abilities(self) -> dict[str, Any]:
         """What `attention.check_request` wants to know of a model."""
-        activation = self.stacks[0].block.attention.activation
-        return {"has_indexer": self.has_indexer, "has_nsa": self.has_nsa, "activation": activation}
+        return {"has_indexer": self.has_indexer, "has_nsa": self.has_nsa}
 
     @checked(check_inputs)
     def __call__(
@@ -119,10 +118,10 @@ class Transformer(nn.Module):
             segment_ids = at_least_32_bits(segment_ids)
             # The NaN of an id outside the vocabulary would reach gradients and the balance loss, with a weight of 0.
             input_ids = jnp.where(segment_ids == 0, 0, input_ids)
-        visibility = jax.tree.map(to_balanced, causal_visibility(segment_ids))
+        visible = jax.tree.map(to_balanced, causal_visibility(segment_ids))
         positions = segment_positions(segment_ids) if positions is None else at_least_32_bits(positions)
         x = self.embed(to_balanced(input_ids))
-        x, statistics = self._run_layers(x, to_balanced(positions), visibility, request, return_topk_indices)
+        x, statistics = self._run_layers(x, to_balanced(positions), visible, request, return_topk_indices)
         hidden = from_balanced(self.final_norm(x))
         return ModelOutput(
             logits=self.unembed(hidden) if return_logits else None,
@@ -218,8 +217,8 @@ class Transformer(nn.Module):
         steps = jnp.arange(input_ids.shape[1], dtype=jnp.int32)
         positions = cache.lengths[:, None] + steps
         valid = steps < n_new[:, None]
-        visibility = Visibility(jnp.zeros_like(positions), jnp.where(valid, positions + 1, 0), valid)
-        x, pools, indices = self._extend_layers(self.embed(input_ids), positions, visibility, cache, request)
+        visible = Visible(jnp.zeros_like(positions), jnp.where(valid, positions + 1, 0))
+        x, pools, indices = self._extend_layers(self.embed(input_ids), positions, visible, cache, request)
         last = jnp.take_along_axis(x, jnp.maximum(n_new - 1, 0)[:, None, None], axis=1)
         return ExtendOutput(
             logits=self.unembed(self.final_norm(last))[:, 0],
@@ -261,7 +260,7 @@ class Transformer(nn.Module):
         self,
         x: Float[Array, "B T E"],
         positions: Int[Array, "B T"],
-        visibility: Visibility,
+        visible: Visible,
         request: AttentionRequest,
         return_topk_indices: bool,
     ) -> tuple[Float[Array, "B T E"], LayerStatistics]:
@@ -282,7 +281,7 @@ class Transformer(nn.Module):
             ) -> Any:
                 hidden, previous_topk, _ = state
                 hidden, statistics = block.apply(
-                    {"params": layer_params}, constrain(hidden), positions, visibility, previous_topk, request, served_by
+                    {"params": layer_params}, constrain(hidden), positions, visible, previous_topk, request, served_by
                 )
                 following = statistics.topk_indices if carries_topk else None
                 heads = statistics.index_heads if serves else None
@@ -307,7 +306,7 @@ class Transformer(nn.Module):
         self,
         x: Float[Array, "B T E"],
         positions: Int[Array, "B T"],
-        visibility: Visibility,
+        visible: Visible,
         cache: Cache,
         request: AttentionRequest,
     ) -> tuple[Float[Array, "B T E"], dict[str, Any], Int[Array, "L B T K"] | None]:
@@ -319,7 +318,7 @@ class Transformer(nn.Module):
         for stack, params in zip(self.stacks, self.layer_params, strict=True):
             pools = cache.pools[stack.name]
             n_slots = jax.tree.leaves(pools)[0].shape[1]
-            slots = token_slots(positions, visibility.valid, cache.block_table, layout.page_size, n_slots=n_slots)
+            slots = token_slots(positions, visible.some, cache.block_table, layout.page_size, n_slots=n_slots)
             entries = layout.stack_entries(stack.name)
 
             # The pools travel in the carry, which is updated in place; as inputs and outputs of the loop they would be copied.
@@ -328,7 +327,7 @@ class Transformer(nn.Module):
                 layer_params, number = inputs
                 view = LayerCache(pools, number, entries, layout.dtype, layout.page_size, cache.block_table, slots)
                 result = block.apply(
-                    {"params": layer_params}, hidden, positions, visibility, previous_topk, view, request, method="extend"
+                    {"params": layer_params}, hidden, positions, visible, previous_topk, view, request, method="extend"
                 )
                 return (result.out, result.topk_indices if carries_topk else None, result.cache.pools), result.topk_indices
 

@@ -17,7 +17,7 @@ from dsa_jax.evals.attention_maps import attention_maps
 from dsa_jax.evals.parity import evaluate_parity
 from experiments.notebooks.settings import SMALL
 from experiments.notebooks.small_model import data_of, recipe, trained
-from pallas_kernels import attention_topk, dense_attention, sparse_attention
+from pallas_kernels import Visible, attention_topk, dense_attention, sparse_attention
 
 config = recipe()
 params = trained(config)[1]
@@ -121,18 +121,15 @@ panel.legend(frameon=False)
 n_keys, n_queries, dim = 256, 64, 32
 rng = np.random.default_rng(0)
 q, k, v = (jnp.asarray(rng.standard_normal((1, n, 1, dim), np.float32), jnp.float32) for n in (n_queries, n_keys, n_keys))
-visible = {
-    "visible_start": jnp.zeros((1, n_queries), jnp.int32),
-    "visible_end": jnp.full((1, n_queries), n_keys, jnp.int32),
-}
+visible = Visible(jnp.zeros((1, n_queries), jnp.int32), jnp.full((1, n_queries), n_keys, jnp.int32))
 
 
 def error_of(topk):
     """A function of the queries: (effective number of keys, error of the output relative to dense attention)."""
 
     def measure(q):
-        everything = dense_attention(q, k, v, softmax_scale=dim**-0.5, **visible)
-        chosen = attention_topk(q, k, everything.lse, softmax_scale=dim**-0.5, topk=topk, **visible)
+        everything = dense_attention(q, k, v, visible, softmax_scale=dim**-0.5)
+        chosen = attention_topk(q, k, everything.lse, visible, softmax_scale=dim**-0.5, topk=topk)
         kept = sparse_attention(q, k, v, chosen, softmax_scale=dim**-0.5)
         probability = jax.nn.softmax(dim**-0.5 * jnp.einsum("bthd,bshd->bhts", q, k), axis=-1)
         spread = jnp.exp(jax.scipy.special.entr(probability).sum(-1)).mean()

@@ -1,7 +1,6 @@
 """Public op: the blocks of keys that native sparse attention selects."""
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.block_topk import reference, xla
@@ -9,16 +8,18 @@ from pallas_kernels.block_topk.geometry import BlockGeometry
 from pallas_kernels.common import checks as _checks
 from pallas_kernels.common import dispatch as _dispatch
 from pallas_kernels.common.explicit import split_like
+from pallas_kernels.common.numerics import clamped
 from pallas_kernels.common.varying import vary_alike
+from pallas_kernels.types import Visible
 
 _IMPLEMENTATIONS = {"reference": reference.block_topk, "xla": xla.block_topk}
 
 
-def _check(q, k_compressed, lse, softmax_scale, n_keys, geometry, visible_start, visible_end, **_):
+def _check(q, k_compressed, lse, visible, softmax_scale, n_keys, geometry, **_):
     op = "block_topk"
     _checks.check_attention_arguments(op, q, k_compressed)
     _checks.check_lse(op, lse, q)
-    _checks.check_ranges(op, visible_start, visible_end, *q.shape[:2])
+    _checks.check_visible(op, visible, *q.shape[:2])
     _checks.check_scale(op, softmax_scale)
     if not isinstance(geometry, BlockGeometry) or not all(map(_checks.is_whole, (n_keys, *geometry))):
         raise ValueError(
@@ -51,12 +52,11 @@ def block_topk(
     q: Float[Array, "B T H D"],
     k_compressed: Float[Array, "B N G D"],
     lse: Float[Array, "B T H"],
+    visible: Visible,
     *,
     softmax_scale: float,
     n_keys: int,
     geometry: BlockGeometry,
-    visible_start: Int32[Array, "B T"],
-    visible_end: Int32[Array, "B T"],
     implementation: str | None = None,
 ) -> Int32[Array, "B T G {geometry.topk}"]:
     """The selection blocks that hold most probability of attention to the compressed keys, by query and key group.
@@ -69,7 +69,7 @@ def block_topk(
         k_compressed: one key per compressed block; those that a query does not see as a whole never matter to it.
         lse: of attention to the compressed keys, natural log; -inf where there is none.
         n_keys: keys that the blocks are made of, S.
-        visible_start, visible_end: visible range of keys (not of compressed ones); bounds outside [0, n_keys] are clamped.
+        visible: range of keys (not of compressed ones); bounds outside [0, n_keys] are clamped.
         implementation: see `pallas_kernels.IMPLEMENTATIONS`; None is the default of the device.
 
     Returns:
@@ -81,6 +81,6 @@ def block_topk(
     Source: arXiv 2502.11089, equations 8 to 12 and section 4.1.
     """
     run = _dispatch.choose("block_topk", implementation, _IMPLEMENTATIONS, platform=_dispatch.traced_platform())
-    stopped = [jax.lax.stop_gradient(x) for x in (q, k_compressed, lse)]
-    start, end = jnp.clip(visible_start, 0, n_keys), jnp.clip(visible_end, 0, n_keys)
-    return run(*vary_alike(*stopped, start, end), softmax_scale=float(softmax_scale), n_keys=n_keys, geometry=geometry)
+    visible = clamped(visible, n_keys)
+    q, k_compressed, lse, visible = jax.lax.stop_gradient(vary_alike(q, k_compressed, lse, visible))
+    return run(q, k_compressed, lse, visible, softmax_scale=float(softmax_scale), n_keys=n_keys, geometry=geometry)

@@ -3,7 +3,8 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int32
+
+from pallas_kernels.types import Visible
 
 
 class BlockGeometry(NamedTuple):
@@ -29,10 +30,8 @@ class BlockGeometry(NamedTuple):
         """Selection blocks that cover `n_keys` keys; the last may be ragged."""
         return -(-n_keys // self.select_block)
 
-    def compressed_range(
-        self, visible_start: Int32[Array, "B T"], visible_end: Int32[Array, "B T"]
-    ) -> tuple[Int32[Array, "B T"], Int32[Array, "B T"]]:
-        """The compressed keys that lie in each visible range as a whole: a range again, perhaps empty."""
-        first = -(-visible_start // self.compress_stride)
-        end = (visible_end - self.compress_block) // self.compress_stride + 1
-        return first, jnp.maximum(first, end)
+    def compressed_range(self, visible: Visible) -> Visible:
+        """The compressed keys that lie in each visible range as a whole, perhaps none."""
+        first = -(-visible.start // self.compress_stride)
+        end = (visible.end - self.compress_block) // self.compress_stride + 1
+        return Visible(first, jnp.maximum(first, end))

@@ -9,14 +9,14 @@ from pallas_kernels.block_topk.geometry import BlockGeometry
 from pallas_kernels.common.numerics import constant_lse, visible_mask
 from pallas_kernels.dense_attention.reference import attention_logits
 from pallas_kernels.index_topk.reference import canonical_topk
+from pallas_kernels.types import Visible
 
 
 def block_topk(
     q: Float[Array, "B T H D"],
     k_compressed: Float[Array, "B N G D"],
     lse: Float[Array, "B T H"],
-    visible_start: Int32[Array, "B T"],
-    visible_end: Int32[Array, "B T"],
+    visible: Visible,
     *,
     softmax_scale: float,
     n_keys: int,
@@ -25,12 +25,12 @@ def block_topk(
     """Selected blocks of each query and key group."""
     logits = attention_logits(q, k_compressed, softmax_scale)
     lse = constant_lse(lse, logits.dtype).reshape(logits.shape[:-1])
-    visible = visible_mask(*geometry.compressed_range(visible_start, visible_end), k_compressed.shape[1])
-    probability = jnp.where(visible[:, :, None], jnp.exp(logits - lse[..., None]).sum(3), 0)
+    compressed_visible = visible_mask(geometry.compressed_range(visible), k_compressed.shape[1])
+    probability = jnp.where(compressed_visible[:, :, None], jnp.exp(logits - lse[..., None]).sum(3), 0)
     overlaps = overlapping_steps(geometry, k_compressed.shape[1], geometry.n_blocks(n_keys))
     scores = jnp.einsum("btgn,nj->btgj", probability, overlaps, precision=jax.lax.Precision.HIGHEST)
     block = jnp.arange(scores.shape[-1], dtype=jnp.int32)
-    start, end = visible_start[:, :, None, None], visible_end[:, :, None, None]
+    start, end = visible.start[:, :, None, None], visible.end[:, :, None, None]
     first, own = start // geometry.select_block, (end - 1) // geometry.select_block
     forced = (block < first + geometry.n_initial) | (block > own - geometry.n_local)
     competes = jnp.broadcast_to((block >= first) & (block <= own) & (start < end), scores.shape)

@@ -1,5 +1,7 @@
 """Block selection by query chunks: the probabilities of one chunk are all that is held."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
@@ -8,6 +10,7 @@ from pallas_kernels.common.chunks import map_queries, rows_per_chunk
 from pallas_kernels.common.numerics import accumulation_dtype, constant_lse, dot, rank_scores, visible_mask
 from pallas_kernels.common.selection import canonical, largest_ascending
 from pallas_kernels.dense_attention.xla import as_rows
+from pallas_kernels.types import Visible
 
 LOGIT_BUDGET = 2**20  # numbers in one chunk of logits: batch x heads x queries x compressed keys
 
@@ -16,8 +19,7 @@ def block_topk(
     q: Float[Array, "B T H D"],
     k_compressed: Float[Array, "B N G D"],
     lse: Float[Array, "B T H"],
-    visible_start: Int32[Array, "B T"],
-    visible_end: Int32[Array, "B T"],
+    visible: Visible,
     *,
     softmax_scale: float,
     n_keys: int,
@@ -30,18 +32,18 @@ def block_topk(
         return jnp.full((batch, length, groups, geometry.topk), -1, jnp.int32)
     dtype = accumulation_dtype(q, k_compressed)
 
-    def step(chunk: tuple[Array, ...]) -> Array:
-        q, lse, start, end = chunk
+    def step(chunk: tuple[Any, ...]) -> Array:
+        q, lse, visible = chunk
         logits = softmax_scale * dot("bgrd,bngd->bgrn", as_rows(q, groups), k_compressed, dtype=dtype)
         probability = jnp.exp(logits - as_rows(constant_lse(lse, dtype)[..., None], groups))
         mass = probability.reshape(batch, groups, q.shape[1], heads // groups, n_compressed).sum(3)
-        visible = visible_mask(*geometry.compressed_range(start, end), n_compressed)
-        scores = block_scores(jnp.where(visible[:, None], mass, 0), geometry, n_blocks)
-        chosen = largest_ascending(_ranked(scores, start, end, geometry), min(geometry.topk, n_blocks))
+        compressed_visible = visible_mask(geometry.compressed_range(visible), n_compressed)
+        scores = block_scores(jnp.where(compressed_visible[:, None], mass, 0), geometry, n_blocks)
+        chosen = largest_ascending(_ranked(scores, visible, geometry), min(geometry.topk, n_blocks))
         return jnp.moveaxis(canonical(chosen, n_blocks, geometry.topk), 1, 2)
 
     block_q = rows_per_chunk(LOGIT_BUDGET, batch * heads * max(n_compressed, 1), smallest=1)
-    return map_queries(step, (q, lse, visible_start, visible_end), block_q)
+    return map_queries(step, (q, lse, visible), block_q)
 
 
 def block_scores(mass: Float[Array, "*batch N"], geometry: BlockGeometry, n_blocks: int) -> Float[Array, "*batch J"]:
@@ -59,12 +61,11 @@ def block_scores(mass: Float[Array, "*batch N"], geometry: BlockGeometry, n_bloc
     return by_stride.reshape(*mass.shape[:-1], n_blocks, per_block).sum(-1)
 
 
-def _ranked(
-    scores: Float[Array, "B G C J"], start: Int32[Array, "B C"], end: Int32[Array, "B C"], geometry: BlockGeometry
-) -> Float[Array, "B G C J"]:
+def _ranked(scores: Float[Array, "B G C J"], visible: Visible, geometry: BlockGeometry) -> Float[Array, "B G C J"]:
     """+inf for blocks that are always taken, -inf for those that hold no visible key."""
     block = jnp.arange(scores.shape[-1], dtype=jnp.int32)
-    first, own = start[:, None, :, None] // geometry.select_block, (end[:, None, :, None] - 1) // geometry.select_block
+    start, end = visible.start[:, None, :, None], visible.end[:, None, :, None]
+    first, own = start // geometry.select_block, (end - 1) // geometry.select_block
     forced = (block < first + geometry.n_initial) | (block > own - geometry.n_local)
-    competes = (block >= first) & (block <= own) & (start < end)[:, None, :, None]
+    competes = (block >= first) & (block <= own) & (start < end)
     return jnp.where(competes, jnp.where(forced, jnp.inf, rank_scores(scores)), -jnp.inf)

@@ -12,14 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.types import ForcedKeys, IndexHeads, Visible
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_BUNDLES = (ForcedKeys, IndexHeads, Visible)
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def checked(check: Callable[..., None]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorator that passes a function's arguments, by name and with defaults, to `check` before anything else looks at them.
+
+    A plain tuple of the right length is taken for the `Visible`, `IndexHeads` or `ForcedKeys` that the function declares.
 
     Where jaxtyping's import hook is installed it wraps the function inside this decorator, so that a caller's mistake ends in
     the message of `check` with or without the hook.
@@ -27,17 +32,33 @@ def checked(check: Callable[..., None]) -> Callable[[Callable[P, R]], Callable[P
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
+        bundles = {name: x.annotation for name, x in signature.parameters.items() if x.annotation in _BUNDLES}
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
+            for name, kind in bundles.items():
+                bound.arguments[name] = _bundled(function.__name__, name, bound.arguments[name], kind)
             check(**bound.arguments)
-            return function(*args, **kwargs)
+            return function(*bound.args, **bound.kwargs)
 
         return call
 
     return decorate
+
+
+def _bundled(op: str, name: str, value: Any, kind: Any) -> Any:
+    """`value` as a `kind`, one of the bundles of `pallas_kernels.types`."""
+    if isinstance(value, kind):
+        return value
+    if isinstance(value, tuple) and len(value) == len(kind._fields):
+        return kind(*value)
+    given = f"tuple of {len(value)}" if isinstance(value, tuple) else type(value).__name__
+    raise ValueError(
+        f"{op}: {name} is a {given}; expected a {kind.__name__} or a tuple of {len(kind._fields)}. Pass "
+        f"pallas_kernels.{kind.__name__}({', '.join(kind._fields)})."
+    )
 
 
 def check_array(op: str, **arrays: Any) -> None:
@@ -76,22 +97,25 @@ def check_shape(op: str, name: str, array: Any, expected: tuple[int | None, ...]
         )
 
 
-def check_index_arguments(op: str, q_index: Any, k_index: Any, weights: Any, k_scale: Any = None, *, fp8: bool = False) -> None:
+def check_index(op: str, index: IndexHeads, k_scale: Any = None, *, fp8: bool = False) -> None:
     """Checks the indexer's queries, keys and head weights against each other; `fp8`: e4m3 queries and keys will do."""
-    check_array(op, q_index=q_index, k_index=k_index, weights=weights)
-    if not (fp8 and q_index.dtype == k_index.dtype == jnp.float8_e4m3fn):
-        check_float(op, q_index=q_index, k_index=k_index)
+    q, k, weights = index
+    check_array(op, **{"index.q": q, "index.k": k, "index.weights": weights})
+    if not (fp8 and q.dtype == k.dtype == jnp.float8_e4m3fn):
+        check_float(op, **{"index.q": q, "index.k": k})
     if weights.dtype.name not in ("float32", "float64"):
-        raise ValueError(f"{op}: weights has dtype {weights.dtype}; expected float32. Cast with weights.astype(jnp.float32).")
-    check_shape(op, "q_index", q_index, (None,) * 4, "[B, T, index heads, index head dim]")
-    batch, length, heads, dim = q_index.shape
+        raise ValueError(
+            f"{op}: index.weights has dtype {weights.dtype}; expected float32. Cast with index.weights.astype(jnp.float32)."
+        )
+    check_shape(op, "index.q", q, (None,) * 4, "[B, T, index heads, index head dim]")
+    batch, length, heads, dim = q.shape
     if 0 in (heads, dim):
-        raise ValueError(f"{op}: q_index has shape {list(q_index.shape)}; expected at least one head and one channel.")
-    check_shape(op, "k_index", k_index, (batch, None, dim), "[B, S, index head dim]")
-    check_shape(op, "weights", weights, (batch, length, heads), "[B, T, index heads]")
+        raise ValueError(f"{op}: index.q has shape {list(q.shape)}; expected at least one head and one channel.")
+    check_shape(op, "index.k", k, (batch, None, dim), "[B, S, index head dim]")
+    check_shape(op, "index.weights", weights, (batch, length, heads), "[B, T, index heads]")
     if k_scale is not None:
         check_float(op, k_scale=k_scale)
-        check_shape(op, "k_scale", k_scale, (batch, k_index.shape[1]), "[B, S]")
+        check_shape(op, "k_scale", k_scale, (batch, k.shape[1]), "[B, S]")
 
 
 def check_attention_arguments(op: str, q: Any, k: Any, v: Any = None, d_v: Any = None) -> None:
@@ -128,19 +152,20 @@ def check_lse(op: str, lse: Any, q: Any) -> None:
     check_shape(op, "lse", lse, q.shape[:3], "[B, T, heads] of q")
 
 
-def check_ranges(op: str, visible_start: Any, visible_end: Any, batch: int, length: int) -> None:
+def check_visible(op: str, visible: Visible, batch: int, length: int) -> None:
     """Checks the visible ranges: int32 [B, T], and start <= end where the values are known."""
-    check_array(op, visible_start=visible_start, visible_end=visible_end)
-    for name, bound in (("visible_start", visible_start), ("visible_end", visible_end)):
+    bounds = {"visible.start": visible.start, "visible.end": visible.end}
+    check_array(op, **bounds)
+    for name, bound in bounds.items():
         if bound.dtype != jnp.int32:
             raise ValueError(f"{op}: {name} has dtype {bound.dtype}; expected int32. Cast with {name}.astype(jnp.int32).")
         check_shape(op, name, bound, (batch, length), "[B, T]")
-    if _is_known(visible_start) and _is_known(visible_end):
-        start, end = np.asarray(visible_start), np.asarray(visible_end)
+    if all(map(_is_known, visible)):
+        start, end = map(np.asarray, visible)
         if (start > end).any():
             b, t = np.argwhere(start > end)[0]
             raise ValueError(
-                f"{op}: visible_start is {start[b, t]} and visible_end is {end[b, t]} at row {b}, query {t}; "
+                f"{op}: visible.start is {start[b, t]} and visible.end is {end[b, t]} at row {b}, query {t}; "
                 "expected start <= end. Give start == end for a query that sees nothing."
             )
 
@@ -168,6 +193,15 @@ def check_topk(op: str, topk: Any) -> None:
     """Raises ValueError unless `topk` is a positive int."""
     if not is_whole(topk) or topk <= 0:
         raise ValueError(f"{op}: topk is {topk!r}; expected a positive integer. Check indexer.topk in the config.")
+
+
+def check_forced(op: str, topk: int, forced: ForcedKeys) -> None:
+    """Raises ValueError unless both counts are zero or more and leave room for a key that is chosen by its score."""
+    if not all(map(is_whole, forced)) or min(forced) < 0 or 0 < sum(forced) >= topk:
+        raise ValueError(
+            f"{op}: forced.first is {forced.first} and forced.last {forced.last} with topk {topk}; expected counts of zero or "
+            "more that leave at least one key to the scores. Check indexer.forced_sink and indexer.forced_local in the config."
+        )
 
 
 def check_topk_indices(op: str, topk_indices: Any, batch: int, length: int) -> None:

@@ -7,7 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool
+
+from pallas_kernels.common.numerics import clamped
+from pallas_kernels.types import Visible
 
 
 class KeyBlock(NamedTuple):
@@ -26,8 +29,7 @@ class KeyWalk(NamedTuple):
 
     low: Array
     high: Array
-    start: Int32[Array, "B C"]
-    end: Int32[Array, "B C"]
+    visible: Visible  # bounds within the keys
     n_keys: int
     block_k: int
 
@@ -35,22 +37,25 @@ class KeyWalk(NamedTuple):
         """Position of the first key of a block."""
         return jnp.minimum(number * self.block_k, self.n_keys - self.block_k)
 
+    def in_range(self, first: Array) -> Bool[Array, "B C Sb"]:
+        """Which of the `block_k` keys from `first` on each query sees."""
+        position = first + jnp.arange(self.block_k, dtype=jnp.int32)
+        return (position >= self.visible.start[..., None]) & (position < self.visible.end[..., None])
+
     def block(self, number: Array) -> KeyBlock:
         """Block `number` with what each query may see of it."""
         first = self.first_key(number)
         position = first + jnp.arange(self.block_k, dtype=jnp.int32)
-        visible = (position >= self.start[..., None]) & (position < self.end[..., None])
-        return KeyBlock(first, visible & (position >= number * self.block_k))
+        return KeyBlock(first, self.in_range(first) & (position >= number * self.block_k))
 
 
-def key_walk(start: Int32[Array, "B C"], end: Int32[Array, "B C"], n_keys: int, block_k: int) -> KeyWalk:
+def key_walk(visible: Visible, n_keys: int, block_k: int) -> KeyWalk:
     """Which blocks hold a key that some query sees; `n_keys` must be positive."""
     block_k = min(block_k, n_keys)
-    start, end = jnp.clip(start, 0, n_keys), jnp.clip(end, 0, n_keys)
-    some = start < end
-    high = (jnp.where(some, end, 0).max() + block_k - 1) // block_k
-    low = jnp.minimum(jnp.where(some, start, n_keys).min() // block_k, high)
-    return KeyWalk(low, high, start, end, n_keys, block_k)
+    visible = clamped(visible, n_keys)
+    high = (jnp.where(visible.some, visible.end, 0).max() + block_k - 1) // block_k
+    low = jnp.minimum(jnp.where(visible.some, visible.start, n_keys).min() // block_k, high)
+    return KeyWalk(low, high, visible, n_keys, block_k)
 
 
 def slice_chunk(array: Array, first: Array, size: int) -> Array:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from absl import logging
 
-IMPLEMENTATIONS = ("reference", "xla", "pallas", "triton", "mosaic", "cute")
+IMPLEMENTATIONS = ("reference", "xla", "pallas", "triton", "mosaic")
 
 # The one default rule: the first of these that an op has, on every device that is not listed by itself.
 # On a GPU "pallas" runs when asked for by name; it becomes the default once it has been measured on one.

@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ R = TypeVar("R")
 
 
 def split_like(name: str, n_axes: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorator of an op whose results share their leading axes with its argument `name`.
+    """Decorator of an op whose results share their leading axes with its argument `name`, or with the first array in it.
 
     On a mesh with Explicit axes the op runs as on one with Auto axes, where the compiler chooses how intermediate arrays are
     split; the first `n_axes` axes of every result are split as those of the argument are, and the others are not.
@@ -30,11 +30,17 @@ def split_like(name: str, n_axes: int) -> Callable[[Callable[P, R]], Callable[P,
             explicit = tuple(axis for axis, kind in kinds if kind == AxisType.Explicit)
             if not explicit:
                 return function(*args, **kwargs)
-            given = signature.bind(*args, **kwargs).arguments
-            arrays = {key: value for key, value in given.items() if isinstance(value, jax.Array | np.ndarray) and value.ndim}
-            others = {key: value for key, value in given.items() if key not in arrays}
-            split = PartitionSpec(*jax.typeof(arrays[name]).sharding.spec[:n_axes])
-            run = lambda arrays: function(**arrays, **others)  # type: ignore[call-arg]
+            given = dict(signature.bind(*args, **kwargs).arguments)
+            leaves, tree = jax.tree.flatten(given)
+            is_array = [isinstance(leaf, jax.Array | np.ndarray) and leaf.ndim > 0 for leaf in leaves]
+            split = PartitionSpec(*jax.typeof(jax.tree.leaves(given[name])[0]).sharding.spec[:n_axes])
+
+            def run(arrays: list[Any]) -> R:
+                rest = iter(arrays)
+                merged = [next(rest) if array else leaf for leaf, array in zip(leaves, is_array, strict=True)]
+                return function(**jax.tree.unflatten(tree, merged))  # type: ignore[call-arg]
+
+            arrays = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
             return jax.sharding.auto_axes(run, axes=explicit, out_sharding=split)(arrays)
 
         return call

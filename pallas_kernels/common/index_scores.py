@@ -19,9 +19,10 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import tuning
 from pallas_kernels.common import gpu_tiles as tiling
 from pallas_kernels.common.gpu_tiles import LOG2_E, Problem, Refs
-from pallas_kernels.common.numerics import widen_fp8
+from pallas_kernels.common.numerics import clamped, widen_fp8
 from pallas_kernels.tuning.kernels import SHARED_BYTES
 from pallas_kernels.tuning.tiles import SMALLEST_SIDE, QueryTiles, Tiles
+from pallas_kernels.types import Visible
 
 Kind = Literal["scores", "ranked_scores", "probability"]
 """`ranked_scores`: as the selection compares them, see `_numerics.rank_scores`."""
@@ -155,15 +156,14 @@ def head_sums_visible(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S G D"],
     coefficient: Float[Array, "B T H"],
-    start: Int32[Array, "B T"],
-    end: Int32[Array, "B T"],
+    visible: Visible,
     *,
     kind: Kind,
     problem: Problem,
     k_scale: Float[Array, "B S"] | None = None,
     tiles: QueryTiles | None = None,
 ) -> Float[Array, "B T P"]:
-    """Sums over heads for the keys in [start, end) of every query, T x S numbers: call it on chunks of queries.
+    """Sums over heads for the visible keys of every query, T x S numbers: call it on chunks of queries.
 
     Args:
         coefficient: float32; the weight of a head (scores) or its log-sum-exp, +inf where it is -inf (probability).
@@ -181,8 +181,7 @@ def head_sums_visible(
         "q": q.reshape(batch, n_queries * problem.heads, problem.dim),
         "k": k.reshape(batch, n_keys, problem.groups * problem.dim),
         "coefficient": coefficient.reshape(batch, n_queries * problem.heads),
-        "start": jnp.clip(start, 0, n_keys),
-        "end": jnp.clip(end, 0, n_keys),
+        **clamped(visible, n_keys)._asdict(),
     }
     refs = refs if k_scale is None else {**refs, "k_scale": k_scale}
     blocks = pl.cdiv(n_keys, tiles.block_k)

@@ -1,8 +1,14 @@
 """Small numeric rules every implementation shares: accumulation dtype, visibility, value views."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
+import numpy as np
+from jax.dtypes import float0
+from jaxtyping import Array, Bool, Float
+
+from pallas_kernels.types import Visible
 
 
 def accumulation_dtype(*arrays: Array) -> jnp.dtype:
@@ -15,12 +21,15 @@ def widen_fp8(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return x.astype(jnp.bfloat16) if x.dtype.itemsize == 1 else x
 
 
-def visible_mask(
-    visible_start: Int32[Array, "*batch"], visible_end: Int32[Array, "*batch"], n_keys: int
-) -> Bool[Array, "*batch {n_keys}"]:
-    """True where key s lies in [visible_start, visible_end)."""
+def visible_mask(visible: Visible, n_keys: int) -> Bool[Array, "B T {n_keys}"]:
+    """True where key s lies in the visible range."""
     position = jnp.arange(n_keys, dtype=jnp.int32)
-    return (position >= visible_start[..., None]) & (position < visible_end[..., None])
+    return (position >= visible.start[..., None]) & (position < visible.end[..., None])
+
+
+def clamped(visible: Visible, n_keys: int) -> Visible:
+    """The range with bounds within [0, n_keys]."""
+    return Visible(jnp.clip(visible.start, 0, n_keys), jnp.clip(visible.end, 0, n_keys))
 
 
 def rank_scores(scores: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -30,6 +39,11 @@ def rank_scores(scores: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """
     lowest = jnp.finfo(scores.dtype).min
     return jnp.where(scores == 0, 0, jnp.where(scores >= lowest, scores, lowest))
+
+
+def no_gradient(tree: Any) -> Any:
+    """The cotangents of integer arrays in a custom backward."""
+    return jax.tree.map(lambda x: np.zeros(x.shape, float0), tree)
 
 
 def constant_lse(lse: Float[Array, "*shape"], dtype: jnp.dtype) -> Float[Array, "*shape"]:

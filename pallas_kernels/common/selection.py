@@ -6,9 +6,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.common.chunks import KeyWalk, key_walk, map_queries
+from pallas_kernels.common.chunks import key_walk, map_queries
 from pallas_kernels.common.numerics import rank_scores
 from pallas_kernels.common.threshold import COUNT_GROUPS, largest_by_threshold
+from pallas_kernels.types import Visible
 
 THRESHOLD_WIDTH = 1024  # rows at least this long are selected by threshold, shorter ones by `lax.top_k`
 THRESHOLD_BUDGET = 2**19  # numbers searched together; they are read some twenty times and should stay in cache
@@ -23,10 +24,10 @@ def canonical(indices: Int32[Array, "*batch K"], absent: int, topk: int) -> Int3
     return jnp.pad(indices, pads, constant_values=-1)
 
 
-def all_visible(start: Int32[Array, "B C"], end: Int32[Array, "B C"], topk: int) -> Int32[Array, "B C {topk}"]:
+def all_visible(visible: Visible, topk: int) -> Int32[Array, "B C {topk}"]:
     """The selection of queries that see at most `topk` keys: all of them; bounds within the keys, or `start` may overflow."""
-    position = start[..., None] + jnp.arange(topk, dtype=jnp.int32)
-    return jnp.where(position < end[..., None], position, -1)
+    position = visible.start[..., None] + jnp.arange(topk, dtype=jnp.int32)
+    return jnp.where(position < visible.end[..., None], position, -1)
 
 
 def largest_ascending(ranked: Float[Array, "*batch W"], topk: int) -> Int32[Array, "*batch {topk}"]:
@@ -45,8 +46,7 @@ def largest_ascending(ranked: Float[Array, "*batch W"], topk: int) -> Int32[Arra
 
 def select_in_blocks(
     block_scores: BlockScores,
-    start: Int32[Array, "B C"],
-    end: Int32[Array, "B C"],
+    visible: Visible,
     *,
     n_keys: int,
     topk: int,
@@ -57,8 +57,8 @@ def select_in_blocks(
 
     A chunk none of whose queries sees more than `topk` keys needs no scores at all.
     """
-    walk = key_walk(start, end, n_keys, block_k)
-    needed = (walk.end - walk.start).max() > topk
+    walk = key_walk(visible, n_keys, block_k)
+    needed = (walk.visible.end - walk.visible.start).max() > topk
     high = jnp.where(needed, walk.high, walk.low)
     base = walk.first_key(walk.low)
     n_blocks = -(-n_keys // walk.block_k)
@@ -66,10 +66,11 @@ def select_in_blocks(
 
     def score(number: Array, buffer: Array) -> Array:
         first = walk.first_key(number)
-        ranked = jnp.where(_whole_block(walk, number), rank_scores(block_scores(first)), -jnp.inf)
+        # The overlap of the last block included: scoring a key twice writes the same number twice.
+        ranked = jnp.where(walk.in_range(first), rank_scores(block_scores(first)), -jnp.inf)
         return lax.dynamic_update_slice_in_dim(buffer, ranked.astype(dtype), first - base, axis=2)
 
-    buffer = jnp.full_like(start, -jnp.inf, dtype, (*start.shape, widths[-1]))
+    buffer = jnp.full_like(visible.start, -jnp.inf, dtype, (*visible.start.shape, widths[-1]))
     buffer = lax.fori_loop(walk.low, high, score, buffer)
 
     def select(width: int) -> Callable[[Array], Array]:
@@ -81,14 +82,8 @@ def select_in_blocks(
 
     # Scores of the last block end at n_keys, so what was written spans at most (high - low) blocks.
     bucket = jnp.searchsorted(jnp.asarray(widths), (high - walk.low) * walk.block_k)
-    branches = [lambda _: all_visible(walk.start, walk.end, topk), *[select(width) for width in widths]]
+    branches = [lambda _: all_visible(walk.visible, topk), *[select(width) for width in widths]]
     return lax.switch(jnp.where(needed, bucket + 1, 0), branches, buffer)
-
-
-def _whole_block(walk: KeyWalk, number: Array) -> Array:
-    """Visibility with the overlap of the last block left in: scoring a key twice writes the same number twice."""
-    position = walk.first_key(number) + jnp.arange(walk.block_k, dtype=jnp.int32)
-    return (position >= walk.start[..., None]) & (position < walk.end[..., None])
 
 
 def _bucket_widths(n_blocks: int, block_k: int) -> list[int]:

@@ -10,6 +10,7 @@ from pallas_kernels.common import dispatch as _dispatch
 from pallas_kernels.common.explicit import split_like
 from pallas_kernels.common.varying import vary_alike
 from pallas_kernels.dense_attention import reference, xla
+from pallas_kernels.types import Visible
 
 _DENSE = {"reference": reference.dense_attention, "xla": xla.dense_attention}
 _TOPK = {"reference": reference.attention_topk, "xla": xla.attention_topk}
@@ -22,9 +23,9 @@ class DenseAttentionOutput(NamedTuple):
     lse: Float[Array, "B T H"]
 
 
-def _check_dense(q, k, v, softmax_scale, visible_start, visible_end, d_v, **_):
+def _check_dense(q, k, v, visible, softmax_scale, d_v, **_):
     _checks.check_attention_arguments("dense_attention", q, k, v, d_v)
-    _checks.check_ranges("dense_attention", visible_start, visible_end, *q.shape[:2])
+    _checks.check_visible("dense_attention", visible, *q.shape[:2])
     _checks.check_scale("dense_attention", softmax_scale)
 
 
@@ -34,21 +35,20 @@ def dense_attention(
     q: Float[Array, "B T H Dk"],
     k: Float[Array, "B S G Dk"],
     v: Float[Array, "B S G Dv"] | None,
+    visible: Visible,
     *,
     softmax_scale: float,
-    visible_start: Int32[Array, "B T"],
-    visible_end: Int32[Array, "B T"],
     d_v: int | None = None,
     implementation: str | None = None,
 ) -> DenseAttentionOutput:
-    """Softmax attention of query t over all keys in [visible_start[t], visible_end[t]).
+    """Softmax attention of query t over all keys in its visible range.
 
     `out[t, h] = sum_s softmax_s(softmax_scale * q[t, h] . k[s, g(h)]) v[s, g(h)]` with head h in group `h // (H / G)`.
     Differentiable in q, k and v, through both outputs, once and in reverse mode ("reference": in any).
 
     Args:
         v: None for latent attention: the values are the leading `d_v` channels of the keys (all of them when d_v is None).
-        visible_start, visible_end: bounds outside [0, S] are clamped, start == end is empty.
+        visible: query t sees keys [start, end); bounds outside [0, S] are clamped, start == end is empty.
         implementation: see `pallas_kernels.IMPLEMENTATIONS`; None is the default of the device.
 
     Returns:
@@ -59,15 +59,15 @@ def dense_attention(
         ValueError: shapes or dtypes that do not fit, or a known start > end.
     """
     run = _dispatch.choose("dense_attention", implementation, _DENSE, platform=_dispatch.traced_platform())
-    q, k, v, visible_start, visible_end = vary_alike(q, k, v, visible_start, visible_end)
-    return DenseAttentionOutput(*run(q, k, v, visible_start, visible_end, softmax_scale=float(softmax_scale), d_v=d_v))
+    q, k, v, visible = vary_alike(q, k, v, visible)
+    return DenseAttentionOutput(*run(q, k, v, visible, softmax_scale=float(softmax_scale), d_v=d_v))
 
 
-def _check_topk(q, k, lse, softmax_scale, topk, visible_start, visible_end, **_):
+def _check_topk(q, k, lse, visible, softmax_scale, topk, **_):
     _checks.check_attention_arguments("attention_topk", q, k)
     _checks.check_lse("attention_topk", lse, q)
     _checks.check_topk("attention_topk", topk)
-    _checks.check_ranges("attention_topk", visible_start, visible_end, *q.shape[:2])
+    _checks.check_visible("attention_topk", visible, *q.shape[:2])
     _checks.check_scale("attention_topk", softmax_scale)
 
 
@@ -77,11 +77,10 @@ def attention_topk(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S G D"],
     lse: Float[Array, "B T H"],
+    visible: Visible,
     *,
     softmax_scale: float,
     topk: int,
-    visible_start: Int32[Array, "B T"],
-    visible_end: Int32[Array, "B T"],
     implementation: str | None = None,
 ) -> Int32[Array, "B T {topk}"]:
     """The `topk` visible keys that hold most attention probability, summed over heads: what a perfect indexer would select.
@@ -91,7 +90,7 @@ def attention_topk(
     Args:
         lse: of `dense_attention` over the same keys, natural log.
         topk: selected keys per query; may exceed S.
-        visible_start, visible_end: bounds outside [0, S] are clamped, start == end is empty.
+        visible: query t sees keys [start, end); bounds outside [0, S] are clamped, start == end is empty.
         implementation: see `pallas_kernels.IMPLEMENTATIONS`; None is the default of the device.
 
     Returns:
@@ -101,5 +100,5 @@ def attention_topk(
         ValueError: shapes or dtypes that do not fit, topk below 1, or a known start > end.
     """
     run = _dispatch.choose("attention_topk", implementation, _TOPK, platform=_dispatch.traced_platform())
-    stopped = [jax.lax.stop_gradient(x) for x in (q, k, lse)]
-    return run(*vary_alike(*stopped, visible_start, visible_end), softmax_scale=float(softmax_scale), topk=topk)
+    q, k, lse, visible = jax.lax.stop_gradient(vary_alike(q, k, lse, visible))
+    return run(q, k, lse, visible, softmax_scale=float(softmax_scale), topk=topk)

@@ -5,14 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.dtypes import float0
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.common.chunks import KeyWalk, add_to_chunk, key_walk, map_queries, rows_per_chunk, scan_queries, slice_chunk
-from pallas_kernels.common.numerics import accumulation_dtype, add_leading, constant_lse, dot, values_of
+from pallas_kernels.common.numerics import accumulation_dtype, add_leading, clamped, constant_lse, dot, no_gradient, values_of
 from pallas_kernels.common.selection import all_visible, select_in_blocks
+from pallas_kernels.types import Visible
 
 LOGIT_BUDGET = 2**20  # numbers in one block of logits: batch x heads x queries x keys
 BLOCK_K = 512
@@ -22,8 +21,7 @@ def dense_attention(
     q: Float[Array, "B T H Dk"],
     k: Float[Array, "B S G Dk"],
     v: Float[Array, "B S G Dv"] | None,
-    visible_start: Int32[Array, "B T"],
-    visible_end: Int32[Array, "B T"],
+    visible: Visible,
     *,
     softmax_scale: float,
     d_v: int | None,
@@ -33,15 +31,14 @@ def dense_attention(
     if 0 in (q.size, k.shape[1]):
         dtype = accumulation_dtype(q, k)
         return jnp.zeros((*q.shape[:3], width), q.dtype), jnp.full(q.shape[:3], -jnp.inf, dtype)
-    return _attend(q, k, v, visible_start, visible_end, float(softmax_scale), width)
+    return _attend(q, k, v, visible, float(softmax_scale), width)
 
 
 def attention_topk(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S G D"],
     lse: Float[Array, "B T H"],
-    visible_start: Int32[Array, "B T"],
-    visible_end: Int32[Array, "B T"],
+    visible: Visible,
     *,
     softmax_scale: float,
     topk: int,
@@ -49,20 +46,19 @@ def attention_topk(
     """Canonical selection by head-summed probability, one chunk of queries after the other."""
     n_keys = k.shape[1]
     if topk >= n_keys or q.size == 0:
-        return all_visible(jnp.clip(visible_start, 0, n_keys), jnp.clip(visible_end, 0, n_keys), topk)
+        return all_visible(clamped(visible, n_keys), topk)
     block_q, block_k = _block_q(q, n_keys), min(BLOCK_K, n_keys)
 
-    def step(chunk: tuple[Array, ...]) -> Array:
-        q, lse, start, end = chunk
+    def step(chunk: tuple[Any, ...]) -> Array:
+        q, lse, visible = chunk
 
         def block_mass(first: Array) -> Array:
             return probability_mass(as_rows(q, k.shape[2]), slice_chunk(k, first, block_k), lse, softmax_scale)
 
-        return select_in_blocks(
-            block_mass, start, end, n_keys=n_keys, topk=topk, block_k=block_k, dtype=accumulation_dtype(q, k)
-        )
+        dtype = accumulation_dtype(q, k)
+        return select_in_blocks(block_mass, visible, n_keys=n_keys, topk=topk, block_k=block_k, dtype=dtype)
 
-    return map_queries(step, (q, lse, visible_start, visible_end), block_q)
+    return map_queries(step, (q, lse, visible), block_q)
 
 
 def probability_mass(
@@ -114,19 +110,17 @@ def _keys_and_values(k: Array, v: Array | None, first: Array, visible: Array, wi
 
 def _clean(x: Array, walk: KeyWalk) -> Array:
     """Zeros in the rows of queries that see nothing."""
-    return jnp.where((walk.start < walk.end)[..., None, None], x, 0)
+    return jnp.where(walk.visible.some[..., None, None], x, 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(
-    q: Array, k: Array, v: Array | None, visible_start: Array, visible_end: Array, softmax_scale: float, width: int
-) -> tuple[Array, Array]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(q: Array, k: Array, v: Array | None, visible: Visible, softmax_scale: float, width: int) -> tuple[Array, Array]:
     groups = k.shape[2]
     dtype = accumulation_dtype(q, k)
 
-    def step(chunk: tuple[Array, ...]) -> tuple[Array, Array]:
-        q, start, end = chunk
-        walk = key_walk(start, end, k.shape[1], BLOCK_K)
+    def step(chunk: tuple[Any, ...]) -> tuple[Array, Array]:
+        q, visible = chunk
+        walk = key_walk(visible, k.shape[1], BLOCK_K)
         rows = as_rows(_clean(q, walk), groups)
 
         def attend_block(number: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -152,26 +146,26 @@ def _attend(
         out = from_rows(acc / divisor[..., None], q.shape[1]).astype(q.dtype)
         return out, from_rows(lse[..., None], q.shape[1])[..., 0]
 
-    return map_queries(step, (q, visible_start, visible_end), _block_q(q, k.shape[1]))
+    return map_queries(step, (q, visible), _block_q(q, k.shape[1]))
 
 
 def _attend_forward(
-    q: Array, k: Array, v: Array | None, visible_start: Array, visible_end: Array, softmax_scale: float, width: int
-) -> tuple[tuple[Array, Array], tuple[Array | None, ...]]:
-    out, lse = _attend(q, k, v, visible_start, visible_end, softmax_scale, width)
-    return (out, lse), (q, k, v, visible_start, visible_end, out, lse)
+    q: Array, k: Array, v: Array | None, visible: Visible, softmax_scale: float, width: int
+) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
+    out, lse = _attend(q, k, v, visible, softmax_scale, width)
+    return (out, lse), (q, k, v, visible, out, lse)
 
 
 def _attend_backward(
     softmax_scale: float, width: int, residuals: tuple[Any, ...], cotangents: tuple[Array, Array]
 ) -> tuple[Any, ...]:
-    q, k, v, visible_start, visible_end, out, lse = residuals
+    q, k, v, visible, out, lse = residuals
     groups = k.shape[2]
     dtype = accumulation_dtype(q, k)
 
-    def step(carry: tuple[Array, Array | None], chunk: tuple[Array, ...]) -> tuple[tuple[Array, Array | None], Array]:
-        q, start, end, out, lse, d_out, d_lse = chunk
-        walk = key_walk(start, end, k.shape[1], BLOCK_K)
+    def step(carry: tuple[Array, Array | None], chunk: tuple[Any, ...]) -> tuple[tuple[Array, Array | None], Array]:
+        q, visible, out, lse, d_out, d_lse = chunk
+        walk = key_walk(visible, k.shape[1], BLOCK_K)
         rows, d_out = as_rows(_clean(q, walk), groups), _clean(d_out, walk)
         d_lse = _clean(d_lse[..., None], walk)
         # delta - d_lse: what every d_probability of a row is reduced by.
@@ -199,11 +193,9 @@ def _attend_backward(
         return (dk, dv), from_rows(d_q, q.shape[1])
 
     zeros = jnp.zeros_like(k, dtype), None if v is None else jnp.zeros_like(v, dtype)
-    chunks = (q, visible_start, visible_end, out, lse, *cotangents)
+    chunks = (q, visible, out, lse, *cotangents)
     (dk, dv), dq = scan_queries(step, zeros, chunks, _block_q(q, k.shape[1]))
-    no_gradient = np.zeros(visible_start.shape, float0)
-    gradients = dq.astype(q.dtype), dk.astype(k.dtype), None if dv is None else dv.astype(v.dtype)
-    return *gradients, no_gradient, no_gradient
+    return dq.astype(q.dtype), dk.astype(k.dtype), None if dv is None else dv.astype(v.dtype), no_gradient(visible)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

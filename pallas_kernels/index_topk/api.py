@@ -8,12 +8,12 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.common import checks as _checks
 from pallas_kernels.common import dispatch as _dispatch
-from pallas_kernels.common.activation import check_activation
-from pallas_kernels.common.activation_options import activation_options
+from pallas_kernels.common.activation import activation_option, check_activation
 from pallas_kernels.common.explicit import split_like
-from pallas_kernels.common.forced import check_forced, scored_range, with_forced
+from pallas_kernels.common.forced import scored_range, with_forced
 from pallas_kernels.common.varying import vary_alike
 from pallas_kernels.index_topk import mosaic_gpu, pallas_gpu, reference, triton_gpu, xla
+from pallas_kernels.types import NO_FORCED_KEYS, ForcedKeys, IndexHeads, Visible
 
 _SCORES: dict[str, Callable[..., Any]] = {
     "reference": reference.index_scores,
@@ -30,39 +30,33 @@ _TOPK: dict[str, Callable[..., Any]] = {
 }
 
 
-def _check_scores(q_index, k_index, weights, visible_start, visible_end, k_scale, activation, **_):
-    _checks.check_index_arguments("index_scores", q_index, k_index, weights, k_scale, fp8=True)
-    _checks.check_ranges("index_scores", visible_start, visible_end, *q_index.shape[:2])
-    check_activation("index_scores", activation, q_index=q_index, k_scale=k_scale)
+def _check_scores(index, visible, k_scale, activation, **_):
+    _checks.check_index("index_scores", index, k_scale, fp8=True)
+    _checks.check_visible("index_scores", visible, *index.q.shape[:2])
+    check_activation("index_scores", activation)
 
 
 @_checks.checked(_check_scores)
-@split_like("q_index", 2)
+@split_like("index", 2)
 def index_scores(
-    q_index: Float[Array, "B T Hi Di"],
-    k_index: Float[Array, "B S Di"],
-    weights: Float[Array, "B T Hi"],
+    index: IndexHeads,
+    visible: Visible,
     *,
-    visible_start: Int32[Array, "B T"],
-    visible_end: Int32[Array, "B T"],
     k_scale: Float[Array, "B S"] | None = None,
     activation: str = "relu",
     implementation: str | None = None,
 ) -> Float[Array, "B T S"]:
     """Scores of the lightning indexer: how much query t wants key s.
 
-    `score[t, s] = k_scale[s] * sum_h weights[t, h] * relu(q_index[t, h] . k_index[s])`. The result holds T x S numbers: it is
+    `score[t, s] = k_scale[s] * sum_h weights[t, h] * relu(q[t, h] . k[s])`. The result holds T x S numbers: it is
     meant for inspection and tests, `index_topk` never builds it.
 
     Args:
-        q_index, k_index: a float dtype, or both e4m3, as `quantize.quantize_fp8` makes them.
-        weights: float32, signed, the static scales `n_index_heads ** -0.5 * index_head_dim ** -0.5` folded in, and for e4m3
-            queries the scale of each.
-        visible_start, visible_end: query t sees keys [start, end); bounds outside [0, S] are clamped, start == end is empty.
+        index: queries and keys in a float dtype, or both e4m3, as `quantize.quantize_fp8` makes them; the scale of each e4m3
+            query is then folded into its weights, too.
+        visible: query t sees keys [start, end); bounds outside [0, S] are clamped, start == end is empty.
         k_scale: positive scale of each key, 1 when left out; exact where it is a power of two.
-        activation: "relu" as in the source, or a variant to compare it with: "none" weighs the products themselves, "softmax"
-            puts for each head and query `softmax_s(q_index[t, h] . k_index[s])` over the visible keys in the ReLU's place, with
-            no scale of its own: fold one into q_index.
+        activation: "relu" as in the source, or "none", which weighs the dot products themselves.
         implementation: see `pallas_kernels.IMPLEMENTATIONS`; None is the default of the device.
 
     Returns:
@@ -70,44 +64,36 @@ def index_scores(
         Differentiable; the gradient of the ReLU at 0 is 0.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, a known start > end, or fp8 queries or a k_scale with a softmax.
+        ValueError: shapes or dtypes that do not fit, or a known start > end.
         NotImplementedError: an implementation that has no other activation than the ReLU.
 
-    Source: DeepSeek-V3.2-Exp report, section 1, equation 1. The other activations are ours.
+    Source: DeepSeek-V3.2-Exp report, section 1, equation 1. The activation "none" is ours.
     """
     run = _dispatch.choose("index_scores", implementation, _SCORES, platform=_dispatch.traced_platform())
     portable = reference.index_scores, xla.index_scores
-    arrays = vary_alike(q_index, k_index, weights, k_scale, visible_start, visible_end)
-    q_index, k_index, weights, k_scale, visible_start, visible_end = arrays
-    ranges = visible_start, visible_end
-    options = activation_options("index_scores", activation, run, portable, q_index, k_index, *ranges, implementation)
-    return run(q_index, k_index, weights, *ranges, k_scale=k_scale, **options)
+    options = activation_option("index_scores", activation, run, portable, implementation)
+    index, visible, k_scale = vary_alike(index, visible, k_scale)
+    return run(index, visible, k_scale=k_scale, **options)
 
 
-def _check_topk(
-    q_index, k_index, weights, topk, visible_start, visible_end, k_scale, activation, forced_sink, forced_local, **_
-):
-    _checks.check_index_arguments("index_topk", q_index, k_index, weights, k_scale, fp8=True)
+def _check_topk(index, visible, topk, forced, activation, k_scale, **_):
+    _checks.check_index("index_topk", index, k_scale, fp8=True)
     _checks.check_topk("index_topk", topk)
-    check_forced("index_topk", topk, forced_sink, forced_local)
-    _checks.check_ranges("index_topk", visible_start, visible_end, *q_index.shape[:2])
-    check_activation("index_topk", activation, q_index=q_index, k_scale=k_scale)
+    _checks.check_forced("index_topk", topk, forced)
+    _checks.check_visible("index_topk", visible, *index.q.shape[:2])
+    check_activation("index_topk", activation)
 
 
 @_checks.checked(_check_topk)
-@split_like("q_index", 2)
+@split_like("index", 2)
 def index_topk(
-    q_index: Float[Array, "B T Hi Di"],
-    k_index: Float[Array, "B S Di"],
-    weights: Float[Array, "B T Hi"],
+    index: IndexHeads,
+    visible: Visible,
     *,
     topk: int,
-    visible_start: Int32[Array, "B T"],
-    visible_end: Int32[Array, "B T"],
-    k_scale: Float[Array, "B S"] | None = None,
+    forced: ForcedKeys = NO_FORCED_KEYS,
     activation: str = "relu",
-    forced_sink: int = 0,
-    forced_local: int = 0,
+    k_scale: Float[Array, "B S"] | None = None,
     implementation: str | None = None,
 ) -> Int32[Array, "B T {topk}"]:
     """The `topk` visible keys with the highest index score, per query; one selection shared by all attention heads.
@@ -115,12 +101,11 @@ def index_topk(
     Scores as in `index_scores`. Carries no gradient.
 
     Args:
-        weights: float32, signed, static scales folded in (a positive factor never changes the selection).
+        index, k_scale, activation: as in `index_scores`; a positive factor in the weights never changes the selection.
+        visible: query t sees keys [start, end); bounds outside [0, S] are clamped, start == end is empty.
         topk: selected keys per query (k in the paper); may exceed S.
-        visible_start, visible_end: query t sees keys [start, end); bounds outside [0, S] are clamped, start == end is empty.
-        k_scale, activation: as in `index_scores`.
-        forced_sink, forced_local: so many of the first and of the last visible keys are selected whatever their scores; the
-            others of the topk are those of the highest score among the rest. Fewer than topk together.
+        forced: how many of the first and of the last visible keys are selected whatever their scores, fewer than topk together;
+            the others of the topk are those of the highest score among the rest.
         implementation: see `pallas_kernels.IMPLEMENTATIONS`; None is the default of the device.
 
     Returns:
@@ -136,14 +121,11 @@ def index_topk(
     Source: DeepSeek-V3.2-Exp report, section 1, equation 2. The order, the tie rule and the forced keys are ours.
     """
     run = _dispatch.choose("index_topk", implementation, _TOPK, platform=_dispatch.traced_platform())
-    arrays = vary_alike(q_index, k_index, weights, k_scale, visible_start, visible_end)
-    q_index, k_index, weights, scale, visible_start, visible_end = jax.lax.stop_gradient(arrays)
-    portable = reference.index_topk, xla.index_topk
-    ranges, n_keys = (visible_start, visible_end), k_index.shape[1]
-    options = activation_options("index_topk", activation, run, portable, q_index, k_index, *ranges, implementation)
-    if not (forced_sink or forced_local):
-        return run(q_index, k_index, weights, *ranges, topk=topk, k_scale=scale, **options)
-    forced = forced_sink, forced_local
-    scored = scored_range(*ranges, *forced, n_keys)
-    chosen = run(q_index, k_index, weights, *scored, topk=topk - sum(forced), k_scale=scale, **options)
-    return with_forced(chosen, scored, *ranges, *forced, n_keys)
+    options = activation_option("index_topk", activation, run, (reference.index_topk, xla.index_topk), implementation)
+    index, visible, k_scale = jax.lax.stop_gradient(vary_alike(index, visible, k_scale))
+    if not any(forced):
+        return run(index, visible, topk=topk, k_scale=k_scale, **options)
+    n_keys = index.k.shape[1]
+    scored = scored_range(visible, forced, n_keys)
+    chosen = run(index, scored, topk=topk - sum(forced), k_scale=k_scale, **options)
+    return with_forced(chosen, scored, visible, forced, n_keys)

@@ -1,45 +1,34 @@
 """A cheaper selection: blocks of keys by one pooled index key each, then the indexer on the keys inside them."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Int32
 
 from pallas_kernels.common import checks as _checks
 from pallas_kernels.common.activation import check_activation, weighted_sum
 from pallas_kernels.common.chunks import map_queries, rows_per_chunk
 from pallas_kernels.common.explicit import split_like
-from pallas_kernels.common.forced import check_forced, scored_range, with_forced
-from pallas_kernels.common.numerics import accumulation_dtype, dot, rank_scores
+from pallas_kernels.common.forced import scored_range, with_forced
+from pallas_kernels.common.numerics import accumulation_dtype, clamped, dot, rank_scores
 from pallas_kernels.common.selection import canonical, largest_ascending
 from pallas_kernels.common.varying import vary_alike
 from pallas_kernels.index_topk.api import index_topk
 from pallas_kernels.index_topk.block_pooling import check_pooling, pool_blocks
+from pallas_kernels.types import NO_FORCED_KEYS, ForcedKeys, IndexHeads, Visible
 
 GATHER_BUDGET = 2**22
 """Numbers of the candidates' index keys held at once: batch x queries x candidates x channels."""
 
 
-def _check(
-    q_index,
-    k_index,
-    weights,
-    topk,
-    block_size,
-    n_blocks,
-    visible_start,
-    visible_end,
-    activation,
-    forced_sink,
-    forced_local,
-    pooling,
-    **_,
-):
+def _check(index, visible, topk, block_size, n_blocks, pooling, forced, activation, **_):
     check_activation("index_topk_coarse_to_fine", activation)
     check_pooling("index_topk_coarse_to_fine", pooling)
-    _checks.check_index_arguments("index_topk_coarse_to_fine", q_index, k_index, weights)
+    _checks.check_index("index_topk_coarse_to_fine", index)
     _checks.check_topk("index_topk_coarse_to_fine", topk)
-    check_forced("index_topk_coarse_to_fine", topk, forced_sink, forced_local)
-    _checks.check_ranges("index_topk_coarse_to_fine", visible_start, visible_end, *q_index.shape[:2])
+    _checks.check_forced("index_topk_coarse_to_fine", topk, forced)
+    _checks.check_visible("index_topk_coarse_to_fine", visible, *index.q.shape[:2])
     if not all(_checks.is_whole(size) and size > 0 for size in (block_size, n_blocks)):
         raise ValueError(
             f"index_topk_coarse_to_fine: block_size is {block_size!r} and n_blocks {n_blocks!r}; expected positive whole "
@@ -48,21 +37,17 @@ def _check(
 
 
 @_checks.checked(_check)
-@split_like("q_index", 2)
+@split_like("index", 2)
 def index_topk_coarse_to_fine(
-    q_index: Float[Array, "B T Hi Di"],
-    k_index: Float[Array, "B S Di"],
-    weights: Float[Array, "B T Hi"],
+    index: IndexHeads,
+    visible: Visible,
     *,
     topk: int,
     block_size: int,
     n_blocks: int,
-    visible_start: Int32[Array, "B T"],
-    visible_end: Int32[Array, "B T"],
-    activation: str = "relu",
-    forced_sink: int = 0,
-    forced_local: int = 0,
     pooling: str = "mean",
+    forced: ForcedKeys = NO_FORCED_KEYS,
+    activation: str = "relu",
     implementation: str | None = None,
 ) -> Int32[Array, "B T {topk}"]:
     """The `topk` keys of the highest index score among `n_blocks` blocks of keys, plus the first and the last visible block.
@@ -76,9 +61,9 @@ def index_topk_coarse_to_fine(
         topk: selected keys per query; more than the candidates hold are never selected.
         block_size: keys per block, 128 in the source.
         n_blocks: competing blocks that are kept, 64 in the source.
-        activation: "relu" or "none", as in `index_scores`.
-        forced_sink, forced_local: as in `index_topk`; the blocks are those of the keys between the forced ones.
         pooling: how a block's keys become one, "mean" as in the source or "salient", see `block_pooling.pool_blocks`.
+        forced: as in `index_topk`; the blocks are those of the keys between the forced ones.
+        activation: as in `index_scores`.
         implementation: of `index_topk`, which ranks the blocks; the candidates are scored in XLA.
 
     Returns:
@@ -86,60 +71,26 @@ def index_topk_coarse_to_fine(
 
     Raises:
         ValueError: shapes or dtypes that do not fit, sizes below 1, an unknown pooling, or a known start > end.
-        NotImplementedError: activation "softmax", whose normaliser needs the products of all visible keys.
+        NotImplementedError: what the implementation asked for does not cover.
 
     Source: HISA (arXiv 2603.28458) section 3.
     """
-    if activation == "softmax":
-        raise NotImplementedError(
-            "index_topk_coarse_to_fine: activation is 'softmax', whose normaliser runs over keys that this selection never "
-            "reads; expected 'relu' or 'none'. Use index_topk (attention 'sparse')."
-        )
-    n_keys = k_index.shape[1]
-    if forced_sink or forced_local:
-        forced = forced_sink, forced_local
-        scored = scored_range(visible_start, visible_end, *forced, n_keys)
-        chosen = index_topk_coarse_to_fine(
-            q_index,
-            k_index,
-            weights,
-            topk=topk - sum(forced),
-            block_size=block_size,
-            n_blocks=n_blocks,
-            visible_start=scored.start,
-            visible_end=scored.end,
-            activation=activation,
-            pooling=pooling,
-            implementation=implementation,
-        )
-        return with_forced(chosen, scored, visible_start, visible_end, *forced, n_keys)
+    n_keys = index.k.shape[1]
+    rank: dict[str, Any] = {"activation": activation, "implementation": implementation}
+    if any(forced):
+        scored = scored_range(visible, forced, n_keys)
+        rank |= {"block_size": block_size, "n_blocks": n_blocks, "pooling": pooling}
+        chosen = index_topk_coarse_to_fine(index, scored, topk=topk - sum(forced), **rank)
+        return with_forced(chosen, scored, visible, forced, n_keys)
     if (n_blocks + 2) * block_size >= n_keys:
-        return index_topk(
-            q_index,
-            k_index,
-            weights,
-            topk=topk,
-            visible_start=visible_start,
-            visible_end=visible_end,
-            activation=activation,
-            implementation=implementation,
-        )
-    arrays = vary_alike(q_index, k_index, weights, visible_start, visible_end)
-    q_index, k_index, weights, visible_start, visible_end = jax.lax.stop_gradient(arrays)
-    start, end = jnp.clip(visible_start, 0, n_keys), jnp.clip(visible_end, 0, n_keys)
+        return index_topk(index, visible, topk=topk, **rank)
+    (q_index, k_index, weights), visible = jax.lax.stop_gradient(vary_alike(index, visible))
+    start, end = clamped(visible, n_keys)
     first, last = start // block_size, jnp.maximum(end - 1, 0) // block_size
+    pooled = IndexHeads(q_index, pool_blocks(k_index, block_size, pooling).astype(k_index.dtype), weights)
     # Strictly between the first and the last, ascending, -1 after the last one.
-    blocks = index_topk(
-        q_index,
-        pool_blocks(k_index, block_size, pooling).astype(k_index.dtype),
-        weights,
-        topk=n_blocks,
-        visible_start=jnp.minimum(first + 1, last),
-        visible_end=last,
-        activation=activation,
-        implementation=implementation,
-    )
-    chosen = jnp.concatenate([first[..., None], blocks, jnp.where(last > first, last, -1)[..., None]], axis=-1)
+    between = index_topk(pooled, Visible(jnp.minimum(first + 1, last), last), topk=n_blocks, **rank)
+    chosen = jnp.concatenate([first[..., None], between, jnp.where(last > first, last, -1)[..., None]], axis=-1)
     n_candidates = chosen.shape[-1] * block_size
 
     def step(chunk: tuple[Array, ...]) -> Array:

@@ -12,9 +12,11 @@ from pallas_kernels import tuning
 from pallas_kernels.common import gpu_tiles as tiling
 from pallas_kernels.common.dispatch import traced_device_kind, traced_platform
 from pallas_kernels.common.index_scores import Kind, index_problem
+from pallas_kernels.common.numerics import clamped
 from pallas_kernels.index_topk import pallas_gpu
 from pallas_kernels.tuning.kernels import SHARED_BYTES
 from pallas_kernels.tuning.tiles import WarpgroupTiles
+from pallas_kernels.types import IndexHeads, Visible
 
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 MOST_COLUMNS = 256
@@ -45,7 +47,7 @@ def default_tiles(queries: int, heads: int, dim: int, itemsize: int) -> Warpgrou
     return dataclasses.replace(tiles, block_q=block_q, num_stages=num_stages)
 
 
-def check_call(op: str, q_index: Array, k_index: Array, weights: Array, k_scale: Array | None, interpret: bool | None) -> None:
+def check_call(op: str, index: IndexHeads, k_scale: Array | None, interpret: bool | None) -> None:
     """Whether the kernel covers a call of `op`, here.
 
     Raises:
@@ -62,9 +64,9 @@ def check_call(op: str, q_index: Array, k_index: Array, weights: Array, k_scale:
             f"{op}: mosaic runs on GPUs of the Hopper generation; this is {device!r}. Pass implementation='pallas' or 'xla'."
         )
     check = functools.partial(tiling.check_dtypes, op, implementation="mosaic")
-    check("q_index and k_index", q_index, k_index, allowed=("bfloat16", "float16", "float8_e4m3fn"))
-    check("weights (and k_scale)", weights, k_scale, allowed=("float32",))
-    (heads, dim), itemsize = q_index.shape[2:], q_index.dtype.itemsize
+    check("index.q and index.k", index.q, index.k, allowed=("bfloat16", "float16", "float8_e4m3fn"))
+    check("index.weights (and k_scale)", index.weights, k_scale, allowed=("float32",))
+    (heads, dim), itemsize = index.q.shape[2:], index.q.dtype.itemsize
     if heads % 8 or heads > MOST_COLUMNS:
         raise NotImplementedError(
             f"{op}: mosaic needs a multiple of 8 heads and at most {MOST_COLUMNS}, which are the columns of its "
@@ -78,11 +80,8 @@ def check_call(op: str, q_index: Array, k_index: Array, weights: Array, k_scale:
 
 
 def mosaic_scores(
-    q_index: Array,
-    k_index: Array,
-    weights: Array,
-    visible_start: Array,
-    visible_end: Array,
+    index: IndexHeads,
+    visible: Visible,
     k_scale: Array | None,
     kind: Kind,
     interpret: bool | None,
@@ -91,24 +90,19 @@ def mosaic_scores(
     """As `pallas_gpu.kernel_scores`, of a call that `check_call` lets pass."""
     from pallas_kernels.index_topk import mosaic_kernels
 
-    (batch, queries, heads, dim), n_keys = q_index.shape, k_index.shape[1]
+    (batch, queries, heads, dim), n_keys = index.q.shape, index.k.shape[1]
     if tiles is None:
-        problem = index_problem(q_index, bool(interpret))
-        shape = tiling.call_shape(problem, q_index.dtype, queries=batch * queries, keys=n_keys)
-        tiles = tuning.choose(f"mosaic_{kind}", shape, default_tiles(queries, heads, dim, q_index.dtype.itemsize))
-    scale = jnp.ones(k_index.shape[:2], jnp.float32) if k_scale is None else k_scale
-    start, end = jnp.clip(visible_start, 0, n_keys), jnp.clip(visible_end, 0, n_keys)
-    return mosaic_kernels.head_sums(
-        q_index, k_index, weights, start, end, scale, kind=kind, tiles=tiles, interpret=bool(interpret)
-    )
+        problem = index_problem(index.q, bool(interpret))
+        shape = tiling.call_shape(problem, index.q.dtype, queries=batch * queries, keys=n_keys)
+        tiles = tuning.choose(f"mosaic_{kind}", shape, default_tiles(queries, heads, dim, index.q.dtype.itemsize))
+    scale = jnp.ones(index.k.shape[:2], jnp.float32) if k_scale is None else k_scale
+    visible = clamped(visible, n_keys)
+    return mosaic_kernels.head_sums(*index, *visible, scale, kind=kind, tiles=tiles, interpret=bool(interpret))
 
 
 def index_scores(
-    q_index: Float[Array, "B T Hi Di"],
-    k_index: Float[Array, "B S Di"],
-    weights: Float[Array, "B T Hi"],
-    visible_start: Int32[Array, "B T"],
-    visible_end: Int32[Array, "B T"],
+    index: IndexHeads,
+    visible: Visible,
     *,
     k_scale: Float[Array, "B S"] | None = None,
     interpret: bool | None = None,
@@ -128,26 +122,14 @@ def index_scores(
     Raises:
         NotImplementedError: a jax, device, dtype, number of heads or of channels that the kernel does not cover.
     """
-    check_call("index_scores", q_index, k_index, weights, k_scale, interpret)
-    return pallas_gpu.index_scores(
-        q_index,
-        k_index,
-        weights,
-        visible_start,
-        visible_end,
-        k_scale=k_scale,
-        scores=mosaic_scores,
-        interpret=interpret,
-        tiles=tiles,
-    )
+    check_call("index_scores", index, k_scale, interpret)
+    options: dict[str, Any] = {"k_scale": k_scale, "interpret": interpret, "tiles": tiles}
+    return pallas_gpu.index_scores(index, visible, scores=mosaic_scores, **options)
 
 
 def index_topk(
-    q_index: Float[Array, "B T Hi Di"],
-    k_index: Float[Array, "B S Di"],
-    weights: Float[Array, "B T Hi"],
-    visible_start: Int32[Array, "B T"],
-    visible_end: Int32[Array, "B T"],
+    index: IndexHeads,
+    visible: Visible,
     *,
     topk: int,
     k_scale: Float[Array, "B S"] | None = None,
@@ -155,16 +137,6 @@ def index_topk(
     **options: Any,
 ) -> Int32[Array, "B T {topk}"]:
     """Canonical selection over these scores, as `pallas_gpu.index_topk`, which takes the same `options`."""
-    check_call("index_topk", q_index, k_index, weights, k_scale, interpret)
-    return pallas_gpu.index_topk(
-        q_index,
-        k_index,
-        weights,
-        visible_start,
-        visible_end,
-        topk=topk,
-        k_scale=k_scale,
-        scores=mosaic_scores,
-        interpret=interpret,
-        **options,
-    )
+    check_call("index_topk", index, k_scale, interpret)
+    options |= {"k_scale": k_scale, "interpret": interpret}
+    return pallas_gpu.index_topk(index, visible, topk=topk, scores=mosaic_scores, **options)

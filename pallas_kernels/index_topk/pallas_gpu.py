@@ -6,19 +6,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.dtypes import float0
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.common import gpu_tiles as tiling
 from pallas_kernels.common import index_scores as _head_sums
 from pallas_kernels.common.chunks import map_queries, rows_per_chunk
 from pallas_kernels.common.index_scores import Kind
+from pallas_kernels.common.numerics import clamped, no_gradient
 from pallas_kernels.common.selection import all_visible, canonical
 from pallas_kernels.common.threshold import COUNT_GROUPS, largest_by_threshold
 from pallas_kernels.index_topk import xla
 from pallas_kernels.tuning.tiles import AnyTiles, QueryTiles
+from pallas_kernels.types import IndexHeads, Visible
 
 SCORE_BUDGET = 2**26
 """Scores of one chunk: batch x queries x keys. A quarter of a GiB; the search reads them about as often again."""
@@ -27,77 +27,66 @@ Scores = Callable[..., Array]
 
 
 def kernel_scores(
-    q_index: Array,
-    k_index: Array,
-    weights: Array,
-    visible_start: Array,
-    visible_end: Array,
+    index: IndexHeads,
+    visible: Visible,
     k_scale: Array | None,
     kind: Kind,
     interpret: bool | None,
     tiles: QueryTiles | None,
 ) -> Array:
     """Scores of all queries against keys padded to whole blocks."""
+    q, k, weights = index
     allowed = (*tiling.HALF_AND_SINGLE, "float8_e4m3fn")
-    tiling.check_dtypes("index_scores", "q_index and k_index", q_index, k_index, allowed=allowed)
-    tiling.check_dtypes("index_scores", "weights (and k_scale)", weights, k_scale, allowed=("float32",))
-    tiling.check_offsets("index_scores", "k_index", k_index)
+    tiling.check_dtypes("index_scores", "index.q and index.k", q, k, allowed=allowed)
+    tiling.check_dtypes("index_scores", "index.weights (and k_scale)", weights, k_scale, allowed=("float32",))
+    tiling.check_offsets("index_scores", "index.k", k)
     interpret = tiling.is_interpreted("index_scores") if interpret is None else interpret
     return _head_sums.head_sums_visible(
-        q_index,
-        k_index[:, :, None],
+        q,
+        k[:, :, None],
         weights,
-        visible_start,
-        visible_end,
+        visible,
         kind=kind,
-        problem=_head_sums.index_problem(q_index, interpret),
+        problem=_head_sums.index_problem(q, interpret),
         k_scale=k_scale,
         tiles=tiles,
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _differentiable_scores(
-    q_index: Array,
-    k_index: Array,
-    weights: Array,
-    visible_start: Array,
-    visible_end: Array,
+    index: IndexHeads,
+    visible: Visible,
     k_scale: Array | None,
     scores: Scores,
     interpret: bool | None,
     tiles: AnyTiles | None,
 ) -> Array:
-    ranges = visible_start, visible_end
-    return scores(q_index, k_index, weights, *ranges, k_scale, "scores", interpret, tiles)[..., : k_index.shape[1]]
+    return scores(index, visible, k_scale, "scores", interpret, tiles)[..., : index.k.shape[1]]
 
 
 def _forward(*arguments: Any) -> tuple[Array, tuple[Any, ...]]:
-    return _differentiable_scores(*arguments), arguments[:6]
+    return _differentiable_scores(*arguments), arguments[:3]
 
 
 def _backward(
     scores: Scores, interpret: bool | None, tiles: AnyTiles | None, residuals: tuple[Any, ...], d_scores: Array
 ) -> tuple[Any, ...]:
-    q_index, k_index, weights, start, end, k_scale = residuals
+    index, visible, k_scale = residuals
 
-    def by_xla(q: Array, k: Array, w: Array, scale: Array | None) -> Array:
-        return xla.index_scores(q, k, w, start, end, k_scale=scale)
+    def by_xla(index: IndexHeads, k_scale: Array | None) -> Array:
+        return xla.index_scores(index, visible, k_scale=k_scale)
 
-    d_q, d_k, d_weights, d_scale = jax.vjp(by_xla, q_index, k_index, weights, k_scale)[1](d_scores)
-    no_gradient = np.zeros(start.shape, float0)
-    return d_q, d_k, d_weights, no_gradient, no_gradient, d_scale
+    d_index, d_scale = jax.vjp(by_xla, index, k_scale)[1](d_scores)
+    return d_index, no_gradient(visible), d_scale
 
 
 _differentiable_scores.defvjp(_forward, _backward)
 
 
 def index_scores(
-    q_index: Float[Array, "B T Hi Di"],
-    k_index: Float[Array, "B S Di"],
-    weights: Float[Array, "B T Hi"],
-    visible_start: Int32[Array, "B T"],
-    visible_end: Int32[Array, "B T"],
+    index: IndexHeads,
+    visible: Visible,
     *,
     k_scale: Float[Array, "B S"] | None = None,
     scores: Scores = kernel_scores,
@@ -114,9 +103,9 @@ def index_scores(
     Raises:
         NotImplementedError: a dtype, device or number of channels that the kernel does not cover.
     """
-    if 0 in (q_index.size, k_index.shape[1]):
-        return jnp.zeros((*q_index.shape[:2], k_index.shape[1]), jnp.float32)
-    return _differentiable_scores(q_index, k_index, weights, visible_start, visible_end, k_scale, scores, interpret, tiles)
+    if 0 in (index.q.size, index.k.shape[1]):
+        return jnp.zeros((*index.q.shape[:2], index.k.shape[1]), jnp.float32)
+    return _differentiable_scores(index, visible, k_scale, scores, interpret, tiles)
 
 
 def largest_by_counting(ranked: Float[Array, "B C W"], topk: int) -> Int32[Array, "B C {topk}"]:
@@ -128,11 +117,8 @@ def largest_by_counting(ranked: Float[Array, "B C W"], topk: int) -> Int32[Array
 
 
 def index_topk(
-    q_index: Float[Array, "B T Hi Di"],
-    k_index: Float[Array, "B S Di"],
-    weights: Float[Array, "B T Hi"],
-    visible_start: Int32[Array, "B T"],
-    visible_end: Int32[Array, "B T"],
+    index: IndexHeads,
+    visible: Visible,
     *,
     topk: int,
     k_scale: Float[Array, "B S"] | None = None,
@@ -149,19 +135,19 @@ def index_topk(
         largest: selects the positions of the largest scores of rows, as `largest_by_counting` does.
         scores, interpret, tiles: as in `index_scores`.
     """
-    batch, n_keys = k_index.shape[:2]
-    if topk >= n_keys or q_index.size == 0:
-        return all_visible(jnp.clip(visible_start, 0, n_keys), jnp.clip(visible_end, 0, n_keys), topk)
-    block_q = rows_per_chunk(score_budget, batch * n_keys, smallest=1, largest=q_index.shape[1])
+    batch, n_keys = index.k.shape[:2]
+    if topk >= n_keys or index.q.size == 0:
+        return all_visible(clamped(visible, n_keys), topk)
+    block_q = rows_per_chunk(score_budget, batch * n_keys, smallest=1, largest=index.q.shape[1])
 
-    def step(chunk: tuple[Array, ...]) -> Array:
-        q, w, start, end = chunk
-        start, end = jnp.clip(start, 0, n_keys), jnp.clip(end, 0, n_keys)
+    def step(chunk: tuple[Any, ...]) -> Array:
+        q, weights, visible = chunk
+        visible = clamped(visible, n_keys)
 
         def select(_: None) -> Array:
-            ranked = scores(q, k_index, w, start, end, k_scale, "ranked_scores", interpret, tiles)
+            ranked = scores(IndexHeads(q, index.k, weights), visible, k_scale, "ranked_scores", interpret, tiles)
             return canonical(largest(ranked, topk), n_keys, topk)
 
-        return lax.cond((end - start).max() > topk, select, lambda _: all_visible(start, end, topk), None)
+        return lax.cond((visible.end - visible.start).max() > topk, select, lambda _: all_visible(visible, topk), None)
 
-    return map_queries(step, (q_index, weights, visible_start, visible_end), block_q)
+    return map_queries(step, (index.q, index.weights, visible), block_q)

@@ -8,33 +8,30 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.common.activation import activate
 from pallas_kernels.common.numerics import accumulation_dtype, rank_scores, visible_mask, widen_fp8
+from pallas_kernels.types import IndexHeads, Visible
 
 
 def index_scores(
-    q_index: Float[Array, "B T Hi Di"],
-    k_index: Float[Array, "B S Di"],
-    weights: Float[Array, "B T Hi"],
-    visible_start: Int32[Array, "B T"],
-    visible_end: Int32[Array, "B T"],
+    index: IndexHeads,
+    visible: Visible,
     *,
     k_scale: Float[Array, "B S"] | None = None,
     activation: str = "relu",
-    head_lse: Float[Array, "B T Hi"] | None = None,
 ) -> Float[Array, "B T S"]:
     """k_scale * sum_h weights * activate(q . k), -inf where invisible."""
-    q_index, k_index = widen_fp8(q_index), widen_fp8(k_index)
-    visible = visible_mask(visible_start, visible_end, k_index.shape[1])
+    q, k, weights = widen_fp8(index.q), widen_fp8(index.k), index.weights
+    mask = visible_mask(visible, k.shape[1])
     # A key nobody sees and a query that sees nothing may hold NaN, which a mask alone would let into the gradients.
-    seen = visible.any(1)
-    k_index = jnp.where(seen[..., None], k_index, 0)
-    sees = visible.any(2)[..., None]
-    q_index, weights = jnp.where(sees[..., None], q_index, 0), jnp.where(sees, weights, 0)
-    dtype = accumulation_dtype(q_index, k_index, weights)
-    products = jnp.einsum("bthd,bsd->bths", q_index.astype(dtype), k_index.astype(dtype), precision=jax.lax.Precision.HIGHEST)
-    scores = (weights[..., None].astype(dtype) * activate(products, head_lse, activation)).sum(2)
+    seen = mask.any(1)
+    k = jnp.where(seen[..., None], k, 0)
+    sees = mask.any(2)[..., None]
+    q, weights = jnp.where(sees[..., None], q, 0), jnp.where(sees, weights, 0)
+    dtype = accumulation_dtype(q, k, weights)
+    products = jnp.einsum("bthd,bsd->bths", q.astype(dtype), k.astype(dtype), precision=jax.lax.Precision.HIGHEST)
+    scores = (weights[..., None].astype(dtype) * activate(products, activation)).sum(2)
     if k_scale is not None:
         scores = scores * jnp.where(seen, k_scale, 0)[:, None].astype(dtype)
-    return jnp.where(visible, scores, -jnp.inf)
+    return jnp.where(mask, scores, -jnp.inf)
 
 
 def canonical_topk(scores: Float[Array, "B T S"], visible: Bool[Array, "B T S"], topk: int) -> Int32[Array, "B T {topk}"]:
@@ -49,16 +46,13 @@ def canonical_topk(scores: Float[Array, "B T S"], visible: Bool[Array, "B T S"],
 
 
 def index_topk(
-    q_index: Float[Array, "B T Hi Di"],
-    k_index: Float[Array, "B S Di"],
-    weights: Float[Array, "B T Hi"],
-    visible_start: Int32[Array, "B T"],
-    visible_end: Int32[Array, "B T"],
+    index: IndexHeads,
+    visible: Visible,
     *,
     topk: int,
     k_scale: Float[Array, "B S"] | None = None,
     **activation: Any,
 ) -> Int32[Array, "B T {topk}"]:
     """Canonical selection over the index scores; `activation` as in `index_scores`."""
-    scores = index_scores(q_index, k_index, weights, visible_start, visible_end, k_scale=k_scale, **activation)
-    return canonical_topk(scores, visible_mask(visible_start, visible_end, k_index.shape[1]), topk)
+    scores = index_scores(index, visible, k_scale=k_scale, **activation)
+    return canonical_topk(scores, visible_mask(visible, index.k.shape[1]), topk)

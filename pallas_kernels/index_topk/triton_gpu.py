@@ -13,17 +13,14 @@ from pallas_kernels.common.dispatch import traced_platform
 from pallas_kernels.common.varying import vary_over, varying_axes
 from pallas_kernels.index_topk import pallas_gpu
 from pallas_kernels.tuning.tiles import ScanTiles
+from pallas_kernels.types import IndexHeads, Visible
 
 
 def index_topk(
-    q_index: Float[Array, "B T Hi Di"],
-    k_index: Float[Array, "B S Di"],
-    weights: Float[Array, "B T Hi"],
-    visible_start: Int32[Array, "B T"],
-    visible_end: Int32[Array, "B T"],
+    index: IndexHeads,
+    visible: Visible,
     *,
     topk: int,
-    k_scale: Float[Array, "B S"] | None = None,
     compute_capability: int | None = None,
     **options: Any,
 ) -> Int32[Array, "B T {topk}"]:
@@ -46,9 +43,7 @@ def index_topk(
             f"index_topk: triton runs on NVIDIA GPUs; this is {traced_platform()!r}. Pass implementation='xla'."
         )
     largest = functools.partial(_largest_by_radix, compute_capability=compute_capability)
-    return pallas_gpu.index_topk(
-        q_index, k_index, weights, visible_start, visible_end, topk=topk, k_scale=k_scale, largest=largest, **options
-    )
+    return pallas_gpu.index_topk(index, visible, topk=topk, largest=largest, **options)
 
 
 def _largest_by_radix(

@@ -10,19 +10,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.dtypes import float0
 from jax.scipy.special import xlogy
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.common import gpu_tiles as tiling
 from pallas_kernels.common import index_scores as _head_sums
 from pallas_kernels.common.chunks import map_queries, rows_per_chunk, scan_queries
-from pallas_kernels.common.numerics import constant_lse, softmax_and_lse, sum_over_axis, visible_mask
+from pallas_kernels.common.numerics import clamped, constant_lse, no_gradient, softmax_and_lse, sum_over_axis, visible_mask
 from pallas_kernels.indexer_loss import pallas_gpu_gradients as gradients
 from pallas_kernels.indexer_loss.xla_selected import set_members
 from pallas_kernels.sparse_attention.xla import join_batch, join_batch_indices
 from pallas_kernels.tuning.tiles import QueryTiles, Tiles
+from pallas_kernels.types import IndexHeads, Visible
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +45,11 @@ class Settings:
 
 
 def indexer_kl(
-    q_index: Float[Array, "B T Hi Di"],
-    k_index: Float[Array, "B N Di"],
-    weights: Float[Array, "B T Hi"],
+    index: IndexHeads,
+    visible: Visible,
     q: Float[Array, "B T H Dk"],
     k: Float[Array, "B S G Dk"],
     lse: Float[Array, "B T H"],
-    visible_start: Int32[Array, "B T"],
-    visible_end: Int32[Array, "B T"],
     *,
     softmax_scale: float,
     topk_indices: Int32[Array, "B T K"] | None,
@@ -72,22 +68,23 @@ def indexer_kl(
     Raises:
         NotImplementedError: a dtype, device, or number of heads or channels that the kernels do not cover.
     """
-    tiling.check_dtypes("indexer_kl", "q_index and k_index", q_index, k_index)
+    tiling.check_dtypes("indexer_kl", "index.q and index.k", index.q, index.k)
     tiling.check_dtypes("indexer_kl", "q and k", q, k)
-    tiling.check_dtypes("indexer_kl", "weights and lse", weights, lse, allowed=("float32",))
+    tiling.check_dtypes("indexer_kl", "index.weights and lse", index.weights, lse, allowed=("float32",))
     interpret = tiling.is_interpreted("indexer_kl") if interpret is None else interpret
     static = Settings(float(softmax_scale), interpret, head_axis, keys_per_index_key, deterministic, **settings)
     n_keys = k.shape[1]
     if 0 in (q.size, n_keys) or (topk_indices is not None and topk_indices.shape[2] == 0):
         return jnp.zeros(q.shape[:2], jnp.float32)
-    start, end = jnp.clip(visible_start, 0, n_keys), jnp.clip(visible_end, 0, n_keys)
+    visible = clamped(visible, n_keys)
     lse = constant_lse(lse, jnp.dtype(jnp.float32))
     if topk_indices is None:
-        return _kl_over_visible(q_index, k_index, weights, q, k, lse, start, end, static)
+        return _kl_over_visible(index, visible, q, k, lse, static)
     first = n_keys * jnp.arange(k.shape[0], dtype=jnp.int32)[:, None]
     places = join_batch_indices(topk_indices, n_keys)
-    _, places = set_members(places, join_batch(start + first), join_batch(end + first), n_keys * k.shape[0])
-    arrays = (join_batch(x)[0] for x in (q_index, k_index, weights, q, k, lse))
+    joined = jax.tree.map(lambda bound: join_batch(bound + first), visible)
+    _, places = set_members(places, joined, n_keys * k.shape[0])
+    arrays = jax.tree.map(lambda x: join_batch(x)[0], (index, q, k, lse))
     return _kl_over_selected(*arrays, places[0], static).reshape(q.shape[:2])
 
 
@@ -108,102 +105,87 @@ def _times(d_kl: Array, d_scores: Array) -> Array:
     return jnp.where(d_scores == 0, 0, d_scores * d_kl[..., None])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _kl_over_selected(
-    q_index: Array, k_index: Array, weights: Array, q: Array, k: Array, lse: Array, indices: Array, static: Settings
-) -> Array:
-    return _selected_forward(q_index, k_index, weights, q, k, lse, indices, static)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _kl_over_selected(index: IndexHeads, q: Array, k: Array, lse: Array, indices: Array, static: Settings) -> Array:
+    return _selected_forward(index, q, k, lse, indices, static)[0]
 
 
 def _selected_forward(
-    q_index: Array, k_index: Array, weights: Array, q: Array, k: Array, lse: Array, indices: Array, static: Settings
-) -> tuple[Array, tuple[Array, ...]]:
+    index: IndexHeads, q: Array, k: Array, lse: Array, indices: Array, static: Settings
+) -> tuple[Array, tuple[Any, ...]]:
     sums = functools.partial(_head_sums.head_sums_selected, indices=indices, tiles=static.sum_tiles)
     attention = _head_sums.attention_problem(q, k, static.softmax_scale, static.interpret)
-    index = _head_sums.index_problem(q_index, static.interpret)
+    problem = _head_sums.index_problem(index.q, static.interpret)
     mass = sum_over_axis(sums(q, k, lse, kind="probability", problem=attention), static.head_axis)
-    scores = sums(q_index, k_index[:, None], weights, kind="scores", problem=index)
+    scores = sums(index.q, index.k[:, None], index.weights, kind="scores", problem=problem)
     kl, d_scores = _kl_and_gradient(scores, mass, indices >= 0)
-    return kl, (q_index, k_index, weights, indices, d_scores)
+    return kl, (index, indices, d_scores)
 
 
-def _selected_backward(static: Settings, residuals: tuple[Array, ...], d_kl: Array) -> tuple[Any, ...]:
-    q_index, k_index, weights, indices, d_scores = residuals
+def _selected_backward(static: Settings, residuals: tuple[Any, ...], d_kl: Array) -> tuple[Any, ...]:
+    index, indices, d_scores = residuals
     d_q, d_k, d_weights = gradients.selected_gradients(
-        q_index,
-        k_index,
-        weights,
+        index,
         indices,
         _times(d_kl, d_scores),
-        problem=_head_sums.index_problem(q_index, static.interpret),
+        problem=_head_sums.index_problem(index.q, static.interpret),
         deterministic=static.deterministic,
         budget_bytes=static.budget_bytes,
         tiles=static.gradient_tiles,
     )
-    return d_q, d_k.astype(k_index.dtype), d_weights, None, None, None, np.zeros(indices.shape, float0)
+    return IndexHeads(d_q, d_k.astype(index.k.dtype), d_weights), None, None, None, no_gradient(indices)
 
 
 _kl_over_selected.defvjp(_selected_forward, _selected_backward)
 
 
-def _visible_chunk(chunk: tuple[Array, ...], k_index: Array, k: Array, static: Settings) -> tuple[Array, Array]:
+def _visible_chunk(chunk: tuple[Any, ...], k_index: Array, k: Array, static: Settings) -> tuple[Array, Array]:
     """(KL, its gradient in the scores) of one chunk of queries."""
-    q_index, weights, q, lse, start, end = chunk
+    q_index, weights, q, lse, visible = chunk
     n_keys = k.shape[1]
-    sums = functools.partial(_head_sums.head_sums_visible, start=start, end=end, tiles=static.sum_tiles)
+    sums = functools.partial(_head_sums.head_sums_visible, visible=visible, tiles=static.sum_tiles)
     attention = _head_sums.attention_problem(q, k, static.softmax_scale, static.interpret)
     index = _head_sums.index_problem(q_index, static.interpret)
     mass = sum_over_axis(sums(q, k, lse, kind="probability", problem=attention)[..., :n_keys], static.head_axis)
     scores = sums(q_index, k_index[:, :, None], weights, kind="scores", problem=index)[..., :n_keys]
-    return _kl_and_gradient(scores, mass, visible_mask(start, end, n_keys))
+    return _kl_and_gradient(scores, mass, visible_mask(visible, n_keys))
 
 
 def _block_q(q: Array, k: Array, static: Settings) -> int:
     return rows_per_chunk(static.score_budget, k.shape[0] * k.shape[1], smallest=1, largest=q.shape[1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
-def _kl_over_visible(
-    q_index: Array,
-    k_index: Array,
-    weights: Array,
-    q: Array,
-    k: Array,
-    lse: Array,
-    start: Array,
-    end: Array,
-    static: Settings,
-) -> Array:
-    k_index = jnp.repeat(k_index, static.keys_per_index_key, axis=1)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _kl_over_visible(index: IndexHeads, visible: Visible, q: Array, k: Array, lse: Array, static: Settings) -> Array:
+    k_index = jnp.repeat(index.k, static.keys_per_index_key, axis=1)
     step = lambda chunk: _visible_chunk(chunk, k_index, k, static)[0]
-    return map_queries(step, (q_index, weights, q, lse, start, end), _block_q(q, k, static))
+    return map_queries(step, (index.q, index.weights, q, lse, visible), _block_q(q, k, static))
 
 
-def _visible_forward(*arguments: Any) -> tuple[Array, tuple[Array, ...]]:
+def _visible_forward(*arguments: Any) -> tuple[Array, tuple[Any, ...]]:
     return _kl_over_visible(*arguments), arguments[:-1]
 
 
-def _visible_backward(static: Settings, residuals: tuple[Array, ...], d_kl: Array) -> tuple[Any, ...]:
-    q_index, index_keys, weights, q, k, lse, start, end = residuals
-    k_index = jnp.repeat(index_keys, static.keys_per_index_key, axis=1)
-    problem = _head_sums.index_problem(q_index, static.interpret)
+def _visible_backward(static: Settings, residuals: tuple[Any, ...], d_kl: Array) -> tuple[Any, ...]:
+    index, visible, q, k, lse = residuals
+    k_index = jnp.repeat(index.k, static.keys_per_index_key, axis=1)
+    problem = _head_sums.index_problem(index.q, static.interpret)
 
-    def step(total: Array, chunk: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
-        q_index, weights, _, _, start, end, d_kl = chunk
-        start, end = jnp.maximum(start, 0), jnp.maximum(end, 0)  # padding is -1
+    def step(total: Array, chunk: tuple[Any, ...]) -> tuple[Array, tuple[Array, Array]]:
+        q_index, weights, _, _, visible, d_kl = chunk
+        visible = clamped(visible, k.shape[1])  # padding is -1
         d_scores = _times(d_kl, _visible_chunk(chunk[:-1], k_index, k, static)[1])
         total, d_q, d_weights = gradients.visible_gradients(
-            total, q_index, k_index, weights, start, end, d_scores, problem=problem, tiles=static.gradient_tiles
+            total, IndexHeads(q_index, k_index, weights), visible, d_scores, problem=problem, tiles=static.gradient_tiles
         )
         return total, (d_q, d_weights)
 
-    chunks = (q_index, weights, q, lse, start, end, d_kl)
+    chunks = (index.q, index.weights, q, lse, visible, d_kl)
     zeros = jnp.zeros_like(k_index, jnp.float32)
     d_k, (d_q, d_weights) = scan_queries(step, zeros, chunks, _block_q(q, k, static))
     # Summed before it is rounded: what the copies of an index key get cancels for the most part.
-    d_k = d_k.reshape(*index_keys.shape[:2], static.keys_per_index_key, -1).sum(2)
-    no_range = np.zeros(start.shape, float0)
-    return d_q, d_k.astype(k_index.dtype), d_weights, None, None, None, no_range, no_range
+    d_k = d_k.reshape(*index.k.shape[:2], static.keys_per_index_key, -1).sum(2)
+    return IndexHeads(d_q, d_k.astype(k_index.dtype), d_weights), no_gradient(visible), None, None, None
 
 
 _kl_over_visible.defvjp(_visible_forward, _visible_backward)

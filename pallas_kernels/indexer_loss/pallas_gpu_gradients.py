@@ -19,6 +19,7 @@ from pallas_kernels.common.gpu_tiles import Problem, Refs
 from pallas_kernels.common.index_scores import per_row
 from pallas_kernels.sparse_attention import pallas_gpu_backward as backward
 from pallas_kernels.tuning.tiles import SMALLEST_SIDE, Tiles
+from pallas_kernels.types import IndexHeads, Visible
 
 MOST_HEADS = 128
 """Index heads whose gradient one program holds."""
@@ -103,9 +104,7 @@ def _store_query(
 
 
 def selected_gradients(
-    q: Float[Array, "T H D"],
-    k: Float[Array, "S D"],
-    weights: Float[Array, "T H"],
+    index: IndexHeads,
     indices: Int32[Array, "T K"],
     d_scores: Float[Array, "T K"],
     *,
@@ -117,10 +116,12 @@ def selected_gradients(
     """(dq, dk, d_weights), dk in float32, of the scores of the keys that each query lists.
 
     Args:
+        index: of one row, without a batch axis: q [T, H, D], k [S, D], weights [T, H].
         d_scores: dL/dscore of every slot; those of empty slots do not matter.
         deterministic: the same bits every run, at the cost of one write and one read of every slot's gradient,
             `budget_bytes` of them at a time. Otherwise they are added to memory in no fixed order.
     """
+    q, k, weights = index
     if tiles is None:
         call = tiling.call_shape(problem, q.dtype, queries=q.shape[0], keys=k.shape[0], topk=indices.shape[1])
         tiles = tuning.choose("index_gradients_selected", call, default_tiles(problem, q.dtype))
@@ -213,22 +214,20 @@ def _visible_key_kernel(refs: Refs, total_ref: Any, dk_ref: Any, *, problem: Pro
 
 def visible_gradients(
     total: Float[Array, "B S D"],
-    q: Float[Array, "B T H D"],
-    k: Float[Array, "B S D"],
-    weights: Float[Array, "B T H"],
-    start: Int32[Array, "B T"],
-    end: Int32[Array, "B T"],
+    index: IndexHeads,
+    visible: Visible,
     d_scores: Float[Array, "B T S"],
     *,
     problem: Problem,
     tiles: Tiles | None = None,
 ) -> tuple[Float[Array, "B S D"], Float[Array, "B T H D"], Float[Array, "B T H"]]:
-    """(total + dk, dq, d_weights) of the scores of a chunk of queries with the keys in [start, end); the same bits every run.
+    """(total + dk, dq, d_weights) of the scores of a chunk of queries with the keys they see; the same bits every run.
 
     Args:
         total: float32.
-        start, end: within [0, S].
+        visible: bounds within [0, S].
     """
+    (q, k, weights), (start, end) = index, visible
     (batch, n_queries), n_keys = q.shape[:2], k.shape[1]
 
     def chosen(side: str, default: Tiles) -> Tiles:
@@ -255,7 +254,6 @@ def visible_gradients(
         out_shape=outputs,
         name="index_gradients_visible_query",
     )
-    some = start < end
     refs = {
         "q": q.reshape(batch, n_queries * problem.heads, problem.dim),
         "weights": weights.reshape(batch, n_queries * problem.heads),
@@ -263,8 +261,8 @@ def visible_gradients(
         "start": start,
         "end": end,
         "d_scores": d_scores,
-        "low": jnp.where(some, start, n_keys).min(1, keepdims=True),
-        "high": jnp.where(some, end, 0).max(1, keepdims=True),
+        "low": jnp.where(visible.some, start, n_keys).min(1, keepdims=True),
+        "high": jnp.where(visible.some, end, 0).max(1, keepdims=True),
     }
     key_tiles = chosen("key", default_key_tiles(problem, q.dtype))
     dk = tiling.call(

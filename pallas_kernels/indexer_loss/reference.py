@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from pallas_kernels.common.numerics import accumulation_dtype, constant_lse, sum_over_axis, visible_mask
 from pallas_kernels.dense_attention.reference import attention_logits
 from pallas_kernels.index_topk.reference import index_scores
+from pallas_kernels.types import IndexHeads, Visible
 
 
 def selected_mask(topk_indices: Int32[Array, "B T K"], n_keys: int) -> Bool[Array, "B T {n_keys}"]:
@@ -18,35 +19,31 @@ def selected_mask(topk_indices: Int32[Array, "B T K"], n_keys: int) -> Bool[Arra
 
 
 def indexer_kl(
-    q_index: Float[Array, "B T Hi Di"],
-    k_index: Float[Array, "B N Di"],
-    weights: Float[Array, "B T Hi"],
+    index: IndexHeads,
+    visible: Visible,
     q: Float[Array, "B T H Dk"],
     k: Float[Array, "B S G Dk"],
     lse: Float[Array, "B T H"],
-    visible_start: Int32[Array, "B T"],
-    visible_end: Int32[Array, "B T"],
     *,
     softmax_scale: float,
     topk_indices: Int32[Array, "B T K"] | None,
     head_axis: str | None = None,
     activation: str = "relu",
-    head_lse: Float[Array, "B T Hi"] | None = None,
     keys_per_index_key: int = 1,
 ) -> Float[Array, "B T"]:
     """sum_s p (log p - log_softmax(score)) over the set."""
-    n_keys = k.shape[1]
+    n_keys, (q_index, k_index, weights) = k.shape[1], index
     if keys_per_index_key > 1:
         # Widened first, so that the gradient is rounded once, after the sum over the copies.
         k_index = jnp.repeat(k_index.astype(accumulation_dtype(q_index, k_index, weights)), keys_per_index_key, axis=1)
-    members = visible_mask(visible_start, visible_end, n_keys)
+    members = visible_mask(visible, n_keys)
     if topk_indices is not None:
         members = members & selected_mask(topk_indices, n_keys)
     some = members.any(-1, keepdims=True)
     # Keys and queries outside every set may hold NaN, which a mask alone would let into the gradients.
     key_used = members.any(1)[..., None]
     q_index, k_index = jnp.where(some[..., None], q_index, 0), jnp.where(key_used, k_index, 0)
-    weights = jnp.where(some, weights, 0)
+    index = IndexHeads(q_index, k_index, jnp.where(some, weights, 0))
 
     logits = attention_logits(q, k, softmax_scale)
     log_p = logits - constant_lse(lse, logits.dtype).reshape(logits.shape[:-1])[..., None]
@@ -55,7 +52,7 @@ def indexer_kl(
     total = p.sum(-1, keepdims=True)
     p = jnp.where(total > 0, p / jnp.where(total > 0, total, 1), 0)
 
-    scores = index_scores(q_index, k_index, weights, visible_start, visible_end, activation=activation, head_lse=head_lse)
+    scores = index_scores(index, visible, activation=activation)
     scores = jnp.where(members, scores, -jnp.inf)
     log_q = jax.nn.log_softmax(jnp.where(some, scores, 0), axis=-1)
     per_key = jnp.where(p > 0, p * (jnp.log(jnp.where(p > 0, p, 1)) - jnp.where(p > 0, log_q, 0)), 0)

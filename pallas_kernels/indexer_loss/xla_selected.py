@@ -5,14 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.dtypes import float0
 from jax.scipy.special import xlogy
 from jaxtyping import Array
 
-from pallas_kernels.common.activation import activate, head_lse_gradient, times_slope, weighted_sum
+from pallas_kernels.common.activation import activate, times_slope, weighted_sum
 from pallas_kernels.common.chunks import map_queries, rows_per_chunk, scan_queries
-from pallas_kernels.common.numerics import accumulation_dtype, constant_lse, dot, softmax_and_lse, sum_over_axis
+from pallas_kernels.common.numerics import accumulation_dtype, constant_lse, dot, no_gradient, softmax_and_lse, sum_over_axis
 from pallas_kernels.sparse_attention.xla import (
     CHUNKS_PER_STEP,
     GATHER_BUDGET,
@@ -23,6 +21,7 @@ from pallas_kernels.sparse_attention.xla import (
     scatter_add_rows,
     with_zero_row,
 )
+from pallas_kernels.types import IndexHeads, Visible
 
 
 def _block_q(q: Array, k: Array, topk: int) -> int:
@@ -33,7 +32,6 @@ def _indexer_side(
     q_index: Array,
     padded_k_index: Array,
     weights: Array,
-    head_lse: Array | None,
     members: Array,
     indices: Array,
     activation: str,
@@ -44,7 +42,7 @@ def _indexer_side(
     q_index, weights = jnp.where(some[..., None], q_index, 0), jnp.where(some, weights, 0).astype(dtype)
     k_sel = gather_rows(padded_k_index, indices)[0]
     products = per_query_dot(q_index[:, :, None], k_sel[:, :, :, None], dtype)[:, :, 0]
-    return q_index, weights, k_sel, products, weighted_sum(products, weights, activation, head_lse)
+    return q_index, weights, k_sel, products, weighted_sum(products, weights, activation)
 
 
 def _target(
@@ -60,41 +58,38 @@ def _target(
     return jnp.where(total > 0, mass / jnp.where(total > 0, total, 1), 0)
 
 
-def set_members(indices: Array, start: Array, end: Array, n_keys: int) -> tuple[Array, Array]:
+def set_members(indices: Array, visible: Visible, n_keys: int) -> tuple[Array, Array]:
     """(which slots belong to a query's set, the indices with all others at -1)."""
-    inside = (indices >= jnp.maximum(start, 0)[..., None]) & (indices < jnp.minimum(end, n_keys)[..., None])
+    start, end = jnp.maximum(visible.start, 0), jnp.minimum(visible.end, n_keys)
+    inside = (indices >= start[..., None]) & (indices < end[..., None])
     return inside, jnp.where(inside, indices, -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(10, 11, 12))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def kl_over_selected(
-    q_index: Array,
-    k_index: Array,
-    weights: Array,
-    head_lse: Array | None,
+    index: IndexHeads,
+    visible: Visible,
     q: Array,
     k: Array,
     lse: Array,
-    visible_start: Array,
-    visible_end: Array,
     topk_indices: Array,
     softmax_scale: float,
     head_axis: str | None,
     activation: str,
 ) -> Array:
-    """KL(p || softmax(score)) over the selected visible keys, [B, T]; gradient in q_index, k_index, weights, head_lse."""
-    padded_k_index, padded_k = with_zero_row(k_index), with_zero_row(k)
+    """KL(p || softmax(score)) over the selected visible keys, [B, T]; gradient in `index`."""
+    padded_k_index, padded_k = with_zero_row(index.k), with_zero_row(k)
 
     def step(chunk: tuple[Any, ...]) -> Array:
-        q_index, weights, head_lse, q, lse, start, end, indices = chunk
-        members, indices = set_members(indices, start, end, k.shape[1])
-        scores = _indexer_side(q_index, padded_k_index, weights, head_lse, members, indices, activation)[-1]
+        q_index, weights, q, lse, visible, indices = chunk
+        members, indices = set_members(indices, visible, k.shape[1])
+        scores = _indexer_side(q_index, padded_k_index, weights, members, indices, activation)[-1]
         target = _target(q, padded_k, lse, members, indices, softmax_scale, head_axis).astype(scores.dtype)
         _, score_lse = softmax_and_lse(scores, members)
         cross = jnp.where(target > 0, target * (scores - score_lse[..., None]), 0)
         return (xlogy(target, target) - cross).sum(-1)
 
-    chunks = (q_index, weights, head_lse, q, lse, visible_start, visible_end, topk_indices)
+    chunks = (index.q, index.weights, q, lse, visible, topk_indices)
     return map_queries(step, chunks, _block_q(q, k, topk_indices.shape[2]), per_step=CHUNKS_PER_STEP)
 
 
@@ -105,32 +100,31 @@ def _forward(*arguments: Any) -> tuple[Array, tuple[Any, ...]]:
 def _backward(
     softmax_scale: float, head_axis: str | None, activation: str, residuals: tuple[Any, ...], d_kl: Array
 ) -> tuple[Any, ...]:
-    q_index, k_index, weights, head_lse, q, k, lse, visible_start, visible_end, topk_indices = residuals
-    dtype = accumulation_dtype(q_index, k_index, weights)
-    padded_k_index, padded_k = with_zero_row(k_index), with_zero_row(k)
+    index, visible, q, k, lse, topk_indices = residuals
+    dtype = accumulation_dtype(*index)
+    padded_k_index, padded_k = with_zero_row(index.k), with_zero_row(k)
 
     def step(d_k: Array, chunk: tuple[Any, ...]) -> tuple[Array, tuple[Any, ...]]:
-        q_index, weights, head_lse, q, lse, start, end, indices, d_kl = chunk
-        members, indices = set_members(indices, start, end, k.shape[1])
+        q_index, weights, q, lse, visible, indices, d_kl = chunk
+        members, indices = set_members(indices, visible, k.shape[1])
         q_index, weights, k_sel, products, scores = _indexer_side(
-            q_index, padded_k_index, weights, head_lse, members, indices, activation
+            q_index, padded_k_index, weights, members, indices, activation
         )
         target = _target(q, padded_k, lse, members, indices, softmax_scale, head_axis).astype(dtype)
         learns = target.sum(-1, keepdims=True) > 0
         softmax, _ = softmax_and_lse(scores, members)
         d_scores = jnp.where(members & learns, d_kl[..., None] * (softmax - target), 0)[:, :, None].astype(dtype)
-        d_weights = (d_scores * activate(products, head_lse, activation)).sum(-1)
-        d_products = times_slope(d_scores * weights[..., None].astype(dtype), products, head_lse, activation)
+        d_weights = (d_scores * activate(products, activation)).sum(-1)
+        d_products = times_slope(d_scores * weights[..., None].astype(dtype), products, activation)
         d_q = per_query_sum(d_products.astype(k_sel.dtype)[:, :, None], k_sel[:, :, :, None], dtype)[:, :, 0]
         d_k_sel = dot("bchk,bchd->bckd", d_products.astype(q_index.dtype), q_index, dtype=dtype)
-        return scatter_add_rows(d_k, indices, d_k_sel), (d_q, d_weights, head_lse_gradient(d_weights, weights, activation))
+        return scatter_add_rows(d_k, indices, d_k_sel), (d_q, d_weights)
 
-    chunks = (q_index, weights, head_lse, q, lse, visible_start, visible_end, topk_indices, d_kl)
-    zeros = jnp.zeros_like(k_index, dtype)
-    d_k, (d_q, d_weights, d_head_lse) = scan_queries(step, zeros, chunks, _block_q(q, k, topk_indices.shape[2]))
-    gradients = d_q.astype(q_index.dtype), d_k.astype(k_index.dtype), d_weights.astype(weights.dtype)
-    no_range, no_indices = np.zeros(visible_start.shape, float0), np.zeros(topk_indices.shape, float0)
-    return *gradients, d_head_lse, None, None, None, no_range, no_range, no_indices
+    chunks = (index.q, index.weights, q, lse, visible, topk_indices, d_kl)
+    zeros = jnp.zeros_like(index.k, dtype)
+    d_k, (d_q, d_weights) = scan_queries(step, zeros, chunks, _block_q(q, k, topk_indices.shape[2]))
+    d_index = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), IndexHeads(d_q, d_k, d_weights), index)
+    return d_index, no_gradient(visible), None, None, None, no_gradient(topk_indices)
 
 
 kl_over_selected.defvjp(_forward, _backward)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+from pallas_kernels import IndexHeads, Visible
 from pallas_kernels.index_topk import mosaic_gpu
 from pallas_kernels.tuning import WarpgroupTiles
 
@@ -27,12 +28,15 @@ def main(path):
     with np.load(path) as file:
         options = json.loads(str(file["options"]))
         arrays = {name: jnp.asarray(file[name]) for name in file.files if name != "options"}
-    for name in ("q_index", "k_index"):
+    for name in ("q", "k"):
         arrays[name] = arrays[name].astype(options["dtype"])
     tiles = None if options["tiles"] is None else WarpgroupTiles(**options["tiles"])
     op, sizes = (mosaic_gpu.index_scores, {}) if options["topk"] is None else (mosaic_gpu.index_topk, {"topk": options["topk"]})
+    index = IndexHeads(*(arrays.pop(name) for name in IndexHeads._fields))
+    visible = Visible(*(arrays.pop(name) for name in Visible._fields))
     with use_abstract_mesh(MESH):
-        out = jax.jit(lambda arrays: op(**arrays, **sizes, interpret=True, tiles=tiles))(arrays)
+        run = lambda index, visible, arrays: op(index, visible, **arrays, **sizes, interpret=True, tiles=tiles)
+        out = jax.jit(run)(index, visible, arrays)
     np.save(path + ".npy", np.asarray(out))
 
 

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import Visible
+
 IMPLEMENTATIONS = ("reference", "xla")
 
 # Relative to the largest expected magnitude: float32 leaves room for sums of ~1000 products, bfloat16 keeps 8 bits.
@@ -36,25 +38,23 @@ def ranges(kind, batch, queries, keys, seed=0):
     else:
         raise KeyError(kind)
     start, end = (np.minimum(np.broadcast_to(x, (batch, queries)), keys + 4) for x in (np.minimum(start, end), end))
-    return {"visible_start": jnp.asarray(start, jnp.int32), "visible_end": jnp.asarray(end, jnp.int32)}
+    return Visible(jnp.asarray(start, jnp.int32), jnp.asarray(end, jnp.int32))
 
 
 RANGE_KINDS = ("causal", "packed", "random", "mostly_empty")
 
 
 def clipped(visible, keys):
-    start, end = (np.clip(np.asarray(visible[name]), 0, keys) for name in ("visible_start", "visible_end"))
+    start, end = (np.clip(np.asarray(bound), 0, keys) for bound in visible)
     return start, end
 
 
 def in_float64(function, *arrays, **kwargs):
-    """Runs `function` on float64 copies of the floating arrays and returns numpy results."""
+    """Runs `function` on float64 copies of the floating arrays, or bundles of them, and returns numpy results."""
     with jax.enable_x64(True):
-        wide = [
-            jnp.asarray(np.asarray(x, np.float64)) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.asarray(np.asarray(x))
-            for x in arrays
-        ]
-        kwargs = {name: jnp.asarray(np.asarray(x)) if isinstance(x, jax.Array) else x for name, x in kwargs.items()}
+        is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+        widened = lambda x: jnp.asarray(np.asarray(x, np.float64 if is_float(x) else None)) if isinstance(x, jax.Array) else x
+        wide, kwargs = jax.tree.map(widened, (arrays, kwargs))
         return jax.tree.map(np.asarray, jax.jit(lambda *a, kw: function(*a, **kw))(*wide, kw=kwargs))
 
 

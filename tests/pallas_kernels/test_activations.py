@@ -8,16 +8,16 @@ from ops_helpers import IMPLEMENTATIONS, assert_close, clipped, normal, ranges
 from test_index_topk import numpy_selection
 
 import pallas_kernels as pk
+from pallas_kernels import IndexHeads
 from pallas_kernels.indexer_loss.shapes import LossShape
 
 SHAPE = LossShape(batch=2, queries=37, keys=53, index_heads=3, index_dim=8, heads=4, groups=1, dim=6, topk=5)
 LONG = LossShape(batch=1, queries=30, keys=1100, index_heads=2, index_dim=4, heads=2, groups=1, dim=4, topk=7)
-OTHERS = ("none", "softmax")
 
 
 def inputs(shape, kind):
     rng = np.random.default_rng(0)
-    index = (
+    index = IndexHeads(
         normal(rng, shape.batch, shape.queries, shape.index_heads, shape.index_dim),
         normal(rng, shape.batch, shape.keys, shape.index_dim),
         3 * normal(rng, shape.batch, shape.queries, shape.index_heads),
@@ -27,32 +27,28 @@ def inputs(shape, kind):
     return index, q, k, ranges(kind, shape.batch, shape.queries, shape.keys)
 
 
-def scores_written_out(q, k, weights, start, end, activation):
+def scores_written_out(q, k, weights, start, end):
     """[B, T, S] in the dtype of the inputs, -inf where invisible."""
     position = jnp.arange(k.shape[1])
     visible = (position >= start[..., None]) & (position < end[..., None])
     products = jnp.einsum("bthd,bsd->bths", q, k, precision="highest")
-    if activation == "softmax":
-        some = visible.any(-1)[:, :, None, None]
-        products = jax.nn.softmax(jnp.where(some, jnp.where(visible[:, :, None], products, -jnp.inf), 0), axis=-1)
     return jnp.where(visible, jnp.einsum("bth,bths->bts", weights, products, precision="highest"), -jnp.inf)
 
 
-@pytest.mark.parametrize("activation", OTHERS)
-def test_scores_and_selection_follow_the_formula(activation):
+def test_scores_and_selection_follow_the_formula():
     for shape, kind in ((SHAPE, "random"), (LONG, "causal")):
         index, _, _, visible = inputs(shape, kind)
         start, end = clipped(visible, shape.keys)
         with jax.enable_x64(True):
             wide = [jnp.asarray(np.asarray(x, np.float64)) for x in index]
-            expected = np.asarray(scores_written_out(*wide, start, end, activation))
+            expected = np.asarray(scores_written_out(*wide, start, end))
         picked = {}
         for implementation in IMPLEMENTATIONS:
 
             @jax.jit
-            def both(index, visible, topk=shape.topk, options=(("activation", activation), ("implementation", implementation))):
-                scores = pk.index_scores(*index, **dict(options), **visible)
-                return scores, pk.index_topk(*index, topk=topk, **dict(options), **visible)
+            def both(index, visible, topk=shape.topk, implementation=implementation):
+                options = {"activation": "none", "implementation": implementation}
+                return pk.index_scores(index, visible, **options), pk.index_topk(index, visible, topk=topk, **options)
 
             scores, picked[implementation] = both(index, visible)
             assert_close(scores, expected, what=f"{implementation} {kind}")
@@ -61,19 +57,18 @@ def test_scores_and_selection_follow_the_formula(activation):
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["visible", "selected"])
-@pytest.mark.parametrize("activation", OTHERS)
-def test_kl_and_its_gradients_match_float64(activation, sparse):
+def test_kl_and_its_gradients_match_float64(sparse):
     index, q, k, visible = inputs(SHAPE, "random")
     start, end = clipped(visible, SHAPE.keys)
-    indices = pk.index_topk(*index, topk=SHAPE.topk, activation=activation, **visible) if sparse else None
+    indices = pk.index_topk(index, visible, topk=SHAPE.topk, activation="none") if sparse else None
     if sparse:
         lse = pk.sparse_attention(q, k, None, indices, softmax_scale=1.0).lse
     else:
-        lse = pk.dense_attention(q, k, None, softmax_scale=1.0, **visible).lse
+        lse = pk.dense_attention(q, k, None, softmax_scale=1.0, visible=visible).lse
     d_kl = normal(np.random.default_rng(9), SHAPE.batch, SHAPE.queries)
 
     def written_out(index, q, k, d_kl):
-        scores = scores_written_out(*index, start, end, activation)
+        scores = scores_written_out(*index, start, end)
         members = np.isfinite(np.asarray(jax.lax.stop_gradient(scores)))
         if sparse:
             members &= (np.asarray(indices)[..., None] == np.arange(SHAPE.keys)).any(2)
@@ -92,8 +87,8 @@ def test_kl_and_its_gradients_match_float64(activation, sparse):
 
         def loss(index, implementation=implementation):
             kl = pk.indexer_kl(
-                *index, q, k, lse, softmax_scale=1.0, topk_indices=indices, activation=activation,
-                implementation=implementation, **visible,
+                index, visible, q, k, lse, softmax_scale=1.0, topk_indices=indices, activation="none",
+                implementation=implementation,
             )  # fmt: skip
             return (kl * d_kl).sum(), kl
 
@@ -103,23 +98,12 @@ def test_kl_and_its_gradients_match_float64(activation, sparse):
             assert_close(got, want, what=f"{implementation} {what}")
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_softmax_never_sees_invisible_keys(implementation):
-    (q, k, weights), _, _, visible = inputs(SHAPE, "random")
-    visible = {name: jnp.clip(x, 6, 45) for name, x in visible.items()}
-    options = {"activation": "softmax", "implementation": implementation, **visible}
-    clean = pk.index_topk(q, k, weights, topk=SHAPE.topk, **options)
-    for poison in (np.nan, 3e38):
-        dirty = k.at[:, :6].set(poison).at[:, 45:].set(poison)
-        np.testing.assert_array_equal(pk.index_topk(q, dirty, weights, topk=SHAPE.topk, **options), clean)
-
-
 def test_without_an_activation_coarse_to_fine_with_every_block_is_exact():
     index, _, _, visible = inputs(SHAPE, "causal")
-    options = {"activation": "none", "topk": SHAPE.topk, **visible}
-    fine = pk.index_topk(*index, **options)
-    np.testing.assert_array_equal(pk.index_topk_coarse_to_fine(*index, block_size=8, n_blocks=7, **options), fine)
-    coarse = np.asarray(pk.index_topk_coarse_to_fine(*index, block_size=8, n_blocks=2, **options))
+    options = {"activation": "none", "topk": SHAPE.topk, "visible": visible}
+    fine = pk.index_topk(index, **options)
+    np.testing.assert_array_equal(pk.index_topk_coarse_to_fine(index, block_size=8, n_blocks=7, **options), fine)
+    coarse = np.asarray(pk.index_topk_coarse_to_fine(index, block_size=8, n_blocks=2, **options))
     assert np.mean(coarse == np.asarray(fine)) > 0.5 and ((coarse >= 0).sum(-1) == (np.asarray(fine) >= 0).sum(-1)).all()
 
 
@@ -130,14 +114,10 @@ def test_what_cannot_be_computed_is_refused():
         with pytest.raises(
             NotImplementedError, match=f"implementation '{name}' has activation 'relu' only; got activation='none'"
         ):
-            pk.index_topk(*index, topk=3, activation="none", implementation=name, **visible)
+            pk.index_topk(index, topk=3, activation="none", implementation=name, visible=visible)
     with pytest.raises(NotImplementedError, match="index_scores: implementation 'pallas' has activation 'relu' only"):
-        pk.index_scores(*index, activation="softmax", implementation="pallas", **visible)
+        pk.index_scores(index, visible, activation="none", implementation="pallas")
     with pytest.raises(NotImplementedError, match="indexer_kl: implementation 'pallas' has activation 'relu' only"):
-        pk.indexer_kl(*index, q, k, lse, softmax_scale=1.0, activation="softmax", implementation="pallas", **visible)
-    with pytest.raises(NotImplementedError, match="index_topk_coarse_to_fine: activation is 'softmax'"):
-        pk.index_topk_coarse_to_fine(*index, topk=3, block_size=8, n_blocks=1, activation="softmax", **visible)
-    with pytest.raises(ValueError, match="activation is 'gelu'; expected one of relu, none, softmax"):
-        pk.index_scores(*index, activation="gelu", **visible)
-    with pytest.raises(ValueError, match="k_scale is given with activation 'softmax'"):
-        pk.index_topk(*index, topk=3, activation="softmax", k_scale=jnp.ones(index[1].shape[:2]), **visible)
+        pk.indexer_kl(index, visible, q, k, lse, softmax_scale=1.0, activation="none", implementation="pallas")
+    with pytest.raises(ValueError, match=r"activation is 'gelu'; expected one of relu, none\."):
+        pk.index_scores(index, activation="gelu", visible=visible)

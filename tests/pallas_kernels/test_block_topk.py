@@ -9,6 +9,7 @@ import pytest
 from ops_helpers import IMPLEMENTATIONS, clipped, normal, ranges
 
 import pallas_kernels as pk
+from pallas_kernels import Visible
 from pallas_kernels.block_topk.reference import overlapping_steps
 from pallas_kernels.block_topk.xla import block_scores
 
@@ -17,10 +18,9 @@ GEOMETRY = pk.BlockGeometry(compress_block=8, compress_stride=4, select_block=16
 
 @functools.partial(jax.jit, static_argnames=("n_keys", "geometry", "implementation"))
 def select(q, k, visible, *, n_keys, geometry=GEOMETRY, implementation=None):
-    start, end = geometry.compressed_range(visible["visible_start"], visible["visible_end"])
-    lse = pk.dense_attention(q, k, k, softmax_scale=0.4, visible_start=start, visible_end=end).lse
+    lse = pk.dense_attention(q, k, k, geometry.compressed_range(visible), softmax_scale=0.4).lse
     settings = {"softmax_scale": 0.4, "n_keys": n_keys, "geometry": geometry, "implementation": implementation}
-    return pk.block_topk(q, k, lse, **settings, **visible)
+    return pk.block_topk(q, k, lse, visible, **settings)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -31,7 +31,7 @@ def test_literal_case(implementation):
     """
     geometry = pk.BlockGeometry(2, 1, 2, topk=3, n_initial=1, n_local=1)
     k = jnp.zeros((1, 7, 1, 1)).at[0, 3].set(1e3)
-    visible = {"visible_start": jnp.zeros((1, 3), jnp.int32), "visible_end": jnp.asarray([[8, 3, 0]], jnp.int32)}
+    visible = Visible(jnp.zeros((1, 3), jnp.int32), jnp.asarray([[8, 3, 0]], jnp.int32))
     chosen = select(jnp.ones((1, 3, 2, 1)), k, visible, n_keys=8, geometry=geometry, implementation=implementation)
     np.testing.assert_array_equal(chosen[0, :, 0], [[0, 1, 3], [0, 1, -1], [-1, -1, -1]])
 
@@ -56,10 +56,10 @@ def test_implementations_agree_and_follow_the_rules(kind):
     q, k = normal(rng, batch, queries, 4, 8), normal(rng, batch, GEOMETRY.n_compressed(n_keys), 2, 8)
     visible = ranges(kind, batch, queries, n_keys)
     start, end = (jnp.asarray(x, jnp.int32) for x in clipped(visible, n_keys))
-    visible = {"visible_start": jnp.minimum(start, end), "visible_end": end}
+    visible = Visible(jnp.minimum(start, end), end)
     chosen = [np.asarray(select(q, k, visible, n_keys=n_keys, implementation=name)) for name in IMPLEMENTATIONS]
     np.testing.assert_array_equal(*chosen)
-    start, end = (np.asarray(x) for x in visible.values())
+    start, end = map(np.asarray, visible)
     for b, t, g in np.ndindex(*chosen[0].shape[:3]):
         got = chosen[0][b, t, g]
         got = got[got >= 0]
@@ -73,8 +73,8 @@ def test_what_a_query_cannot_see_never_matters_and_no_gradient_flows():
     """Compressed keys that reach past the visible range hold NaN."""
     rng = np.random.default_rng(2)
     q, k = normal(rng, 1, 4, 2, 8), normal(rng, 1, GEOMETRY.n_compressed(96), 1, 8)
-    visible = {"visible_start": jnp.full((1, 4), 5, jnp.int32), "visible_end": jnp.full((1, 4), 80, jnp.int32)}
-    first, end = (int(x[0, 0]) for x in GEOMETRY.compressed_range(*visible.values()))
+    visible = Visible(jnp.full((1, 4), 5, jnp.int32), jnp.full((1, 4), 80, jnp.int32))
+    first, end = (int(x[0, 0]) for x in GEOMETRY.compressed_range(visible))
     assert (first, end) == (2, 19)
     unseen = (np.arange(k.shape[1]) < first) | (np.arange(k.shape[1]) >= end)
     poisoned = jnp.where(unseen[None, :, None, None], jnp.nan, k)
@@ -87,7 +87,7 @@ def test_what_a_query_cannot_see_never_matters_and_no_gradient_flows():
 
 @pytest.mark.parametrize("n_keys", [0, 1, 7])
 def test_too_few_keys_for_a_compressed_one(n_keys):
-    visible = {"visible_start": jnp.zeros((1, 2), jnp.int32), "visible_end": jnp.full((1, 2), n_keys, jnp.int32)}
+    visible = Visible(jnp.zeros((1, 2), jnp.int32), jnp.full((1, 2), n_keys, jnp.int32))
     for name in IMPLEMENTATIONS:
         chosen = select(jnp.ones((1, 2, 2, 4)), jnp.zeros((1, 0, 1, 4)), visible, n_keys=n_keys, implementation=name)
         np.testing.assert_array_equal(chosen[0, :, 0], [[0 if n_keys else -1, -1, -1, -1]] * 2)
@@ -95,7 +95,7 @@ def test_too_few_keys_for_a_compressed_one(n_keys):
 
 def test_errors_say_what_to_change():
     q, k = jnp.ones((1, 3, 2, 4)), jnp.ones((1, 4, 1, 4))
-    visible = {"visible_start": jnp.zeros((1, 3), jnp.int32), "visible_end": jnp.ones((1, 3), jnp.int32)}
+    visible = Visible(jnp.zeros((1, 3), jnp.int32), jnp.ones((1, 3), jnp.int32))
     with pytest.raises(ValueError, match="k_compressed has 4 keys; expected 23"):
         select(q, k, visible, n_keys=96)
     with pytest.raises(ValueError, match="compress_stride is 3; expected a positive divisor of compress_block"):

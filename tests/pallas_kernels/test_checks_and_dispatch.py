@@ -8,23 +8,25 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
+from pallas_kernels import ForcedKeys, IndexHeads, Visible
 from pallas_kernels.common.checks import check_scale
 from pallas_kernels.common.dispatch import resolve_implementation
 
 B, T, S = 1, 3, 4
-RANGE = {"visible_start": jnp.zeros((B, T), jnp.int32), "visible_end": jnp.ones((B, T), jnp.int32)}
-INDEXER = {"q_index": jnp.ones((B, T, 2, 4)), "k_index": jnp.ones((B, S, 4)), "weights": jnp.ones((B, T, 2))}
+VISIBLE = Visible(jnp.zeros((B, T), jnp.int32), jnp.ones((B, T), jnp.int32))
+INDEX = IndexHeads(q=jnp.ones((B, T, 2, 4)), k=jnp.ones((B, S, 4)), weights=jnp.ones((B, T, 2)))
+INDEXER = {"index": INDEX, "visible": VISIBLE}
 ATTENTION = {"q": jnp.ones((B, T, 4, 6)), "k": jnp.ones((B, S, 2, 6))}
 LSE = jnp.zeros((B, T, 4))
 PICKED = jnp.zeros((B, T, 2), jnp.int32)
 
 CALLS = {
-    "index_scores": (pk.index_scores, {**INDEXER, **RANGE}),
-    "index_topk": (pk.index_topk, {**INDEXER, **RANGE, "topk": 2}),
+    "index_scores": (pk.index_scores, INDEXER),
+    "index_topk": (pk.index_topk, {**INDEXER, "topk": 2}),
     "sparse_attention": (pk.sparse_attention, {**ATTENTION, "v": None, "topk_indices": PICKED, "softmax_scale": 1.0}),
-    "dense_attention": (pk.dense_attention, {**ATTENTION, "v": None, **RANGE, "softmax_scale": 1.0}),
-    "attention_topk": (pk.attention_topk, {**ATTENTION, "lse": LSE, **RANGE, "topk": 2, "softmax_scale": 1.0}),
-    "indexer_kl": (pk.indexer_kl, {**INDEXER, **ATTENTION, "lse": LSE, **RANGE, "softmax_scale": 1.0}),
+    "dense_attention": (pk.dense_attention, {**ATTENTION, "v": None, "visible": VISIBLE, "softmax_scale": 1.0}),
+    "attention_topk": (pk.attention_topk, {**ATTENTION, "lse": LSE, "visible": VISIBLE, "topk": 2, "softmax_scale": 1.0}),
+    "indexer_kl": (pk.indexer_kl, {**INDEXER, **ATTENTION, "lse": LSE, "softmax_scale": 1.0}),
 }
 
 WRONG = {
@@ -32,26 +34,30 @@ WRONG = {
     "negative topk": ("attention_topk", {"topk": -3}, "topk is -3"),
     "weights of other heads": (
         "index_topk",
-        {"weights": jnp.ones((B, T, 3))},
-        r"weights has shape \[1, 3, 3\]; expected \[1, 3, 2\]",
+        {"index": INDEX._replace(weights=jnp.ones((B, T, 3)))},
+        r"index.weights has shape \[1, 3, 3\]; expected \[1, 3, 2\]",
     ),
     "half weights": (
         "indexer_kl",
-        {"weights": jnp.ones((B, T, 2), jnp.bfloat16)},
-        "weights has dtype bfloat16; expected float32",
+        {"index": INDEX._replace(weights=jnp.ones((B, T, 2), jnp.bfloat16))},
+        "index.weights has dtype bfloat16; expected float32",
     ),
-    "integer queries": ("index_scores", {"q_index": jnp.ones((B, T, 2, 4), int)}, "q_index has dtype int32"),
-    "index dims": ("index_scores", {"k_index": jnp.ones((B, S, 5))}, r"k_index has shape \[1, 4, 5\]"),
-    "ranges of other queries": ("index_topk", {"visible_end": jnp.ones((B, 9), jnp.int32)}, r"visible_end has shape \[1, 9\]"),
+    "integer queries": ("index_scores", {"index": INDEX._replace(q=jnp.ones((B, T, 2, 4), int))}, "index.q has dtype int32"),
+    "index dims": ("index_scores", {"index": INDEX._replace(k=jnp.ones((B, S, 5)))}, r"index.k has shape \[1, 4, 5\]"),
+    "ranges of other queries": (
+        "index_topk",
+        {"visible": VISIBLE._replace(end=jnp.ones((B, 9), jnp.int32))},
+        r"visible.end has shape \[1, 9\]",
+    ),
     "float ranges": (
         "dense_attention",
-        {"visible_start": jnp.zeros((B, T))},
-        "visible_start has dtype float32; expected int32",
+        {"visible": VISIBLE._replace(start=jnp.zeros((B, T)))},
+        "visible.start has dtype float32; expected int32",
     ),
     "start after end": (
         "dense_attention",
-        {"visible_start": jnp.asarray([[0, 2, 0]])},
-        "visible_start is 2 and visible_end is 1 at row 0, query 1; expected start <= end",
+        {"visible": VISIBLE._replace(start=jnp.asarray([[0, 2, 0]]))},
+        "visible.start is 2 and visible.end is 1 at row 0, query 1; expected start <= end",
     ),
     "heads not divisible": ("dense_attention", {"k": jnp.ones((B, S, 3, 6))}, "q has 4 heads and k has 3; expected a multiple"),
     "head dims": ("sparse_attention", {"k": jnp.ones((B, S, 2, 7))}, r"k has shape \[1, 4, 2, 7\]"),
@@ -66,9 +72,17 @@ WRONG = {
     ),
     "lse of other heads": ("indexer_kl", {"lse": jnp.zeros((B, T, 2))}, r"lse has shape \[1, 3, 2\]; expected \[1, 3, 4\]"),
     "keys of another length": ("indexer_kl", {"k": jnp.ones((B, 5, 2, 6))}, r"k has shape \[1, 5, 2, 6\]"),
-    "a number for a range": ("index_topk", {"visible_start": 0}, "visible_start is a int; expected an array. Convert it with"),
+    "a number for a range": (
+        "index_topk",
+        {"visible": VISIBLE._replace(start=0)},
+        "visible.start is a int; expected an array. Convert it with",
+    ),
     "a list for a selection": ("sparse_attention", {"topk_indices": [[[0]]]}, "topk_indices is a list; expected an array"),
-    "nothing for weights": ("index_scores", {"weights": None}, "weights is a NoneType; expected an array"),
+    "nothing for weights": (
+        "index_scores",
+        {"index": INDEX._replace(weights=None)},
+        "index.weights is a NoneType; expected an array",
+    ),
     "d_v that is no whole number": ("sparse_attention", {"d_v": 2.0}, "d_v is 2.0; expected 1 to 6"),
     "no scale": ("sparse_attention", {"softmax_scale": None}, "softmax_scale is None; expected a finite number"),
     "an array for a scale": ("indexer_kl", {"softmax_scale": jnp.ones(3)}, "softmax_scale is .*; expected a finite number"),
@@ -85,7 +99,31 @@ WRONG = {
         {"v": jnp.ones((B, S, 2, 0))},
         r"v has shape \[1, 4, 2, 0\]; expected at least one channel",
     ),
-    "forced keys that are no count": ("index_topk", {"forced_sink": 1.0}, "forced_sink is 1.0 and forced_local 0 with topk 2"),
+    "forced keys that are no count": (
+        "index_topk",
+        {"forced": ForcedKeys(1.0)},
+        "forced.first is 1.0 and forced.last 0 with topk 2",
+    ),
+    "three ranges": (
+        "dense_attention",
+        {"visible": (0, 1, 2)},
+        r"visible is a tuple of 3; expected a Visible or a tuple of 2. Pass",
+    ),
+    "an array for ranges": (
+        "index_topk",
+        {"visible": PICKED},
+        r"visible is a .*; expected a Visible or .*Visible\(start, end\)",
+    ),
+    "no index heads": (
+        "indexer_kl",
+        {"index": None},
+        r"index is a NoneType; .*Pass pallas_kernels.IndexHeads\(q, k, weights\)",
+    ),
+    "a number of forced keys": (
+        "index_topk",
+        {"forced": 1},
+        r"forced is a int; .*Pass pallas_kernels.ForcedKeys\(first, last\)",
+    ),
     "infinite scale": ("dense_attention", {"softmax_scale": float("inf")}, "softmax_scale is inf; expected a finite number"),
     "no such implementation": (
         "index_topk",
@@ -148,14 +186,14 @@ def test_wrong_arguments_of_quantization(call, message):
 @pytest.mark.parametrize("op", CALLS)
 def test_no_gpu_may_round_float32_to_multiply_it(op, implementation):
     function, arguments = CALLS[op]
-    arrays = {name: x for name, x in arguments.items() if isinstance(x, jax.Array)}
+    arrays = {name: x for name, x in arguments.items() if isinstance(x, jax.Array | tuple)}
     rest = {name: x for name, x in arguments.items() if name not in arrays}
 
     def run(arrays):
         result = function(**arrays, **rest, implementation=implementation)
         return sum(x.sum() for x in jax.tree.leaves(result)).astype(jnp.float32)
 
-    is_learned = {name: jnp.issubdtype(x.dtype, jnp.floating) for name, x in arrays.items()}
+    is_learned = {name: jnp.issubdtype(jax.tree.leaves(x)[0].dtype, jnp.floating) for name, x in arrays.items()}
     floats = {name: x for name, x in arrays.items() if is_learned[name]}
     others = {name: x for name, x in arrays.items() if not is_learned[name]}
     text = jax.jit(jax.grad(lambda floats: run(floats | others))).lower(floats).as_text()
@@ -175,7 +213,6 @@ def test_missing_implementations_raise_and_the_choice_is_recorded(op):
     absent = [
         ("triton", op not in HAS_TRITON),
         ("mosaic", op not in HAS_MOSAIC),
-        ("cute", True),
         ("pallas", op in WITHOUT_PALLAS),
     ]
     for missing in (name for name, is_absent in absent if is_absent):
@@ -200,10 +237,17 @@ def test_platform_of_a_mesh_that_is_not_here(platform):
     assert pk.traced_platform() == "cpu"
 
 
+def test_plain_tuples_will_do():
+    for op in ("index_topk", "indexer_kl"):
+        function, arguments = CALLS[op]
+        plain = arguments | {"index": tuple(INDEX), "visible": tuple(VISIBLE)}
+        np.testing.assert_array_equal(function(**plain), function(**arguments))
+
+
 def test_unknown_range_values_are_not_checked_under_jit():
     function, arguments = CALLS["dense_attention"]
     start = jnp.asarray([[0, 2, 0]])
-    out, lse = jax.jit(lambda start: function(**{**arguments, "visible_start": start}))(start)
+    out, lse = jax.jit(lambda start: function(**{**arguments, "visible": VISIBLE._replace(start=start)}))(start)
     assert bool((out[0, 1] == 0).all()) and bool((lse[0, 1] == -jnp.inf).all())  # start > end sees nothing
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
+from pallas_kernels import IndexHeads, Visible
 
 SETTINGS = ("topk", "block_size", "n_blocks", "pooling")
 index_topk = jax.jit(pallas_kernels.index_topk, static_argnames="topk")
@@ -17,16 +18,13 @@ def arrays():
     keys = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(keys[0], (BATCH, LENGTH, HEADS, DIM))
     k = jax.random.normal(keys[1], (BATCH, LENGTH, DIM))
-    return q, k, jax.random.normal(keys[2], (BATCH, LENGTH, HEADS))
+    return IndexHeads(q, k, jax.random.normal(keys[2], (BATCH, LENGTH, HEADS)))
 
 
 def ranges(start=0):
     place = np.arange(LENGTH)
     start = np.where(place >= start, start, 0)
-    return {
-        "visible_start": jnp.asarray(np.tile(start, (BATCH, 1)), jnp.int32),
-        "visible_end": jnp.asarray(np.tile(place + 1, (BATCH, 1)), jnp.int32),
-    }
+    return Visible(jnp.asarray(np.tile(start, (BATCH, 1)), jnp.int32), jnp.asarray(np.tile(place + 1, (BATCH, 1)), jnp.int32))
 
 
 def pooled(keys, pooling):
@@ -59,46 +57,48 @@ def by_hand(q, k, weights, start, end, topk, block_size, n_blocks, pooling):
 def test_against_a_plain_search(arrays, start, block_size, n_blocks, topk, pooling):
     visible = ranges(start)
     sizes = {"topk": topk, "block_size": block_size, "n_blocks": n_blocks}
-    found = np.asarray(index_topk_coarse_to_fine(*arrays, **sizes, pooling=pooling, **visible))
+    found = np.asarray(index_topk_coarse_to_fine(arrays, **sizes, pooling=pooling, visible=visible))
     q, k, w = (np.asarray(x, np.float64) for x in arrays)
     for b in range(BATCH):
         for t in range(0, LENGTH, 5):
-            s, e = int(visible["visible_start"][b, t]), int(visible["visible_end"][b, t])
+            s, e = int(visible.start[b, t]), int(visible.end[b, t])
             expected = by_hand(q[b, t], k[b], w[b, t], s, e, topk, block_size, n_blocks, pooling)
             assert found[b, t].tolist() == expected + [-1] * (topk - len(expected))
 
 
 def test_exact_where_the_candidates_cover_the_context(arrays):
     for block_size, n_blocks in [(8, 10), (16, 4), (100, 1)]:
-        found = index_topk_coarse_to_fine(*arrays, topk=7, block_size=block_size, n_blocks=n_blocks, **ranges())
-        np.testing.assert_array_equal(found, index_topk(*arrays, topk=7, **ranges()))
+        found = index_topk_coarse_to_fine(arrays, topk=7, block_size=block_size, n_blocks=n_blocks, visible=ranges())
+        np.testing.assert_array_equal(found, index_topk(arrays, topk=7, visible=ranges()))
 
 
 @pytest.mark.parametrize(("batch", "queries"), [(2, 0), (0, 5)])
 def test_no_queries_or_rows(batch, queries):
     q, k, w = jnp.zeros((batch, queries, HEADS, DIM)), jnp.zeros((batch, LENGTH, DIM)), jnp.zeros((batch, queries, HEADS))
     empty = jnp.zeros((batch, queries), jnp.int32)
-    settings = {"topk": 6, "block_size": 8, "n_blocks": 2, "visible_start": empty, "visible_end": empty}
-    assert index_topk_coarse_to_fine(q, k, w, **settings).shape == (batch, queries, 6)
+    settings = {"topk": 6, "block_size": 8, "n_blocks": 2, "visible": Visible(empty, empty)}
+    assert index_topk_coarse_to_fine(IndexHeads(q, k, w), **settings).shape == (batch, queries, 6)
 
 
 def test_early_queries_are_exact_too(arrays):
     """The first four blocks of eight: two that compete, the first and the last."""
-    found = index_topk_coarse_to_fine(*arrays, topk=6, block_size=8, n_blocks=2, **ranges())
-    exact = index_topk(*arrays, topk=6, **ranges())
+    found = index_topk_coarse_to_fine(arrays, topk=6, block_size=8, n_blocks=2, visible=ranges())
+    exact = index_topk(arrays, topk=6, visible=ranges())
     np.testing.assert_array_equal(found[:, :32], exact[:, :32])
     assert (np.asarray(found[:, 32:]) != np.asarray(exact[:, 32:])).any()
 
 
 def test_invisible_keys_do_not_matter(arrays):
     q, k, w = arrays
-    visible = {name: jnp.full((BATCH, LENGTH), value, jnp.int32) for name, value in zip(ranges(), (11, 70), strict=True)}
-    settings = {"topk": 5, "block_size": 8, "n_blocks": 2, **visible}
-    clean = index_topk_coarse_to_fine(q, k, w, **settings)
+    visible = Visible(*(jnp.full((BATCH, LENGTH), value, jnp.int32) for value in (11, 70)))
+    settings = {"topk": 5, "block_size": 8, "n_blocks": 2, "visible": visible}
+    clean = index_topk_coarse_to_fine(IndexHeads(q, k, w), **settings)
     poisoned = k.at[:, :11].set(jnp.nan).at[:, 70:].set(1e30)
-    np.testing.assert_array_equal(index_topk_coarse_to_fine(q, poisoned, w, **settings), clean)
-    empty = {name: jnp.full((BATCH, LENGTH), 20, jnp.int32) for name in visible}
-    assert (np.asarray(index_topk_coarse_to_fine(q, k, w, topk=5, block_size=8, n_blocks=2, **empty)) == -1).all()
+    np.testing.assert_array_equal(index_topk_coarse_to_fine(IndexHeads(q, poisoned, w), **settings), clean)
+    empty = Visible(*[jnp.full((BATCH, LENGTH), 20, jnp.int32)] * 2)
+    assert (
+        np.asarray(index_topk_coarse_to_fine(IndexHeads(q, k, w), topk=5, block_size=8, n_blocks=2, visible=empty)) == -1
+    ).all()
 
 
 def test_keys_among_fillers_stand_for_their_block():
@@ -129,7 +129,7 @@ def test_pooled_keys_of_any_block(pooling):
 
 def test_an_unknown_pooling_is_refused(arrays):
     with pytest.raises(ValueError, match="pooling is 'median'; expected one of mean, salient"):
-        index_topk_coarse_to_fine(*arrays, topk=5, block_size=8, n_blocks=2, pooling="median", **ranges())
+        index_topk_coarse_to_fine(arrays, topk=5, block_size=8, n_blocks=2, pooling="median", visible=ranges())
     with pytest.raises(ValueError, match="pool_blocks: pooling is 'median'"):
         pallas_kernels.pool_blocks(arrays[1], 8, "median")
     with pytest.raises(ValueError, match="block_size is 0"):
@@ -138,4 +138,4 @@ def test_an_unknown_pooling_is_refused(arrays):
 
 def test_sizes_must_be_positive(arrays):
     with pytest.raises(ValueError, match="n_blocks 0"):
-        index_topk_coarse_to_fine(*arrays, topk=5, block_size=8, n_blocks=0, **ranges())
+        index_topk_coarse_to_fine(arrays, topk=5, block_size=8, n_blocks=0, visible=ranges())

@@ -7,6 +7,7 @@ from ops_helpers import IMPLEMENTATIONS, clipped, ranges
 from test_index_topk import inputs
 
 import pallas_kernels as pk
+from pallas_kernels import ForcedKeys, IndexHeads, Visible
 from pallas_kernels.index_topk.shapes import TEST_SHAPES
 
 
@@ -35,9 +36,9 @@ def test_forced_keys_and_the_best_of_the_rest(kind):
             np.any(expected[..., -1] >= 0) == (topk < 50) and ((expected >= 0).sum(-1) == np.minimum(end - start, topk)).all()
         )
         for implementation in IMPLEMENTATIONS:
-            options = {"topk": topk, "forced_sink": sink, "forced_local": local, "implementation": implementation, **visible}
-            np.testing.assert_array_equal(pk.index_topk(*arrays, **options), expected, err_msg=implementation)
-        covering = pk.index_topk_coarse_to_fine(*arrays, block_size=8, n_blocks=7, **options)
+            options = {"topk": topk, "forced": ForcedKeys(sink, local), "implementation": implementation, "visible": visible}
+            np.testing.assert_array_equal(pk.index_topk(arrays, **options), expected, err_msg=implementation)
+        covering = pk.index_topk_coarse_to_fine(arrays, block_size=8, n_blocks=7, **options)
         np.testing.assert_array_equal(covering, expected)
 
 
@@ -45,29 +46,16 @@ def test_coarse_to_fine_searches_the_blocks_between_the_forced_keys():
     """Four keys per block, one competing block: key 9 is best, its block 8 to 11 wins, the ends of the range are forced."""
     k = jnp.zeros((1, 32, 1)).at[0, 9].set(5.0).at[0, 14].set(1.0)
     one = jnp.ones((1, 1, 1, 1))
-    options = {"visible_start": jnp.asarray([[1]]), "visible_end": jnp.asarray([[31]]), "block_size": 4, "n_blocks": 1}
-    found = pk.index_topk_coarse_to_fine(one, k, one[..., 0], topk=5, forced_sink=2, forced_local=2, **options)
+    options = {"visible": Visible(jnp.asarray([[1]]), jnp.asarray([[31]])), "block_size": 4, "n_blocks": 1}
+    found = pk.index_topk_coarse_to_fine(IndexHeads(one, k, one[..., 0]), topk=5, forced=ForcedKeys(2, 2), **options)
     np.testing.assert_array_equal(found, [[[1, 2, 9, 29, 30]]])
-
-
-def test_a_softmax_keeps_the_normaliser_of_all_visible_keys():
-    """Head 0 spends itself on the sink, so that head 1 decides; normalised over the rest alone, head 0 would."""
-    q = jnp.asarray([[[[1.0, 0.0], [0.0, 1.0]]]])
-    k = jnp.asarray([[[9.0, 0.0], [2.0, 0.0], [0.0, 1.0], [0.0, 0.0]]])
-    options = {"visible_start": jnp.asarray([[0]]), "visible_end": jnp.asarray([[4]]), "activation": "softmax"}
-    for implementation in IMPLEMENTATIONS:
-        call = lambda implementation=implementation, **more: pk.index_topk(
-            q, k, jnp.ones((1, 1, 2)), implementation=implementation, **options | more
-        )
-        np.testing.assert_array_equal(call(topk=2, forced_sink=1), [[[0, 2]]])
-        np.testing.assert_array_equal(call(topk=1, visible_start=jnp.asarray([[1]])), [[[1]]])
 
 
 @pytest.mark.parametrize("forced", [(-1, 0), (3, 2), (0, 5)])
 def test_counts_that_leave_nothing_to_the_scores_are_refused(forced):
     arrays = inputs(TEST_SHAPES["one_query"])
-    options = {**ranges("causal", 1, 1, 1), "topk": 5, "forced_sink": forced[0], "forced_local": forced[1]}
-    with pytest.raises(ValueError, match=f"index_topk: forced_sink is {forced[0]} and forced_local {forced[1]} with topk 5"):
-        pk.index_topk(*arrays, **options)
-    with pytest.raises(ValueError, match="index_topk_coarse_to_fine: forced_sink"):
-        pk.index_topk_coarse_to_fine(*arrays, block_size=1, n_blocks=1, **options)
+    options = {"visible": ranges("causal", 1, 1, 1), "topk": 5, "forced": ForcedKeys(*forced)}
+    with pytest.raises(ValueError, match=rf"index_topk: forced\.first is {forced[0]} and forced\.last {forced[1]} with topk 5"):
+        pk.index_topk(arrays, **options)
+    with pytest.raises(ValueError, match=r"index_topk_coarse_to_fine: forced\.first"):
+        pk.index_topk_coarse_to_fine(arrays, block_size=1, n_blocks=1, **options)

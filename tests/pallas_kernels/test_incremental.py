@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dense_attention, index_topk, sparse_attention
+from pallas_kernels import IndexHeads, Visible, dense_attention, index_topk, sparse_attention
 
 LENGTH, TOPK, SCALE = 37, 5, 0.3
 
@@ -29,10 +29,10 @@ def layer(a, rows, n_keys, implementation):
     """Queries `rows` of the layer against the first `n_keys` keys."""
     cut = {name: x[:, rows] for name, x in a.items() if name in ("q_index", "weights", "q", "start", "end")}
     keys = {name: a[name][:, :n_keys] for name in ("k_index", "k", "v")}
-    visible = {"visible_start": cut["start"], "visible_end": cut["end"], "implementation": implementation}
-    indices = index_topk(cut["q_index"], keys["k_index"], cut["weights"], topk=TOPK, **visible)
+    visible, index = Visible(cut["start"], cut["end"]), IndexHeads(cut["q_index"], keys["k_index"], cut["weights"])
+    indices = index_topk(index, visible, topk=TOPK, implementation=implementation)
     sparse = sparse_attention(cut["q"], keys["k"], keys["v"], indices, softmax_scale=SCALE, implementation=implementation)
-    dense = dense_attention(cut["q"], keys["k"], keys["v"], softmax_scale=SCALE, **visible)
+    dense = dense_attention(cut["q"], keys["k"], keys["v"], visible, softmax_scale=SCALE, implementation=implementation)
     return indices, *sparse, *dense
 
 

@@ -17,6 +17,7 @@ from ops_helpers import assert_close, in_float64, normal, ranges
 from test_index_topk import inputs
 
 import pallas_kernels as pk
+from pallas_kernels import IndexHeads, Visible
 from pallas_kernels.index_topk import mosaic_gpu, reference
 from pallas_kernels.index_topk.shapes import IndexShape
 from pallas_kernels.quantize import quantize_fp8
@@ -43,7 +44,7 @@ def interpreted(directory, calls):
     """Results of calls {name: (arguments, dtype, tiles, topk)}, all in one other process."""
     root = Path(__file__).parents[2]
     for name, (arguments, dtype, tiles, topk) in calls.items():
-        arrays = {key: np.asarray(x, np.float32 if key in ("q_index", "k_index") else None) for key, x in arguments.items()}
+        arrays = {key: np.asarray(x, np.float32 if key in ("q", "k") else None) for key, x in arguments.items()}
         options = {"dtype": dtype, "tiles": None if tiles is None else dataclasses.asdict(tiles), "topk": topk}
         np.savez(directory / f"{name}.npz", options=json.dumps(options), **arrays)
     paths = {name: str(directory / f"{name}.npz") for name in calls}
@@ -57,7 +58,7 @@ def arguments_of(shape, kind, dtype, maker=normal):
     q, k, weights = inputs(shape, maker)
     q, k = (x.astype(dtype).astype(jnp.float32) for x in (q, k))
     visible = ranges(kind, shape.batch, shape.queries, shape.keys)
-    return {"q_index": q, "k_index": k, "weights": weights, **visible}
+    return {"q": q, "k": k, "weights": weights, **visible._asdict()}
 
 
 @pytest.mark.slow
@@ -66,10 +67,10 @@ def test_scores_match_float64(tmp_path):
     given = {name: arguments_of(shape, kind, dtype) for name, (shape, dtype, kind, _) in SHAPES.items()}
     scores = interpreted(tmp_path, {name: (given[name], case[1], case[3], None) for name, case in SHAPES.items()})
     for name, arguments in given.items():
-        arrays = [arguments[key] for key in ("q_index", "k_index", "weights")]
-        visible = {key: arguments[key] for key in ("visible_start", "visible_end")}
+        index = IndexHeads(arguments["q"], arguments["k"], arguments["weights"])
+        visible = Visible(arguments["start"], arguments["end"])
         assert scores[name].dtype == np.float32
-        assert_close(scores[name], in_float64(reference.index_scores, *arrays, **visible), what=name)
+        assert_close(scores[name], in_float64(reference.index_scores, index, visible), what=name)
 
 
 @pytest.mark.slow
@@ -77,25 +78,25 @@ def test_scores_match_float64(tmp_path):
 def test_invisible_keys_never_matter_and_scales_multiply(tmp_path):
     shape, rng = ODD, np.random.default_rng(3)
     clean = arguments_of(shape, "random", "float32")
-    clean |= {name: jnp.clip(clean[name], 70, 190) for name in ("visible_start", "visible_end")}
-    k = clean["k_index"] * jnp.exp2(jnp.asarray(rng.integers(-6, 6, (1, shape.keys, 1)), jnp.float32))
-    q8, k8 = quantize_fp8(clean["q_index"]), quantize_fp8(k)
-    fp8 = clean | {"q_index": q8.values, "k_index": k8.values, "weights": clean["weights"] * q8.scales, "k_scale": k8.scales}
-    calls, empty = {}, (clean["visible_start"] == clean["visible_end"])[..., None]
+    clean |= {name: jnp.clip(clean[name], 70, 190) for name in ("start", "end")}
+    k = clean["k"] * jnp.exp2(jnp.asarray(rng.integers(-6, 6, (1, shape.keys, 1)), jnp.float32))
+    q8, k8 = quantize_fp8(clean["q"]), quantize_fp8(k)
+    fp8 = clean | {"q": q8.values, "k": k8.values, "weights": clean["weights"] * q8.scales, "k_scale": k8.scales}
+    calls, empty = {}, (clean["start"] == clean["end"])[..., None]
     for name, arguments, dtype in (("bf16", clean, "bfloat16"), ("fp8", fp8, "float8_e4m3fn")):
         calls[name] = (arguments, dtype, None, None)
         for poison in (np.nan, np.inf) if name == "bf16" else (np.nan,):
-            changed = {key: x.astype(jnp.float32) for key, x in arguments.items() if not key.startswith("visible")}
-            changed["q_index"] = jnp.where(empty[..., None], poison, changed["q_index"])
-            for key in changed.keys() & {"k_index", "k_scale"}:
+            changed = {key: x.astype(jnp.float32) for key, x in arguments.items() if key not in ("start", "end")}
+            changed["q"] = jnp.where(empty[..., None], poison, changed["q"])
+            for key in changed.keys() & {"k", "k_scale"}:
                 changed[key] = changed[key].at[:, :70].set(poison).at[:, 190:].set(poison)
             calls[f"{name}, {poison}"] = (arguments | changed, dtype, None, None)
     scores = interpreted(tmp_path, calls)
     for name, actual in scores.items():
         np.testing.assert_array_equal(actual, scores[name.split(",")[0]], err_msg=name)
-    visible = {key: clean[key] for key in ("visible_start", "visible_end")}
+    visible = Visible(clean["start"], clean["end"])
     rounded = q8.values.astype(jnp.float32) * q8.scales[..., None], k8.values.astype(jnp.float32) * k8.scales[..., None]
-    assert_close(scores["fp8"], in_float64(reference.index_scores, *rounded, clean["weights"], **visible), what="fp8")
+    assert_close(scores["fp8"], in_float64(reference.index_scores, IndexHeads(*rounded, clean["weights"]), visible), what="fp8")
 
 
 @pytest.mark.slow
@@ -104,14 +105,13 @@ def test_selection_is_exact(tmp_path):
     shapes = {"odd": (ODD, "random", "bfloat16"), "parts": (MANY_PARTS, "causal", "float8_e4m3fn")}
     given = {name: inputs(shape) for name, (shape, _, _) in shapes.items()}
     visible = {name: ranges(kind, shape.batch, shape.queries, shape.keys) for name, (shape, kind, _) in shapes.items()}
-    names = "q_index", "k_index", "weights"
     calls = {
-        name: (dict(zip(names, given[name], strict=True)) | visible[name], dtype, None, shape.topk)
+        name: (given[name]._asdict() | visible[name]._asdict(), dtype, None, shape.topk)
         for name, (shape, _, dtype) in shapes.items()
     }
     for name, picked in interpreted(tmp_path, calls).items():
         topk = shapes[name][0].topk
-        expected = pk.index_topk(*given[name], **visible[name], topk=topk, implementation="reference")
+        expected = pk.index_topk(given[name], visible[name], topk=topk, implementation="reference")
         np.testing.assert_array_equal(picked, expected, err_msg=name)
 
 
@@ -124,14 +124,14 @@ def test_lowers_at_awkward_sizes(name):
     low = [
         jax.ShapeDtypeStruct(size, dtype) for size in ((*rows, shape.heads, shape.dim), (shape.batch, shape.keys, shape.dim))
     ]
-    visible = [jax.ShapeDtypeStruct(rows, jnp.int32)] * 2
-    given = *low, jax.ShapeDtypeStruct((*rows, shape.heads), jnp.float32), *visible
+    visible = Visible(*[jax.ShapeDtypeStruct(rows, jnp.int32)] * 2)
+    given = *low, jax.ShapeDtypeStruct((*rows, shape.heads), jnp.float32), visible
 
-    def loss(weights, q, k, *visible):
-        return mosaic_gpu.index_scores(q, k, weights, *visible, interpret=False, tiles=tiles).sum()
+    def loss(weights, q, k, visible):
+        return mosaic_gpu.index_scores(IndexHeads(q, k, weights), visible, interpret=False, tiles=tiles).sum()
 
     for function in (loss, jax.grad(loss)) if name == "fp8" else (loss,):
-        text = lower_for_h200(lambda q, k, weights, *visible, f=function: f(weights, q, k, *visible), *given)
+        text = lower_for_h200(lambda q, k, weights, visible, f=function: f(weights, q, k, visible), *given)
         assert ("mosaic_scores" in text) == (function is loss)
 
 
@@ -139,14 +139,14 @@ def call(dtype=jnp.bfloat16, heads=8, dim=32, **options):
     shape = IndexShape(1, 3, 5, heads, dim, 2)
     q, k, weights = inputs(shape)
     visible = ranges("causal", 1, 3, 5)
-    return mosaic_gpu.index_scores(q.astype(dtype), k.astype(dtype), weights, **visible, **options)
+    return mosaic_gpu.index_scores(IndexHeads(q.astype(dtype), k.astype(dtype), weights), visible, **options)
 
 
 @needs_mosaic
 def test_what_is_not_covered_says_so():
     cases = {
         "runs on GPUs of the Hopper generation; this is 'cpu'": call,
-        "got float32; it needs q_index and k_index of one dtype out of": functools.partial(call, jnp.float32, interpret=True),
+        "got float32; it needs index.q and index.k of one dtype out of": functools.partial(call, jnp.float32, interpret=True),
         "a multiple of 8 heads and at most 256.*got 12": functools.partial(call, heads=12, interpret=True),
         "multiple of 32 bytes; got 24 of 2 bytes": functools.partial(call, dim=24, interpret=True),
     }
@@ -158,9 +158,9 @@ def test_what_is_not_covered_says_so():
 @pytest.mark.parametrize("op", ["index_scores", "index_topk"])
 def test_it_is_never_the_default_and_does_not_run_here(op):
     q, k, weights = inputs(ODD)
-    low = q.astype(jnp.bfloat16), k.astype(jnp.bfloat16), weights
+    low = IndexHeads(q.astype(jnp.bfloat16), k.astype(jnp.bfloat16), weights)
     function = functools.partial(
-        getattr(pk, op), *low, **ranges("causal", 1, 62, 213), **({} if op == "index_scores" else {"topk": 3})
+        getattr(pk, op), low, ranges("causal", 1, 62, 213), **({} if op == "index_scores" else {"topk": 3})
     )
     message = "mosaic runs on GPUs of the Hopper" if HAS_MOSAIC else r"mosaic needs jax 0\.11\.2 or later"
     with pytest.raises(NotImplementedError, match=message):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
+from pallas_kernels import IndexHeads, Visible
 from pallas_kernels.index_topk import reference
 
 MISSING = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
@@ -72,8 +73,7 @@ def test_radix_select_is_exact(width, topk, block, tmp_path):
 
 
 def test_without_a_gpu_or_jax_triton_it_says_so():
-    visible = {"visible_start": jnp.zeros((1, 1), jnp.int32), "visible_end": jnp.ones((1, 1), jnp.int32)}
+    index = IndexHeads(jnp.ones((1, 1, 1, 4)), jnp.ones((1, 2, 4)), jnp.ones((1, 1, 1)))
+    visible = Visible(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
     with pytest.raises(NotImplementedError, match=r"index_topk: triton (needs jax-triton|runs on NVIDIA GPUs)"):
-        pk.index_topk(
-            jnp.ones((1, 1, 1, 4)), jnp.ones((1, 2, 4)), jnp.ones((1, 1, 1)), topk=1, **visible, implementation="triton"
-        )
+        pk.index_topk(index, visible, topk=1, implementation="triton")

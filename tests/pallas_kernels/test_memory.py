@@ -21,14 +21,18 @@ def shapes(length):
         "q": array(1, length, 4, 32),
         "k": array(1, length, 1, 32),
         "lse": array(1, length, 4),
-        "visible_start": array(1, length, dtype=jnp.int32),
-        "visible_end": array(1, length, dtype=jnp.int32),
+        "start": array(1, length, dtype=jnp.int32),
+        "end": array(1, length, dtype=jnp.int32),
         "topk_indices": array(1, length, 64, dtype=jnp.int32),
     }
 
 
+def index(x):
+    return pk.IndexHeads(x["q_index"], x["k_index"], x["weights"])
+
+
 def topk(x, visible):
-    return pk.index_topk(x["q_index"], x["k_index"], x["weights"], topk=64, **visible, implementation="xla")
+    return pk.index_topk(index(x), visible, topk=64, implementation="xla")
 
 
 def sparse(x, visible):
@@ -40,17 +44,17 @@ def sparse(x, visible):
 
 def dense(x, visible):
     def loss(q, k):
-        return sum(y.sum() for y in pk.dense_attention(q, k, None, softmax_scale=1.0, **visible, implementation="xla"))
+        return sum(y.sum() for y in pk.dense_attention(q, k, None, visible, softmax_scale=1.0, implementation="xla"))
 
     return jax.grad(loss, (0, 1))(x["q"], x["k"])
 
 
 def kl(x, visible, indices=None):
-    def loss(*indexer):
+    def loss(index):
         target = x["q"], x["k"], x["lse"]
-        return pk.indexer_kl(*indexer, *target, softmax_scale=1.0, topk_indices=indices, **visible, implementation="xla").sum()
+        return pk.indexer_kl(index, visible, *target, softmax_scale=1.0, topk_indices=indices, implementation="xla").sum()
 
-    return jax.grad(loss, (0, 1, 2))(x["q_index"], x["k_index"], x["weights"])
+    return jax.grad(loss)(index(x))
 
 
 def kl_selected(x, visible):
@@ -61,14 +65,14 @@ def blocks(x, visible):
     geometry = pk.BlockGeometry(32, 16, 64, topk=16, n_initial=1, n_local=2)
     n_keys = x["k"].shape[1]
     settings = {"softmax_scale": 1.0, "n_keys": n_keys, "geometry": geometry, "implementation": "xla"}
-    return pk.block_topk(x["q"], x["k"][:, : geometry.n_compressed(n_keys)], x["lse"], **settings, **visible)
+    return pk.block_topk(x["q"], x["k"][:, : geometry.n_compressed(n_keys)], x["lse"], visible, **settings)
 
 
 @pytest.mark.parametrize("run", [topk, sparse, dense, kl, kl_selected, blocks], ids=lambda f: f.__name__)
 def test_temporaries_grow_linearly(run):
     def temporaries(length):
         def call(x):
-            return run(x, {name: x[name] for name in ("visible_start", "visible_end")})
+            return run(x, pk.Visible(x["start"], x["end"]))
 
         return jax.jit(call).lower(shapes(length)).compile().memory_analysis().temp_size_in_bytes
 

@@ -7,6 +7,8 @@ import pytest
 
 from pallas_kernels import (
     BlockGeometry,
+    IndexHeads,
+    Visible,
     attention_topk,
     block_topk,
     dense_attention,
@@ -38,40 +40,37 @@ def arrays():
         "latent_q": (B, T, HEADS, 144),
     }
     made = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
-    ranges = {
-        "visible_start": jnp.zeros((B, T), jnp.int32),
-        "visible_end": jnp.broadcast_to(jnp.arange(1, T + 1, dtype=jnp.int32), (B, T)),
-    }
-    made |= ranges | {"topk_indices": index_topk(*list(made.values())[:3], topk=TOPK, **ranges)}
-    made["lse"] = dense_attention(made["q"], made["k"], None, **SCALE, **ranges).lse
+    visible = Visible(jnp.zeros((B, T), jnp.int32), jnp.broadcast_to(jnp.arange(1, T + 1, dtype=jnp.int32), (B, T)))
+    index = IndexHeads(*(made.pop(name) for name in ("q_index", "k_index", "weights")))
+    made |= {"index": index, "visible": visible, "topk_indices": index_topk(index, visible, topk=TOPK)}
+    made["lse"] = dense_attention(made["q"], made["k"], None, visible, **SCALE).lse
     made["pool"] = pack_latent_fp8(*jnp.split(jnp.asarray(rng.normal(size=(T, 144)), jnp.float32), [128], axis=1))
     return made
 
 
-RANGES = ("visible_start", "visible_end")
 SPARSE = ("q", "k", "v", "topk_indices")
 OPS = {
-    "index_scores": (index_scores, ("q_index", "k_index", "weights", *RANGES), {}),
-    "index_topk": (index_topk, ("q_index", "k_index", "weights", *RANGES), {"topk": TOPK}),
+    "index_scores": (index_scores, ("index", "visible"), {}),
+    "index_topk": (index_topk, ("index", "visible"), {"topk": TOPK}),
     "index_topk_coarse_to_fine": (
         index_topk_coarse_to_fine,
-        ("q_index", "k_index", "weights", *RANGES),
+        ("index", "visible"),
         {"topk": TOPK, "block_size": 2, "n_blocks": 3},
     ),
     "sparse_attention": (sparse_attention, SPARSE, SCALE),
     "sparse_attention pallas": (sparse_attention, SPARSE, SCALE | {"implementation": "pallas"}),
     "sparse_attention_fp8": (sparse_attention_fp8, ("latent_q", "pool", "topk_indices"), SCALE | {"latent_dim": 128}),
-    "dense_attention": (dense_attention, ("q", "k", "v", *RANGES), SCALE),
-    "attention_topk": (attention_topk, ("q", "k", "lse", *RANGES), SCALE | {"topk": TOPK}),
+    "dense_attention": (dense_attention, ("q", "k", "v", "visible"), SCALE),
+    "attention_topk": (attention_topk, ("q", "k", "lse", "visible"), SCALE | {"topk": TOPK}),
     "block_topk": (
         block_topk,
-        ("q", "k", "lse", *RANGES),
+        ("q", "k", "lse", "visible"),
         SCALE | {"n_keys": T, "geometry": BlockGeometry(1, 1, 1, TOPK, 0, 0)},
     ),
-    "indexer_kl": (indexer_kl, ("q_index", "k_index", "weights", "q", "k", "lse", *RANGES), SCALE),
+    "indexer_kl": (indexer_kl, ("index", "visible", "q", "k", "lse"), SCALE),
     "indexer_kl selected": (
         lambda *x, **options: indexer_kl(*x[:-1], topk_indices=x[-1], **options),
-        ("q_index", "k_index", "weights", "q", "k", "lse", *RANGES, "topk_indices"),
+        ("index", "visible", "q", "k", "lse", "topk_indices"),
         SCALE,
     ),
 }
@@ -85,7 +84,7 @@ SPLITS = {
 def spread(arrays, split):
     """The arrays on the mesh that is set, each split as `SPLITS` says."""
     mesh = jax.sharding.get_mesh()
-    return {key: jax.device_put(x, jax.NamedSharding(mesh, SPLITS[split](x))) for key, x in arrays.items()}
+    return jax.tree.map(lambda x: jax.device_put(x, jax.NamedSharding(mesh, SPLITS[split](x))), arrays)
 
 
 def explicit_mesh():
@@ -95,8 +94,7 @@ def explicit_mesh():
 def called(name, arrays):
     """(the op on the arrays that it takes by position, these arrays)."""
     op, names, options = OPS[name]
-    ranges = {key: arrays[key] for key in names if key in RANGES}
-    return lambda *args: op(*args, **ranges, **options), [arrays[key] for key in names if key not in RANGES]
+    return lambda *args: op(*args, **options), [arrays[key] for key in names]
 
 
 def loss(outputs):
@@ -116,7 +114,7 @@ def test_results_are_those_of_one_device_and_split_like_the_queries(name, split,
     for result, value in zip(results, expected, strict=True):
         np.testing.assert_allclose(result, value, rtol=1e-5, atol=1e-5)
         n_axes = 3 if "attention" in name and name != "attention_topk" else 2
-        assert (*result.sharding.spec,)[:n_axes] == (*args[0].sharding.spec, None, None, None)[:n_axes]
+        assert (*result.sharding.spec,)[:n_axes] == (*jax.tree.leaves(args)[0].sharding.spec, None, None, None)[:n_axes]
 
 
 @pytest.mark.parametrize("split", ["positions", "rows and heads"])
@@ -126,10 +124,12 @@ def test_results_are_those_of_one_device_and_split_like_the_queries(name, split,
 )
 def test_gradients_are_those_of_one_device(name, split, arrays):
     op, args = called(name, arrays)
-    expected = jax.grad(lambda *x: loss(op(*x)), (0, 1, 2))(*args)
+    learned = tuple(i for i, name in enumerate(OPS[name][1][:3]) if name != "visible")
+    expected = jax.grad(lambda *x: loss(op(*x)), learned)(*args)
     with explicit_mesh():
         op, args = called(name, spread(arrays, split))
-        gradients = jax.jit(jax.grad(lambda *x: loss(op(*x)), (0, 1, 2)))(*args)
-    for gradient, value, argument in zip(gradients, expected, args, strict=False):
+        gradients = jax.jit(jax.grad(lambda *x: loss(op(*x)), learned))(*args)
+    arguments = [args[i] for i in learned]
+    for gradient, value, argument in zip(*map(jax.tree.leaves, (gradients, expected, arguments)), strict=True):
         np.testing.assert_allclose(gradient, value, rtol=1e-4, atol=1e-5)
         assert gradient.sharding.is_equivalent_to(argument.sharding, gradient.ndim)

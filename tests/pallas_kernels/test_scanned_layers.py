@@ -5,26 +5,25 @@ import jax.numpy as jnp
 import pytest
 
 import pallas_kernels as pk
+from pallas_kernels import IndexHeads, Visible
 
 LENGTH, TOPK = 2048, 16
 END = jnp.arange(1, LENGTH + 1, dtype=jnp.int32)[None]
-RANGE = {"visible_start": jnp.zeros_like(END), "visible_end": END, "implementation": "xla"}
+RANGE = {"visible": Visible(jnp.zeros_like(END), END), "implementation": "xla"}
 
 
 def layer(op, x):
     """[1, T, 1, D] to the same shape, with `op` in it."""
-    weights, index = jnp.ones(x.shape[:3], jnp.float32), (x, x[:, :, 0])
-    picked = (
-        pk.index_topk(*index, weights, topk=TOPK, **RANGE) if op == "index_topk" else jnp.zeros((1, LENGTH, TOPK), jnp.int32)
-    )
+    index = IndexHeads(x, x[:, :, 0], jnp.ones(x.shape[:3], jnp.float32))
+    picked = pk.index_topk(index, topk=TOPK, **RANGE) if op == "index_topk" else jnp.zeros((1, LENGTH, TOPK), jnp.int32)
     if op == "attention_topk":
         picked = pk.attention_topk(x, x, jnp.zeros(x.shape[:3]), softmax_scale=1.0, topk=TOPK, **RANGE)
     if op == "dense_attention":
         return pk.dense_attention(x, x, x, softmax_scale=1.0, **RANGE).out
     if op.startswith("indexer_kl"):
         chosen = picked if op == "indexer_kl of selected" else None
-        lse = jnp.zeros(x.shape[:3])
-        return x + pk.indexer_kl(*index, weights, x, x, lse, softmax_scale=1.0, topk_indices=chosen, **RANGE).sum()
+        target = {"q": x, "k": x, "lse": jnp.zeros(x.shape[:3]), "softmax_scale": 1.0}
+        return x + pk.indexer_kl(index, **target, topk_indices=chosen, **RANGE).sum()
     return pk.sparse_attention(x, x, x, picked, softmax_scale=1.0, implementation="xla").out
 
 

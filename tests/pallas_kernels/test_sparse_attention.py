@@ -118,9 +118,9 @@ def test_topk_of_whole_context_is_dense_attention_and_runs_are_bitwise_equal(imp
     q, k, _ = inputs(shape)
     visible = ranges("random", shape.batch, shape.queries, shape.keys)
     position = jnp.arange(shape.keys, dtype=jnp.int32)
-    inside = (position >= visible["visible_start"][..., None]) & (position < visible["visible_end"][..., None])
+    inside = (position >= visible.start[..., None]) & (position < visible.end[..., None])
     everything = jnp.where(inside, position, -1)
-    dense = pk.dense_attention(q, k, None, softmax_scale=0.3, d_v=8, **visible, implementation=implementation)
+    dense = pk.dense_attention(q, k, None, softmax_scale=0.3, d_v=8, visible=visible, implementation=implementation)
 
     def sparse():
         return pk.sparse_attention(q, k, None, everything, softmax_scale=0.3, d_v=8, implementation=implementation)

@@ -102,7 +102,7 @@ def scores(queries=8):
     q, k, w = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((1, queries, 2, 16), (1, 64, 16), (1, queries, 2)))
     start, end = jnp.zeros((1, queries), jnp.int32), jnp.full((1, queries), 64, jnp.int32)
     with tuning.recorded() as choices:
-        out = pk.index_scores(q, k, w, visible_start=start, visible_end=end, implementation="pallas")
+        out = pk.index_scores(pk.IndexHeads(q, k, w), pk.Visible(start, end), implementation="pallas")
     return np.asarray(out), choices
 
 

@@ -15,17 +15,16 @@ from dsa_jax.model.attention.selection import (
     SELECTORS,
     Budget,
     Heads,
-    IndexHeads,
     SelectionInputs,
     attention_modes,
     select_by_indexer,
     share_held,
 )
-from dsa_jax.model.attention.visibility import Visibility, mean_over_valid
+from dsa_jax.model.attention.visibility import mean_over_valid
 from dsa_jax.model.outputs import AttentionRequest
 from dsa_jax.parallel.ambient import ROWS, axis_if_split, mean_over, per_device
 from dsa_jax.parallel.sequence import HEADS, gather_heads, gather_keys, key_spec
-from pallas_kernels import dense_attention, indexer_kl, sparse_attention
+from pallas_kernels import IndexHeads, Visible, dense_attention, indexer_kl, sparse_attention
 
 TOPK_NAME = "topk_indices"
 """Name under which rematerialisation saves the selection."""
@@ -56,11 +55,10 @@ def check_request(
     *,
     has_indexer: bool,
     has_nsa: bool = False,
-    activation: str = "relu",
     return_topk_indices: bool = False,
     cached: bool = False,
 ) -> None:
-    """Reject what no layer could answer; `activation` is that of the indexer.
+    """Reject what no layer could answer.
 
     Raises:
         ValueError: for an unknown mode or loss, or a combination of them that this model cannot compute.
@@ -91,11 +89,6 @@ def check_request(
         raise ValueError(
             f"attention is {request.attention!r}, but the model has no indexer. Set attention.indexer.enabled=True, or use "
             "'dense' or 'window'."
-        )
-    elif request.attention == "coarse_to_fine" and activation == "softmax":
-        raise ValueError(
-            "attention is 'coarse_to_fine' and the indexer's activation 'softmax', whose normaliser runs over keys that "
-            "coarse_to_fine never reads. Use attention 'sparse'."
         )
 
 
@@ -163,7 +156,7 @@ def attend(
     request: AttentionRequest,
     budget: Budget,
     softmax_scale: float,
-    visibility: Visibility,
+    visible: Visible,
     activation: str,
     implementations: Implementations,
 ) -> AttentionOutput:
@@ -191,7 +184,7 @@ def attend(
         index: IndexHeads | None,
         previous_topk: Array | None,
         served_by: IndexHeads | None,
-        visibility: Visibility,
+        visible: Visible,
     ) -> _PerQuery:
         return _attend(
             dense and _with_all_keys(dense_arrays, dense.d_v),
@@ -202,7 +195,7 @@ def attend(
             request,
             budget,
             softmax_scale,
-            visibility,
+            visible,
             activation,
             implementations,
             has_shared_keys=selected is not None and selected.k.shape[2] == 1,
@@ -220,14 +213,14 @@ def attend(
     arrays = [heads and heads._replace(d_v=None) for heads in (dense, selected)]
     specs = [heads and Heads._make([HEADS, *(x if x is None else key_spec(x) for x in heads[1:])]) for heads in arrays]
     spread = per_device(core, in_specs=(*specs, ROWS, ROWS, ROWS, ROWS), out_specs=results)
-    per_query = spread(*arrays, index, previous_topk, served_by, visibility)
-    mean = lambda x: None if x is None else mean_over_valid(x, visibility.valid)
+    per_query = spread(*arrays, index, previous_topk, served_by, visible)
+    mean = lambda x: None if x is None else mean_over_valid(x, visible.some)
     return AttentionOutput(
         out=per_query.out,
         topk_indices=per_query.topk_indices,
         indexer_kl=mean(per_query.indexer_kl),
         coverage=mean(per_query.coverage),
-        keys_per_query=mean_over_valid(per_query.n_keys, visibility.valid),
+        keys_per_query=mean_over_valid(per_query.n_keys, visible.some),
         index_heads=index,
         indexer_recall=mean(per_query.indexer_recall),
     )
@@ -246,13 +239,12 @@ def _attend(
     request: AttentionRequest,
     budget: Budget,
     softmax_scale: float,
-    visibility: Visibility,
+    visible: Visible,
     activation: str,
     implementations: Implementations,
     *,
     has_shared_keys: bool,
 ) -> _PerQuery:
-    visible: dict[str, Any] = {"visible_start": visibility.start, "visible_end": visibility.end}
     everything = indexer_recall = None
     if dense is not None:
         # Where dense attention is only the yardstick, no gradient may come back through it.
@@ -261,15 +253,15 @@ def _attend(
             heads.q,
             heads.k,
             heads.v,
+            visible,
             softmax_scale=softmax_scale,
             d_v=heads.d_v,
             implementation=implementations.dense_attention,
-            **visible,
         )
     if request.attention == DENSE:
         assert everything is not None
         out, indices, kept_lse = everything.out, None, None
-        n_keys = (visibility.end - visibility.start).astype(jnp.float32)
+        n_keys = (visible.end - visible.start).astype(jnp.float32)
     else:
         assert selected is not None
         selector = SELECTORS[request.attention]
@@ -277,14 +269,14 @@ def _attend(
             assert previous_topk is not None
             indices = previous_topk
             if measures_indexer_recall(request):
-                indexer_recall = jnp.full(visibility.start.shape, jnp.nan, jnp.float32)
+                indexer_recall = jnp.full(visible.start.shape, jnp.nan, jnp.float32)
         else:
             heads, lse = selected, None
             if selector.needs_dense_lse:
                 assert everything is not None
                 lse = gather_heads(everything.lse)
                 heads = heads._replace(q=gather_heads(heads.q), k=heads.k if has_shared_keys else gather_heads(heads.k))
-            inputs = SelectionInputs(budget, visibility, heads, softmax_scale, index, lse, implementations, activation)
+            inputs = SelectionInputs(budget, visible, heads, softmax_scale, index, lse, implementations, activation)
             indices = checkpoint_name(selector.select(inputs), TOPK_NAME)
             if measures_indexer_recall(request):
                 indexer_recall = share_held(indices, select_by_indexer(inputs))
@@ -302,7 +294,7 @@ def _attend(
 
     kl = None
     if request.indexer_loss is not None:
-        kl = jnp.zeros(visibility.start.shape, jnp.float32)
+        kl = jnp.zeros(visible.start.shape, jnp.float32)
         measured = served_by if index is None else index
         if measured is not None:
             sparse_loss = request.indexer_loss == "sparse"
@@ -316,16 +308,15 @@ def _attend(
                 "implementation": implementations.indexer_kl,
             }
             chosen = indices if sparse_loss else None
-            q_index, k_index, weights = measured
-            kl = indexer_kl(q_index, k_index, weights, target.q, target.k, lse, topk_indices=chosen, **settings, **visible)
+            kl = indexer_kl(measured, visible, target.q, target.k, lse, topk_indices=chosen, **settings)
             if budget.coarse_loss_weight and not sparse_loss:
-                settings |= {"block_size": budget.block_size, "pooling": budget.pooling, "visibility": visibility}
-                kl += budget.coarse_loss_weight * coarse_kl(measured, target, lse, **settings)
+                settings |= {"block_size": budget.block_size, "pooling": budget.pooling}
+                kl += budget.coarse_loss_weight * coarse_kl(measured, visible, target, lse, **settings)
 
     coverage = None
     if request.coverage:
         if kept_lse is None:
-            coverage = jnp.ones(visibility.start.shape, jnp.float32)
+            coverage = jnp.ones(visible.start.shape, jnp.float32)
         else:
             assert everything is not None
             coverage = mean_over("tensor", attention_mass(kept_lse, everything.lse))

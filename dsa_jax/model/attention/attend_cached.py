@@ -7,9 +7,8 @@ from jaxtyping import Array, Float, Int
 
 from dsa_jax.config.implementations import Implementations
 from dsa_jax.model.attention.cache import INDEX_KEYS, LayerCache
-from dsa_jax.model.attention.selection import DENSE, SELECTORS, Budget, Heads, IndexHeads, SelectionInputs
-from dsa_jax.model.attention.visibility import Visibility
-from pallas_kernels import dense_attention, sparse_attention
+from dsa_jax.model.attention.selection import DENSE, SELECTORS, Budget, Heads, SelectionInputs
+from pallas_kernels import IndexHeads, Visible, dense_attention, sparse_attention
 
 
 class CachedAttentionOutput(NamedTuple):
@@ -32,7 +31,7 @@ def attend_cached(
     d_v: int | None,
     budget: Budget,
     softmax_scale: float,
-    visibility: Visibility,
+    visible: Visible,
     activation: str,
     implementations: Implementations,
 ) -> CachedAttentionOutput:
@@ -48,18 +47,17 @@ def attend_cached(
         cache: with the new tokens written.
         attention: "dense" or a name in `SELECTORS`.
         keys, values: names of the cache entries; `values` None: the first `d_v` channels of the keys.
-        visibility: ranges of positions within the row.
+        visible: ranges of positions within the row.
         activation: of the index scores.
     """
     # All rows of the cache. XLA drops whatever of this the chosen mode does not use.
     heads = Heads(q, _as_heads(cache.read(keys, q.dtype)), None if values is None else cache.read(values, q.dtype), d_v)
-    visible: dict[str, Any] = {"visible_start": visibility.start, "visible_end": visibility.end}
     selector = None if attention == DENSE else SELECTORS[attention]
     everything = None
     if selector is None or selector.needs_dense_lse:
         settings: dict[str, Any] = {"softmax_scale": softmax_scale, "d_v": d_v}
         everything = dense_attention(
-            heads.q, heads.k, heads.v, **settings, **visible, implementation=implementations.dense_attention
+            heads.q, heads.k, heads.v, visible, **settings, implementation=implementations.dense_attention
         )
     if selector is None:
         assert everything is not None
@@ -72,7 +70,7 @@ def attend_cached(
         if index is not None:
             index = index._replace(k=cache.read(INDEX_KEYS, index.q.dtype))
         lse = None if everything is None else everything.lse
-        inputs = SelectionInputs(budget, visibility, heads, softmax_scale, index, lse, implementations, activation)
+        inputs = SelectionInputs(budget, visible, heads, softmax_scale, index, lse, implementations, activation)
         indices = selector.select(inputs)
     topk = indices.shape[-1]
     settings = {"softmax_scale": softmax_scale, "d_v": d_v, "implementation": implementations.sparse_attention}

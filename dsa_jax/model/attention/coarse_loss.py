@@ -5,19 +5,18 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dsa_jax.model.attention.selection import Heads, IndexHeads
-from dsa_jax.model.attention.visibility import Visibility
-from pallas_kernels import indexer_kl, pool_blocks
+from dsa_jax.model.attention.selection import Heads
+from pallas_kernels import IndexHeads, Visible, indexer_kl, pool_blocks
 
 
 def coarse_kl(
     index: IndexHeads,
+    visible: Visible,
     heads: Heads,
     lse: Float[Array, "B T H"],
     *,
     block_size: int,
     pooling: str,
-    visibility: Visibility,
     **settings: Any,
 ) -> Float[Array, "B T"]:
     """KL of the attention that falls on each block from the softmax over the scores of the blocks' pooled index keys.
@@ -28,29 +27,20 @@ def coarse_kl(
 
     Args:
         index: index heads of all keys.
+        visible: of the queries.
         heads: of dense attention, the target.
         lse: of dense attention.
         block_size: keys per block; blocks lie at multiples of it.
         pooling: how a block's index keys become one, see `pool_blocks`.
-        visibility: of the queries.
         settings: `softmax_scale` and what else `indexer_kl` takes.
     """
     pooled = pool_blocks(index.k, block_size, pooling).astype(index.k.dtype)
     n_keys = pooled.shape[1] * block_size
     if not n_keys:
-        return jnp.zeros(visibility.start.shape, jnp.float32)
-    first = -(-visibility.start // block_size) * block_size
-    end = visibility.end // block_size * block_size
+        return jnp.zeros(visible.start.shape, jnp.float32)
+    first = -(-visible.start // block_size) * block_size
+    end = visible.end // block_size * block_size
     sees_some = end > first
-    return indexer_kl(
-        index.q,
-        pooled,
-        index.weights,
-        heads.q,
-        heads.k[:, :n_keys],
-        lse,
-        visible_start=jnp.where(sees_some, first, 0),
-        visible_end=jnp.where(sees_some, end, 0),
-        keys_per_index_key=block_size,
-        **settings,
-    )
+    whole = Visible(jnp.where(sees_some, first, 0), jnp.where(sees_some, end, 0))
+    keys = heads.k[:, :n_keys]
+    return indexer_kl(index._replace(k=pooled), whole, heads.q, keys, lse, keys_per_index_key=block_size, **settings)

@@ -15,12 +15,12 @@ from dsa_jax.model.attention.indexer import Indexer
 from dsa_jax.model.attention.nsa import NSA, Branch
 from dsa_jax.model.attention.nsa_attention import attend_natively
 from dsa_jax.model.attention.selection import NSA as NSA_MODE
-from dsa_jax.model.attention.selection import Budget, Heads, IndexHeads
-from dsa_jax.model.attention.visibility import Visibility
+from dsa_jax.model.attention.selection import Budget, Heads
 from dsa_jax.model.linear import Linear
 from dsa_jax.model.norm import RMSNorm
 from dsa_jax.model.outputs import AttentionRequest
 from dsa_jax.model.rope import Rope, rotary_magnitude, rotate
+from pallas_kernels import IndexHeads, Visible
 
 KEYS, VALUES = "keys", "values"
 """Names of the cache entries."""
@@ -66,7 +66,7 @@ class GQA(nn.Module):
         self,
         x: Float[Array, "B T E"],
         positions: Int[Array, "B T"],
-        visibility: Visibility,
+        visible: Visible,
         previous_topk: Int[Array, "B T K"] | None,
         request: AttentionRequest,
         served_by: IndexHeads | None = None,
@@ -76,7 +76,7 @@ class GQA(nn.Module):
         """
         heads = self._heads(x, positions)
         if self.nsa is not None and (request.attention == NSA_MODE or self.is_initializing()):
-            natively = self._attend_natively(self.nsa, x, positions, heads, visibility, request)
+            natively = self._attend_natively(self.nsa, x, positions, heads, visible, request)
             if request.attention == NSA_MODE:
                 return natively
         result = attend(
@@ -88,7 +88,7 @@ class GQA(nn.Module):
             request=request,
             budget=self.budget,
             softmax_scale=self.head_dim**-0.5,
-            visibility=visibility,
+            visible=visible,
             activation=self.activation,
             implementations=self.implementations,
         )
@@ -103,7 +103,7 @@ class GQA(nn.Module):
         self,
         x: Float[Array, "B T E"],
         positions: Int[Array, "B T"],
-        visibility: Visibility,
+        visible: Visible,
         previous_topk: Int[Array, "B T K"] | None,
         cache: LayerCache,
         request: AttentionRequest,
@@ -127,7 +127,7 @@ class GQA(nn.Module):
             d_v=None,
             budget=self.budget,
             softmax_scale=self.head_dim**-0.5,
-            visibility=visibility,
+            visible=visible,
             activation=self.activation,
             implementations=self.implementations,
         )
@@ -146,7 +146,7 @@ class GQA(nn.Module):
         x: Float[Array, "B T E"],
         positions: Int[Array, "B T"],
         heads: Heads,
-        visibility: Visibility,
+        visible: Visible,
         request: AttentionRequest,
     ) -> AttentionOutput:
         assert heads.v is not None
@@ -158,7 +158,7 @@ class GQA(nn.Module):
             window=nsa.window,
             wants_coverage=request.coverage,
             softmax_scale=self.head_dim**-0.5,
-            visibility=visibility,
+            visible=visible,
             implementations=self.implementations,
         )
         return result._replace(out=self._project_out(result.out))

@@ -8,11 +8,11 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.config.model import PLAIN
-from dsa_jax.model.attention.selection import IndexHeads
 from dsa_jax.model.kernels import widened
 from dsa_jax.model.linear import Linear
 from dsa_jax.model.norm import LayerNorm
 from dsa_jax.model.rope import Rope, rotate
+from pallas_kernels import IndexHeads
 from pallas_kernels.quantize import hadamard_transform, simulate_fp8
 
 
@@ -22,8 +22,7 @@ class Indexer(nn.Module):
     q = rope(wq_b q_input), k = rope(LayerNorm(wk x)), weights = (weights_proj x) * n_heads**-0.5 * head_dim**-0.5. The rotated
     channels come first in each head, opposite to MLA. Rotation has unit magnitude: YaRN's temperature never enters the indexer.
 
-    `activation` is that of the scores, see `pallas_kernels.index_scores`; "softmax" takes head_dim**-0.5 from the weights into
-    q, after any rounding to fp8, as the scale of its logits. `head_weights` "constant" replaces weights_proj x by 1 and has no
+    `head_weights` "constant" replaces weights_proj x by 1 and has no
     such parameter. `detach_input` False lets the gradient of the KL through to what the indexer reads.
 
     Source: DeepSeek-V3.2 report, section 1; DeepSeek-V3.2-Exp inference/model.py, class Indexer (with half-split rotation).
@@ -37,7 +36,6 @@ class Indexer(nn.Module):
     norm_eps: float
     hadamard: bool
     fp8: bool
-    activation: str
     head_weights: str
     detach_input: bool
     init_std: float
@@ -73,8 +71,6 @@ class Indexer(nn.Module):
         if self.fp8:
             q, k = simulate_fp8(q), simulate_fp8(k)
         weights = self._head_weights(x)
-        if self.activation == "softmax":
-            return IndexHeads(q * self.head_dim**-0.5, k[:, :, 0, :], weights * self.n_heads**-0.5)
         return IndexHeads(q, k[:, :, 0, :], weights * (self.n_heads * self.head_dim) ** -0.5)
 
     @nn.nowrap

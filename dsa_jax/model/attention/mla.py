@@ -18,14 +18,14 @@ from dsa_jax.model.attention.attend import AttentionOutput, AttentionParts, atte
 from dsa_jax.model.attention.attend_cached import CachedAttentionOutput, attend_cached
 from dsa_jax.model.attention.cache import INDEX_KEYS, CacheEntry, LayerCache
 from dsa_jax.model.attention.indexer import Indexer
-from dsa_jax.model.attention.selection import DENSE, Budget, Heads, IndexHeads
-from dsa_jax.model.attention.visibility import Visibility
+from dsa_jax.model.attention.selection import DENSE, Budget, Heads
 from dsa_jax.model.kernels import widened
 from dsa_jax.model.linear import Linear
 from dsa_jax.model.norm import RMSNorm
 from dsa_jax.model.outputs import AttentionRequest
 from dsa_jax.model.precision import precision_of
 from dsa_jax.model.rope import Rope, rotary_magnitude, rotate, softmax_scale_factor
+from pallas_kernels import IndexHeads, Visible
 
 LATENT = "latent"
 """Name of the cache entry that holds [latent | rotated key]."""
@@ -82,7 +82,7 @@ class MLA(nn.Module):
         self,
         x: Float[Array, "B T E"],
         positions: Int[Array, "B T"],
-        visibility: Visibility,
+        visible: Visible,
         previous_topk: Int[Array, "B T K"] | None,
         request: AttentionRequest,
         served_by: IndexHeads | None = None,
@@ -103,7 +103,7 @@ class MLA(nn.Module):
             request=request,
             budget=self.budget,
             softmax_scale=self.softmax_scale,
-            visibility=visibility,
+            visible=visible,
             activation=self.activation,
             implementations=self.implementations,
         )
@@ -120,7 +120,7 @@ class MLA(nn.Module):
         self,
         x: Float[Array, "B T E"],
         positions: Int[Array, "B T"],
-        visibility: Visibility,
+        visible: Visible,
         previous_topk: Int[Array, "B T K"] | None,
         cache: LayerCache,
         request: AttentionRequest,
@@ -144,7 +144,7 @@ class MLA(nn.Module):
             d_v=self.kv_lora_rank,
             budget=self.budget,
             softmax_scale=self.softmax_scale,
-            visibility=visibility,
+            visible=visible,
             activation=self.activation,
             implementations=self.implementations,
         )

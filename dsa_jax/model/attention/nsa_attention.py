@@ -12,11 +12,11 @@ from jaxtyping import Array, Float, Int32
 from dsa_jax.config.implementations import Implementations
 from dsa_jax.model.attention.attend import TOPK_NAME, AttentionOutput, attention_mass
 from dsa_jax.model.attention.nsa import Branch, NSABranches
-from dsa_jax.model.attention.visibility import Visibility, mean_over_valid
+from dsa_jax.model.attention.visibility import mean_over_valid
 from dsa_jax.parallel.ambient import ROWS, mean_over, per_device
 from dsa_jax.parallel.mesh import BATCH_AXES
 from dsa_jax.parallel.sequence import HEADS, gather_keys, key_spec
-from pallas_kernels import BlockGeometry, block_topk, dense_attention, sparse_attention
+from pallas_kernels import BlockGeometry, Visible, block_topk, dense_attention, sparse_attention
 
 
 class _PerQuery(NamedTuple):
@@ -36,7 +36,7 @@ def attend_natively(
     window: int,
     wants_coverage: bool,
     softmax_scale: float,
-    visibility: Visibility,
+    visible: Visible,
     implementations: Implementations,
 ) -> AttentionOutput:
     """sum over branches of gate * attention(q, k, v of the branch).
@@ -56,52 +56,49 @@ def attend_natively(
         branch alone, the share of dense attention over its keys that the selected ones hold. No `topk_indices`.
     """
 
-    def core(
-        q: Array, select: Branch, compress: Branch, window_branch: Branch, gates: Array, visibility: Visibility
-    ) -> _PerQuery:
+    def core(q: Array, select: Branch, compress: Branch, window_branch: Branch, gates: Array, visible: Visible) -> _PerQuery:
         select, window_branch = (Branch(*map(gather_keys, branch)) for branch in (select, window_branch))
-        start, end = visibility.start, visibility.end
+        start, end = visible.start, visible.end
         attend = functools.partial(dense_attention, softmax_scale=softmax_scale, implementation=implementations.dense_attention)
-        visible: dict[str, Any] = {"visible_start": start, "visible_end": end}
         n_keys = select.k.shape[1]
-        first, last = geometry.compressed_range(start, end)
-        coarse = attend(q, *compress, visible_start=first, visible_end=last)
+        compressed = geometry.compressed_range(visible)
+        coarse = attend(q, *compress, compressed)
         blocks = block_topk(
             q,
             compress.k,
             coarse.lse,
+            visible,
             softmax_scale=softmax_scale,
             n_keys=n_keys,
             geometry=geometry,
             implementation=implementations.block_topk,
-            **visible,
         )
         blocks = checkpoint_name(blocks, TOPK_NAME)
         settings = {"softmax_scale": softmax_scale, "implementation": implementations.sparse_attention}
-        fine, fine_lse, n_fine = _attend_to_blocks(q, select, blocks, geometry, visibility, settings)
+        fine, fine_lse, n_fine = _attend_to_blocks(q, select, blocks, geometry, visible, settings)
         near = jnp.maximum(start, end - window)
-        local = attend(q, *window_branch, visible_start=near, visible_end=end)
+        local = attend(q, *window_branch, Visible(near, end))
         outs = jnp.stack([coarse.out, fine, local.out], axis=-2).astype(gates.dtype)
         out = jnp.sum(gates[..., None] * outs, axis=-2).astype(q.dtype)
         coverage = None
         if wants_coverage:
             yardstick = jax.lax.stop_gradient((q, *select))
-            everything = attend(*yardstick, **visible)
+            everything = attend(*yardstick, visible)
             coverage = mean_over("tensor", attention_mass(fine_lse, everything.lse))
-        return _PerQuery(out, mean_over("tensor", n_fine) + (last - first) + (end - near), coverage)
+        return _PerQuery(out, mean_over("tensor", n_fine) + (compressed.end - compressed.start) + (end - near), coverage)
 
     # Compressed keys are few; their number divides by nothing.
     few = PartitionSpec(BATCH_AXES, None, *key_spec(branches.compress.k)[2:])
     specs = [HEADS, key_spec(select.k), few, key_spec(branches.window.k), HEADS, ROWS]
     results = _PerQuery(HEADS, ROWS, ROWS if wants_coverage else None)
     spread = per_device(core, in_specs=tuple(specs), out_specs=results)
-    out, n_keys, coverage = spread(q, select, branches.compress, branches.window, branches.gates, visibility)
+    out, n_keys, coverage = spread(q, select, branches.compress, branches.window, branches.gates, visible)
     return AttentionOutput(
         out=out,
         topk_indices=None,
         indexer_kl=None,
-        coverage=None if coverage is None else mean_over_valid(coverage, visibility.valid),
-        keys_per_query=mean_over_valid(n_keys, visibility.valid),
+        coverage=None if coverage is None else mean_over_valid(coverage, visible.some),
+        keys_per_query=mean_over_valid(n_keys, visible.some),
     )
 
 
@@ -110,13 +107,13 @@ def _attend_to_blocks(
     select: Branch,
     blocks: Int32[Array, "B T G K"],
     geometry: BlockGeometry,
-    visibility: Visibility,
+    visible: Visible,
     settings: dict[str, Any],
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"], Float[Array, "B T"]]:
     """(out, lse, keys read): every key group becomes a row of its own, since each has its own selection."""
     (batch, length, heads, dim), groups = q.shape, select.k.shape[2]
     keys = blocks[..., None] * geometry.select_block + jnp.arange(geometry.select_block, dtype=jnp.int32)
-    start, end = (bound[:, :, None, None, None] for bound in (visibility.start, visibility.end))
+    start, end = (bound[:, :, None, None, None] for bound in (visible.start, visible.end))
     keys = jnp.where((blocks[..., None] >= 0) & (keys >= start) & (keys < end), keys, -1)
     indices = keys.reshape(batch, length, groups, geometry.topk * geometry.select_block)
     by_group = lambda x: jnp.moveaxis(x, 2, 1).reshape(batch * groups, x.shape[1], *x.shape[3:])

@@ -14,19 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsa_jax.config.implementations import Implementations
-from dsa_jax.model.attention.visibility import Visibility
-from pallas_kernels import attention_topk, index_topk, index_topk_coarse_to_fine, pool_blocks
+from pallas_kernels import ForcedKeys, IndexHeads, Visible, attention_topk, index_topk, index_topk_coarse_to_fine, pool_blocks
 
 DENSE = "dense"
 NSA = "nsa"
-
-
-class IndexHeads(NamedTuple):
-    """What the lightning indexer computes: score[t, s] = sum_h weights[t, h] * relu(q[t, h] . k[s]), or another activation."""
-
-    q: Float[Array, "B T Hi Di"]
-    k: Float[Array, "B S Di"]
-    weights: Float[Array, "B T Hi"]
 
 
 class Heads(NamedTuple):
@@ -43,16 +34,15 @@ class Budget(NamedTuple):
 
     Those are `n_blocks` blocks of `block_size` keys each.
 
-    Where the indexer chooses key by key ("sparse", "coarse_to_fine"), the first `forced_sink` and the last `forced_local`
-    visible keys are always among the topk. "coarse_to_fine" makes one key of a block as `pooling` says; the loss of
-    choosing blocks this way enters the indexer's dense loss with weight `coarse_loss_weight`.
+    Where the indexer chooses key by key ("sparse", "coarse_to_fine"), the `forced` keys are always among the topk.
+    "coarse_to_fine" makes one key of a block as `pooling` says; the loss of choosing blocks this way enters the indexer's dense
+    loss with weight `coarse_loss_weight`.
     """
 
     topk: int
     block_size: int
     n_blocks: int
-    forced_sink: int = 0
-    forced_local: int = 0
+    forced: ForcedKeys = ForcedKeys()
     pooling: str = "mean"
     coarse_loss_weight: float = 0.0
 
@@ -64,7 +54,7 @@ class SelectionInputs(NamedTuple):
     """
 
     budget: Budget
-    visibility: Visibility
+    visible: Visible
     heads: Heads
     softmax_scale: float
     index_heads: IndexHeads | None
@@ -93,17 +83,12 @@ class Selector(NamedTuple):
 def select_by_indexer(inputs: SelectionInputs) -> Int[Array, "B T K"]:
     """The topk keys of the highest index score; equal scores go to the lower position."""
     assert inputs.index_heads is not None
-    q, k, weights = jax.lax.stop_gradient(inputs.index_heads)
     return index_topk(
-        q,
-        k,
-        weights,
+        inputs.index_heads,
+        inputs.visible,
         topk=inputs.topk,
-        visible_start=inputs.visibility.start,
-        visible_end=inputs.visibility.end,
+        forced=inputs.budget.forced,
         activation=inputs.activation,
-        forced_sink=inputs.budget.forced_sink,
-        forced_local=inputs.budget.forced_local,
         implementation=inputs.implementations.index_topk,
     )
 
@@ -122,15 +107,13 @@ def select_coarse_to_fine(inputs: SelectionInputs) -> Int[Array, "B T K"]:
     """The topk keys of the highest index score among the best blocks; as `select_by_indexer` where these cover the context."""
     assert inputs.index_heads is not None
     return index_topk_coarse_to_fine(
-        *inputs.index_heads,
+        inputs.index_heads,
+        inputs.visible,
         topk=inputs.topk,
         block_size=inputs.budget.block_size,
         n_blocks=inputs.budget.n_blocks,
         pooling=inputs.budget.pooling,
-        forced_sink=inputs.budget.forced_sink,
-        forced_local=inputs.budget.forced_local,
-        visible_start=inputs.visibility.start,
-        visible_end=inputs.visibility.end,
+        forced=inputs.budget.forced,
         activation=inputs.activation,
         implementation=inputs.implementations.index_topk,
     )
@@ -138,7 +121,7 @@ def select_coarse_to_fine(inputs: SelectionInputs) -> Int[Array, "B T K"]:
 
 def select_window(inputs: SelectionInputs) -> Int[Array, "B T K"]:
     """The last topk visible keys."""
-    start, end = inputs.visibility.start[..., None], inputs.visibility.end[..., None]
+    start, end = inputs.visible.start[..., None], inputs.visible.end[..., None]
     place = jnp.maximum(start, end - inputs.topk) + jnp.arange(inputs.topk, dtype=jnp.int32)
     return jnp.where(place < end, place, -1)
 
@@ -146,22 +129,20 @@ def select_window(inputs: SelectionInputs) -> Int[Array, "B T K"]:
 def select_oracle(inputs: SelectionInputs) -> Int[Array, "B T K"]:
     """The topk keys of the highest attention probability, summed over heads: an upper bound that costs dense attention."""
     assert inputs.dense_lse is not None
-    q, k, lse = jax.lax.stop_gradient((inputs.heads.q, inputs.heads.k, inputs.dense_lse))
     return attention_topk(
-        q,
-        k,
-        lse,
+        inputs.heads.q,
+        inputs.heads.k,
+        inputs.dense_lse,
+        inputs.visible,
         softmax_scale=inputs.softmax_scale,
         topk=inputs.topk,
-        visible_start=inputs.visibility.start,
-        visible_end=inputs.visibility.end,
         implementation=inputs.implementations.attention_topk,
     )
 
 
 def select_window_with_sink(inputs: SelectionInputs) -> Int[Array, "B T K"]:
     """The first `N_SINK` visible keys and the last ones, topk together (StreamingLLM, arXiv 2309.17453)."""
-    start, end = inputs.visibility.start[..., None], inputs.visibility.end[..., None]
+    start, end = inputs.visible.start[..., None], inputs.visible.end[..., None]
     n_sink = min(N_SINK, inputs.topk)
     rank = jnp.arange(inputs.topk, dtype=jnp.int32)
     place = start + rank + jnp.where(rank < n_sink, 0, jnp.maximum(end - start - inputs.topk, 0))
@@ -173,7 +154,7 @@ def select_random(inputs: SelectionInputs) -> Int[Array, "B T K"]:
 
     The same draw in every layer and call, by the end of the query's range; every visible key is about as likely.
     """
-    start, n_visible = inputs.visibility.start[..., None], (inputs.visibility.end - inputs.visibility.start)[..., None]
+    start, n_visible = inputs.visible.start[..., None], (inputs.visible.end - inputs.visible.start)[..., None]
     rank = jnp.arange(inputs.topk, dtype=jnp.int32)
     # Whole stretches per key and the remainder spread over the first ones: products of large lengths would overflow.
     length, longer = n_visible // inputs.topk, n_visible % inputs.topk
@@ -181,7 +162,7 @@ def select_random(inputs: SelectionInputs) -> Int[Array, "B T K"]:
     width = length + (rank < longer)
     # By query rather than by call: over a cache a query is to get the keys that it gets in a whole row.
     draw_one = lambda end, width: jax.random.randint(jax.random.fold_in(jax.random.key(0), end), width.shape, 0, width)
-    draw = jax.vmap(jax.vmap(draw_one))(inputs.visibility.end, jnp.maximum(width, 1))
+    draw = jax.vmap(jax.vmap(draw_one))(inputs.visible.end, jnp.maximum(width, 1))
     return jnp.where(width > 0, start + first + draw, -1)
 
 
@@ -192,21 +173,18 @@ def select_blocks(inputs: SelectionInputs) -> Int[Array, "B T K"]:
     the mean of another would tell of keys that the query may not see. Of its own block a query attends to the visible part.
     """
     assert inputs.index_heads is not None
-    q, k, weights = jax.lax.stop_gradient(inputs.index_heads)
+    index = inputs.index_heads
     size = min(inputs.budget.block_size, inputs.topk)
-    start, end = inputs.visibility.start, inputs.visibility.end
+    start, end = inputs.visible.start, inputs.visible.end
     own = jnp.maximum(end - 1, 0) // size
     n_others = inputs.topk // size - 1
     chosen = own[..., None]
     if n_others:
         first = jnp.minimum(-(-start // size), own)
         others = index_topk(
-            q,
-            pool_blocks(k, size).astype(k.dtype),
-            weights,
+            index._replace(k=pool_blocks(index.k, size).astype(index.k.dtype)),
+            Visible(first, own),
             topk=n_others,
-            visible_start=first,
-            visible_end=own,
             activation=inputs.activation,
             implementation=inputs.implementations.index_topk,
         )

@@ -1,28 +1,21 @@
 """Which keys a query may see, as one range of key positions per query."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-
-class Visibility(NamedTuple):
-    """Query t of a row sees keys start[t] <= s < end[t]; `valid` is False for padding, whose range is empty."""
-
-    start: Int[Array, "B T"]
-    end: Int[Array, "B T"]
-    valid: Bool[Array, "B T"]
+from pallas_kernels import Visible
 
 
-def causal_visibility(segment_ids: Int[Array, "B T"]) -> Visibility:
+def causal_visibility(segment_ids: Int[Array, "B T"]) -> Visible:
     """Causal attention within packed segments.
 
-    A segment is a run of equal non-zero ids; 0 is padding. An id that comes back after another one starts a new segment.
+    A segment is a run of equal non-zero ids; 0 is padding, whose range is empty. An id that comes back after another one starts
+    a new segment.
     """
     place = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
     valid = segment_ids != 0
-    return Visibility(start=jnp.where(valid, segment_starts(segment_ids), 0), end=jnp.where(valid, place + 1, 0), valid=valid)
+    return Visible(jnp.where(valid, segment_starts(segment_ids), 0), jnp.where(valid, place + 1, 0))
 
 
 def segment_starts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:

@@ -9,10 +9,10 @@ from dsa_jax.config import AttentionConfig, ConfigError, IndexerConfig, ModelCon
 from dsa_jax.evals.outliers import with_outlier_channels
 from dsa_jax.model import build_model, init_params
 from dsa_jax.params import is_indexer_path, nested_parameters, parameter_paths
-from pallas_kernels import index_scores, index_topk
+from pallas_kernels import Visible, index_scores, index_topk
 
 T, HIDDEN = 48, 32
-RANGE = {"visible_start": jnp.zeros((1, T), jnp.int32), "visible_end": jnp.arange(1, T + 1, dtype=jnp.int32)[None]}
+CAUSAL = Visible(jnp.zeros((1, T), jnp.int32), jnp.arange(1, T + 1, dtype=jnp.int32)[None])
 
 
 def model_config(**fields):
@@ -38,7 +38,7 @@ def index_heads(params, **fields):
 
 def score_error(params, **fields):
     """Root mean square error of the fp8 scores over that of the scores."""
-    score = lambda **more: np.asarray(index_scores(*index_heads(params, **more), **RANGE))
+    score = lambda **more: np.asarray(index_scores(index_heads(params, **more), CAUSAL))
     exact, rounded = score(), score(fp8=True, **fields)
     seen = np.isfinite(exact)
     return np.sqrt(np.mean((rounded[seen] - exact[seen]) ** 2) / np.mean(exact[seen] ** 2))
@@ -61,8 +61,8 @@ def test_the_rotation_is_neutral_without_outliers_and_helps_against_shared_ones(
 def test_opposite_outliers_change_no_score_and_harm_only_the_rotated_indexer(params):
     opposite = with_outlier_channels(params, model_config(), n_channels=3, factor=32.0)
     before, after = index_heads(params), index_heads(opposite)
-    np.testing.assert_allclose(index_scores(*after, **RANGE), index_scores(*before, **RANGE), rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(index_topk(*after, topk=8, **RANGE), index_topk(*before, topk=8, **RANGE))
+    np.testing.assert_allclose(index_scores(after, CAUSAL), index_scores(before, CAUSAL), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(index_topk(after, CAUSAL, topk=8), index_topk(before, CAUSAL, topk=8))
     assert float(jnp.abs(after.q).max()) > 10 * float(jnp.abs(before.q).max())
     (plain, rotated), (spoilt, worse) = errors(params), errors(opposite)
     np.testing.assert_allclose(spoilt, plain, rtol=0.05)

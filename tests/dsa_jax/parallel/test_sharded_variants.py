@@ -13,7 +13,7 @@ from tests.dsa_jax.model.small import built, random_ids
 from tests.dsa_jax.parallel.meshes import mesh
 
 VARIANT = (
-    ("activation", "softmax"),
+    ("activation", "none"),
     ("head_weights", "constant"),
     ("detach_input", False),
     ("forced_sink", 1),

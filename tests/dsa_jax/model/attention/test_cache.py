@@ -20,7 +20,7 @@ LAYOUTS = {
 MODELS = {
     "gqa": {"kind": "gqa_qwen"},
     "mla": {"kind": "mla"},
-    "gqa-softmax": {"kind": "gqa", "variant": (("activation", "softmax"), ("head_weights", "constant"))},
+    "gqa-linear": {"kind": "gqa", "variant": (("activation", "none"), ("head_weights", "constant"))},
     "mla-forced": {"kind": "mla", "variant": (("forced_sink", 1), ("forced_local", 2))},
     "mla-moe-shared": {"kind": "mla_plain", "moe": True, "layer_types": ("full", "shared", "full")},
 }
@@ -74,7 +74,7 @@ def feed(model, params, ids, cache, attention):
 @pytest.mark.parametrize(
     ("model_name", "attention"),
     [(name, attention) for name in ("gqa", "mla", "mla-moe-shared") for attention in ("dense", "sparse")]
-    + [("mla-moe-shared", "window"), ("gqa-softmax", "sparse"), ("mla-forced", "sparse"), ("mla-forced", "coarse_to_fine")],
+    + [("mla-moe-shared", "window"), ("gqa-linear", "sparse"), ("mla-forced", "sparse"), ("mla-forced", "coarse_to_fine")],
 )
 def test_ragged_chunks_and_single_tokens_on_shuffled_pages_equal_the_full_pass(model_name, attention):
     model, params = built(**MODELS[model_name])

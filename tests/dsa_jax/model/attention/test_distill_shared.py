@@ -9,7 +9,7 @@ from dsa_jax.config import ConfigError
 from dsa_jax.model.attention.visibility import causal_visibility
 from dsa_jax.model.outputs import AttentionRequest
 from dsa_jax.params import is_indexer_path, parameter_paths
-from pallas_kernels import index_scores, indexer_kl
+from pallas_kernels import IndexHeads, Visible, index_scores, indexer_kl
 from tests.dsa_jax.model.small import LENGTH, built, forward, random_ids, small_config
 
 DISTILLED = (("distill_shared", True),)
@@ -19,7 +19,7 @@ SHARED = ("full", "shared", "shared")
 def test_the_mean_of_the_losses_has_the_gradient_of_the_loss_against_the_mean():
     """Three layers' targets and one indexer, in float64; the values differ by the same number whatever the indexer."""
     rng = np.random.default_rng(0)
-    start, end = jnp.zeros((1, 7), jnp.int32), jnp.arange(1, 8, dtype=jnp.int32)[None]
+    visible = Visible(jnp.zeros((1, 7), jnp.int32), jnp.arange(1, 8, dtype=jnp.int32)[None])
     causal = jnp.tril(jnp.ones((7, 7), bool))
     with jax.enable_x64(True):
         draw = lambda *shape: jnp.asarray(rng.standard_normal(shape))
@@ -29,19 +29,19 @@ def test_the_mean_of_the_losses_has_the_gradient_of_the_loss_against_the_mean():
         mean = sum(jax.nn.softmax(x, axis=-1).mean(1) for x in logits) / 3
 
         def of_mean(index):
-            log_softmax = jax.nn.log_softmax(index_scores(*index, visible_start=start, visible_end=end), axis=-1)
+            log_softmax = jax.nn.log_softmax(index_scores(index, visible), axis=-1)
             return jnp.where(causal, mean * (jnp.log(jnp.where(causal, mean, 1)) - jnp.where(causal, log_softmax, 0)), 0).sum()
 
         def mean_of(index):
             each = [
-                indexer_kl(*index, q, k, x, softmax_scale=1.0, visible_start=start, visible_end=end, implementation="xla").sum()
+                indexer_kl(index, visible, q, k, x, softmax_scale=1.0, implementation="xla").sum()
                 for (q, k), x in zip(layers, lse, strict=True)
             ]
             return sum(each) / 3
 
         constants = []
         for _ in range(2):
-            index = draw(1, 7, 2, 4), draw(1, 7, 4), draw(1, 7, 2)
+            index = IndexHeads(draw(1, 7, 2, 4), draw(1, 7, 4), draw(1, 7, 2))
             (a, wanted), (b, got) = (jax.value_and_grad(f)(index) for f in (of_mean, mean_of))
             jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-12), got, wanted)
             constants.append(b - a)
@@ -59,7 +59,7 @@ def layer_params(params, number):
 def test_model_loss_and_gradient_are_those_of_the_mean_distribution(stage):
     model, params = built("gqa", layer_types=SHARED, variant=DISTILLED)
     ids = random_ids(1)
-    positions, visibility = jnp.arange(LENGTH)[None], causal_visibility(jnp.ones_like(ids))
+    positions, visible = jnp.arange(LENGTH)[None], causal_visibility(jnp.ones_like(ids))
     request = AttentionRequest(stage, stage)
 
     # Layer by layer: what each attends to, and its distribution over the keys in the set.
@@ -71,7 +71,7 @@ def test_model_loss_and_gradient_are_those_of_the_mean_distribution(stage):
         normed = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * scale
         hidden = normed if number == 0 else hidden
         heads = block.attention.apply({"params": own["attention"]}, normed, positions, method="_heads")
-        x, statistics = block.apply({"params": own}, x, positions, visibility, topk, request)
+        x, statistics = block.apply({"params": own}, x, positions, visible, topk, request)
         topk = statistics.topk_indices
         if stage == "sparse":
             members = (topk[..., None] == jnp.arange(LENGTH)).any(2)
@@ -81,7 +81,7 @@ def test_model_loss_and_gradient_are_those_of_the_mean_distribution(stage):
 
     def written_out(own):
         index = model.stacks[0].block.attention.indexer.apply({"params": own}, hidden, hidden, positions)
-        scores = index_scores(*index, visible_start=visibility.start, visible_end=visibility.end)
+        scores = index_scores(index, visible)
         log_softmax = jax.nn.log_softmax(jnp.where(members, scores, -jnp.inf), axis=-1)
         against = lambda p: jnp.where(p > 0, p * (jnp.log(jnp.where(p > 0, p, 1)) - jnp.where(p > 0, log_softmax, 0)), 0)
         return against(mean).sum(-1).mean(), sum(against(p).sum(-1).mean() for p in distributions) / 3

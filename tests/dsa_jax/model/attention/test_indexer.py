@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsa_jax.model.attention.indexer import Indexer
-from pallas_kernels import index_scores
+from pallas_kernels import Visible, index_scores
 from tests.dsa_jax.model.small import small_rope
 
 F32 = jnp.dtype("float32")
@@ -18,7 +18,6 @@ FIELDS = {
     "norm_eps": 1e-6,
     "hadamard": False,
     "fp8": False,
-    "activation": "relu",
     "head_weights": "learned",
     "detach_input": True,
     "init_std": 0.5,
@@ -39,7 +38,7 @@ def setup(**fields):
 def scores(index):
     length = index.k.shape[1]
     start = jnp.zeros((1, length), jnp.int32)
-    return np.asarray(index_scores(*index, visible_start=start, visible_end=start + length, implementation="reference"))
+    return np.asarray(index_scores(index, Visible(start, start + length), implementation="reference"))
 
 
 def test_scores_equal_the_formula_written_out_in_numpy():

@@ -9,15 +9,15 @@ import pytest
 
 from dsa_jax.checkpoints.hf import CheckpointError
 from dsa_jax.checkpoints.hf.write_config import choose_layout
-from dsa_jax.config import Config, ConfigError, EvalConfig
+from dsa_jax.config import ConfigError
 from dsa_jax.model import build_model
 from dsa_jax.model.attention.indexer import Indexer
 from dsa_jax.params import is_indexer_path, parameter_paths
-from pallas_kernels import dense_attention, indexer_kl
+from pallas_kernels import Visible, dense_attention, indexer_kl
 from tests.dsa_jax.model.small import built, forward, random_ids, small_config, small_rope
 
 T, E, HEADS, DIM = 9, 12, 3, 8
-CAUSAL = {"visible_start": jnp.zeros((1, T), jnp.int32), "visible_end": jnp.arange(1, T + 1, dtype=jnp.int32)[None]}
+CAUSAL = Visible(jnp.zeros((1, T), jnp.int32), jnp.arange(1, T + 1, dtype=jnp.int32)[None])
 F32 = jnp.dtype("float32")
 
 
@@ -25,7 +25,7 @@ def indexer(**fields):
     """Without rotation, which has its own tests."""
     plain = {
         "hidden_dim": E, "q_input_dim": E, "n_heads": HEADS, "head_dim": DIM, "rope": small_rope(dim=0), "norm_eps": 1e-6,
-        "hadamard": False, "fp8": False, "activation": "relu", "head_weights": "learned", "detach_input": False,
+        "hadamard": False, "fp8": False, "head_weights": "learned", "detach_input": False,
         "init_std": 0.5, "dtype": F32, "param_dtype": F32,
     }  # fmt: skip
     return Indexer(**(plain | fields))
@@ -39,8 +39,7 @@ def written_out(params, x, target, activation):
     k = k * params["k_norm"]["scale"] + params["k_norm"]["bias"]
     weights = x @ params["weights_proj"]["kernel"] if "weights_proj" in params else jnp.ones((T, HEADS))
     products, causal = jnp.einsum("thd,sd->ths", q, k) * DIM**-0.5, jnp.tril(jnp.ones((T, T), bool))
-    softmax = lambda u: jax.nn.softmax(jnp.where(causal[:, None], u, -jnp.inf), axis=-1)
-    activate = {"relu": jax.nn.relu, "none": lambda u: u, "softmax": softmax}[activation]
+    activate = {"relu": jax.nn.relu, "none": lambda u: u}[activation]
     scores = jnp.einsum("th,ths->ts", weights * HEADS**-0.5, activate(products))
     log_softmax = jax.nn.log_softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
     return jnp.where(causal, target * (jnp.log(jnp.where(causal, target, 1)) - jnp.where(causal, log_softmax, 0)), 0).sum(-1)
@@ -54,18 +53,18 @@ def arrays():
 
 
 @pytest.mark.parametrize("head_weights", ["learned", "constant"])
-@pytest.mark.parametrize("activation", ["relu", "none", "softmax"])
+@pytest.mark.parametrize("activation", ["relu", "none"])
 def test_kl_and_every_gradient_match_float64(activation, head_weights):
     x, q, k, d_kl = arrays()
-    module = indexer(activation=activation, head_weights=head_weights)
+    module = indexer(head_weights=head_weights)
     params = module.init(jax.random.key(1), x, x, jnp.arange(T)[None])["params"]
     params["k_norm"] = {"scale": jnp.linspace(0.5, 1.5, DIM), "bias": jnp.linspace(-0.3, 0.3, DIM)}
     assert ("weights_proj" in params) == (head_weights == "learned")
-    lse = dense_attention(q, k, None, softmax_scale=1.0, implementation="reference", **CAUSAL).lse
+    lse = dense_attention(q, k, None, CAUSAL, softmax_scale=1.0, implementation="reference").lse
 
     def loss(params, x):
         index = module.apply({"params": params}, x, x, jnp.arange(T)[None])
-        return (indexer_kl(*index, q, k, lse, softmax_scale=1.0, activation=activation, **CAUSAL) * d_kl).sum()
+        return (indexer_kl(index, CAUSAL, q, k, lse, softmax_scale=1.0, activation=activation) * d_kl).sum()
 
     value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
     with jax.enable_x64(True):
@@ -135,7 +134,7 @@ def test_how_an_indexer_was_trained_is_no_part_of_a_checkpoint():
     [
         ({"forced_sink": -1}, "indexer.forced_sink is -1; expected zero or more"),
         ({"forced_sink": 3, "forced_local": 2}, r"forced_local 2; expected fewer than topk \(5\) together"),
-        ({"activation": "gelu"}, "indexer.activation is 'gelu'; expected one of relu, none, softmax"),
+        ({"activation": "gelu"}, "indexer.activation is 'gelu'; expected one of relu, none"),
         ({"head_weights": "uniform"}, "indexer.head_weights is 'uniform'; expected one of learned, constant"),
     ],
 )
@@ -147,14 +146,10 @@ def test_a_variant_that_does_not_exist_is_refused(fields, message):
         config.validate()
 
 
-def test_an_activation_that_kernels_or_modes_cannot_serve_is_refused():
+def test_an_activation_that_kernels_cannot_serve_is_refused():
     config = small_config()
-    config.attention.indexer.activation = "softmax"
+    config.attention.indexer.activation = "none"
     config.validate()
-    with pytest.raises(ConfigError, match=r"mode is 'coarse_to_fine' with .*activation='softmax'"):
-        config.attention.check_can_run("model.attention.mode", "coarse_to_fine")
-    with pytest.raises(ConfigError, match=r"eval.rows is 'coarse_to_fine' with .*activation='softmax'"):
-        Config(model=config, eval=EvalConfig(rows=("sparse", "coarse_to_fine"))).validate()
     config.attention.implementation = "index_topk=pallas"
-    with pytest.raises(ConfigError, match=r"activation is 'softmax', which the kernels of .*=pallas' do not have"):
+    with pytest.raises(ConfigError, match=r"activation is 'none', which the kernels of .*=pallas' do not have"):
         config.validate()

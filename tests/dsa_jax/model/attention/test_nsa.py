@@ -77,7 +77,7 @@ def attend(q, select, branches, segment_ids=SEGMENTS, *, implementation="xla", g
         q,
         select,
         branches,
-        visibility=causal_visibility(segment_ids),
+        visible=causal_visibility(segment_ids),
         implementations=Implementations.every(implementation),
         **settings,
     )

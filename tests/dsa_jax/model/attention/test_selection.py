@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsa_jax.config.implementations import Implementations
-from dsa_jax.model.attention.selection import SELECTORS, Budget, Heads, IndexHeads, SelectionInputs, share_held
-from dsa_jax.model.attention.visibility import Visibility
+from dsa_jax.model.attention.selection import SELECTORS, Budget, Heads, SelectionInputs, share_held
+from pallas_kernels import IndexHeads, Visible
 
 LENGTH, BLOCK_KEYS = 64, 16
 _KEYS = jax.random.split(jax.random.key(0), 3)
@@ -25,8 +25,8 @@ HEADS = Heads(_Q, _Q, _Q, None)
 def pick(name, start, end, topk):
     """Indices of every query; `start` and `end` are lists of LENGTH numbers."""
     start, end = (jnp.asarray([x], jnp.int32) for x in (start, end))
-    visibility, budget = Visibility(start, end, end > start), Budget(topk, block_size=BLOCK_KEYS, n_blocks=1)
-    inputs = SelectionInputs(budget, visibility, HEADS, 1.0, INDEX, None, Implementations.every("reference"))
+    visible, budget = Visible(start, end), Budget(topk, block_size=BLOCK_KEYS, n_blocks=1)
+    inputs = SelectionInputs(budget, visible, HEADS, 1.0, INDEX, None, Implementations.every("reference"))
     return np.asarray(SELECTORS[name].select(inputs)[0])
 
 
