@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import IndexHeads, Visible
 from pallas_kernels.common.gpu_tiles import Options
 from pallas_kernels.index_topk import mosaic_gpu
 from pallas_kernels.index_topk import pallas_gpu as index_topk
