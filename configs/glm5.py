@@ -18,12 +18,11 @@ def get_config(arg: str = "") -> Config:
         raise ValueError(f"configs/glm5.py: the argument is {arg!r}; expected nothing or '5.2'.")
     full = [i < 3 or i % 4 == 2 for i in range(N_LAYERS)]
     layer_types = tuple("full" if own else "shared" for own in full) if arg == "5.2" else ()
-    indexer = IndexerConfig(
-        enabled=True, n_heads=32, head_dim=128, rope_dim=64, topk=2048, rope_layout="interleaved", layer_types=layer_types
-    )
+    indexer = IndexerConfig(enabled=True, n_heads=32, head_dim=128, rope_dim=64, topk=2048, rope_layout="interleaved")
     attention = AttentionConfig(
         kind="mla",
         mode="sparse",
+        layer_types=layer_types,
         n_heads=64,
         q_lora_rank=2048,
         kv_lora_rank=512,

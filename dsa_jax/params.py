@@ -59,11 +59,6 @@ def is_indexer_path(path: str) -> bool:
     return "indexer" in path.split("/")
 
 
-def is_nsa_path(path: str) -> bool:
-    """Whether the parameter is native sparse attention's own: no other attention reads it."""
-    return "nsa" in path.split("/")
-
-
 def is_score_bias_path(path: str) -> bool:
     """Whether the parameter is a router's selection bias, which load moves and no gradient reaches."""
     return path.split("/")[-1] == "score_bias"

@@ -11,7 +11,6 @@ from dsa_jax.sweeps.sweep import Ablation, Variant
 ROWS = ("dense", "sparse", "window", "sink_window", "random", "blocks")
 # Its compressed keys alone are more than 16, so it reads more than the others: 57 keys on average.
 NATIVE = {
-    "enabled": True,
     "compress_block": 8,
     "compress_stride": 4,
     "select_block": 8,
@@ -30,7 +29,7 @@ def get_config() -> Ablation:
 
     # What does not choose by an indexer has nothing to warm up.
     no_warmup = {"train.warmup.steps": 0}
-    native = {f"model.attention.nsa.{name}": value for name, value in NATIVE.items()}
+    native = {"model.attention.kind": "nsa"} | {f"model.attention.nsa.{name}": value for name, value in NATIVE.items()}
     alone = {"eval.rows": ("dense", "nsa"), f"{INDEXER}.enabled": False, **no_warmup}
     return Ablation(
         name="baselines",

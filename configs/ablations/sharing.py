@@ -12,7 +12,7 @@ from dsa_jax.sweeps.sweep import Ablation, Variant
 
 
 def get_config() -> Ablation:
-    shared = {f"{INDEXER}.layer_types": ("full", "shared")}
+    shared = {"model.attention.layer_types": ("full", "shared")}
     return Ablation(
         name="sharing",
         question="Can a layer use the keys that the layer before it chose?",

@@ -7,8 +7,8 @@ from dsa_jax.checkpoints.hf.tokenizer_files import has_tokenizer_files
 from dsa_jax.checkpoints.open import is_hf_directory, open_checkpoint
 from dsa_jax.config import Config, DataConfig, TextConfig
 from dsa_jax.config.model import PLAIN
+from dsa_jax.config.selections import DENSE
 from dsa_jax.data.tokenizer import NO_TOKENIZER, ByteTokenizer, Tokenizer
-from dsa_jax.model.attention.selection import DENSE
 from dsa_jax.run.checkpoints import CheckpointStore
 from dsa_jax.run.directory import RunDirectory, RunError, claimed, open_run
 

@@ -1,8 +1,9 @@
 """Settings as nested dataclasses: a recipe, the model in it, and how they are read, checked and written."""
 
+from dsa_jax.config.attention import AttentionConfig, IndexerConfig, NSAConfig, RopeConfig
 from dsa_jax.config.checks import ConfigError
 from dsa_jax.config.fields import from_dict, to_dict
-from dsa_jax.config.model import AttentionConfig, IndexerConfig, ModelConfig, MoEConfig, NSAConfig, RopeConfig
+from dsa_jax.config.model import LayerSpec, ModelConfig, MoEConfig
 from dsa_jax.config.recipe import (
     AXES,
     STAGES,
@@ -31,6 +32,7 @@ __all__ = [
     "EvalConfig",
     "IndexerConfig",
     "InitConfig",
+    "LayerSpec",
     "MoEConfig",
     "ModelConfig",
     "NSAConfig",

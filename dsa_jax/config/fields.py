@@ -1,11 +1,51 @@
-"""Configuration to nested dicts of JSON values and back, and its fields by dotted path."""
+"""Sections of the config: to nested dicts of JSON values and back, by dotted path, and frozen for a model."""
 
+import copy
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from dsa_jax.config.checks import ConfigError, did_you_mean
+
+
+class Settings:
+    """A section of the config. Its fields can be set; those of the copy that `frozen` makes cannot."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field.
+
+        Raises:
+            AttributeError: in a section that a model was built with.
+        """
+        if _FROZEN in vars(self):
+            raise AttributeError(
+                f"{type(self).__name__}.{name} belongs to a model that is built. Change a copy (copy.deepcopy) and build again."
+            )
+        super().__setattr__(name, value)
+
+    @staticmethod
+    def upgraded(values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The fields that an earlier version wrote, by their names of today."""
+        return values
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Settings":
+        """A copy whose fields can be set, at every depth."""
+        return type(self)(**{f.name: copy.deepcopy(getattr(self, f.name), memo) for f in dataclasses.fields(self)})  # type: ignore[arg-type]
+
+
+_FROZEN = "_is_frozen"
+S = TypeVar("S", bound=Settings)
+
+
+def frozen(config: S) -> S:
+    """A copy whose fields cannot be set, hashable, lists as tuples: modules hold it."""
+    config = copy.deepcopy(config)
+    for f in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, f.name)
+        setattr(config, f.name, frozen(value) if isinstance(value, Settings) else _tuples(value))
+    vars(config)[_FROZEN] = True
+    return config
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -21,6 +61,8 @@ def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{cls.__name__} is {values!r}; expected an object with its fields.")
+    if issubclass(cls, Settings):
+        values = cls.upgraded(values)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     arguments: dict[str, Any] = {}
     for name, value in values.items():
@@ -70,7 +112,7 @@ def check_kinds(config: Any, prefix: str = "") -> None:
         ConfigError: naming the field by its path.
     """
     fields = [field.name for field in dataclasses.fields(config)]
-    if others := sorted(vars(config).keys() - fields):
+    if others := sorted(vars(config).keys() - {*fields, _FROZEN}):
         hint = did_you_mean(others[0], fields)
         raise ConfigError(f"{prefix}{others[0]} is set, which is no field of {type(config).__name__}.{hint}")
     for field in dataclasses.fields(config):

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 from dsa_jax.config.checks import ConfigError, fraction, not_negative, one_of, positive, random_seed
 from dsa_jax.config.fields import check_kinds
-from dsa_jax.config.model import ATTENTIONS, ModelConfig
+from dsa_jax.config.model import ModelConfig
+from dsa_jax.config.selections import check_selection, eval_rows
 
 STAGES = ("pretrain", "warmup", "sparse")
 AXES = ("data", "fsdp", "expert", "tensor", "context")
 """Axes of the device mesh, outermost first."""
-EVAL_ROWS = ("dense", "sparse", "coarse_to_fine", "untrained", "window", "sink_window", "random", "blocks", "oracle", "nsa")
 TASKS = (
     "recall",
     "mqar",
@@ -209,7 +209,7 @@ class TrainConfig:
     pretrain: StageConfig = field(default_factory=StageConfig)
     warmup: StageConfig = field(default_factory=StageConfig)
     sparse: StageConfig = field(default_factory=StageConfig)
-    pretrain_attention: str = "dense"  # one of ATTENTIONS; where the indexer chooses, its KL trains it, too
+    pretrain_attention: str = "dense"  # one of {selections}; where the indexer chooses the keys, its KL trains it, too
     sparse_attention: str = "sparse"  # of the third stage; another name trains a baseline instead
     nan_policy: str = "stop"  # stop | skip (leave parameters untouched and count)
     max_skipped_steps: int = 10  # with skip: consecutive steps before stopping after all
@@ -219,7 +219,7 @@ class TrainConfig:
         for name in STAGES:
             getattr(self, name).validate(f"train.{name}")
         for name in ("pretrain_attention", "sparse_attention"):
-            one_of(f"train.{name}", getattr(self, name), ATTENTIONS)
+            check_selection(f"train.{name}", getattr(self, name))
         one_of("train.nan_policy", self.nan_policy, ("stop", "skip"))
         positive("train.max_skipped_steps", self.max_skipped_steps)
         positive("train.keep_checkpoints", self.keep_checkpoints)
@@ -237,13 +237,7 @@ class EvalConfig:
     task_len: int = 256
     task_sequences: int = 128  # of each task
     batch_size: int = 16
-    rows: tuple[str, ...] = (
-        "dense",
-        "sparse",
-        "untrained",
-        "window",
-        "oracle",
-    )  # also coarse_to_fine, sink_window, random, blocks, nsa
+    rows: tuple[str, ...] = ("dense", "sparse", "untrained", "window", "oracle")  # of {eval_rows}
     position_buckets: int = 8
 
     def validate(self) -> None:
@@ -256,7 +250,7 @@ class EvalConfig:
         if len(set(self.tasks)) != len(self.tasks):
             raise ConfigError(f"eval.tasks names {', '.join(self.tasks)}; expected each task once.")
         for row in self.rows:
-            one_of("eval.rows", row, EVAL_ROWS)
+            one_of("eval.rows", row, tuple(eval_rows()))
 
 
 @dataclass

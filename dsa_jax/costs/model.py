@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.model import abstract_params, build_model
-from dsa_jax.params import is_indexer_path, is_nsa_path, parameter_paths
+from dsa_jax.model.attention.kinds import is_of_own_mode
+from dsa_jax.params import is_indexer_path, parameter_paths
 from pallas_kernels.quantize import latent_row_bytes, vector_row_bytes
 
 PHASES = ("prefill", "decode")
@@ -108,7 +109,7 @@ def active_weights(config: ModelConfig) -> Weights:
     moe = config.moe
     totals = {True: 0.0, False: 0.0}
     for path, leaf in shapes.items():
-        if is_nsa_path(path):  # neither dense nor sparse attention multiplies with it
+        if is_of_own_mode(path):  # neither dense nor sparse attention multiplies with it
             continue
         is_matrix = path.endswith("/kernel") or (path == "embed/embedding" and config.tie_embeddings)
         if is_matrix:
@@ -119,10 +120,7 @@ def active_weights(config: ModelConfig) -> Weights:
 
 def n_indexers(config: ModelConfig) -> int:
     """Layers with an indexer of their own."""
-    indexer = config.attention.indexer
-    if not indexer.enabled:
-        return 0
-    return indexer.layer_types.count("full") if indexer.layer_types else config.n_layers
+    return sum(layer.has_indexer for layer in config.layers())
 
 
 def cache_bytes_per_token(config: ModelConfig, dtype: str, attention: str) -> float:

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from dsa_jax.config import Config
+from dsa_jax.config.attention import SHARED
 from dsa_jax.dryrun.sizes import array_bytes, shard_bytes
 from dsa_jax.model import Transformer
-from dsa_jax.model.outputs import AttentionRequest
+from dsa_jax.model.outputs import AttentionRequest, LayerContext
 from dsa_jax.model.transformer import BlockStack, rematerialised
 from dsa_jax.parallel.rules import parameter_spec
 from dsa_jax.params import merge_parameters, nested_parameters, parameter_paths, split_parameters
@@ -103,10 +104,10 @@ def _residual_bytes(
     sizes = config.parallel.sizes() | {"tensor": 1}
     request = AttentionRequest(stage.attention, stage.indexer_loss)
 
-    def kept(x: Any, trainable: Any, frozen: Any, positions: Any, visible: Visible, previous_topk: Any) -> list[Any]:
+    def kept(x: Any, trainable: Any, frozen: Any, context: Any) -> list[Any]:
         def layer(x: Any, trainable: Any) -> tuple[Any, Any]:
             everything = {"params": merge_parameters(trainable, frozen)}
-            result: Any = stack.block.apply(everything, x, positions, visible, previous_topk, request)
+            result: Any = stack.block.apply(everything, x, context, request)
             return result[0], result[1].indexer_kl
 
         # In the warm-up only indexers learn, and no gradient reaches what goes in.
@@ -119,10 +120,11 @@ def _residual_bytes(
 
     shape = (rows, length)
     tokens: Any = lambda dtype: jax.ShapeDtypeStruct(shape, dtype)
-    visible = Visible(tokens(jnp.int32), tokens(jnp.int32))
     x = jax.ShapeDtypeStruct((*shape, config.model.hidden_dim), jnp.dtype(config.model.dtype))
-    previous = jax.ShapeDtypeStruct((*shape, config.model.attention.indexer.topk), jnp.int32) if stack.shares_topk else None
+    topk = config.model.attention.indexer.topk
+    previous: Any = jax.ShapeDtypeStruct((*shape, topk), jnp.int32) if stack.layer.role == SHARED else None
+    context = LayerContext(tokens(jnp.int32), Visible(tokens(jnp.int32), tokens(jnp.int32)), previous)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     with jax.sharding.use_abstract_mesh(mesh):
-        leaves = jax.eval_shape(kept, x, *parts, tokens(jnp.int32), visible, previous)
+        leaves = jax.eval_shape(kept, x, *parts, context)
     return sum(map(array_bytes, leaves))

@@ -47,10 +47,6 @@ def step_program(config: Config, step: str, mesh: Mesh, decode_shape: DecodeShap
     if step not in STEPS:
         raise ConfigError(f"the step is {step!r}; expected one of {', '.join(STEPS)}.")
     if step == "decode":
-        if config.model.attention.nsa.enabled:
-            raise ConfigError(
-                "the step is 'decode', but native sparse attention has no decode step. Set model.attention.nsa.enabled=False."
-            )
         return _decode_step(config, mesh, decode_shape)
     if stage_of(config, step).indexer_loss and not config.model.attention.indexer.enabled:
         raise ConfigError(f"the step is {step!r}, but the model has no indexer. Set model.attention.indexer.enabled=True.")

@@ -1,4 +1,4 @@
-"""What every layer attends to and how its indexer scores the same keys, as whole matrices, for looking at short rows."""
+"""Attention probabilities and index scores of every layer as whole matrices, for looking at short rows."""
 
 from typing import Any, NamedTuple
 
@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsa_jax.config.selections import DENSE
 from dsa_jax.model import Transformer
-from dsa_jax.model.attention.selection import DENSE
 from dsa_jax.model.attention.visibility import causal_visibility, segment_positions
 from dsa_jax.model.block import Block
-from dsa_jax.model.outputs import AttentionRequest
-from pallas_kernels import Visible, index_scores
+from dsa_jax.model.outputs import AttentionRequest, LayerContext
+from pallas_kernels import index_scores
 
 
 class AttentionMap(NamedTuple):
@@ -32,26 +32,28 @@ def attention_maps(model: Transformer, params: dict[str, Any], input_ids: Int[Ar
     All of T x T is held for every head: meant for rows of some hundred tokens.
     """
     segment_ids = jnp.ones_like(input_ids)
-    positions, visible = segment_positions(segment_ids), causal_visibility(segment_ids)
+    context = LayerContext(segment_positions(segment_ids), causal_visibility(segment_ids))
     bound = model.bind({"params": params})
     x = bound.embed(input_ids)
     maps: list[Any] = []
     for stack, stack_params in zip(bound.stacks, bound.layer_params, strict=True):
         for i in range(stack.n_layers):
             variables = {"params": jax.tree.map(lambda leaf, i=i: leaf[i], stack_params)}
-            maps.append(stack.block.apply(variables, x, positions, visible, method=_map_of))
-            x, _ = stack.block.apply(variables, x, positions, visible, None, AttentionRequest(DENSE))
+            maps.append(stack.block.apply(variables, x, context, method=_map_of))
+            x, _ = stack.block.apply(variables, x, context, AttentionRequest(DENSE))
     return maps
 
 
-def _map_of(block: Block, x: Float[Array, "B T E"], positions: Int[Array, "B T"], visible: Visible) -> AttentionMap:
+def _map_of(block: Block, x: Float[Array, "B T E"], context: LayerContext) -> AttentionMap:
+    (positions, visible, *_), _ = block.for_role(context, AttentionRequest(DENSE))
     heads, index, softmax_scale = block.attention.parts(block.attention_norm(x), positions)
     q, k = heads.q.astype(jnp.float32), heads.k.astype(jnp.float32)
     k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
     logits = softmax_scale * jnp.einsum("bthd,bshd->bhts", q, k, precision=jax.lax.Precision.HIGHEST)
     place = jnp.arange(x.shape[1])
-    mask = (visible.start[..., None] <= place) & (place < visible.end[..., None])
-    attention = jax.nn.softmax(logits, axis=-1, where=mask[:, None]).mean(axis=1)
+    is_visible = (visible.start[..., None] <= place) & (place < visible.end[..., None])
+    attention = jax.nn.softmax(logits, axis=-1, where=is_visible[:, None]).mean(axis=1)
     if index is None:
         return AttentionMap(attention, None)
-    return AttentionMap(attention, index_scores(index, visible, activation=block.attention.activation))
+    activation = block.config.attention.indexer.activation
+    return AttentionMap(attention, index_scores(index, visible, activation=activation))

@@ -9,8 +9,9 @@ from pathlib import Path
 from dsa_jax.checkpoints.hf import read_model_config
 from dsa_jax.checkpoints.open import is_hf_directory
 from dsa_jax.config import Config, ConfigError, TrainConfig
+from dsa_jax.config.selections import eval_rows
 from dsa_jax.data import make_eval_data
-from dsa_jax.evals.parity import ROWS, Parity, can_run, evaluate_parity
+from dsa_jax.evals.parity import Parity, can_run, evaluate_parity
 from dsa_jax.parallel.check import check_layout
 from dsa_jax.parallel.placement import on_mesh
 from dsa_jax.run.directory import find_run
@@ -93,10 +94,10 @@ def evaluate_checkpoint(
 
 
 def _check_rows(asked: Sequence[str], config: Config) -> None:
-    possible = [name for name in ROWS if can_run(ROWS[name], config)]
+    possible = [name for name, row in eval_rows().items() if can_run(row, config)]
     impossible = [name for name in asked if name not in possible]
     if impossible or not set(config.eval.rows) & set(possible):
         raise ConfigError(
-            f"the model cannot run {', '.join(impossible or config.eval.rows)}: it lacks an indexer, or the weights of native "
-            f"sparse attention. Expected rows among {', '.join(possible)}."
+            f"the model cannot run {', '.join(impossible or config.eval.rows)}: it lacks an indexer, or the weights of an "
+            f"attention kind. Expected rows among {', '.join(possible)}."
         )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsa_jax.config import Config, EvalConfig
-from dsa_jax.config.model import BY_INDEXER
+from dsa_jax.config.selections import BEFORE, DENSE, EvalRow, eval_rows, is_by_indexer, selection
 from dsa_jax.data import Batch, EvalData
 from dsa_jax.data.tasks import get_task
 from dsa_jax.model import Transformer, init_params
@@ -21,30 +21,6 @@ from dsa_jax.train.loss import forward_with_loss
 _LOG = logging.getLogger(__name__)
 
 Params = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Row:
-    """How one row of the table runs the model."""
-
-    name: str
-    attention: str
-    has_fresh_indexer: bool = False
-
-
-ROWS = {
-    "dense": Row("dense", "dense"),
-    "sparse": Row("sparse", "sparse"),
-    "coarse_to_fine": Row("sparse, coarse to fine", "coarse_to_fine"),
-    "untrained": Row("sparse, untrained indexer", "sparse", has_fresh_indexer=True),
-    "window": Row("window of the same budget", "window"),
-    "sink_window": Row("sink and window of the same budget", "sink_window"),
-    "random": Row("random keys of the same budget", "random"),
-    "blocks": Row("blocks of the same budget", "blocks"),
-    "oracle": Row("oracle top-k", "oracle"),
-    "nsa": Row("native sparse attention", "nsa"),
-}
-BEFORE = Row("dense, before sparse training", "dense")
 
 
 @dataclass(frozen=True)
@@ -188,13 +164,13 @@ def evaluate_parity(
     settings = config.eval
     data.check(settings)
     table = Parity(position_ends=_bucket_ends(settings))
-    jobs: list[tuple[Row, Params]] = []
+    jobs: list[tuple[EvalRow, Params]] = []
     if params_before is not None:
         jobs.append((BEFORE, params_before))
     for key in settings.rows:
-        row = ROWS[key]
+        row = eval_rows()[key]
         if not can_run(row, config):
-            _LOG.info("left out the row %s: the model lacks the weights it needs", row.name)
+            _LOG.info("left out the row %s: the model lacks the weights it needs", row.title)
             continue
         own = params
         if row.has_fresh_indexer:
@@ -212,14 +188,14 @@ def evaluate_parity(
         if data.has_text and settings.text_sequences:
             batches = data.text_batches(settings.text_sequences, settings.text_len, settings.batch_size)
             text = evaluate_task(step, own, batches, settings.position_buckets)
-            table.loss_by_position[row.name] = text.loss_by_position
+            table.loss_by_position[row.title] = text.loss_by_position
         tasks = {name: _evaluate_synthetic(step, own, data, name, settings) for name in settings.tasks}
         done = [task for task in (recall, text, *tasks.values()) if task is not None]
         coverage = _weighted([np.asarray(t.coverage) for t in done], done)
-        table.coverage_by_layer[row.name] = coverage.tolist()
+        table.coverage_by_layer[row.title] = coverage.tolist()
         table.rows.append(
             {
-                "name": row.name,
+                "name": row.title,
                 "recall_accuracy": recall.accuracy if recall else None,
                 "text_loss": text.loss if text else None,
                 "coverage": float(coverage.mean()),
@@ -235,17 +211,18 @@ def evaluate_parity(
     return table
 
 
-def can_run(row: Row, config: Config) -> bool:
+def can_run(row: EvalRow, config: Config) -> bool:
     """Whether the model has what a row needs.
 
     Without an indexer, whose topk is the budget of the baselines, only what the model may have been trained under.
     """
-    if row.attention == "nsa":
-        return config.model.attention.nsa.enabled
-    if row.attention == "dense" or config.model.attention.indexer.enabled:
+    attention = config.model.attention
+    if kind := selection(row.attention).kind:
+        return {layer.kind for layer in config.model.layers()} == {kind}
+    if row.attention == DENSE or attention.indexer.enabled:
         return True
-    trained = config.model.attention.mode, config.train.pretrain_attention, config.train.sparse_attention
-    return row.attention in trained and row.attention not in BY_INDEXER
+    trained = attention.mode, config.train.pretrain_attention, config.train.sparse_attention
+    return row.attention in trained and not is_by_indexer(row.attention)
 
 
 def _evaluate_synthetic(

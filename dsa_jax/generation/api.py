@@ -15,8 +15,8 @@ from dsa_jax.config import ConfigError, ModelConfig
 from dsa_jax.generation.pages import PageAllocator, make_block_table
 from dsa_jax.generation.programs import Mode, Sampling, State, compiled, decode, prefill, state_shardings
 from dsa_jax.model import Transformer
-from dsa_jax.model.attention.attend import by_indexer, check_request
 from dsa_jax.model.attention.cache import Cache
+from dsa_jax.model.attention.check import check_request
 from dsa_jax.model.outputs import AttentionRequest
 
 SMALLEST_CHUNK = 16
@@ -91,9 +91,9 @@ def generate(
     """
     config, model = pretrained.config, pretrained.model
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, pretrained.params)
-    request = AttentionRequest(model.default_attention if attention is None else attention)
+    request = AttentionRequest(model.config.attention.mode if attention is None else attention)
     try:
-        check_request(request, **model.abilities, cached=True)
+        check_request(model.config, request, cached=True)
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(str(error)) from error
     max_new_tokens, seed = _whole("max_new_tokens", max_new_tokens), _whole("seed", seed)
@@ -112,7 +112,7 @@ def generate(
     sampling = _sampling(seed, temperature, top_p, stop)
     # The last new token of a row is never read again, so it takes no slot.
     needs = [len(row) + max_new_tokens - 1 for row in rows]
-    cache = _new_cache(model, needs, cache_dtype, page_size, with_index_keys=by_indexer(request))
+    cache = _new_cache(model, needs, cache_dtype, page_size, with_index_keys=request.by_indexer)
     state = State(cache, jnp.zeros(len(rows), jnp.int32), jnp.ones(len(rows), bool), jnp.zeros((), jnp.int32))
     mode = Mode(request.attention, samples=temperature > 0.0, nucleus=top_p < 1.0)
 

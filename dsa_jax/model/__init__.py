@@ -1,11 +1,22 @@
-"""The transformer: MLA or GQA, with a lightning indexer, dense or mixture-of-experts MLPs."""
+"""The transformer: attention kinds with a lightning indexer, dense or mixture-of-experts MLPs.
 
-from dsa_jax.model.attention.selection import attention_modes
-from dsa_jax.model.build import abstract_params, build_model, init_params
-from dsa_jax.model.moe.router import updated_score_bias
-from dsa_jax.model.outputs import ModelOutput, MoEStatistics
-from dsa_jax.model.stacks import LayerStack, layer_stacks
-from dsa_jax.model.transformer import Transformer
+The names below load on first use, so that tables of the attention kinds can be read without the model.
+"""
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "LayerStack": "dsa_jax.model.stacks",
+    "MoEStatistics": "dsa_jax.model.outputs",
+    "ModelOutput": "dsa_jax.model.outputs",
+    "Transformer": "dsa_jax.model.transformer",
+    "abstract_params": "dsa_jax.model.build",
+    "build_model": "dsa_jax.model.build",
+    "init_params": "dsa_jax.model.build",
+    "layer_stacks": "dsa_jax.model.stacks",
+    "updated_score_bias": "dsa_jax.model.moe.router",
+}
 
 __all__ = [
     "LayerStack",
@@ -13,9 +24,14 @@ __all__ = [
     "ModelOutput",
     "Transformer",
     "abstract_params",
-    "attention_modes",
     "build_model",
     "init_params",
     "layer_stacks",
     "updated_score_bias",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dsa_jax.model' has no attribute {name!r}.")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -2,45 +2,47 @@
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from dsa_jax.model.attention.attend_cached import CachedAttentionOutput
+from dsa_jax.config import LayerSpec, ModelConfig
+from dsa_jax.config.attention import WINDOW
+from dsa_jax.config.model import MOE
+from dsa_jax.config.selections import DENSE
+from dsa_jax.model.attention.attend import measures_indexer_recall
+from dsa_jax.model.attention.base import AttentionOutput, CachedAttentionOutput
 from dsa_jax.model.attention.cache import LayerCache
+from dsa_jax.model.attention.kinds import attention_kind
+from dsa_jax.model.mlp import MLP
+from dsa_jax.model.moe.moe import MoE
 from dsa_jax.model.norm import RMSNorm
-from dsa_jax.model.outputs import AttentionRequest, LayerStatistics
-from pallas_kernels import IndexHeads, Visible
+from dsa_jax.model.outputs import AttentionRequest, LayerContext, LayerStatistics
+from pallas_kernels import Visible
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)).
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    `attention` is an `MLA` or a `GQA`, `mlp` an `MLP` or a `MoE`.
-    """
-
-    attention: nn.Module
-    mlp: nn.Module
-    hidden_dim: int
-    norm_eps: float
-    dtype: jnp.dtype
+    config: ModelConfig
+    layer: LayerSpec
 
     def setup(self) -> None:
-        """Create the norms; the two layers come as fields."""
-        self.attention_norm = RMSNorm(self.hidden_dim, self.norm_eps, self.dtype)
-        self.mlp_norm = RMSNorm(self.hidden_dim, self.norm_eps, self.dtype)
+        """Create the norms and the two layers."""
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        self.attention = attention_kind(self.layer.kind).build(config, self.layer)
+        self.mlp = MoE(config) if self.layer.mlp == MOE else MLP(config, config.mlp_dim)
+        self.attention_norm = RMSNorm(config.hidden_dim, config.norm_eps, dtype)
+        self.mlp_norm = RMSNorm(config.hidden_dim, config.norm_eps, dtype)
 
     def __call__(
-        self,
-        x: Float[Array, "B T E"],
-        positions: Int[Array, "B T"],
-        visible: Visible,
-        previous_topk: Int[Array, "B T K"] | None,
-        request: AttentionRequest,
-        served_by: IndexHeads | None = None,
+        self, x: Float[Array, "B T E"], context: LayerContext, request: AttentionRequest
     ) -> tuple[Float[Array, "B T E"], LayerStatistics]:
-        """The new residual stream and what the layer measured."""
-        attended = self.attention(self.attention_norm(x), positions, visible, previous_topk, request, served_by)
+        """The new residual stream and the layer's measurements."""
+        own_context, own_request = self.for_role(context, request)
+        attended = self.attention(self.attention_norm(x), own_context, own_request)
+        if own_request != request:
+            attended = self._with_absent(attended, context, request)
         x = x + attended.out
-        transformed = self.mlp(self.mlp_norm(x), visible.some)
+        transformed = self.mlp(self.mlp_norm(x), context.visible.some)
         statistics = LayerStatistics(
             indexer_kl=attended.indexer_kl,
             coverage=attended.coverage,
@@ -53,15 +55,32 @@ class Block(nn.Module):
         return x + transformed.out, statistics
 
     def extend(
-        self,
-        x: Float[Array, "B T E"],
-        positions: Int[Array, "B T"],
-        visible: Visible,
-        previous_topk: Int[Array, "B T K"] | None,
-        cache: LayerCache,
-        request: AttentionRequest,
+        self, x: Float[Array, "B T E"], context: LayerContext, cache: LayerCache, request: AttentionRequest
     ) -> CachedAttentionOutput:
         """The same over a cache that gets the new tokens; `out` is the new residual stream."""
-        attended = self.attention.extend(self.attention_norm(x), positions, visible, previous_topk, cache, request)
+        own_context, own_request = self.for_role(context, request)
+        attended = self.attention.extend(self.attention_norm(x), own_context, cache, own_request)
+        if own_request.has_topk_indices != request.has_topk_indices:
+            attended = attended._replace(topk_indices=self._no_selection(context))
         x = x + attended.out
-        return attended._replace(out=x + self.mlp(self.mlp_norm(x), visible.some).out)
+        return attended._replace(out=x + self.mlp(self.mlp_norm(x), context.visible.some).out)
+
+    def for_role(self, context: LayerContext, request: AttentionRequest) -> tuple[LayerContext, AttentionRequest]:
+        """Context and request of a layer that attends densely, or to a window, whatever the model is asked."""
+        if self.layer.role not in (DENSE, WINDOW):
+            return context, request
+        if self.layer.role == WINDOW:
+            start, end = context.visible
+            context = context._replace(visible=Visible(jnp.maximum(start, end - self.config.attention.window), end))
+        return context, AttentionRequest(DENSE, coverage=request.coverage)
+
+    def _with_absent(self, attended: AttentionOutput, context: LayerContext, request: AttentionRequest) -> AttentionOutput:
+        """The measurements that other layers make and this one does not: no loss, no selection, no recall of one."""
+        return attended._replace(
+            indexer_kl=None if request.indexer_loss is None else jnp.zeros((), jnp.float32),
+            topk_indices=self._no_selection(context) if request.has_topk_indices else None,
+            indexer_recall=jnp.full((), jnp.nan, jnp.float32) if measures_indexer_recall(request) else None,
+        )
+
+    def _no_selection(self, context: LayerContext) -> Array:
+        return jnp.full((*context.visible.start.shape, self.config.attention.indexer.topk), -1, jnp.int32)

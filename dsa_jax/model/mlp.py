@@ -1,41 +1,34 @@
 """The dense SwiGLU feed-forward layer."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from dsa_jax.config.model import PLAIN
-from dsa_jax.model.linear import Linear
+from dsa_jax.config import ModelConfig
+from dsa_jax.model.linear import linear
 from dsa_jax.model.outputs import MoEStatistics
 
 
 class FeedForwardOutput(NamedTuple):
-    """What every feed-forward layer returns; `statistics` is None for a dense one."""
+    """Result of every feed-forward layer; `statistics` is None for a dense one."""
 
     out: Float[Array, "B T E"]
     statistics: MoEStatistics | None
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(silu(gate(x)) * up(x)), `mlp_dim` wide."""
 
-    hidden_dim: int
+    config: ModelConfig
     mlp_dim: int
-    init_std: float
-    out_init_std: float
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
-    weight_format: str = PLAIN
 
     def setup(self) -> None:
         """Create the three projections."""
-        kind: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype, "weight_format": self.weight_format}
-        self.gate = Linear(self.hidden_dim, self.mlp_dim, self.init_std, **kind)
-        self.up = Linear(self.hidden_dim, self.mlp_dim, self.init_std, **kind)
-        self.down = Linear(self.mlp_dim, self.hidden_dim, self.out_init_std, **kind)
+        self.gate = linear(self.config, self.config.hidden_dim, self.mlp_dim)
+        self.up = linear(self.config, self.config.hidden_dim, self.mlp_dim)
+        self.down = linear(self.config, self.mlp_dim, self.config.hidden_dim, into_residual=True)
 
     def __call__(self, x: Float[Array, "B T E"], valid: Bool[Array, "B T"]) -> FeedForwardOutput:
         """Apply to every position; `valid` is only there because a mixture of experts counts its tokens."""

@@ -1,26 +1,56 @@
-"""What a forward pass is asked for and what it returns."""
+"""Requests to a forward pass and its results."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from jaxtyping import Array, Float, Int
 
+from dsa_jax.config.selections import DENSE, is_by_indexer, selection
 from dsa_jax.model.attention.cache import Cache
-from pallas_kernels import IndexHeads
+from pallas_kernels import IndexHeads, Visible
 
 
 @dataclass(frozen=True)
 class AttentionRequest:
-    """What one forward pass wants of every attention layer; static, so it may steer Python control flow under jit.
+    """The part of a forward pass that every attention layer sees; static, so it may steer Python control flow under jit.
 
-    Fields: `attention` is "dense", "nsa" or a name in `selection.SELECTORS`; `indexer_loss` None, "dense" (over all
-    visible keys) or "sparse" (over the selection); `coverage` whether to measure the share of dense attention mass that the
-    selection holds, and what it holds of the indexer's top-k keys where these are not the selection.
+    Fields: `attention` one of `dsa_jax.config.selections`; `indexer_loss` None, "dense" (KL over all visible keys) or "sparse"
+    (over the selection); `coverage` whether to measure the share of dense attention mass that the selection holds, and of the
+    indexer's top-k keys where these are not the selection.
     """
 
-    attention: str = "dense"
+    attention: str = DENSE
     indexer_loss: str | None = None
     coverage: bool = False
+
+    @property
+    def selects(self) -> bool:
+        """Whether a query attends to some of its visible keys only."""
+        return self.attention != DENSE
+
+    @property
+    def by_indexer(self) -> bool:
+        """Whether the indexer's scores choose the keys."""
+        return is_by_indexer(self.attention)
+
+    @property
+    def has_topk_indices(self) -> bool:
+        """Whether one selection of keys per query serves all heads, which attention modes of a single kind need not have."""
+        return self.selects and not selection(self.attention).kind
+
+
+class LayerContext(NamedTuple):
+    """The arrays beside the hidden state that a layer gets.
+
+    Fields: `positions` for the rotary embedding; `visible` ranges of keys, empty for padding; `previous_topk` the selection of
+    the last full layer, which a sharing layer reuses; `served_by` the index heads it came from, where their loss is to be
+    measured in the sharing layer, too.
+    """
+
+    positions: Int[Array, "B T"]
+    visible: Visible
+    previous_topk: Int[Array, "B T K"] | None = None
+    served_by: IndexHeads | None = None
 
 
 class MoEStatistics(NamedTuple):
@@ -35,7 +65,7 @@ class MoEStatistics(NamedTuple):
 
 
 class LayerStatistics(NamedTuple):
-    """What one layer reports; all float32 scalars except `topk_indices`, `moe` and `index_heads`.
+    """Measurements of one layer; all float32 scalars except `topk_indices`, `moe` and `index_heads`.
 
     `index_heads` are those of its own indexer, for the layers that share it; they are never stacked over layers.
     """

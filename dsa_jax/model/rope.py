@@ -1,7 +1,7 @@
 """Rotary position embedding: frequencies with YaRN or Llama-3 scaling, and the two channel layouts."""
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,28 +12,12 @@ from dsa_jax.config import RopeConfig
 LAYOUTS = ("half_split", "interleaved")
 
 
-@dataclass(frozen=True)
-class Rope:
-    """Rotary embedding of `dim` channels; the other fields are those of `RopeConfig`, hashable."""
+class Rope(NamedTuple):
+    """Rotary embedding of `dim` channels in a layout, with the frequencies and the scaling of `config`."""
 
     dim: int
     layout: str
-    theta: float
-    scaling: str
-    factor: float
-    original_max_positions: int
-    beta_fast: float
-    beta_slow: float
-    mscale: float
-    mscale_all_dim: float
-    attention_factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-
-
-def rope_from_config(config: RopeConfig, *, dim: int, layout: str) -> Rope:
-    """The rotary embedding that `config` describes, over `dim` channels in `layout`."""
-    return Rope(dim=dim, layout=layout, **vars(config))
+    config: RopeConfig
 
 
 def inverse_frequencies(rope: Rope) -> np.ndarray:
@@ -47,29 +31,30 @@ def inverse_frequencies(rope: Rope) -> np.ndarray:
 
     Source: YaRN (arXiv 2309.00071) section 3.2; DeepSeek-V3.2-Exp inference/model.py; Llama 3.1 reference code.
     """
-    plain = rope.theta ** (-np.arange(0, rope.dim, 2, dtype=np.float64) / rope.dim)
-    if rope.scaling == "none":
+    plain = rope.config.theta ** (-np.arange(0, rope.dim, 2, dtype=np.float64) / rope.dim)
+    if rope.config.scaling == "none":
         return plain.astype(np.float32)
-    if rope.scaling == "yarn":
+    if rope.config.scaling == "yarn":
         low, high = yarn_ramp(rope)
         width = high - low or 1e-3  # negative, as published code has it, where both bounds are met in the wrong order
         stretched = np.clip((np.arange(rope.dim // 2) - low) / width, 0.0, 1.0)
-    elif rope.scaling == "llama3":
-        turns = rope.original_max_positions * plain / (2 * math.pi)
-        width = rope.high_freq_factor - rope.low_freq_factor
-        stretched = np.clip((rope.high_freq_factor - turns) / width, 0.0, 1.0)
+    elif rope.config.scaling == "llama3":
+        turns = rope.config.original_max_positions * plain / (2 * math.pi)
+        width = rope.config.high_freq_factor - rope.config.low_freq_factor
+        stretched = np.clip((rope.config.high_freq_factor - turns) / width, 0.0, 1.0)
     else:
-        raise ValueError(f"rope scaling is {rope.scaling!r}; expected none, yarn or llama3.")
-    return (plain * (1 - stretched) + plain / rope.factor * stretched).astype(np.float32)
+        raise ValueError(f"rope scaling is {rope.config.scaling!r}; expected none, yarn or llama3.")
+    return (plain * (1 - stretched) + plain / rope.config.factor * stretched).astype(np.float32)
 
 
 def yarn_ramp(rope: Rope) -> tuple[int, int]:
     """First and last pair index of YaRN's ramp: `(10, 23)` for DeepSeek-V3.2."""
+    config = rope.config
 
     def pair_turning(times: float) -> float:
-        return rope.dim * math.log(rope.original_max_positions / (times * 2 * math.pi)) / (2 * math.log(rope.theta))
+        return rope.dim * math.log(config.original_max_positions / (times * 2 * math.pi)) / (2 * math.log(config.theta))
 
-    return max(math.floor(pair_turning(rope.beta_fast)), 0), min(math.ceil(pair_turning(rope.beta_slow)), rope.dim - 1)
+    return max(math.floor(pair_turning(config.beta_fast)), 0), min(math.ceil(pair_turning(config.beta_slow)), rope.dim - 1)
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -79,18 +64,18 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 def rotary_magnitude(rope: Rope) -> float:
     """Factor on cos and sin: YaRN's attention_factor, or else its mscale over mscale_all_dim; 1 for every other scaling."""
-    if rope.scaling != "yarn":
+    if rope.config.scaling != "yarn":
         return 1.0
-    if rope.attention_factor:
-        return rope.attention_factor
-    return yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(rope.factor, rope.mscale_all_dim)
+    if rope.config.attention_factor:
+        return rope.config.attention_factor
+    return yarn_mscale(rope.config.factor, rope.config.mscale) / yarn_mscale(rope.config.factor, rope.config.mscale_all_dim)
 
 
 def softmax_scale_factor(rope: Rope) -> float:
     """Factor on the softmax scale of MLA: the square of YaRN's mscale_all_dim temperature, 1 where it is not set."""
-    if rope.scaling != "yarn" or not rope.mscale_all_dim:
+    if rope.config.scaling != "yarn" or not rope.config.mscale_all_dim:
         return 1.0
-    return yarn_mscale(rope.factor, rope.mscale_all_dim) ** 2
+    return yarn_mscale(rope.config.factor, rope.config.mscale_all_dim) ** 2
 
 
 def rotate(

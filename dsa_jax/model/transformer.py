@@ -10,15 +10,19 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from dsa_jax.model.attention.attend import TOPK_NAME, by_indexer, check_request
-from dsa_jax.model.attention.cache import INDEX_KEYS, Cache, LayerCache, allocate_cache, token_slots
-from dsa_jax.model.attention.selection import DENSE
+from dsa_jax.config import LayerSpec, ModelConfig
+from dsa_jax.config.attention import DENSE, FULL, SHARED
+from dsa_jax.model.attention.attend import TOPK_NAME
+from dsa_jax.model.attention.cache import INDEX_KEYS, Cache, CacheEntry, LayerCache, allocate_cache, token_slots
+from dsa_jax.model.attention.check import check_request
+from dsa_jax.model.attention.indexer import zero_index_heads
+from dsa_jax.model.attention.kinds import attention_kind
 from dsa_jax.model.attention.visibility import causal_visibility, segment_positions
 from dsa_jax.model.block import Block
 from dsa_jax.model.inputs import at_least_32_bits, check_inputs, check_new_tokens
 from dsa_jax.model.kernels import pick, widens_slices
 from dsa_jax.model.norm import RMSNorm
-from dsa_jax.model.outputs import AttentionRequest, ExtendOutput, LayerStatistics, ModelOutput
+from dsa_jax.model.outputs import AttentionRequest, ExtendOutput, LayerContext, LayerStatistics, ModelOutput
 from dsa_jax.model.precision import precision_of
 from dsa_jax.parallel.ambient import check_auto_axes
 from dsa_jax.parallel.sequence import check_rows, constrain, from_balanced, to_balanced
@@ -27,50 +31,35 @@ from pallas_kernels import Visible, checked
 
 @dataclass(frozen=True)
 class BlockStack:
-    """`n_layers` consecutive layers of one kind; `shares_topk`: they reuse the selection of the layer before them.
+    """`n_layers` consecutive equal layers.
 
     A plain dataclass on purpose: Flax leaves its unbound `block` alone, and the stack applies it once per layer.
     """
 
     name: str
     n_layers: int
-    shares_topk: bool
     block: Block
+
+    @property
+    def layer(self) -> LayerSpec:
+        """Each of them."""
+        return self.block.layer
 
 
 class Transformer(nn.Module):
     """A language model whose attention layers can run dense or on a selection of keys. Made by `build_model`."""
 
-    vocab_size: int
-    hidden_dim: int
+    config: ModelConfig
     stacks: tuple[BlockStack, ...]
-    topk: int
-    has_indexer: bool
-    distill_shared: bool
-    has_nsa: bool
-    default_attention: str
-    tie_embeddings: bool
-    embedding_init_std: float
-    init_std: float
-    logits_scale: float
-    norm_eps: float
-    remat: str
-    scan_layers: bool
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
 
     def setup(self) -> None:
         """Create the embedding, one parameter tree per stack, the final norm and the head."""
-        self.embed = Embedding(self.vocab_size, self.hidden_dim, self.embedding_init_std, self.dtype, self.param_dtype)
+        config = self.config
+        self.embed = Embedding(config)
         self.layer_params = [self._stack_params(stack) for stack in self.stacks]
-        self.final_norm = RMSNorm(self.hidden_dim, self.norm_eps, self.dtype)
-        if not self.tie_embeddings:
-            self.lm_head = Head(self.hidden_dim, self.vocab_size, self.init_std, self.param_dtype)
-
-    @property
-    def abilities(self) -> dict[str, Any]:
-        """What `attention.check_request` wants to know of a model."""
-        return {"has_indexer": self.has_indexer, "has_nsa": self.has_nsa}
+        self.final_norm = RMSNorm(config.hidden_dim, config.norm_eps, jnp.dtype(config.dtype))
+        if not config.tie_embeddings:
+            self.lm_head = Head(config)
 
     @checked(check_inputs)
     def __call__(
@@ -93,8 +82,7 @@ class Transformer(nn.Module):
             positions: for the rotary embedding; None counts from the start of each segment.
             segment_ids: runs of equal non-zero ids attend within themselves, 0 is padding; None is one segment per row.
             attention: "dense", "sparse" (keys chosen by the indexer), "window" (the last topk keys), "oracle" (keys chosen by
-                true attention probability), "nsa" or another name in `selection.SELECTORS`; None is as the checkpoint was
-                trained.
+                true attention probability) or another of `dsa_jax.config.selections`; None is as the checkpoint was trained.
             indexer_loss: "dense" for the KL over all visible keys, "sparse" for that over the attended ones; None for neither.
             return_topk_indices: whether to return what each layer selected.
             return_coverage: whether to measure the dense attention mass of the selection, and where blocks are chosen how much
@@ -107,8 +95,8 @@ class Transformer(nn.Module):
                 segment_ids that are not whole numbers of one shape [B, T]; for arrays split over Explicit axes of a mesh.
             NotImplementedError: for the selection of native sparse attention.
         """
-        request = AttentionRequest(self.default_attention if attention is None else attention, indexer_loss, return_coverage)
-        check_request(request, **self.abilities, return_topk_indices=return_topk_indices)
+        request = AttentionRequest(attention or self.config.attention.mode, indexer_loss, return_coverage)
+        check_request(self.config, request, return_topk_indices=return_topk_indices)
         input_ids = at_least_32_bits(input_ids)
         check_auto_axes(input_ids, self.layer_params)
         check_rows(input_ids.shape)
@@ -120,8 +108,8 @@ class Transformer(nn.Module):
             input_ids = jnp.where(segment_ids == 0, 0, input_ids)
         visible = jax.tree.map(to_balanced, causal_visibility(segment_ids))
         positions = segment_positions(segment_ids) if positions is None else at_least_32_bits(positions)
-        x = self.embed(to_balanced(input_ids))
-        x, statistics = self._run_layers(x, to_balanced(positions), visible, request, return_topk_indices)
+        context = LayerContext(to_balanced(positions), visible, self._first_topk(input_ids.shape, request))
+        x, statistics = self._run_layers(self.embed(to_balanced(input_ids)), context, request, return_topk_indices)
         hidden = from_balanced(self.final_norm(x))
         return ModelOutput(
             logits=self.unembed(hidden) if return_logits else None,
@@ -163,15 +151,15 @@ class Transformer(nn.Module):
         """
         stacks = {}
         for stack in self.stacks:
-            entries = stack.block.attention.cache_entries
-            if not with_index_keys:
-                entries.pop(INDEX_KEYS, None)
+            entries = attention_kind(stack.layer.kind).cache_entries(self.config.attention)
+            if with_index_keys and stack.layer.has_indexer:
+                entries = entries | {INDEX_KEYS: CacheEntry((self.config.attention.indexer.head_dim,))}
             stacks[stack.name] = stack.n_layers, entries
         return allocate_cache(
             stacks,
             n_rows=n_rows,
             capacity=capacity,
-            dtype=dtype or self.dtype.name,
+            dtype=dtype or self.config.dtype,
             page_size=page_size,
             n_pages=n_pages,
             block_table=None if block_table is None else jnp.asarray(block_table, jnp.int32),
@@ -205,9 +193,9 @@ class Transformer(nn.Module):
                 Explicit axes of a mesh.
             NotImplementedError: for native sparse attention.
         """
-        request = AttentionRequest(self.default_attention if attention is None else attention)
-        check_request(request, **self.abilities, return_topk_indices=return_topk_indices, cached=True)
-        if by_indexer(request) and not any(INDEX_KEYS in pools for pools in cache.pools.values()):
+        request = AttentionRequest(attention or self.config.attention.mode)
+        check_request(self.config, request, return_topk_indices=return_topk_indices, cached=True)
+        if request.by_indexer and not any(INDEX_KEYS in pools for pools in cache.pools.values()):
             raise ValueError(
                 f"attention is {request.attention!r}, but the cache holds no index keys. Make it with with_index_keys=True."
             )
@@ -218,7 +206,8 @@ class Transformer(nn.Module):
         positions = cache.lengths[:, None] + steps
         valid = steps < n_new[:, None]
         visible = Visible(jnp.zeros_like(positions), jnp.where(valid, positions + 1, 0))
-        x, pools, indices = self._extend_layers(self.embed(input_ids), positions, visible, cache, request)
+        context = LayerContext(positions, visible, self._first_topk(input_ids.shape, request))
+        x, pools, indices = self._extend_layers(self.embed(input_ids), context, cache, request)
         last = jnp.take_along_axis(x, jnp.maximum(n_new - 1, 0)[:, None, None], axis=1)
         return ExtendOutput(
             logits=self.unembed(self.final_norm(last))[:, 0],
@@ -229,8 +218,8 @@ class Transformer(nn.Module):
 
     def unembed(self, hidden: Float[Array, "*N E"]) -> Float[Array, "*N V"]:
         """Logits of final hidden states, float32."""
-        kernel = self.embed.embedding.T if self.tie_embeddings else self.lm_head.kernel
-        return head_logits(hidden, kernel, dtype=self.dtype, scale=self.logits_scale)
+        kernel = self.embed.embedding.T if self.config.tie_embeddings else self.lm_head.kernel
+        return head_logits(hidden, kernel, dtype=jnp.dtype(self.config.dtype), scale=self.config.logits_scale)
 
     def _stack_params(self, stack: BlockStack) -> dict[str, Any]:
         # `self.param` would trace the initialiser on every call, only to compare shapes.
@@ -248,51 +237,44 @@ class Transformer(nn.Module):
     def _init_stack(self, key: PRNGKeyArray, stack: BlockStack) -> dict[str, Any]:
         ones = jnp.ones((1, 1), jnp.int32)
         # The dense loss makes every parameter of a layer take part, whatever mode the model will run in.
-        request = AttentionRequest(DENSE, indexer_loss="dense" if self.has_indexer else None)
+        request = AttentionRequest(DENSE, indexer_loss="dense" if self.config.attention.indexer.enabled else None)
+        context = LayerContext(ones - 1, causal_visibility(ones))
 
         def one(layer_key: PRNGKeyArray) -> dict[str, Any]:
-            x = jnp.zeros((1, 1, self.hidden_dim), self.dtype)
-            return stack.block.init(layer_key, x, ones - 1, causal_visibility(ones), None, request)["params"]
+            x = jnp.zeros((1, 1, self.config.hidden_dim), jnp.dtype(self.config.dtype))
+            return stack.block.init(layer_key, x, context, request)["params"]
 
         return jax.vmap(one)(jax.random.split(key, stack.n_layers))
 
     def _run_layers(
-        self,
-        x: Float[Array, "B T E"],
-        positions: Int[Array, "B T"],
-        visible: Visible,
-        request: AttentionRequest,
-        return_topk_indices: bool,
+        self, x: Float[Array, "B T E"], context: LayerContext, request: AttentionRequest, return_topk_indices: bool
     ) -> tuple[Float[Array, "B T E"], LayerStatistics]:
         """Run every stack; statistics are stacked over all layers."""
-        carried = self._first_topk(x, request)
-        carries_topk = carried is not None
-        distils = self.distill_shared and request.indexer_loss is not None
+        config = self.config
+        distils = config.attention.indexer.distill_shared and request.indexer_loss is not None
         last_heads: Any = None  # of the last layer with an indexer, where layers after it have a loss against them
-        collected = []
+        carried, collected = context.previous_topk, []
         for number, (stack, params) in enumerate(zip(self.stacks, self.layer_params, strict=True)):
-            serves = distils and not stack.shares_topk and any(s.shares_topk for s in self.stacks[number + 1 : number + 2])
+            role, serves = stack.layer.role, distils and self._is_shared(number)
             # All layers of a stack that shares are served by the same one: a constant of the loop, where a carry would be
             # kept once per layer for the backward pass.
-            served_by: Any = last_heads if stack.shares_topk else None
+            shared = context._replace(served_by=last_heads if role == SHARED else None)
 
             def layer(
-                state: Any, layer_params: Any, block: Any = stack.block, serves: bool = serves, served_by: Any = served_by
+                state: Any, layer_params: Any, block: Any = stack.block, serves: bool = serves, shared: Any = shared
             ) -> Any:
                 hidden, previous_topk, _ = state
-                hidden, statistics = block.apply(
-                    {"params": layer_params}, constrain(hidden), positions, visible, previous_topk, request, served_by
-                )
-                following = statistics.topk_indices if carries_topk else None
+                own = shared._replace(previous_topk=previous_topk)
+                hidden, statistics = block.apply({"params": layer_params}, constrain(hidden), own, request)
+                following = next_topk(block.layer, previous_topk, statistics.topk_indices)
                 heads = statistics.index_heads if serves else None
                 if not return_topk_indices:
                     statistics = statistics._replace(topk_indices=None)
                 return (hidden, following, heads), statistics._replace(index_heads=None)
 
-            layer = rematerialised(layer, self.remat, in_scan=self.scan_layers)
-            no_heads = stack.block.attention.indexer.no_heads(*x.shape[:2]) if serves else None
-            state = x, carried, no_heads
-            (x, carried, heads), statistics = run_stack(layer, state, params, stack.n_layers, scan=self.scan_layers)
+            layer = rematerialised(layer, config.remat, in_scan=config.scan_layers)
+            state = x, carried, zero_index_heads(config, *x.shape[:2]) if serves else None
+            (x, carried, heads), statistics = run_stack(layer, state, params, stack.n_layers, scan=config.scan_layers)
             last_heads = heads if serves else last_heads
             collected.append(statistics)
         moe = [s.moe for s in collected if s.moe is not None]
@@ -303,22 +285,16 @@ class Transformer(nn.Module):
         return x, joined._replace(moe=jax.tree.map(lambda *parts: jnp.concatenate(parts), *moe) if moe else None)
 
     def _extend_layers(
-        self,
-        x: Float[Array, "B T E"],
-        positions: Int[Array, "B T"],
-        visible: Visible,
-        cache: Cache,
-        request: AttentionRequest,
+        self, x: Float[Array, "B T E"], context: LayerContext, cache: Cache, request: AttentionRequest
     ) -> tuple[Float[Array, "B T E"], dict[str, Any], Int[Array, "L B T K"] | None]:
         """Run every stack over its pools: (x, new pools, selections stacked over all layers)."""
-        layout = cache.layout
-        carried = self._first_topk(x, request)
-        carries_topk = carried is not None
+        layout, carried = cache.layout, context.previous_topk
         new_pools, collected = {}, []
         for stack, params in zip(self.stacks, self.layer_params, strict=True):
             pools = cache.pools[stack.name]
             n_slots = jax.tree.leaves(pools)[0].shape[1]
-            slots = token_slots(positions, visible.some, cache.block_table, layout.page_size, n_slots=n_slots)
+            valid = context.visible.some
+            slots = token_slots(context.positions, valid, cache.block_table, layout.page_size, n_slots=n_slots)
             entries = layout.stack_entries(stack.name)
 
             # The pools travel in the carry, which is updated in place; as inputs and outputs of the loop they would be copied.
@@ -326,22 +302,33 @@ class Transformer(nn.Module):
                 hidden, previous_topk, pools = state
                 layer_params, number = inputs
                 view = LayerCache(pools, number, entries, layout.dtype, layout.page_size, cache.block_table, slots)
-                result = block.apply(
-                    {"params": layer_params}, hidden, positions, visible, previous_topk, view, request, method="extend"
-                )
-                return (result.out, result.topk_indices if carries_topk else None, result.cache.pools), result.topk_indices
+                own = context._replace(previous_topk=previous_topk)
+                result = block.apply({"params": layer_params}, hidden, own, view, request, method="extend")
+                following = next_topk(block.layer, previous_topk, result.topk_indices)
+                return (result.out, following, result.cache.pools), result.topk_indices
 
             inputs = params, jnp.arange(stack.n_layers, dtype=jnp.int32)
-            state, indices = run_stack(layer, (x, carried, pools), inputs, stack.n_layers, scan=self.scan_layers)
+            state, indices = run_stack(layer, (x, carried, pools), inputs, stack.n_layers, scan=self.config.scan_layers)
             x, carried, new_pools[stack.name] = state
             collected.append(indices)
         return x, new_pools, None if collected[0] is None else jnp.concatenate(collected)
 
-    def _first_topk(self, x: Float[Array, "B T E"], request: AttentionRequest) -> Int[Array, "B T K"] | None:
-        """What the loop over the layers carries as the previous selection; None where no layer shares one."""
-        if by_indexer(request) and any(stack.shares_topk for stack in self.stacks):
-            return jnp.full((*x.shape[:2], self.topk), -1, jnp.int32)
+    def _first_topk(self, shape: tuple[int, ...], request: AttentionRequest) -> Int[Array, "B T K"] | None:
+        """The first value of the previous selection that the loop over the layers carries; None where no layer shares one."""
+        if request.by_indexer and any(stack.layer.role == SHARED for stack in self.stacks):
+            return jnp.full((*shape, self.config.attention.indexer.topk), -1, jnp.int32)
         return None
+
+    def _is_shared(self, number: int) -> bool:
+        """Whether layers that share follow the stack `number`, before the next one with an indexer of its own."""
+        roles = [stack.layer.role for stack in self.stacks[number:]]
+        following = [role for role in roles[1:] if role in (FULL, SHARED)]
+        return roles[0] == FULL and following[:1] == [SHARED]
+
+
+def next_topk(layer: LayerSpec, previous: Any, selected: Any) -> Any:
+    """The selection that a later layer shares: this layer's, unless it has none of its own to hand on."""
+    return selected if previous is not None and layer.role in (FULL, SHARED) else previous
 
 
 def mean_over_served(kl: Float[Array, " L"], stacks: tuple[BlockStack, ...]) -> Float[Array, " L"]:
@@ -357,8 +344,10 @@ def mean_over_served(kl: Float[Array, " L"], stacks: tuple[BlockStack, ...]) -> 
 
     Source: IndexCache (arXiv 2603.12201), the loss of multi-layer distillation.
     """
-    shares = [stack.shares_topk for stack in stacks for _ in range(stack.n_layers)]
-    server = np.maximum.accumulate(np.where(shares, 0, np.arange(len(shares))))
+    roles = [stack.layer.role for stack in stacks for _ in range(stack.n_layers)]
+    place = np.arange(len(roles))
+    last_full = np.maximum.accumulate([i if role == FULL else 0 for i, role in enumerate(roles)])
+    server = np.where([role == SHARED for role in roles], last_full, place)
     return jnp.zeros_like(kl).at[server].add(kl / np.bincount(server)[server].astype(np.float32))
 
 
@@ -400,32 +389,27 @@ def rematerialised(layer: Callable, policy: str, *, in_scan: bool) -> Callable:
 class Embedding(nn.Module):
     """A table of one vector per token."""
 
-    vocab_size: int
-    hidden_dim: int
-    init_std: float
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    config: ModelConfig
 
     def setup(self) -> None:
         """Create the table."""
-        shape = (self.vocab_size, self.hidden_dim)
-        self.embedding = self.param("embedding", nn.initializers.normal(self.init_std), shape, self.param_dtype)
+        shape = (self.config.vocab_size, self.config.hidden_dim)
+        init = nn.initializers.normal(self.config.embedding_initializer_range)
+        self.embedding = self.param("embedding", init, shape, jnp.dtype(self.config.param_dtype))
 
     def __call__(self, input_ids: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         """Look the tokens up; an id outside the table gives NaN instead of some other token."""
-        rows = jnp.take(self.embedding, jnp.where(input_ids < 0, self.vocab_size, input_ids), axis=0, mode="fill")
-        return rows.astype(self.dtype)
+        known = jnp.where(input_ids < 0, self.config.vocab_size, input_ids)
+        return jnp.take(self.embedding, known, axis=0, mode="fill").astype(jnp.dtype(self.config.dtype))
 
 
 class Head(nn.Module):
     """The kernel of an untied output layer; `Transformer.unembed` applies it."""
 
-    hidden_dim: int
-    vocab_size: int
-    init_std: float
-    param_dtype: jnp.dtype
+    config: ModelConfig
 
     def setup(self) -> None:
         """Create the kernel."""
-        shape = (self.hidden_dim, self.vocab_size)
-        self.kernel = self.param("kernel", nn.initializers.normal(self.init_std), shape, self.param_dtype)
+        shape = (self.config.hidden_dim, self.config.vocab_size)
+        init = nn.initializers.normal(self.config.initializer_range)
+        self.kernel = self.param("kernel", init, shape, jnp.dtype(self.config.param_dtype))

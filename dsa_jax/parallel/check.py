@@ -4,6 +4,7 @@ import math
 
 from dsa_jax.config import STAGES, Config, ConfigError
 from dsa_jax.model import abstract_params, build_model
+from dsa_jax.model.attention.kinds import kinds_of
 from dsa_jax.parallel.mesh import BATCH_AXES
 from dsa_jax.parallel.rules import check_divisible
 
@@ -19,12 +20,10 @@ def check_layout(config: Config) -> None:
     sizes = config.parallel.sizes()
     if math.prod(sizes.values()) == 1:
         return
-    attention, moe = config.model.attention, config.model.moe
-    heads = {"n_heads": attention.n_heads}
-    if attention.kind == "gqa" and (attention.n_kv_heads > 1 or attention.nsa.enabled):
-        heads["n_kv_heads"] = attention.n_kv_heads
-    for name, count in heads.items():
-        _multiple(f"model.attention.{name}", count, "tensor", sizes["tensor"])
+    moe = config.model.moe
+    for kind in kinds_of(config.model):
+        for name, count in kind.split_heads(config.model.attention).items():
+            _multiple(f"model.attention.{name}", count, "tensor", sizes["tensor"])
     if sizes["expert"] > 1:
         if not moe.n_routed_experts:
             raise ConfigError(f"parallel.expert is {sizes['expert']}, but the model has no experts. Use fsdp or data instead.")

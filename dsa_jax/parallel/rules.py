@@ -1,4 +1,4 @@
-"""Which axis of the mesh splits which axis of a parameter: a table of path patterns, outside the model.
+"""The mesh axis that splits each axis of a parameter: a table of path patterns; attention layers have theirs in their kind.
 
 Tensor parallelism splits columns on the way in (heads, MLP width) and rows on the way out, so that one sum over `tensor` per
 block suffices. The indexer, the latents and the norms are the same on every tensor rank, so that the selection is computed
@@ -12,20 +12,13 @@ from typing import Any
 from jax.sharding import PartitionSpec
 
 from dsa_jax.config import ConfigError
-from dsa_jax.params import parameter_paths
+from dsa_jax.model.attention.kinds import attention_parameter
+from dsa_jax.params import is_block_scales_path, parameter_paths
 
 # First match wins. Specs are those of one layer; a stack's leading layer axis is never split.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embed/embedding", ("tensor", "fsdp")),
     (r"lm_head/kernel", ("fsdp", "tensor")),
-    (r".*/nsa/(compress|window)_(wk|wv)/kernel", ("fsdp", "tensor")),
-    (r".*/nsa/(compress|window)_(wk|wv)/bias", ("tensor",)),
-    (r".*/nsa/compress_(k|v)/(position|w_in/kernel|w_out/kernel)", ()),
-    (r".*/indexer/(wq_b|wk|weights_proj)/kernel", ("fsdp", None)),
-    (r".*/attention/(wq|wk|wv|wq_b|wkv_b)/kernel", ("fsdp", "tensor")),
-    (r".*/attention/(wq|wk|wv)/bias", ("tensor",)),
-    (r".*/attention/(wq_a|wkv_a)/kernel", ("fsdp", None)),
-    (r".*/attention/wo/kernel", ("tensor", "fsdp")),
     (r".*/experts/(gate|up)/kernel", ("expert", "fsdp", "tensor")),
     (r".*/experts/down/kernel", ("expert", "tensor", "fsdp")),
     # Scales are one 4096th of the bytes they are for. Whole, they serve any split of the kernel, also one that cuts blocks.
@@ -44,9 +37,17 @@ def parameter_spec(path: str) -> PartitionSpec:
     Raises:
         ValueError: for a path that no rule matches: a new parameter must say how it is split.
     """
+    axes = _axes(path)
+    return PartitionSpec(*((None, *axes) if _STACK.match(path) and axes else axes))
+
+
+def _axes(path: str) -> tuple[str | None, ...]:
+    """Mesh axis of each axis of one layer's array."""
+    if row := None if is_block_scales_path(path) else attention_parameter(path):
+        return row.split
     for pattern, axes in RULES:
         if re.fullmatch(pattern, path):
-            return PartitionSpec(*((None, *axes) if _STACK.match(path) and axes else axes))
+            return axes
     raise ValueError(f"no sharding rule matches {path!r}. Add one to dsa_jax/parallel/rules.py.")
 
 

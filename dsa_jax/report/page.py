@@ -7,6 +7,7 @@ from typing import Any
 
 from dsa_jax.config import STAGES
 from dsa_jax.config.fields import flatten
+from dsa_jax.config.selections import row_meaning
 from dsa_jax.data.tasks import TASKS
 from dsa_jax.report import plots
 
@@ -19,19 +20,6 @@ COLUMNS = (
 )
 _INDEXER_RECALL = ("indexer_recall", "index recall")
 _N_QUALITY = 3  # columns before those of the tasks
-_ROW_MEANINGS = {
-    "dense": "every query attends to all keys before it; what sparse attention must match",
-    "dense, before sparse training": "the dense model as it was before the sparse stage; tells what the extra training changed",
-    "sparse": "each query attends only to the top-k keys that the trained indexer picked",
-    "sparse, coarse to fine": "the same indexer on the best blocks of keys only, chosen by one pooled index key each",
-    "sparse, untrained indexer": "the same model with a freshly initialised indexer; shows what training the indexer is worth",
-    "window of the same budget": "the most recent keys, as many as sparse reads; shows what a selection by content is worth",
-    "sink and window of the same budget": "the first four keys and the most recent ones",
-    "random keys of the same budget": "one key from each of as many equal stretches; what the budget is worth without a choice",
-    "blocks of the same budget": "whole blocks by their mean index key, the query's own block always",
-    "oracle top-k": "the top-k keys by true attention mass; the best any indexer could do",
-    "native sparse attention": "compressed blocks, selected blocks and a window, gated; keys read are those of all three",
-}
 _COLUMN_MEANINGS = (
     ("recall accuracy", "share of held-out queries answered with the right value; higher is better"),
     ("text loss", "cross-entropy on held-out text, nats per token; lower is better"),
@@ -151,7 +139,7 @@ def _parity(rows: Sequence[Mapping[str, Any]], has_plots: bool) -> str:
     titles = {title for _, title in columns}
     column_meanings = [(title, meaning) for title, meaning in _COLUMN_MEANINGS if title in titles]
     column_meanings += [(name, f"share of {TASKS[name].summary}") for name in tasks]
-    meanings = [(row["name"], _ROW_MEANINGS[row["name"]]) for row in rows if row["name"] in _ROW_MEANINGS]
+    meanings = [(row["name"], row_meaning(row["name"])) for row in rows]
     figures = ""
     if has_plots:
         recall = plots.parity_bars(rows, "recall_accuracy", "recall accuracy (share of queries)", upper=1.0)

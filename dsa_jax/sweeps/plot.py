@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsa_jax.evals.parity import BEFORE
+from dsa_jax.config.selections import BEFORE
 from dsa_jax.extras import MissingExtraError
 from dsa_jax.run.directory import atomic_write_bytes
 from dsa_jax.sweeps.summary import Answer, answers
@@ -61,7 +61,7 @@ def draw_ablation(figure: Any, result: Mapping[str, Any]) -> None:
 def _content(result: Mapping[str, Any]) -> tuple[Answer | None, list[Answer], list[str], bool]:
     """Dense attention, the variants, the quantities shown, and whether the variants lie on an axis."""
     lines = answers(result)
-    dense = next((line for line in lines if line.name == BEFORE.name), None)
+    dense = next((line for line in lines if line.name == BEFORE.title), None)
     variants = [line for line in lines if line is not dense]
     names = [n for n in dict.fromkeys(n for line in variants for n in line.quantities) if n not in _NOT_SHOWN]
     return dense, variants, names, all(line.place is not None for line in variants)
@@ -96,6 +96,6 @@ def _by_name(panel: Any, name: str, variants: Sequence[Answer], axis: str) -> No
 
 def _mark_dense(panel: Any, spread: Any, *, upright: bool) -> None:
     line, span = (panel.axvline, panel.axvspan) if upright else (panel.axhline, panel.axhspan)
-    line(spread.mean, color=_DENSE, linestyle="--", linewidth=1.2, label=BEFORE.name)
+    line(spread.mean, color=_DENSE, linestyle="--", linewidth=1.2, label=BEFORE.title)
     if len(spread.values) > 1:
         span(min(spread.values), max(spread.values), color=_DENSE, alpha=0.12, linewidth=0)

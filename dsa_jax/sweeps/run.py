@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import jax
 
 from dsa_jax.config import Config, ConfigError
+from dsa_jax.config.selections import BEFORE
 from dsa_jax.data import make_eval_data
-from dsa_jax.evals.parity import BEFORE, evaluate_parity
+from dsa_jax.evals.parity import evaluate_parity
 from dsa_jax.model import build_model
 from dsa_jax.run.directory import RunError, atomic_write_text, claimed, make_writable_directory
 from dsa_jax.sweeps.sweep import (
@@ -197,7 +198,7 @@ def _evaluate(trained: Path, variant: Variant, rows: list[dict[str, Any]]) -> li
     params = variant.change_params(run.params, config.model) if variant.change_params else run.params
     data = make_eval_data(config.data, config.seed, config.model.vocab_size)
     table = evaluate_parity(build_model(config.model), params, data, config)
-    return [row for row in rows if row["name"] == BEFORE.name] + table.rows
+    return [row for row in rows if row["name"] == BEFORE.title] + table.rows
 
 
 def keep_compiled_programs(directory: Path) -> None:

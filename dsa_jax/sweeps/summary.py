@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dsa_jax.evals.parity import BEFORE, ROWS
+from dsa_jax.config.selections import BEFORE, eval_rows
 from dsa_jax.evals.spread import Spread
 
 QUANTITIES = {
@@ -42,17 +42,17 @@ def answers(result: Mapping[str, Any]) -> list[Answer]:
     Where variants start from dense models of their own, each has its dense line before it.
     """
     lines = []
-    dense = {(run["seed"], run["variant"]): row for run in result["runs"] if (row := _row(run, BEFORE.name))}
+    dense = {(run["seed"], run["variant"]): row for run in result["runs"] if (row := _row(run, BEFORE.title))}
     by_seed = {seed: row for (seed, _), row in dense.items()}
     is_shared = all(row == by_seed[seed] for (seed, _), row in dense.items())
     if by_seed and is_shared:
-        lines.append(Answer(BEFORE.name, None, _spreads(list(by_seed.values()))))
+        lines.append(Answer(BEFORE.title, None, _spreads(list(by_seed.values()))))
     for variant in result["variants"]:
         own = [row for (_, name), row in dense.items() if name == variant["name"]]
         if own and not is_shared:
             lines.append(Answer(f"{variant['name']}, dense", None, _spreads(own)))
         runs = [run for run in result["runs"] if run["variant"] == variant["name"]]
-        rows = [row for run in runs if (row := _row(run, ROWS[variant["row"]].name))]
+        rows = [row for run in runs if (row := _row(run, eval_rows()[variant["row"]].title))]
         failures = tuple(f"seed {run['seed']}: {run['failed']}" for run in runs if "failed" in run)
         if runs:
             lines.append(Answer(variant["name"], variant["place"], _spreads(rows), failures))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsa_jax.config import Config, ConfigError, IndexerConfig, ModelConfig, NSAConfig, StageConfig, to_dict
+from dsa_jax.config.attention import FULL, SHARED, base_kind
 from dsa_jax.config.checks import random_seed
 from dsa_jax.config.fields import flatten, set_field
 
@@ -17,7 +18,8 @@ class Variant:
     """The base recipe with some fields changed.
 
     Fields: `name` in table and plot; `settings` the changed fields by dotted path; `row` the row of the parity table that
-    answers for it (a key of `dsa_jax.evals.parity.ROWS`); `place` on the horizontal axis, None where variants have no order.
+    answers for it (a key of `eval_rows` in `dsa_jax.config.selections`); `place` on the horizontal axis, None where variants
+    have no order.
     Variants with equal `settings` are one training run. `at_evaluation` are fields changed only once it is trained, and
     `change_params` what is done to its parameters, which gets them and the model's config: a function of a module, known in the
     results by its name.
@@ -140,7 +142,11 @@ def dense_part(config: Config) -> Config | None:
         return None
     dense = copy.deepcopy(config)
     dense.name = "dense"
-    dense.model.attention.indexer, dense.model.attention.nsa = IndexerConfig(), NSAConfig()
+    attention = dense.model.attention
+    attention.indexer, attention.nsa, attention.kind = IndexerConfig(), NSAConfig(), base_kind(attention.kind)
+    attention.layer_types = tuple(FULL if each == SHARED else each for each in attention.layer_types)
+    if set(attention.layer_types) == {FULL}:
+        attention.layer_types = ()
     dense.train.warmup, dense.train.sparse, dense.train.sparse_attention = StageConfig(), StageConfig(), "sparse"
     dense.eval.rows = ("dense",)
     return dense

@@ -9,6 +9,7 @@ from typing import Any
 from dsa_jax.checkpoints.hf import load_pretrained, read_model_config, save_pretrained
 from dsa_jax.checkpoints.hf.tokenizer_files import has_tokenizer_files, tokenizer_name
 from dsa_jax.config import Config, ConfigError, ModelConfig, to_dict
+from dsa_jax.config.attention import extended
 from dsa_jax.config.fields import flatten
 from dsa_jax.data import load_tokenizer
 from dsa_jax.data.tokenizer import Tokenizer
@@ -27,8 +28,8 @@ def resolve_checkpoint(config: Config) -> Config:
     """`config` with what `init.hf_dir` decides filled in; the same config where it is not set.
 
     The model is the checkpoint's. From the recipe come `model.param_dtype`, `dtype`, `weight_format`, `scan_layers`, `remat`,
-    `attention.implementation`, `attention.nsa`, the experts' balance settings and, where the checkpoint has no indexer,
-    `attention.indexer`.
+    `attention.implementation`, an attention kind that extends the checkpoint's, the experts' balance settings and, where
+    the checkpoint has no indexer, `attention.indexer` and `attention.layer_types`.
     `data.text.tokenizer` "checkpoint" becomes the directory, or "bytes" where the checkpoint says that.
 
     Raises:
@@ -65,9 +66,10 @@ def _merged(ours: ModelConfig, theirs: ModelConfig) -> ModelConfig:
     """The checkpoint's model, computed as the recipe says."""
     model = dataclasses.replace(theirs, **{name: getattr(ours, name) for name in _OF_THE_RUN})
     model.attention = dataclasses.replace(theirs.attention, implementation=ours.attention.implementation)
-    model.attention.nsa = copy.deepcopy(ours.attention.nsa)
+    model.attention = extended(model.attention, ours.attention)
     if not theirs.attention.indexer.enabled:
         model.attention.indexer = copy.deepcopy(ours.attention.indexer)
+        model.attention.layer_types = ours.attention.layer_types or theirs.attention.layer_types
     balance = {name: getattr(ours.moe, name) for name in ("bias_update_rate", "balance_loss_weight")}
     model.moe = dataclasses.replace(theirs.moe, **balance)
     _say_what_is_ignored(ours, model)
@@ -89,14 +91,15 @@ def _say_what_is_ignored(ours: ModelConfig, merged: ModelConfig) -> None:
 def checkpoint_params(config: Config) -> dict[str, Any]:
     """The weights of `init.hf_dir` for the resolved `config`, each put on the current mesh as it is read.
 
-    Indexers that the checkpoint lacks, and native sparse attention, are initialised from `seed`.
+    Indexers that the checkpoint lacks, and parameters by which the attention kind extends it, are initialised from `seed`.
     """
-    indexer, nsa = config.model.attention.indexer, config.model.attention.nsa
+    indexer = config.model.attention.indexer
     loaded = load_pretrained(
         config.init.hf_dir,
         dtype=config.model.param_dtype,
         indexer=indexer if indexer.enabled else None,
-        nsa=nsa if nsa.enabled else None,
+        layer_types=config.model.attention.layer_types if indexer.enabled else (),
+        extended_by=config.model.attention,
         seed=config.seed,
         mesh=current_mesh(),
     )

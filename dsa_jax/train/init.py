@@ -2,22 +2,21 @@
 
 import copy
 import logging
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from dsa_jax.config import STAGES as STAGE_ORDER
 from dsa_jax.config import Config, ConfigError
+from dsa_jax.config.selections import selection
 from dsa_jax.data.tokenizer import NO_TOKENIZER
 from dsa_jax.model import Transformer, abstract_params, build_model, init_params
-from dsa_jax.model.attention.selection import NSA
+from dsa_jax.model.attention.kinds import is_optional, kinds_of
 from dsa_jax.model.stacks import layer_stacks, restacked
 from dsa_jax.parallel.placement import current_mesh, with_shardings
 from dsa_jax.parallel.rules import check_divisible
-from dsa_jax.params import is_indexer_path, is_nsa_path, nested_parameters, parameter_paths
+from dsa_jax.params import nested_parameters, parameter_paths
 from dsa_jax.run.checkpoints import CheckpointStore, newest_checkpoint
 from dsa_jax.run.directory import RunDirectory, RunError, find_run
 from dsa_jax.run.processes import on_main
@@ -135,8 +134,7 @@ def initial_params(config: Config, model: Transformer, *, abstract: bool = False
     problems = [
         f"{path}: here {tuple(target[path].shape)}, there {tuple(have[path].shape) if path in have else 'absent'}"
         for path in target
-        if (path not in have and not is_indexer_path(path) and not is_nsa_path(path))
-        or (path in have and have[path].shape != target[path].shape)
+        if (path not in have and not is_optional(path)) or (path in have and have[path].shape != target[path].shape)
     ]
     problems += [f"{path}: here absent, there {tuple(have[path].shape)}" for path in have if path not in target]
     if problems:
@@ -151,17 +149,15 @@ def initial_params(config: Config, model: Transformer, *, abstract: bool = False
 def at_start_of_stage(params: Params, config: Config, name: str) -> Params:
     """The parameters with which the stage `name` takes its first step.
 
-    Where a model that was trained otherwise turns to native sparse attention, the keys and values of its branches start as
-    copies of the layer's own, so that each branch attends as the model has learned to. Compression starts as the mean of a
-    block and every gate at 1/3 (`model/nsa.py`), so the layer's output starts as the mean of three attentions with the
-    magnitude of one.
+    Where a model that was trained under another attention turns to one that its attention kind alone answers, the kind says
+    where the parameters of that one start (`AttentionKind.turned`).
     """
     has_learned = bool(config.init.checkpoint or config.init.hf_dir or (name == "sparse" and config.train.pretrain.steps))
-    before = trained_attention(config, "warmup" if name == "sparse" else "")
-    if stage_of(config, name).attention != NSA or before == NSA or not has_learned:
+    before, attention = trained_attention(config, "warmup" if name == "sparse" else ""), stage_of(config, name).attention
+    if not selection(attention).kind or before == attention or not has_learned:
         return params
     leaves = parameter_paths(params)
-    for path in leaves:
-        if match := re.fullmatch(r"(.*)/nsa/(?:compress|window)_(wk|wv|k_norm)/(.*)", path):
-            leaves[path] = jnp.copy(leaves["/".join(match.groups())])
+    for kind in kinds_of(config.model):
+        if kind.name == selection(attention).kind:
+            leaves = kind.turned(leaves)
     return nested_parameters(leaves)

@@ -86,10 +86,10 @@ def forward_with_loss(
 ) -> tuple[ModelOutput, TokenLoss]:
     """One forward pass and the cross-entropy of its batch; `request` goes to `Transformer.__call__`."""
     output = forward_without_head(model, params, batch, return_hidden=True, **request)
-    kernel = params["embed"]["embedding"].T if model.tie_embeddings else params["lm_head"]["kernel"]
+    kernel = params["embed"]["embedding"].T if model.config.tie_embeddings else params["lm_head"]["kernel"]
 
     def loss(hidden: jax.Array, targets: jax.Array, mask: jax.Array, kernel: jax.Array) -> TokenLoss:
-        unembed = lambda x: head_logits(x, kernel, dtype=model.dtype, scale=model.logits_scale)
+        unembed = lambda x: head_logits(x, kernel, dtype=jnp.dtype(model.config.dtype), scale=model.config.logits_scale)
         return token_loss(unembed, hidden, targets, mask, vocab_size=kernel.shape[1])
 
     # The head is put together along `fsdp` once, and its gradient summed once, not for every chunk.

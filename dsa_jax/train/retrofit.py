@@ -9,10 +9,11 @@ from typing import Any
 from dsa_jax.checkpoints.hf import CheckpointError
 from dsa_jax.config import STAGES as STAGE_ORDER
 from dsa_jax.config import Config, ConfigError, to_dict
+from dsa_jax.config.selections import DENSE
 from dsa_jax.data import EvalData, TrainData, make_eval_data, make_train_data
 from dsa_jax.evals.parity import Parity, evaluate_parity
 from dsa_jax.model import Transformer, build_model
-from dsa_jax.model.attention.selection import DENSE
+from dsa_jax.model.attention.kinds import kinds_of
 from dsa_jax.parallel.check import check_layout
 from dsa_jax.parallel.placement import on_mesh, place
 from dsa_jax.params import count_parameters, is_indexer_path, split_parameters
@@ -141,8 +142,8 @@ def _export(run: RunDirectory, config: Config, params: dict[str, Any]) -> None:
 
 def _not_exported(config: Config) -> str:
     """What a Hugging Face checkpoint cannot hold of the model; empty where it can hold all of it."""
-    if config.model.attention.nsa.enabled:
-        return "native sparse attention"
+    if titles := [mode.title for kind in kinds_of(config.model) for mode in kind.modes]:
+        return ", ".join(titles)
     fields = config.model.attention.indexer.unpublished()
     return f"an indexer with {', '.join(fields)}" if fields else ""
 

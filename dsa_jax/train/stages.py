@@ -1,12 +1,14 @@
-"""The three training stages of a retrofit: what runs in the forward, which losses act, which parameters learn."""
+"""The three training stages of a retrofit: attention of the forward pass, losses, trained parameters."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from dsa_jax.config import Config
-from dsa_jax.config.model import BY_INDEXER
-from dsa_jax.params import is_indexer_path, is_nsa_path, is_score_bias_path
+from dsa_jax.config.selections import DENSE, is_by_indexer
+from dsa_jax.model.attention.base import INDEXER, MODEL
+from dsa_jax.model.attention.kinds import learns_from
+from dsa_jax.params import is_score_bias_path
 
 
 @dataclass(frozen=True)
@@ -30,19 +32,15 @@ class Stage:
 
 def language_stage(name: str, attention: str) -> Stage:
     """A stage that learns language under `attention`, and its indexer, if that chooses the keys, from the KL over them."""
-    by_indexer, natively = attention in BY_INDEXER, attention == "nsa"
-
-    def trains(path: str) -> bool:
-        takes_part = (by_indexer or not is_indexer_path(path)) and (natively or not is_nsa_path(path))
-        return takes_part and not is_score_bias_path(path)
-
+    by_indexer = is_by_indexer(attention)
+    taught = {MODEL, attention, INDEXER} if by_indexer else {MODEL, attention}
+    trains = lambda path: learns_from(path) in taught and not is_score_bias_path(path)
     return Stage(name, attention, "sparse" if by_indexer else None, True, trains)
 
 
-PRETRAIN = language_stage("pretrain", "dense")
-WARMUP = Stage("warmup", "dense", "dense", False, is_indexer_path)
+PRETRAIN = language_stage("pretrain", DENSE)
+WARMUP = Stage("warmup", DENSE, "dense", False, lambda path: learns_from(path) == INDEXER)
 SPARSE = language_stage("sparse", "sparse")
-
 STAGES: dict[str, Stage] = {stage.name: stage for stage in (PRETRAIN, WARMUP, SPARSE)}
 """As a retrofit runs them unless its recipe names other attentions."""
 

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import configs.ablations
-from dsa_jax.evals.parity import BEFORE
+from dsa_jax.config.selections import BEFORE
 from dsa_jax.sweeps.plot import draw_ablation, figure_size
 from dsa_jax.sweeps.summary import answers, environments, format_table, total_seconds
 from experiments.notebooks.settings import RESULTS
@@ -60,7 +60,7 @@ for text in dict.fromkeys(text for result in results.values() for text in enviro
 def kept(result, quantity="recall accuracy"):
     """Mean accuracy of each variant minus that of dense attention, by name; empty where either is missing."""
     lines = {line.name: line.quantities[quantity].mean for line in answers(result) if quantity in line.quantities}
-    dense = lines.pop(BEFORE.name, None)
+    dense = lines.pop(BEFORE.title, None)
     return {} if dense is None else {name: value - dense for name, value in lines.items()}
 
 
@@ -72,7 +72,7 @@ if differences:
         panel.plot(list(values.values()), [place] * len(values), "o", color="tab:blue", alpha=0.6)
         worst = min(values, key=values.get)
         panel.annotate(worst, (values[worst], place), xytext=(0, 5), textcoords="offset points", fontsize=7)
-    panel.axvline(0, color="tab:orange", linestyle="--", label=BEFORE.name)
+    panel.axvline(0, color="tab:orange", linestyle="--", label=BEFORE.title)
     panel.set_yticks(np.arange(len(differences)), list(differences))
     panel.set(xlabel="recall accuracy minus that of dense attention; the worst variant is named", ylabel="sweep")
     panel.invert_yaxis()

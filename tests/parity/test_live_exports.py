@@ -1,6 +1,5 @@
 """Checkpoints written here load in transformers, whole, and compute the same."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -19,13 +18,14 @@ FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
 TEXT = random_prompt(7).numpy().astype(np.int32)
 
 
-def exported(name, directory, *, indexer=None, attention=None):
+def exported(name, directory, *, indexer=None, layer_types=(), attention=None):
     """A fixture, retrofitted if asked, trained for a while and written out; with what transformers makes of it.
 
     Seeds are tried until no selection hangs on rounding.
     """
     for seed in range(100):
-        loaded = load_pretrained(FIXTURES / name, dtype="float32", indexer=indexer, attention=attention, seed=seed)
+        options = {"indexer": indexer, "layer_types": layer_types, "attention": attention, "seed": seed}
+        loaded = load_pretrained(FIXTURES / name, dtype="float32", **options)
         loaded = loaded._replace(params=trained(loaded.params, seed))
         save_pretrained(directory, loaded.config, loaded.params)
         theirs = run_transformers(directory, TEXT)
@@ -66,8 +66,8 @@ def test_a_retrofitted_latent_model_becomes_a_deepseek_v32_checkpoint(name, tmp_
 
 def test_a_retrofitted_latent_model_that_shares_selections_becomes_a_glm_checkpoint(tmp_path):
     n_layers = load_pretrained(FIXTURES / "deepseek_v3").config.n_layers
-    indexer = dataclasses.replace(new_indexer(8), layer_types=("full",) * (n_layers - 1) + ("shared",))
-    loaded, theirs = exported("deepseek_v3", tmp_path, indexer=indexer, attention="sparse")
+    indexer, layer_types = new_indexer(8), ("full",) * (n_layers - 1) + ("shared",)
+    loaded, theirs = exported("deepseek_v3", tmp_path, indexer=indexer, layer_types=layer_types, attention="sparse")
     assert indexer.rope_layout == "half_split" and model_type(tmp_path) == "glm_moe_dsa"
     assert not theirs.missing and not theirs.unexpected
     ours = run_ours(loaded, TEXT, return_topk_indices=True)

@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Int64, Shaped
 
 from dsa_jax.checkpoints.hf.errors import CheckpointError
-from dsa_jax.config.model import FP8_BLOCKS, IndexerConfig, ModelConfig
+from dsa_jax.config import IndexerConfig, ModelConfig
+from dsa_jax.config.model import FP8_BLOCKS
 from pallas_kernels.quantize.blocks import WEIGHT_BLOCK
 
 FAMILY = "glm_moe_dsa"

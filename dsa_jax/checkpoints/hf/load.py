@@ -30,16 +30,17 @@ from dsa_jax.checkpoints.hf.read_config import read_model_config, stated_dtype
 from dsa_jax.checkpoints.hf.tokenizer_files import load_checkpoint_tokenizer
 from dsa_jax.checkpoints.hf.weights import Weights, read_json
 from dsa_jax.checkpoints.pretrained import Pretrained
+from dsa_jax.config.attention import AttentionConfig, AttentionLayer, IndexerConfig, extended
 from dsa_jax.config.checks import ConfigError
-from dsa_jax.config.model import FP8_BLOCKS, PLAIN, IndexerConfig, ModelConfig, NSAConfig
+from dsa_jax.config.model import FP8_BLOCKS, PLAIN, ModelConfig
 from dsa_jax.model import Transformer, abstract_params, build_model, init_params
+from dsa_jax.model.attention.kinds import is_optional
 from dsa_jax.parallel.placement import placement_on, spread
 from dsa_jax.parallel.rules import check_divisible
 from dsa_jax.params import (
     BLOCK_SCALES,
     is_block_scales_path,
     is_indexer_path,
-    is_nsa_path,
     nested_parameters,
     parameter_paths,
     split_parameters,
@@ -58,7 +59,8 @@ def load_pretrained(
     mesh: jax.sharding.Mesh | None = None,
     attention: str | None = None,
     indexer: IndexerConfig | None = None,
-    nsa: NSAConfig | None = None,
+    layer_types: tuple[str, ...] = (),
+    extended_by: AttentionConfig | None = None,
     seed: int = 0,
     placement: Placement | None = None,
     weight_format: str = PLAIN,
@@ -78,7 +80,8 @@ def load_pretrained(
         attention: "dense" or "sparse"; None is as the checkpoint was trained.
         indexer: added to a checkpoint without one, with new parameters drawn from `seed`, which are logged. The mode stays
             dense unless `attention` says otherwise. A checkpoint that has indexers must have just these.
-        nsa: native sparse attention, added likewise.
+        layer_types: of `AttentionConfig`, with the indexer: which layers share one. Empty is as the checkpoint has them.
+        extended_by: attention whose kind extends the checkpoint's, such as "nsa"; its parameters are added likewise.
         seed: the new parameters are those that `init_params` draws from `jax.random.key(seed)`.
         placement: from a parameter's path to its sharding.
         weight_format: "fp8_blocks" keeps the kernels that DeepSeek publishes in fp8 (all but head and router) as e4m3 with a
@@ -103,9 +106,9 @@ def load_pretrained(
     _say_what_is_converted(directory, content, config)
     brings_indexer = config.attention.indexer.enabled
     if indexer is not None:
-        _attach(config, indexer, directory)
-    if nsa is not None:
-        config.attention.nsa = dataclasses.replace(nsa, enabled=True)
+        _attach(config, indexer, layer_types, directory)
+    if extended_by is not None:
+        config.attention = extended(config.attention, extended_by)
     if attention is not None:
         config.attention.mode = attention
     model = build_model(config)
@@ -115,13 +118,13 @@ def load_pretrained(
         check_divisible(abstract, mesh.shape)
         where = placement_on(_with_auto_axes(mesh))
     shapes = parameter_paths(abstract)
-    added = [path for path in shapes if is_nsa_path(path) or (is_indexer_path(path) and not brings_indexer)]
+    added = [path for path in shapes if is_optional(path) and not (is_indexer_path(path) and brings_indexer)]
     tokenizer = load_checkpoint_tokenizer(directory, content, config.vocab_size)
     stored = {path: leaf for path, leaf in shapes.items() if path not in added}
     loaded = _read_parameters(directory, content, config, stored, where)
     if added:
         loaded |= {path: _put(value, path, where) for path, value in _new_parameters(model, seed, added).items()}
-        missing = "no indexer" if any(map(is_indexer_path, added)) else "no native sparse attention"
+        missing = "no indexer" if any(map(is_indexer_path, added)) else f"not all of attention kind {config.attention.kind!r}"
         _LOG.info("%s has %s; new parameters from seed %d: %s", directory, missing, seed, ", ".join(added))
     return Pretrained(config, model, nested_parameters({path: loaded[path] for path in shapes}), tokenizer)
 
@@ -200,23 +203,24 @@ def _put(value: Any, path: str, where: Placement | None) -> jax.Array:
     return jax.device_put(value) if where is None else spread(value, where(path))
 
 
-def _attach(config: ModelConfig, indexer: IndexerConfig, directory: Path) -> None:
+def _attach(config: ModelConfig, indexer: IndexerConfig, layer_types: tuple[str, ...], directory: Path) -> None:
+    asked = dataclasses.replace(config.attention, indexer=dataclasses.replace(indexer, enabled=True))
+    asked.layer_types = layer_types or config.attention.layer_types
     if config.attention.indexer.enabled:
-        if _as_computed(config.attention.indexer, config) != _as_computed(indexer, config):
+        if _as_computed(config.attention, config) != _as_computed(asked, config):
             raise CheckpointError(
                 f"{directory} has indexers of its own, {config.attention.indexer}; expected just these, got {indexer}. Leave "
                 "`indexer` out."
             )
         return
-    config.attention.indexer = dataclasses.replace(indexer, enabled=True)
+    config.attention = asked
 
 
-def _as_computed(indexer: IndexerConfig, config: ModelConfig) -> IndexerConfig:
-    """Without what only training reads, and with one spelling of layers that all have an indexer."""
+def _as_computed(attention: AttentionConfig, config: ModelConfig) -> tuple[IndexerConfig, tuple[AttentionLayer, ...]]:
+    """The indexer without the settings that only training reads, and the roles of the layers."""
     plain = IndexerConfig()
-    unread = {name: getattr(plain, name) for name in ("coarse_loss_weight", "distill_shared", "detach_input")}
-    kinds = indexer.layer_types if indexer.layer_types != ("full",) * config.n_layers else ()
-    return dataclasses.replace(indexer, enabled=True, layer_types=kinds, **unread)
+    unread = {name: getattr(plain, name) for name in ("coarse_loss_weight", "distill_shared")}
+    return dataclasses.replace(attention.indexer, **unread), attention.layers(config.n_layers)
 
 
 def _new_parameters(model: Transformer, seed: int, paths: Sequence[str]) -> dict[str, jax.Array]:

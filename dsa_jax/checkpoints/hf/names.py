@@ -2,9 +2,12 @@
 
 from typing import NamedTuple
 
+from dsa_jax.checkpoints.hf.errors import CheckpointError
 from dsa_jax.checkpoints.hf.fp8 import SCALE_SUFFIX
 from dsa_jax.config.model import ModelConfig
 from dsa_jax.model import layer_stacks
+from dsa_jax.model.attention.indexer import INDEXER_PARAMETERS
+from dsa_jax.model.attention.kinds import attention_kind
 from dsa_jax.params import BLOCK_SCALES, is_block_scales_path
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -38,13 +41,6 @@ _OUTSIDE = {
 _LAYER = {
     "attention_norm/scale": TensorName("input_layernorm.weight"),
     "mlp_norm/scale": TensorName("post_attention_layernorm.weight"),
-    "attention/wo/kernel": TensorName("self_attn.o_proj.weight", transpose=True),
-    "attention/wo/bias": TensorName("self_attn.o_proj.bias"),
-    "attention/indexer/wq_b/kernel": TensorName("self_attn.indexer.wq_b.weight", transpose=True),
-    "attention/indexer/wk/kernel": TensorName("self_attn.indexer.wk.weight", transpose=True),
-    "attention/indexer/k_norm/scale": TensorName("self_attn.indexer.k_norm.weight", float32=True),
-    "attention/indexer/k_norm/bias": TensorName("self_attn.indexer.k_norm.bias", float32=True),
-    "attention/indexer/weights_proj/kernel": TensorName("self_attn.indexer.weights_proj.weight", transpose=True),
     "mlp/gate/kernel": TensorName("mlp.gate_proj.weight", transpose=True),
     "mlp/up/kernel": TensorName("mlp.up_proj.weight", transpose=True),
     "mlp/down/kernel": TensorName("mlp.down_proj.weight", transpose=True),
@@ -57,27 +53,6 @@ _LAYER = {
     "mlp/shared/up/kernel": TensorName("mlp.shared_experts.up_proj.weight", transpose=True),
     "mlp/shared/down/kernel": TensorName("mlp.shared_experts.down_proj.weight", transpose=True),
 }
-_ATTENTION = {
-    "gqa": {
-        "attention/wq/kernel": TensorName("self_attn.q_proj.weight", transpose=True),
-        "attention/wq/bias": TensorName("self_attn.q_proj.bias"),
-        "attention/wk/kernel": TensorName("self_attn.k_proj.weight", transpose=True),
-        "attention/wk/bias": TensorName("self_attn.k_proj.bias"),
-        "attention/wv/kernel": TensorName("self_attn.v_proj.weight", transpose=True),
-        "attention/wv/bias": TensorName("self_attn.v_proj.bias"),
-        "attention/q_norm/scale": TensorName("self_attn.q_norm.weight"),
-        "attention/k_norm/scale": TensorName("self_attn.k_norm.weight"),
-    },
-    "mla": {
-        "attention/wq/kernel": TensorName("self_attn.q_proj.weight", transpose=True),
-        "attention/wq_a/kernel": TensorName("self_attn.q_a_proj.weight", transpose=True),
-        "attention/q_norm/scale": TensorName("self_attn.q_a_layernorm.weight"),
-        "attention/wq_b/kernel": TensorName("self_attn.q_b_proj.weight", transpose=True),
-        "attention/wkv_a/kernel": TensorName("self_attn.kv_a_proj_with_mqa.weight", transpose=True),
-        "attention/kv_norm/scale": TensorName("self_attn.kv_a_layernorm.weight"),
-        "attention/wkv_b/kernel": TensorName("self_attn.kv_b_proj.weight", transpose=True),
-    },
-}
 
 
 def tensor_name(config: ModelConfig, path: str) -> TensorName:
@@ -87,9 +62,18 @@ def tensor_name(config: ModelConfig, path: str) -> TensorName:
     if is_block_scales_path(path):
         kernel = tensor_name(config, path.removesuffix(BLOCK_SCALES) + "kernel")
         return TensorName(kernel.template + SCALE_SUFFIX, kernel.transpose, float32=True)
-    below = path.split("/", 1)[1]
-    name = _ATTENTION[config.attention.kind].get(below) or _LAYER[below]
+    stack, below = path.split("/", 1)
+    folder, _, rest = below.partition("/")
+    name = _attention_name(config, stack, rest) if folder == "attention" else _LAYER[below]
     return name._replace(template="model.layers.{layer}." + name.template)
+
+
+def _attention_name(config: ModelConfig, stack: str, path: str) -> TensorName:
+    kind = next(each.layer.kind for each in layer_stacks(config) if each.name == stack)
+    for row in (*attention_kind(kind).parameters, *INDEXER_PARAMETERS):
+        if row.path == path and row.tensor:
+            return TensorName(row.tensor, transpose=path.endswith("/kernel"), float32=row.is_float32)
+    raise CheckpointError(f"{stack}/attention/{path} has no name in a Hugging Face checkpoint. Keep the run directory.")
 
 
 def pieces(config: ModelConfig, path: str) -> list[Piece]:

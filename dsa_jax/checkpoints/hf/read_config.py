@@ -17,10 +17,10 @@ from dsa_jax.checkpoints.hf.fp8 import block_size
 from dsa_jax.checkpoints.hf.names import EMBEDDING
 from dsa_jax.checkpoints.hf.rope_fields import read_rope
 from dsa_jax.checkpoints.hf.weights import Weights, read_json
+from dsa_jax.config import AttentionConfig, IndexerConfig, ModelConfig, MoEConfig
 from dsa_jax.config.checks import ConfigError
 from dsa_jax.config.fields import from_dict, to_dict
-from dsa_jax.config.model import AttentionConfig, IndexerConfig, ModelConfig, MoEConfig
-from dsa_jax.model.rope import rope_from_config, rotary_magnitude
+from dsa_jax.model.rope import Rope, rotary_magnitude
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = {"float32": "float32", "float": "float32", "bfloat16": "bfloat16", "float16": "float32", "half": "float32"}
@@ -84,6 +84,8 @@ def _family_config(content: dict[str, Any], file: Path) -> ModelConfig:
     attention = _gqa(fields, family) if family.kind == "gqa" else _mla(fields, family)
     attention.rope = read_rope(fields)
     attention.indexer = _indexer(fields, family, attention, n_layers)
+    if attention.indexer.enabled:
+        attention.layer_types = _indexer_types(fields, n_layers)
     attention.mode = "sparse" if attention.indexer.enabled else "dense"
     moe = _experts(fields, family, n_layers) if family.experts else MoEConfig()
     dtype = stated_dtype(content)
@@ -185,7 +187,7 @@ def _mla(fields: Fields, family: Family) -> AttentionConfig:
 def _indexer(fields: Fields, family: Family, attention: AttentionConfig, n_layers: int) -> IndexerConfig:
     if not family.has_indexer and not fields.has("index_topk"):
         return IndexerConfig()
-    if family.has_indexer and rotary_magnitude(rope_from_config(attention.rope, dim=2, layout="half_split")) != 1.0:
+    if family.has_indexer and rotary_magnitude(Rope(2, "half_split", attention.rope)) != 1.0:
         raise CheckpointError(
             f"{fields.file}: the rotary scaling has a magnitude other than 1, by attention_factor or by mscale over "
             "mscale_all_dim, and readers disagree on whether it enters the indexer; expected mscale equal to mscale_all_dim."
@@ -202,7 +204,6 @@ def _indexer(fields: Fields, family: Family, attention: AttentionConfig, n_layer
         topk=fields.whole("index_topk"),
         rope_layout="interleaved" if interleaved else "half_split",
         norm_eps=fields.number("index_norm_eps", 1e-6),
-        layer_types=_indexer_types(fields, n_layers),
     )
 
 

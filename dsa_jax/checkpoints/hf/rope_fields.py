@@ -3,7 +3,7 @@
 from typing import Any
 
 from dsa_jax.checkpoints.hf.config_fields import Fields
-from dsa_jax.config.model import RopeConfig
+from dsa_jax.config import RopeConfig
 from dsa_jax.model.rope import yarn_mscale
 
 _TYPES = {"default": "none", "yarn": "yarn", "llama3": "llama3"}

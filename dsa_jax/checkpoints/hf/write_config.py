@@ -14,17 +14,15 @@ from dsa_jax.checkpoints.hf.families import FAMILIES, OWN_FIELD, OWN_MODEL_TYPE
 from dsa_jax.checkpoints.hf.index_rope import is_reordered
 from dsa_jax.checkpoints.hf.read_config import parse_config
 from dsa_jax.checkpoints.hf.rope_fields import write_rope
+from dsa_jax.config.attention import AttentionConfig, IndexerConfig, RopeConfig, unused_fields
 from dsa_jax.config.fields import flatten, to_dict
 from dsa_jax.config.model import (
     FP8_BLOCKS,
     PLAIN,
-    AttentionConfig,
-    IndexerConfig,
     ModelConfig,
     MoEConfig,
-    NSAConfig,
-    RopeConfig,
 )
+from dsa_jax.model.attention.kinds import kinds_of
 from dsa_jax.model.rope import yarn_mscale
 from pallas_kernels.quantize.blocks import WEIGHT_BLOCK
 
@@ -40,7 +38,7 @@ _SOFT = frozenset(
 _OF_THE_RUN = frozenset(
     {
         "family", "param_dtype", "dtype", "weight_format", "scan_layers", "remat", "initializer_range",
-        "embedding_initializer_range", "attention.implementation", "attention.indexer.detach_input",
+        "embedding_initializer_range", "attention.implementation",
         "attention.indexer.distill_shared", "attention.indexer.coarse_loss_weight", "moe.bias_update_rate",
         "moe.balance_loss_weight",
     }
@@ -68,10 +66,10 @@ def choose_layout(config: ModelConfig) -> Layout:
         CheckpointError: for native sparse attention, and an indexer that is a variant under study: no published format holds
             either.
     """
-    if config.attention.nsa.enabled:
+    if titles := [mode.title for kind in kinds_of(config) for mode in kind.modes]:
         raise CheckpointError(
-            "model.attention.nsa.enabled is True, but no published checkpoint format holds the weights of native sparse "
-            "attention. Keep the run directory, which holds it whole."
+            f"model.attention.kind is {config.attention.kind!r}, but no published checkpoint format holds the weights of "
+            f"{', '.join(titles)}. Keep the run directory, which holds it whole."
         )
     if fields := config.attention.indexer.unpublished():
         raise CheckpointError(
@@ -166,7 +164,9 @@ def _candidates(config: ModelConfig) -> list[str]:
         return list(dict.fromkeys(["qwen3_moe" if n_experts else plain, *_own_family(config)]))
     first: list[str] = []
     if indexer.enabled:
-        like_glm = config.family == "glm_moe_dsa" or indexer.rope_layout == "interleaved" or "shared" in indexer.layer_types
+        like_glm = (
+            config.family == "glm_moe_dsa" or indexer.rope_layout == "interleaved" or "shared" in config.attention.layer_types
+        )
         first = ["glm_moe_dsa" if like_glm else "deepseek_v32"]
     return list(dict.fromkeys([*first, *_own_family(config), "deepseek_v3", "deepseek_v2"]))
 
@@ -225,8 +225,8 @@ def _indexer_content(config: ModelConfig, model_type: str) -> dict[str, Any]:
         "index_head_dim": indexer.head_dim,
         "index_topk": indexer.topk,
     }
-    if model_type == "glm_moe_dsa" or indexer.layer_types:
-        content["indexer_types"] = list(indexer.layer_types or ["full"] * config.n_layers)
+    if model_type == "glm_moe_dsa" or config.attention.layer_types:
+        content["indexer_types"] = list(config.attention.layer_types or ["full"] * config.n_layers)
     if model_type == "glm_moe_dsa" or not FAMILIES[model_type].has_indexer:
         content["indexer_rope_interleave"] = indexer.rope_layout == "interleaved" or is_reordered(config, model_type)
     if not FAMILIES[model_type].has_indexer:
@@ -237,16 +237,14 @@ def _indexer_content(config: ModelConfig, model_type: str) -> dict[str, Any]:
 def _canonical(config: ModelConfig) -> ModelConfig:
     """The same model with every field that it does not use at its default."""
     config = copy.deepcopy(config)
-    config.attention.nsa = NSAConfig()  # no checkpoint has its weights
     plain, attention = AttentionConfig(), config.attention
-    unused = ["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "latent_norm_eps"]
-    for name in unused if attention.kind == "gqa" else ["n_kv_heads", "head_dim", "qk_norm", "use_bias", "use_out_bias"]:
+    for name in unused_fields(attention.kind):
         setattr(attention, name, getattr(plain, name))
+    if set(attention.layer_types) <= ({"full"} if attention.indexer.enabled else {"full", "shared"}):
+        attention.layer_types = ()
     if not attention.indexer.enabled:
         # The budget of the baselines is there without an indexer, too.
         attention.indexer = IndexerConfig() if attention.mode == "dense" else IndexerConfig(topk=attention.indexer.topk)
-    elif set(attention.indexer.layer_types) <= {"full"}:
-        attention.indexer.layer_types = ()
     attention.rope = _canonical_rope(attention.rope)
     moe = config.moe
     if not moe.n_routed_experts or moe.n_dense_layers == config.n_layers:

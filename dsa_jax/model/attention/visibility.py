@@ -1,4 +1,4 @@
-"""Which keys a query may see, as one range of key positions per query."""
+"""Visible ranges of keys from packed segments, and means over the queries that are not padding."""
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +8,13 @@ from pallas_kernels import Visible
 
 
 def causal_visibility(segment_ids: Int[Array, "B T"]) -> Visible:
-    """Causal attention within packed segments.
+    """Causal attention within packed segments; a padding query sees an empty range.
 
-    A segment is a run of equal non-zero ids; 0 is padding, whose range is empty. An id that comes back after another one starts
-    a new segment.
+    A segment is a run of equal non-zero ids; 0 is padding. An id that comes back after another one starts a new segment.
     """
     place = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
     valid = segment_ids != 0
-    return Visible(jnp.where(valid, segment_starts(segment_ids), 0), jnp.where(valid, place + 1, 0))
+    return Visible(start=jnp.where(valid, segment_starts(segment_ids), 0), end=jnp.where(valid, place + 1, 0))
 
 
 def segment_starts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:

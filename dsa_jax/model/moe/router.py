@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from dsa_jax.config import ModelConfig, MoEConfig
 from dsa_jax.model.outputs import MoEStatistics
 
 
@@ -24,51 +25,38 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """The gate of a mixture of experts; kernel and bias are float32 always."""
 
-    hidden_dim: int
-    n_experts: int
-    init_std: float
-    use_score_bias: bool
+    config: ModelConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "*N E"]) -> tuple[Float[Array, "*N X"], Float[Array, " X"] | None]:
         """Logits of every expert and the selection bias."""
-        kernel = self.param("kernel", nn.initializers.normal(self.init_std), (self.hidden_dim, self.n_experts), jnp.float32)
+        n_experts, init = self.config.moe.n_routed_experts, nn.initializers.normal(self.config.initializer_range)
+        kernel = self.param("kernel", init, (self.config.hidden_dim, n_experts), jnp.float32)
         logits = jnp.matmul(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
-        if not self.use_score_bias:
+        if not self.config.moe.use_score_bias:
             return logits, None
-        return logits, self.param("score_bias", nn.initializers.zeros, (self.n_experts,), jnp.float32)
+        return logits, self.param("score_bias", nn.initializers.zeros, (n_experts,), jnp.float32)
 
 
-def route(
-    logits: Float[Array, "*N X"],
-    score_bias: Float[Array, " X"] | None,
-    *,
-    n_experts_per_token: int,
-    scoring: str,
-    n_groups: int,
-    topk_groups: int,
-    group_score: str,
-    normalize_weights: bool,
-    routed_scale: float,
-) -> Routing:
+def route(logits: Float[Array, "*N X"], score_bias: Float[Array, " X"] | None, moe: MoEConfig) -> Routing:
     """Pick experts by biased score and weigh them by unbiased score.
 
     Only the `topk_groups` best groups of experts are eligible; a group counts as its best score ("max") or the sum of its best
     two ("top2_sum"). Equal scores go to the lower expert. The bias has no gradient.
     """
-    scores = jax.nn.sigmoid(logits) if scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+    scores = jax.nn.sigmoid(logits) if moe.scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
     ranking = jax.lax.stop_gradient(scores if score_bias is None else scores + score_bias)
-    if topk_groups < n_groups:
-        grouped = ranking.reshape(*ranking.shape[:-1], n_groups, -1)
-        best = jax.lax.top_k(grouped, min(2 if group_score == "top2_sum" else 1, grouped.shape[-1]))[0].sum(axis=-1)
-        kept = jax.lax.top_k(best, topk_groups)[1]
-        open_group = jnp.any(kept[..., None] == jnp.arange(n_groups), axis=-2)
+    if moe.topk_groups < moe.n_groups:
+        grouped = ranking.reshape(*ranking.shape[:-1], moe.n_groups, -1)
+        best = jax.lax.top_k(grouped, min(2 if moe.group_score == "top2_sum" else 1, grouped.shape[-1]))[0].sum(axis=-1)
+        kept = jax.lax.top_k(best, moe.topk_groups)[1]
+        open_group = jnp.any(kept[..., None] == jnp.arange(moe.n_groups), axis=-2)
         ranking = jnp.where(open_group[..., None], grouped, -jnp.inf).reshape(ranking.shape)
-    experts = jax.lax.top_k(ranking, n_experts_per_token)[1]
+    experts = jax.lax.top_k(ranking, moe.n_experts_per_token)[1]
     weights = jnp.take_along_axis(scores, experts, axis=-1)
-    if normalize_weights:
+    if moe.normalize_weights:
         weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
-    return Routing(weights * routed_scale, experts, scores)
+    return Routing(weights * moe.routed_scale, experts, scores)
 
 
 def expert_load(routing: Routing, valid: Bool[Array, "B T"]) -> MoEStatistics:

@@ -17,7 +17,7 @@ def tiny(kind, layer_types=()):
     shape.kind, shape.n_heads, shape.n_kv_heads, shape.head_dim = kind, 4, 2, 16
     shape.kv_lora_rank, shape.qk_nope_head_dim, shape.qk_rope_head_dim, shape.v_head_dim = 16, 16, 8, 16
     indexer.enabled, indexer.n_heads, indexer.head_dim, indexer.rope_dim, indexer.topk = True, 2, 16, 8, 5
-    indexer.layer_types = layer_types
+    config.attention.layer_types = layer_types
     return build_model(config)
 
 

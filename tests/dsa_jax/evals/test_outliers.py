@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 
 from dsa_jax.config import AttentionConfig, ConfigError, IndexerConfig, ModelConfig
+from dsa_jax.config.fields import frozen
 from dsa_jax.evals.outliers import with_outlier_channels
 from dsa_jax.model import build_model, init_params
+from dsa_jax.model.attention.indexer import Indexer
 from dsa_jax.params import is_indexer_path, nested_parameters, parameter_paths
 from pallas_kernels import Visible, index_scores, index_topk
 
 T, HIDDEN = 48, 32
-CAUSAL = Visible(jnp.zeros((1, T), jnp.int32), jnp.arange(1, T + 1, dtype=jnp.int32)[None])
+RANGE = Visible(jnp.zeros((1, T), jnp.int32), jnp.arange(1, T + 1, dtype=jnp.int32)[None])
 
 
 def model_config(**fields):
@@ -30,7 +32,7 @@ def params():
 
 def index_heads(params, **fields):
     """Queries, keys and weights of the only layer for normal hidden states."""
-    indexer = build_model(model_config(**fields)).stacks[0].block.attention.indexer
+    indexer = Indexer(frozen(model_config(**fields)), HIDDEN)
     mine = jax.tree.map(lambda leaf: leaf[0], params["dense_layers"]["attention"]["indexer"])
     x = jax.random.normal(jax.random.key(1), (1, T, HIDDEN))
     return jax.jit(indexer.apply)({"params": mine}, x, x, jnp.arange(T)[None])
@@ -38,7 +40,7 @@ def index_heads(params, **fields):
 
 def score_error(params, **fields):
     """Root mean square error of the fp8 scores over that of the scores."""
-    score = lambda **more: np.asarray(index_scores(index_heads(params, **more), CAUSAL))
+    score = lambda **more: np.asarray(index_scores(index_heads(params, **more), RANGE))
     exact, rounded = score(), score(fp8=True, **fields)
     seen = np.isfinite(exact)
     return np.sqrt(np.mean((rounded[seen] - exact[seen]) ** 2) / np.mean(exact[seen] ** 2))
@@ -61,8 +63,8 @@ def test_the_rotation_is_neutral_without_outliers_and_helps_against_shared_ones(
 def test_opposite_outliers_change_no_score_and_harm_only_the_rotated_indexer(params):
     opposite = with_outlier_channels(params, model_config(), n_channels=3, factor=32.0)
     before, after = index_heads(params), index_heads(opposite)
-    np.testing.assert_allclose(index_scores(after, CAUSAL), index_scores(before, CAUSAL), rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(index_topk(after, CAUSAL, topk=8), index_topk(before, CAUSAL, topk=8))
+    np.testing.assert_allclose(index_scores(after, RANGE), index_scores(before, RANGE), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(index_topk(after, RANGE, topk=8), index_topk(before, RANGE, topk=8))
     assert float(jnp.abs(after.q).max()) > 10 * float(jnp.abs(before.q).max())
     (plain, rotated), (spoilt, worse) = errors(params), errors(opposite)
     np.testing.assert_allclose(spoilt, plain, rtol=0.05)

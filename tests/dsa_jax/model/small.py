@@ -8,7 +8,7 @@ import numpy as np
 
 from dsa_jax.config import AttentionConfig, IndexerConfig, ModelConfig, MoEConfig, RopeConfig
 from dsa_jax.model import abstract_params, build_model
-from dsa_jax.model.rope import rope_from_config
+from dsa_jax.model.rope import Rope
 from dsa_jax.params import nested_parameters, parameter_paths
 
 VOCAB = 64
@@ -21,8 +21,10 @@ def small_config(kind="gqa", *, moe=False, topk=5, layer_types=(), implementatio
     The ops run as their references, which compile fastest; the ops' own tests hold the others to them. `variant`: pairs of
     further indexer fields and values.
     """
-    indexer = IndexerConfig(enabled=kind != "none", n_heads=2, head_dim=16, rope_dim=8, topk=topk, layer_types=layer_types)
-    attention = AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=16, implementation=implementation, indexer=indexer)
+    indexer = IndexerConfig(enabled=kind != "none", n_heads=2, head_dim=16, rope_dim=8, topk=topk)
+    attention = AttentionConfig(
+        n_heads=4, n_kv_heads=2, head_dim=16, implementation=implementation, indexer=indexer, layer_types=layer_types, window=6
+    )
     if kind == "gqa_qwen":
         attention.qk_norm, attention.use_bias, attention.use_out_bias = True, True, True
         attention.rope = RopeConfig(scaling="llama3", factor=8.0, original_max_positions=16)
@@ -47,7 +49,7 @@ def small_config(kind="gqa", *, moe=False, topk=5, layer_types=(), implementatio
 
 def small_rope(dim, layout="half_split", **fields):
     """The rotary embedding over `dim` channels; `fields` are those of `RopeConfig`."""
-    return rope_from_config(RopeConfig(**fields), dim=dim, layout=layout)
+    return Rope(dim, layout, RopeConfig(**fields))
 
 
 @functools.cache

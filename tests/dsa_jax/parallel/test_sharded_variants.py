@@ -15,7 +15,6 @@ from tests.dsa_jax.parallel.meshes import mesh
 VARIANT = (
     ("activation", "none"),
     ("head_weights", "constant"),
-    ("detach_input", False),
     ("forced_sink", 1),
     ("forced_local", 2),
     ("distill_shared", True),
@@ -34,9 +33,12 @@ def gradients(model, params, input_ids, indexer_loss):
     return jax.grad(loss, has_aux=True)(params)
 
 
-@pytest.mark.parametrize("indexer_loss", ["sparse", "dense"])
-def test_rows_heads_and_positions_split(indexer_loss):
-    model, params = built("gqa", layer_types=("full", "shared"), implementation="xla", variant=VARIANT)
+@pytest.mark.parametrize(
+    ("indexer_loss", "layer_types"),
+    [("sparse", ("full", "shared")), ("dense", ("full", "shared")), ("sparse", ("window", "full", "dense", "shared"))],
+)
+def test_rows_heads_and_positions_split(indexer_loss, layer_types):
+    model, params = built("gqa", layer_types=layer_types, implementation="xla", variant=VARIANT)
     input_ids = random_ids(4)
     wanted, (kl, indices) = jax.device_get(gradients(model, params, input_ids, indexer_loss))
     with jax.set_mesh(mesh("fsdp2_tp2_cp2")):

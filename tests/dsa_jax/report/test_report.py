@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from dsa_jax.report import page, plots
+from dsa_jax.config.selections import BEFORE, eval_rows, row_meaning
+from dsa_jax.report import plots
 from dsa_jax.report.report import format_table, write_report
 from dsa_jax.run.directory import RunError
 from dsa_jax.run.metrics import MetricsLog
@@ -182,10 +183,11 @@ def test_tasks_have_columns_and_their_groups_a_table(tmp_path):
     assert "share of queries answered, with records that nobody asks for" in text
 
 
-def test_every_row_of_the_evaluation_is_explained():
-    from dsa_jax.evals.parity import BEFORE, ROWS
-
-    assert {row.name for row in [*ROWS.values(), BEFORE]} == set(page._ROW_MEANINGS)
+def test_every_row_of_the_evaluation_is_explained_and_an_unknown_one_is_an_error():
+    for row in (*eval_rows().values(), BEFORE):
+        assert row_meaning(row.title) == row.meaning != ""
+    with pytest.raises(KeyError, match="no selection explains the row 'sparser'"):
+        row_meaning("sparser")
 
 
 def test_plots_are_parsable_and_follow_the_page_colour():

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from dsa_jax.config import Config, ConfigError
-from dsa_jax.evals.parity import BEFORE
+from dsa_jax.config.selections import BEFORE
 from dsa_jax.params import is_indexer_path, nested_parameters, parameter_paths
 from dsa_jax.run.directory import RunError, claimed
 from dsa_jax.sweeps import run as run_module
@@ -118,7 +118,7 @@ def test_a_sweep_trains_each_run_once_and_continues(tmp_path, monkeypatch):
     assert len(trained) == 3 and first == json.loads((places[1] / "sweep.json").read_text())
 
     lines = answers(first)
-    assert [line.name for line in lines] == [BEFORE.name, "two", "base", "six", "no scores"]
+    assert [line.name for line in lines] == [BEFORE.title, "two", "base", "six", "no scores"]
     keys, coverage = ([line.quantities[name].mean for line in lines[1:]] for name in ("keys per query", "attention mass kept"))
     assert keys[0] < keys[1] < keys[2] and keys[3] == keys[1] and coverage[3] != coverage[1]
     plot_ablation(first, tmp_path / "sweep.png")
@@ -188,7 +188,7 @@ def test_dense_models_that_differ_have_a_line_each():
         return {
             "variant": variant,
             "seed": 0,
-            "rows": [row | {"name": BEFORE.name, "coverage": before}, row | {"name": "sparse"}],
+            "rows": [row | {"name": BEFORE.title, "coverage": before}, row | {"name": "sparse"}],
         }
 
     def result(*before):
@@ -196,7 +196,7 @@ def test_dense_models_that_differ_have_a_line_each():
         variants = [{"name": variant, "settings": {}, "row": "sparse", "place": None} for variant in "ab"]
         return {"name": "n", "question": "Why?", "axis": "kind", "variants": variants, "runs": runs, "seeds": [0]}
 
-    assert [line.name for line in answers(result(0.9, 0.9))] == [BEFORE.name, "a", "b"]
+    assert [line.name for line in answers(result(0.9, 0.9))] == [BEFORE.title, "a", "b"]
     lines = answers(result(0.9, 0.8))
     assert [line.name for line in lines] == ["a, dense", "a", "b, dense", "b"]
     assert [line.quantities["attention mass kept"].mean for line in lines] == [0.9, 0.5, 0.8, 0.5]
@@ -208,7 +208,7 @@ def test_the_page_shows_means_and_spreads():
     def run(variant, seed, accuracy):
         row = {"recall_accuracy": accuracy, "text_loss": None, "coverage": 0.5, "keys_per_query": 8.0}
         trained = [{"key": "dense", "seconds": 90.0}, {"key": f"{variant}{seed}", "seconds": 30.0}]
-        rows = [{"name": BEFORE.name, **row, "recall_accuracy": 1.0}, {"name": "sparse", **row}]
+        rows = [{"name": BEFORE.title, **row, "recall_accuracy": 1.0}, {"name": "sparse", **row}]
         return {"variant": variant, "seed": seed, "rows": rows, "trained": trained, "environment": environment}
 
     result = {
@@ -218,5 +218,5 @@ def test_the_page_shows_means_and_spreads():
     }  # fmt: skip
     page = format_markdown(result)
     assert "| a | 0.850 ± 0.050 | 0.500 ± 0.000 | 8.000 ± 0.000 |" in page
-    assert f"| {BEFORE.name} | 1.000 ± 0.000 |" in page
+    assert f"| {BEFORE.title} | 1.000 ± 0.000 |" in page
     assert "2 runs in 2 minutes" in page and "1 x cpu, Python 3, jax 0." in page

@@ -203,7 +203,7 @@ def test_a_stage_of_another_run_says_how_it_was_trained(undisturbed, tmp_path):
     config.eval.rows = ("dense",)
     report = retrofit(config, tmp_path / "run")
     assert [row["name"] for row in report["rows"]] == ["dense"]
-    assert load_run(tmp_path / "run").model.default_attention == "sparse"
+    assert load_run(tmp_path / "run").model.config.attention.mode == "sparse"
     shutil.rmtree(tmp_path / "source")
     assert retrofit(config, tmp_path / "run")["rows"] == report["rows"]
 

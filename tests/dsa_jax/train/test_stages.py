@@ -11,14 +11,15 @@ import pytest
 from dsa_jax.checkpoints.hf import CheckpointError, save_pretrained
 from dsa_jax.checkpoints.open import open_checkpoint
 from dsa_jax.config import ConfigError, NSAConfig, StageConfig
-from dsa_jax.config.model import ATTENTIONS, BY_INDEXER
+from dsa_jax.config.selections import is_by_indexer, selection, selections
 from dsa_jax.data import make_eval_data
 from dsa_jax.dryrun import summarize
 from dsa_jax.evals.parity import evaluate_parity
 from dsa_jax.generation import generate
 from dsa_jax.model import build_model, init_params
-from dsa_jax.model.attention.selection import SELECTORS, attention_modes
-from dsa_jax.params import is_indexer_path, is_nsa_path, nested_parameters, parameter_paths
+from dsa_jax.model.attention.kinds import attention_kind, is_of_own_mode
+from dsa_jax.model.attention.selection import rule_of
+from dsa_jax.params import is_indexer_path, nested_parameters, parameter_paths
 from dsa_jax.train.init import at_start_of_stage, initial_params, load_run, resolve_run
 from dsa_jax.train.retrofit import retrofit
 from dsa_jax.train.stages import stage_of
@@ -27,8 +28,11 @@ from tests.dsa_jax.train.tiny import padded_batch, tiny_config
 
 
 def test_the_configuration_knows_the_modes_of_the_model():
-    assert set(ATTENTIONS) == set(attention_modes())
-    assert set(BY_INDEXER) == {name for name, selector in SELECTORS.items() if selector.uses_indexer}
+    for name in selections():
+        if selection(name).kind:
+            assert selection(name) in attention_kind(selection(name).kind).modes
+        elif name != "dense":
+            assert callable(rule_of(name).select)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +50,7 @@ def test_a_stage_trains_under_the_attention_that_the_recipe_names(name, attentio
     """One update moves what learns and nothing else; the indexer learns, by its KL, just where it chooses the keys."""
     config = tiny_config()
     config.model.attention.implementation = "reference"
-    config.model.attention.nsa = nsa()
+    config.model.attention.kind, config.model.attention.nsa = "nsa", nsa()
     setattr(config.train, f"{name}_attention", attention)
     config.validate()
     model, stage = build_model(config.model), stage_of(config, name)
@@ -58,9 +62,9 @@ def test_a_stage_trains_under_the_attention_that_the_recipe_names(name, attentio
     state = init_state(params, stage, getattr(config.train, name))
     state, metrics = make_train_step(model, stage, config)(state, padded_batch(config))
     moved = {path for path, leaf in parameter_paths(state.params).items() if not np.array_equal(before[path], leaf)}
-    other = {is_indexer_path: attention not in BY_INDEXER, is_nsa_path: attention != "nsa"}
+    other = {is_indexer_path: not is_by_indexer(attention), is_of_own_mode: attention != "nsa"}
     assert moved == {path for path in before if not any(rests and belongs(path) for belongs, rests in other.items())}
-    assert ("kl" in metrics) == (attention in BY_INDEXER)
+    assert ("kl" in metrics) == (is_by_indexer(attention))
     assert np.isfinite(metrics["loss"])
 
 
@@ -73,7 +77,7 @@ def test_a_model_without_an_indexer_trains_under_a_window_and_is_marked_so(tmp_p
     report = retrofit(config, tmp_path)
     assert [row["name"] for row in report["rows"]] == ["dense", "window of the same budget"]
     loaded = load_run(tmp_path)
-    assert loaded.config.model.attention.mode == loaded.model.default_attention == "window"
+    assert loaded.config.model.attention.mode == loaded.model.config.attention.mode == "window"
     data = make_eval_data(config.data, config.seed, config.model.vocab_size)
     assert evaluate_parity(loaded.model, loaded.params, data, loaded.config).rows == report["rows"]
 
@@ -88,7 +92,7 @@ def turned(tmp_path_factory):
     config.eval.rows = ("dense", "nsa")
     dense = dataclasses.replace(config, train=dataclasses.replace(config.train, sparse=StageConfig()))
     retrofit(dense, directory / "dense")
-    config.model.attention.nsa, config.train.sparse_attention = nsa(), "nsa"
+    config.model.attention.kind, config.model.attention.nsa, config.train.sparse_attention = "nsa", nsa(), "nsa"
     config.train.pretrain, config.init.checkpoint = StageConfig(), str(directory / "dense")
     retrofit(config, directory / "nsa")
     return config, load_run(directory / "dense").params, directory / "nsa"
@@ -107,7 +111,7 @@ def test_a_dense_model_turns_to_native_sparse_attention(turned):
                 np.testing.assert_array_equal(started[f"{folder}/attention/nsa/{branch}_{rest}"], leaf, err_msg=path)
     report = json.loads((directory / "report.json").read_text())
     assert [row["name"] for row in report["rows"]] == ["dense, before sparse training", "dense", "native sparse attention"]
-    assert load_run(directory).model.default_attention == "nsa"
+    assert load_run(directory).model.config.attention.mode == "nsa"
 
 
 def test_a_run_that_starts_from_native_sparse_attention_keeps_its_branches(turned, tmp_path):
@@ -136,9 +140,7 @@ def test_what_native_sparse_attention_has_no_form_of_is_refused(turned, tmp_path
 
 
 def nsa():
-    return NSAConfig(
-        enabled=True, compress_block=4, compress_stride=2, select_block=4, n_select_blocks=3, n_local_blocks=1, window=3
-    )
+    return NSAConfig(compress_block=4, compress_stride=2, select_block=4, n_select_blocks=3, n_local_blocks=1, window=3)
 
 
 @pytest.mark.parametrize(

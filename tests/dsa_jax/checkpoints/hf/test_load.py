@@ -168,8 +168,9 @@ def test_a_dense_checkpoint_gets_the_indexer_that_a_seed_draws(tmp_path, caplog)
 
 def test_an_indexer_with_sharing_layers_can_be_added_and_used(tmp_path):
     directory = write_checkpoint(tmp_path, config_of("llama"))
-    shared = IndexerConfig(n_heads=2, head_dim=16, rope_dim=8, topk=5, layer_types=("full", "shared", "full"))
-    loaded = load_pretrained(directory, indexer=shared, attention="sparse")
+    shared = IndexerConfig(n_heads=2, head_dim=16, rope_dim=8, topk=5)
+    layer_types = ("full", "shared", "full")
+    loaded = load_pretrained(directory, indexer=shared, layer_types=layer_types, attention="sparse")
     assert loaded.config.attention.indexer.enabled
     assert loaded.config.attention.mode == "sparse"
     assert len(loaded.model.stacks) == 3
@@ -179,8 +180,8 @@ def test_an_indexer_that_is_there_already_must_be_the_one_asked_for(tmp_path):
     directory = write_checkpoint(tmp_path, config_of("deepseek_v32"))
     theirs = read_model_config(directory).attention.indexer
     assert load_pretrained(directory, indexer=theirs).config.attention.mode == "sparse"
-    same = dataclasses.replace(theirs, enabled=False, coarse_loss_weight=1.0, layer_types=("full",) * LAYERS)
-    assert load_pretrained(directory, indexer=same).config.attention.indexer == theirs
+    same = dataclasses.replace(theirs, enabled=False, coarse_loss_weight=1.0)
+    assert load_pretrained(directory, indexer=same, layer_types=("full",) * LAYERS).config.attention.indexer == theirs
     with pytest.raises(CheckpointError, match="has indexers of its own"):
         load_pretrained(directory, indexer=IndexerConfig(enabled=True))
 

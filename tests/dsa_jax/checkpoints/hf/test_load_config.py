@@ -29,7 +29,7 @@ def test_generation_config_decides_what_ends_a_text(tmp_path):
 )
 def test_which_layers_share(fields, layer_types, tmp_path):
     config = read_model_config(write_checkpoint(tmp_path, config_of("glm_moe_dsa", **fields)))
-    assert config.attention.indexer.layer_types == layer_types
+    assert config.attention.layer_types == layer_types
     assert config.attention.indexer.rope_layout == "interleaved"
 
 
@@ -61,11 +61,11 @@ def test_the_original_length_beside_the_scaling_wins(tmp_path):
     ],
 )
 def test_yarn_magnitude(scaling, magnitude, tmp_path):
-    from dsa_jax.model.rope import rope_from_config, rotary_magnitude
+    from dsa_jax.model.rope import Rope, rotary_magnitude
 
     content = config_of("deepseek_v3", rope_scaling={"rope_type": "yarn", "factor": 4.0} | scaling)
     rope = read_model_config(write_checkpoint(tmp_path, content)).attention.rope
-    assert rotary_magnitude(rope_from_config(rope, dim=8, layout="interleaved")) == pytest.approx(magnitude, rel=1e-12)
+    assert rotary_magnitude(Rope(8, "interleaved", rope)) == pytest.approx(magnitude, rel=1e-12)
     assert rope.original_max_positions == 64
 
 

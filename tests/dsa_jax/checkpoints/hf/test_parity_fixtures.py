@@ -96,7 +96,7 @@ def test_both_spellings_of_the_config_are_the_same_model(tmp_path):
 def test_layers_that_share_a_selection_have_no_indexer_of_their_own():
     case = parity("glm_moe_dsa_shared")
     selected = np.asarray(case.output.topk_indices)
-    assert case.loaded.config.attention.indexer.layer_types == ("full", "shared", "full", "shared")
+    assert case.loaded.config.attention.layer_types == ("full", "shared", "full", "shared")
     np.testing.assert_array_equal(selected[0], selected[1])
     np.testing.assert_array_equal(selected[2], selected[3])
     assert np.any(selected[0] != selected[2])

@@ -132,8 +132,10 @@ def test_a_retrofitted_deepseek_v3_becomes_a_deepseek_v32(tmp_path):
     ],
 )
 def test_where_a_retrofit_goes(case, changes, model_type, tmp_path, caplog):
-    indexer = dataclasses.replace(INDEXER, **changes)
-    loaded = load_pretrained(write_checkpoint(tmp_path / "dense", config_of(case)), indexer=indexer, attention="sparse")
+    changes = dict(changes)
+    layer_types = changes.pop("layer_types", ())
+    directory, indexer = write_checkpoint(tmp_path / "dense", config_of(case)), dataclasses.replace(INDEXER, **changes)
+    loaded = load_pretrained(directory, indexer=indexer, layer_types=layer_types, attention="sparse")
     with caplog.at_level(logging.INFO):
         save_pretrained(tmp_path / "sparse", loaded.config, loaded.params)
     content = config_json(tmp_path / "sparse")
@@ -158,8 +160,9 @@ def test_why_a_family_that_others_read_cannot_hold_the_model(tmp_path, caplog):
 
 
 def test_a_shared_indexer_that_rotates_halves_is_written_interleaved(tmp_path):
-    indexer = dataclasses.replace(INDEXER, n_heads=2, head_dim=10, rope_dim=8, layer_types=("full", "full", "shared"))
-    loaded = load_pretrained(write_checkpoint(tmp_path / "dense", config_of("deepseek_v3")), indexer=indexer)
+    indexer = dataclasses.replace(INDEXER, n_heads=2, head_dim=10, rope_dim=8)
+    directory = write_checkpoint(tmp_path / "dense", config_of("deepseek_v3"))
+    loaded = load_pretrained(directory, indexer=indexer, layer_types=("full", "full", "shared"))
     leaves = parameter_paths(loaded.params)
     save_pretrained(tmp_path / "sparse", loaded.config, loaded.params)
     assert config_json(tmp_path / "sparse")["indexer_rope_interleave"] is True

@@ -23,6 +23,7 @@ MODELS = {
     "gqa-linear": {"kind": "gqa", "variant": (("activation", "none"), ("head_weights", "constant"))},
     "mla-forced": {"kind": "mla", "variant": (("forced_sink", 1), ("forced_local", 2))},
     "mla-moe-shared": {"kind": "mla_plain", "moe": True, "layer_types": ("full", "shared", "full")},
+    "gqa-roles": {"kind": "gqa", "layer_types": ("window", "full", "dense", "shared")},
 }
 
 
@@ -74,7 +75,8 @@ def feed(model, params, ids, cache, attention):
 @pytest.mark.parametrize(
     ("model_name", "attention"),
     [(name, attention) for name in ("gqa", "mla", "mla-moe-shared") for attention in ("dense", "sparse")]
-    + [("mla-moe-shared", "window"), ("gqa-linear", "sparse"), ("mla-forced", "sparse"), ("mla-forced", "coarse_to_fine")],
+    + [("mla-moe-shared", "window"), ("gqa-linear", "sparse"), ("mla-forced", "sparse"), ("mla-forced", "coarse_to_fine")]
+    + [("gqa-roles", "sparse"), ("gqa-roles", "dense")],
 )
 def test_ragged_chunks_and_single_tokens_on_shuffled_pages_equal_the_full_pass(model_name, attention):
     model, params = built(**MODELS[model_name])

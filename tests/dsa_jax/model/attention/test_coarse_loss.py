@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsa_jax.config import IndexerConfig
 from dsa_jax.model.attention.coarse_loss import coarse_kl
-from dsa_jax.model.attention.selection import Heads
 from dsa_jax.model.attention.visibility import causal_visibility
 from pallas_kernels import IndexHeads, dense_attention, pool_blocks
 from tests.dsa_jax.model.small import built, forward, random_ids, small_config
@@ -21,14 +21,14 @@ def arrays(dtype):
     return IndexHeads(draw(2, T, 3, 8), draw(2, T, 8), draw(2, T, 3)), draw(2, T, 2, 4), draw(2, T, 1, 4), draw(2, T)
 
 
-def between_blocks(index, q, k, visible, pooling):
+def between_blocks(index, q, k, visibility, pooling):
     """KL per query [B, T] from whole arrays: attention summed over heads and blocks, softmax over the blocks' pooled keys."""
     place, n_blocks = jnp.arange(T), T // SIZE
-    mask = (place >= visible.start[..., None]) & (place < visible.end[..., None])
-    logits = jnp.where(mask[:, :, None], SCALE * jnp.einsum("bthd,bsd->bths", q, k[:, :, 0]), -1e30)
-    attention = jnp.where(mask, jax.nn.softmax(logits, axis=-1).sum(2), 0)[..., : n_blocks * SIZE]
+    visible = (place >= visibility.start[..., None]) & (place < visibility.end[..., None])
+    logits = jnp.where(visible[:, :, None], SCALE * jnp.einsum("bthd,bsd->bths", q, k[:, :, 0]), -1e30)
+    attention = jnp.where(visible, jax.nn.softmax(logits, axis=-1).sum(2), 0)[..., : n_blocks * SIZE]
     first = jnp.arange(n_blocks) * SIZE
-    sees = (first >= visible.start[..., None]) & (first + SIZE <= visible.end[..., None])
+    sees = (first >= visibility.start[..., None]) & (first + SIZE <= visibility.end[..., None])
     target = jnp.where(sees, attention.reshape(2, T, n_blocks, SIZE).sum(-1), 0)
     target = target / jnp.maximum(target.sum(-1, keepdims=True), 1e-300)
     pooled = pool_blocks(index.k, SIZE, pooling)
@@ -39,23 +39,23 @@ def between_blocks(index, q, k, visible, pooling):
 
 @pytest.mark.parametrize("pooling", ["mean", "salient"])
 def test_its_gradient_is_that_of_the_kl_between_blocks(pooling):
-    visible = causal_visibility(SEGMENTS)
+    visibility = causal_visibility(SEGMENTS)
 
     def ours(index, q, k):
-        lse = dense_attention(q, k, k, visible, softmax_scale=SCALE, implementation="xla").lse
         settings = {"softmax_scale": SCALE, "implementation": "xla"}
-        settings |= {"block_size": SIZE, "pooling": pooling}
-        return coarse_kl(index, visible, Heads(q, k, k, None), lse, **settings)
+        lse = dense_attention(q, k, k, visibility, **settings).lse
+        indexer = IndexerConfig(coarse_block_size=SIZE, coarse_pooling=pooling)
+        return coarse_kl(indexer, index, visibility, q, k, lse, **settings)
 
     index, q, k, d_kl = arrays(jnp.float32)
     values = ours(index, q, k)
     grads = jax.grad(lambda index: (ours(index, q, k) * d_kl).sum())(index)
     with jax.enable_x64(True):
         index, q, k, d_kl = arrays(jnp.float64)
-        expected = jax.grad(lambda index: (between_blocks(index, q, k, visible, pooling) * d_kl).sum())(index)
+        expected = jax.grad(lambda index: (between_blocks(index, q, k, visibility, pooling) * d_kl).sum())(index)
     for ours_, theirs in zip(grads, expected, strict=True):
         np.testing.assert_allclose(ours_, theirs, rtol=2e-5, atol=2e-6)
-    start, end = np.asarray(visible.start), np.asarray(visible.end)
+    start, end = np.asarray(visibility.start), np.asarray(visibility.end)
     sees_none = end // SIZE * SIZE <= -(-start // SIZE) * SIZE
     assert sees_none.any() and not np.asarray(values)[sees_none].any() and (np.asarray(values)[~sees_none] > 0).all()
 

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from dsa_jax.config import ConfigError
+from dsa_jax.model.attention.gqa import GQA
+from dsa_jax.model.attention.indexer import Indexer
 from dsa_jax.model.attention.visibility import causal_visibility
-from dsa_jax.model.outputs import AttentionRequest
+from dsa_jax.model.outputs import AttentionRequest, LayerContext
 from dsa_jax.params import is_indexer_path, parameter_paths
 from pallas_kernels import IndexHeads, Visible, index_scores, indexer_kl
 from tests.dsa_jax.model.small import LENGTH, built, forward, random_ids, small_config
@@ -70,8 +72,8 @@ def test_model_loss_and_gradient_are_those_of_the_mean_distribution(stage):
         scale = own["attention_norm"]["scale"]
         normed = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * scale
         hidden = normed if number == 0 else hidden
-        heads = block.attention.apply({"params": own["attention"]}, normed, positions, method="_heads")
-        x, statistics = block.apply({"params": own}, x, positions, visible, topk, request)
+        heads = GQA(model.config, block.layer).apply({"params": own["attention"]}, normed, positions, method="heads")
+        x, statistics = block.apply({"params": own}, x, LayerContext(positions, visible, topk), request)
         topk = statistics.topk_indices
         if stage == "sparse":
             members = (topk[..., None] == jnp.arange(LENGTH)).any(2)
@@ -80,7 +82,7 @@ def test_model_loss_and_gradient_are_those_of_the_mean_distribution(stage):
     mean = sum(distributions) / 3
 
     def written_out(own):
-        index = model.stacks[0].block.attention.indexer.apply({"params": own}, hidden, hidden, positions)
+        index = Indexer(model.config, model.config.hidden_dim).apply({"params": own}, hidden, hidden, positions)
         scores = index_scores(index, visible)
         log_softmax = jax.nn.log_softmax(jnp.where(members, scores, -jnp.inf), axis=-1)
         against = lambda p: jnp.where(p > 0, p * (jnp.log(jnp.where(p > 0, p, 1)) - jnp.where(p > 0, log_softmax, 0)), 0)

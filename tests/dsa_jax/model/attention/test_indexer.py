@@ -4,35 +4,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsa_jax.config import AttentionConfig, IndexerConfig, ModelConfig
+from dsa_jax.config.fields import frozen
 from dsa_jax.model.attention.indexer import Indexer
 from pallas_kernels import Visible, index_scores
-from tests.dsa_jax.model.small import small_rope
 
-F32 = jnp.dtype("float32")
-FIELDS = {
-    "hidden_dim": 12,
-    "q_input_dim": 10,
-    "n_heads": 3,
-    "head_dim": 8,
-    "rope": small_rope(dim=4),
-    "norm_eps": 1e-6,
-    "hadamard": False,
-    "fp8": False,
-    "head_weights": "learned",
-    "detach_input": True,
-    "init_std": 0.5,
-    "dtype": F32,
-    "param_dtype": F32,
-}
+
+def indexer(**fields):
+    config = IndexerConfig(enabled=True, **({"n_heads": 3, "head_dim": 8, "rope_dim": 4} | fields))
+    model = ModelConfig(hidden_dim=12, initializer_range=0.5, attention=AttentionConfig(indexer=config))
+    return Indexer(frozen(model), q_input_dim=10)
 
 
 def setup(**fields):
     keys = jax.random.split(jax.random.key(0), 3)
     x, q_input = jax.random.normal(keys[0], (1, 6, 12)), jax.random.normal(keys[1], (1, 6, 10))
     positions = jnp.arange(6)[None]
-    params = Indexer(**FIELDS).init(keys[2], x, q_input, positions)["params"]
+    params = indexer().init(keys[2], x, q_input, positions)["params"]
     params["k_norm"] = {"scale": jnp.linspace(0.5, 1.5, 8), "bias": jnp.linspace(-0.3, 0.3, 8)}
-    return params, Indexer(**(FIELDS | fields)).apply({"params": params}, x, q_input, positions), (x, q_input)
+    return params, indexer(**fields).apply({"params": params}, x, q_input, positions), (x, q_input)
 
 
 def scores(index):
@@ -65,7 +55,7 @@ def test_hadamard_keeps_the_scores_fp8_nearly_and_the_rope_layout_changes_them()
     _, plain, _ = setup()
     _, rotated, _ = setup(hadamard=True)
     _, rounded, _ = setup(hadamard=True, fp8=True)
-    _, interleaved, _ = setup(rope=small_rope(dim=4, layout="interleaved"))
+    _, interleaved, _ = setup(rope_layout="interleaved")
     spread = scores(plain).std()
     np.testing.assert_allclose(scores(rotated), scores(plain), atol=1e-5)
     assert float(jnp.abs(rotated.q - plain.q).max()) > 0.1

@@ -9,26 +9,22 @@ import pytest
 
 from dsa_jax.checkpoints.hf import CheckpointError
 from dsa_jax.checkpoints.hf.write_config import choose_layout
-from dsa_jax.config import ConfigError
-from dsa_jax.model import build_model
+from dsa_jax.config import AttentionConfig, ConfigError, IndexerConfig, ModelConfig
+from dsa_jax.config.fields import frozen
 from dsa_jax.model.attention.indexer import Indexer
 from dsa_jax.params import is_indexer_path, parameter_paths
 from pallas_kernels import Visible, dense_attention, indexer_kl
-from tests.dsa_jax.model.small import built, forward, random_ids, small_config, small_rope
+from tests.dsa_jax.model.small import built, forward, random_ids, small_config
 
 T, E, HEADS, DIM = 9, 12, 3, 8
 CAUSAL = Visible(jnp.zeros((1, T), jnp.int32), jnp.arange(1, T + 1, dtype=jnp.int32)[None])
-F32 = jnp.dtype("float32")
 
 
 def indexer(**fields):
     """Without rotation, which has its own tests."""
-    plain = {
-        "hidden_dim": E, "q_input_dim": E, "n_heads": HEADS, "head_dim": DIM, "rope": small_rope(dim=0), "norm_eps": 1e-6,
-        "hadamard": False, "fp8": False, "head_weights": "learned", "detach_input": False,
-        "init_std": 0.5, "dtype": F32, "param_dtype": F32,
-    }  # fmt: skip
-    return Indexer(**(plain | fields))
+    config = IndexerConfig(enabled=True, n_heads=HEADS, head_dim=DIM, rope_dim=0, **fields)
+    model = ModelConfig(hidden_dim=E, initializer_range=0.5, attention=AttentionConfig(indexer=config))
+    return Indexer(frozen(model), q_input_dim=E)
 
 
 def written_out(params, x, target, activation):
@@ -56,7 +52,7 @@ def arrays():
 @pytest.mark.parametrize("activation", ["relu", "none"])
 def test_kl_and_every_gradient_match_float64(activation, head_weights):
     x, q, k, d_kl = arrays()
-    module = indexer(head_weights=head_weights)
+    module = indexer(activation=activation, head_weights=head_weights)
     params = module.init(jax.random.key(1), x, x, jnp.arange(T)[None])["params"]
     params["k_norm"] = {"scale": jnp.linspace(0.5, 1.5, DIM), "bias": jnp.linspace(-0.3, 0.3, DIM)}
     assert ("weights_proj" in params) == (head_weights == "learned")
@@ -66,40 +62,26 @@ def test_kl_and_every_gradient_match_float64(activation, head_weights):
         index = module.apply({"params": params}, x, x, jnp.arange(T)[None])
         return (indexer_kl(index, CAUSAL, q, k, lse, softmax_scale=1.0, activation=activation) * d_kl).sum()
 
-    value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
+    value, (gradients, d_x) = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
+    assert not np.any(d_x)  # the model learns nothing from the KL
     with jax.enable_x64(True):
         wide = lambda tree: jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)), tree)
         logits = jnp.einsum("thd,sd->ths", *(wide(a) for a in (q[0], k[0, :, 0])))
         probability = jax.nn.softmax(jnp.where(jnp.tril(jnp.ones((T, T), bool))[:, None], logits, -jnp.inf), axis=-1).mean(1)
         expected, wanted = jax.value_and_grad(
-            lambda params, x: (written_out(params, x[0], probability, activation) * wide(d_kl)[0]).sum(), (0, 1)
+            lambda params, x: (written_out(params, x[0], probability, activation) * wide(d_kl)[0]).sum()
         )(wide(params), wide(x))
         np.testing.assert_allclose(value, expected, rtol=1e-5)
         for got, want in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_allclose(got, want, atol=2e-5 * max(1.0, float(jnp.abs(want).max())))
 
 
-def test_the_kl_reaches_the_hidden_state_only_where_the_input_is_not_detached():
+def test_the_kl_reaches_the_indexer_and_nothing_else():
     ids = random_ids()
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def gradients(model, params):
-        loss = lambda p: model.apply({"params": p}, ids, attention="sparse", indexer_loss="sparse").indexer_kl.sum()
-        return parameter_paths(jax.grad(loss)(params))
-
-    (apart, params), joint = built("mla"), small_config("mla")
-    joint.attention.indexer.detach_input = False
-    of_apart, of_joint = gradients(apart, params), gradients(build_model(joint), params)
-    for path in of_apart:
-        if is_indexer_path(path):
-            np.testing.assert_allclose(of_joint[path], of_apart[path], rtol=1e-5, atol=1e-7, err_msg=path)
-        else:
-            assert not np.any(of_apart[path]), path
-    for path in ("embed/embedding", "dense_layers/attention/wq_a/kernel", "dense_layers/attention_norm/scale"):
-        assert np.all(np.isfinite(of_joint[path])) and np.any(of_joint[path]), path
-    # The loss of the last layer's indexer reads its query latent, but nothing behind the attention of that layer.
-    assert np.any(of_joint["dense_layers/attention/wq_a/kernel"][-1])
-    assert not np.any(of_joint["dense_layers/attention/wo/kernel"][-1])
+    model, params = built("mla")
+    loss = lambda p: model.apply({"params": p}, ids, attention="sparse", indexer_loss="sparse").indexer_kl.sum()
+    for path, leaf in parameter_paths(jax.jit(jax.grad(loss))(params)).items():
+        assert np.any(leaf) == is_indexer_path(path), path
 
 
 @pytest.mark.parametrize("attention", ["sparse", "coarse_to_fine"])
@@ -125,7 +107,7 @@ def test_a_hugging_face_export_refuses_what_no_format_holds(name, value):
 def test_how_an_indexer_was_trained_is_no_part_of_a_checkpoint():
     config = small_config("mla_float")
     plain = choose_layout(config)
-    config.attention.indexer.detach_input = False
+    config.attention.indexer.distill_shared = True
     assert choose_layout(config) == plain
 
 

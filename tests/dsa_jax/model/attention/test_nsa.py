@@ -1,5 +1,6 @@
 """Native sparse attention: against its definition over whole arrays, causality, degenerate cases, and what refuses it."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,18 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsa_jax.config import ConfigError, NSAConfig
-from dsa_jax.config.implementations import Implementations
+from dsa_jax.config import AttentionConfig, ConfigError, ModelConfig, NSAConfig
+from dsa_jax.config.fields import frozen
 from dsa_jax.model import build_model, init_params
-from dsa_jax.model.attention.nsa import Branch, Compressor, NSABranches
-from dsa_jax.model.attention.nsa_attention import attend_natively
+from dsa_jax.model.attention.attend import Attention
+from dsa_jax.model.attention.kinds import is_of_own_mode
+from dsa_jax.model.attention.nsa import Branch, Compressor, NSABranches, attend_natively, block_geometry
 from dsa_jax.model.attention.visibility import causal_visibility
-from dsa_jax.params import is_nsa_path, nested_parameters, parameter_paths
-from pallas_kernels import BlockGeometry
+from dsa_jax.model.outputs import AttentionRequest
+from dsa_jax.params import nested_parameters, parameter_paths
 from tests.dsa_jax.model.small import built, forward, random_ids, small_config
 
-GEOMETRY = BlockGeometry(compress_block=4, compress_stride=2, select_block=8, topk=3, n_initial=1, n_local=1)
-WINDOW = 5
+NSA = NSAConfig(
+    compress_block=4, compress_stride=2, select_block=8, n_select_blocks=3, n_initial_blocks=1, n_local_blocks=1, window=5
+)
+GEOMETRY, WINDOW = block_geometry(NSA), NSA.window
 LENGTH = 43  # ragged in strides and blocks
 SEGMENTS = jnp.asarray([[1] * LENGTH, [1] * 3 + [2] * 18 + [3] * 17 + [0] * 5])
 
@@ -70,17 +74,11 @@ def random_heads(length=LENGTH, groups=2, heads=4, dim=8, dtype=np.float32):
     return draw(length, heads, dim), branch(length), NSABranches(branch(GEOMETRY.n_compressed(length)), branch(length), gates)
 
 
-@functools.partial(jax.jit, static_argnames=("implementation", "geometry", "window"))
-def attend(q, select, branches, segment_ids=SEGMENTS, *, implementation="xla", geometry=GEOMETRY, window=WINDOW):
-    settings = {"geometry": geometry, "window": window, "softmax_scale": q.shape[-1] ** -0.5, "wants_coverage": True}
-    return attend_natively(
-        q,
-        select,
-        branches,
-        visible=causal_visibility(segment_ids),
-        implementations=Implementations.every(implementation),
-        **settings,
-    )
+@functools.partial(jax.jit, static_argnames=("implementation", "nsa"))
+def attend(q, select, branches, segment_ids=SEGMENTS, *, implementation="xla", nsa=NSA):
+    config = AttentionConfig(kind="nsa", nsa=nsa, implementation=implementation)
+    call = Attention(config, q.shape[-1] ** -0.5, AttentionRequest("nsa", coverage=True))
+    return attend_natively(call, q, select, branches, causal_visibility(segment_ids))
 
 
 def loss_and_gradients(function, heads, d_out):
@@ -118,10 +116,10 @@ def test_a_query_that_sees_no_compressed_key_gets_the_other_branches():
 
 def test_selecting_everything_with_one_gate_open_is_dense_attention():
     q, select, branches = random_heads()
-    everything = GEOMETRY._replace(topk=6)
+    everything = dataclasses.replace(NSA, n_select_blocks=6, window=LENGTH)
     for i, branch in ((1, select), (2, branches.window)):
         gates = jnp.zeros_like(branches.gates).at[..., i].set(1.0)
-        got = attend(q, select, branches._replace(gates=gates), geometry=everything, window=LENGTH)
+        got = attend(q, select, branches._replace(gates=gates), nsa=everything)
         place = jnp.arange(LENGTH)
         mask = (SEGMENTS[:, :, None] == SEGMENTS[:, None]) & (place <= place[:, None]) & (SEGMENTS > 0)[:, :, None]
         dense, _ = whole_attention(q, *branch, jnp.broadcast_to(mask[:, :, None], (2, LENGTH, 4, LENGTH)))
@@ -131,7 +129,8 @@ def test_selecting_everything_with_one_gate_open_is_dense_attention():
 
 @pytest.mark.parametrize("length", [1, 3, 9, 10])
 def test_an_untrained_compressor_is_the_mean(length):
-    compressor = Compressor(4, 2, 8, 0.3, jnp.dtype("float32"), jnp.dtype("float32"))
+    config = ModelConfig(initializer_range=0.3, attention=AttentionConfig(kind="nsa", head_dim=8, nsa=NSA))
+    compressor = Compressor(frozen(config))
     x = jax.random.normal(jax.random.key(0), (2, length, 3, 8))
     params = compressor.init(jax.random.key(1), x)
     expected = [x[:, i : i + 4].mean(1) for i in range(0, length - 3, 2)]
@@ -141,13 +140,13 @@ def test_an_untrained_compressor_is_the_mean(length):
 
 
 def nsa_fields(**fields):
-    return NSAConfig(enabled=True, **({"compress_block": 4, "compress_stride": 2, "select_block": 8, "window": 5} | fields))
+    return NSAConfig(**({"compress_block": 4, "compress_stride": 2, "select_block": 8, "window": 5} | fields))
 
 
 @functools.cache
 def model_and_params(kind="gqa"):
     config = small_config(kind)
-    config.attention.nsa = nsa_fields(n_select_blocks=3, n_local_blocks=1)
+    config.attention.kind, config.attention.nsa = "nsa", nsa_fields(n_select_blocks=3, n_local_blocks=1)
     model = build_model(config)
     params = init_params(model, jax.random.key(0))
     noise = lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(leaf.size), leaf.shape, leaf.dtype)
@@ -168,14 +167,14 @@ def test_no_gradient_from_the_future_or_from_other_segments():
     moved = np.abs(np.asarray(gradients["embed"]["embedding"][:24])).sum(-1) > 0
     np.testing.assert_array_equal(np.flatnonzero(moved), np.arange(5, query + 1))
     for path, leaf in parameter_paths(gradients).items():
-        if is_nsa_path(path):
+        if is_of_own_mode(path):
             assert np.abs(np.asarray(leaf)).max() > 0, path
 
 
 def test_dense_attention_leaves_nsa_alone():
     model, params = model_and_params()
     same, own = built("gqa")
-    without = {path: leaf for path, leaf in parameter_paths(params).items() if not is_nsa_path(path)}
+    without = {path: leaf for path, leaf in parameter_paths(params).items() if not is_of_own_mode(path)}
     assert without.keys() == parameter_paths(own).keys()
     np.testing.assert_array_equal(
         forward(model, params, random_ids(), attention="dense").logits,
@@ -198,17 +197,16 @@ def test_what_cannot_be_done_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("kind", "fields", "message"),
+    ("fields", "message"),
     [
-        ("mla", {}, "selects by key-value group"),
-        ("gqa", {"compress_stride": 3}, "compress_block is 4; expected a multiple of compress_stride"),
-        ("gqa", {"select_block": 9}, "select_block is 9; expected a multiple of compress_stride"),
-        ("gqa", {"n_select_blocks": 2}, "expected at least the 3 blocks"),
-        ("gqa", {"window": 0}, "nsa.window is 0"),
+        ({"compress_stride": 3}, "compress_block is 4; expected a multiple of compress_stride"),
+        ({"select_block": 9}, "select_block is 9; expected a multiple of compress_stride"),
+        ({"n_select_blocks": 2}, "expected at least the 3 blocks"),
+        ({"window": 0}, "nsa.window is 0"),
     ],
 )
-def test_a_configuration_that_cannot_work_is_refused(kind, fields, message):
-    config = small_config(kind)
-    config.attention.nsa = nsa_fields(**fields)
+def test_a_configuration_that_cannot_work_is_refused(fields, message):
+    config = small_config()
+    config.attention.kind, config.attention.nsa = "nsa", nsa_fields(**fields)
     with pytest.raises(ConfigError, match=message):
         config.validate()

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsa_jax.config.implementations import Implementations
-from dsa_jax.model.attention.selection import SELECTORS, Budget, Heads, SelectionInputs, share_held
+from dsa_jax.config import AttentionConfig, IndexerConfig
+from dsa_jax.model.attention.selection import Choice, rule_of, share_held
 from pallas_kernels import IndexHeads, Visible
 
 LENGTH, BLOCK_KEYS = 64, 16
@@ -18,16 +18,14 @@ INDEX = IndexHeads(
     jax.random.normal(_KEYS[1], (1, LENGTH, 8)),
     jax.random.normal(_KEYS[2], (1, LENGTH, 2)),
 )
-_Q = jnp.zeros((1, LENGTH, 1, 4))
-HEADS = Heads(_Q, _Q, _Q, None)
 
 
 def pick(name, start, end, topk):
     """Indices of every query; `start` and `end` are lists of LENGTH numbers."""
     start, end = (jnp.asarray([x], jnp.int32) for x in (start, end))
-    visible, budget = Visible(start, end), Budget(topk, block_size=BLOCK_KEYS, n_blocks=1)
-    inputs = SelectionInputs(budget, visible, HEADS, 1.0, INDEX, None, Implementations.every("reference"))
-    return np.asarray(SELECTORS[name].select(inputs)[0])
+    indexer = IndexerConfig(topk=topk, coarse_block_size=BLOCK_KEYS, coarse_blocks=1)
+    config = AttentionConfig(indexer=indexer, implementation="reference")
+    return np.asarray(rule_of(name).select(Choice(config, Visible(start, end), INDEX))[0])
 
 
 def causal(start=0):

@@ -1,25 +1,19 @@
 """Mixture of experts: routing by hand, the grouped product, the layer against a sum over all experts."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsa_jax.model.mlp import MLP
+from dsa_jax.config import ModelConfig, MoEConfig
+from dsa_jax.config.fields import frozen
 from dsa_jax.model.moe.grouped_matmul import grouped_matmul
 from dsa_jax.model.moe.moe import MoE
 from dsa_jax.model.moe.router import Routing, expert_load, route, updated_score_bias
 
-F32 = jnp.dtype("float32")
-PLAIN = {
-    "n_experts_per_token": 2,
-    "scoring": "sigmoid",
-    "n_groups": 1,
-    "topk_groups": 1,
-    "group_score": "top2_sum",
-    "normalize_weights": True,
-    "routed_scale": 1.0,
-}
+PLAIN = MoEConfig(n_experts_per_token=2, scoring="sigmoid")
 
 
 @pytest.mark.parametrize("implementation", ["tiles", "ragged_dot"])
@@ -50,26 +44,27 @@ def test_grouped_matmul_refuses_an_unknown_implementation():
 def test_the_bias_moves_the_choice_and_not_the_weights():
     logits = jnp.array([[2.0, 1.0, 0.0, -1.0]])
     bias = jnp.array([0.0, 0.0, 0.0, 1.0])
-    plain, biased = route(logits, None, **PLAIN), route(logits, bias, **PLAIN)
+    plain, biased = route(logits, None, PLAIN), route(logits, bias, PLAIN)
     assert plain.experts[0].tolist() == [0, 1] and biased.experts[0].tolist() == [3, 0]
     scores = jax.nn.sigmoid(logits[0])
     np.testing.assert_allclose(biased.weights[0], jnp.array([scores[3], scores[0]]) / (scores[3] + scores[0]), rtol=1e-6)
-    gradient = jax.grad(lambda bias: route(logits, bias, **PLAIN).weights[0, 0])(bias)
+    gradient = jax.grad(lambda bias: route(logits, bias, PLAIN).weights[0, 0])(bias)
     assert np.all(np.asarray(gradient) == 0)
 
 
 def test_groups_are_limited_by_the_sum_of_their_best_two_or_by_their_best():
     # Groups {0, 1}, {2, 3}, {4, 5}: the second has the best expert, the first the best pair.
     logits = jnp.array([[1.0, 1.0, 1.5, -3.0, 0.0, -2.0]])
-    grouped = PLAIN | {"n_groups": 3}
-    assert route(logits, None, **grouped).experts[0].tolist() == [0, 1]
-    assert route(logits, None, **(grouped | {"group_score": "max"})).experts[0].tolist() == [2, 3]
-    assert sorted(route(logits, None, **(grouped | {"topk_groups": 2})).experts[0].tolist()) == [0, 2]
+    grouped = dataclasses.replace(PLAIN, n_groups=3)
+    assert route(logits, None, grouped).experts[0].tolist() == [0, 1]
+    assert route(logits, None, dataclasses.replace(grouped, group_score="max")).experts[0].tolist() == [2, 3]
+    assert sorted(route(logits, None, dataclasses.replace(grouped, topk_groups=2)).experts[0].tolist()) == [0, 2]
 
 
 def test_softmax_routing_without_normalisation_keeps_the_probabilities():
     logits = jnp.array([[1.0, 3.0, 2.0]])
-    routing = route(logits, None, **(PLAIN | {"scoring": "softmax", "normalize_weights": False, "routed_scale": 2.0}))
+    softmax = dataclasses.replace(PLAIN, scoring="softmax", normalize_weights=False, routed_scale=2.0)
+    routing = route(logits, None, softmax)
     assert routing.experts[0].tolist() == [1, 2]
     np.testing.assert_allclose(routing.weights[0], 2 * jax.nn.softmax(logits[0])[jnp.array([1, 2])], rtol=1e-6)
 
@@ -93,18 +88,11 @@ def test_the_bias_update_raises_the_idle_and_lowers_the_busy():
 
 def test_the_layer_equals_a_sum_over_all_experts():
     n_experts, hidden_dim, expert_dim = 6, 12, 8
-    common = {"init_std": 0.5, "out_init_std": 0.5, "dtype": F32, "param_dtype": F32}
-    shared = MLP(hidden_dim=hidden_dim, mlp_dim=expert_dim, **common)
-    options = PLAIN | {"n_groups": 3, "topk_groups": 2, "routed_scale": 2.5}
-    layer = MoE(
-        hidden_dim=hidden_dim,
-        expert_dim=expert_dim,
-        n_experts=n_experts,
-        use_score_bias=True,
-        shared=shared,
-        **common,
-        **options,
-    )
+    options = MoEConfig(
+        n_routed_experts=n_experts, n_experts_per_token=2, n_shared_experts=1, expert_dim=expert_dim, n_groups=3, topk_groups=2,
+        routed_scale=2.5,
+    )  # fmt: skip
+    layer = MoE(frozen(ModelConfig(hidden_dim=hidden_dim, initializer_range=0.5, moe=options)))
     x = jax.random.normal(jax.random.key(0), (2, 7, hidden_dim))
     valid = jnp.ones((2, 7), bool)
     params = layer.init(jax.random.key(1), x, valid)["params"]
@@ -112,7 +100,7 @@ def test_the_layer_equals_a_sum_over_all_experts():
 
     def naive(params, x):
         flat = x.reshape(-1, hidden_dim)
-        routing = route(flat @ params["router"]["kernel"], params["router"]["score_bias"], **options)
+        routing = route(flat @ params["router"]["kernel"], params["router"]["score_bias"], options)
         gates = jnp.zeros((len(flat), n_experts)).at[jnp.arange(len(flat))[:, None], routing.experts].set(routing.weights)
         out = swiglu({name: kernel["kernel"] for name, kernel in params["shared"].items()}, flat)
         for e in range(n_experts):
