@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
-from dsa_jax.benchmarks.op_shapes import OpShape
+from dsa_jax.costs.ops import OpShape
 from pallas_kernels import dense_attention, index_scores, index_topk, indexer_kl, sparse_attention, sparse_attention_fp8
 from pallas_kernels.quantize import pack_latent_fp8
 
