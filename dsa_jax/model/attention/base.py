@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from dsa_jax.config import AttentionConfig, LayerSpec, ModelConfig
 from dsa_jax.config.attention import KindFields
 from dsa_jax.config.selections import Selection
+from dsa_jax.costs.kinds import KindCosts
 from dsa_jax.model.attention.cache import CacheEntry, LayerCache
 from dsa_jax.model.outputs import AttentionRequest
 from pallas_kernels import IndexHeads
@@ -88,6 +89,7 @@ class AttentionKind(NamedTuple):
         build: the module of one layer.
         parameters: rows for sharding, freezing and Hugging Face names; the indexer's are common to all kinds.
         cache_entries: arrays that a token leaves in the cache of a layer, by name; index keys not included.
+        costs: FLOPs per query and key, and the sizes of the heads.
         split_heads: config fields that count heads which the `tensor` axis splits, with their values.
         modes: rows of the attention modes that it alone answers.
         check_mode: raises for a request in a mode of its own that it cannot compute.
@@ -98,6 +100,7 @@ class AttentionKind(NamedTuple):
     build: Callable[[ModelConfig, LayerSpec], nn.Module]
     parameters: tuple[Parameter, ...]
     cache_entries: Callable[[AttentionConfig], dict[str, CacheEntry]]
+    costs: Callable[[AttentionConfig], KindCosts]
     split_heads: Callable[[AttentionConfig], dict[str, int]]
     modes: tuple[Selection, ...] = ()
     check_mode: Callable[..., None] = _no_limits

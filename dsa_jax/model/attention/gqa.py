@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from dsa_jax.config import AttentionConfig, LayerSpec, ModelConfig
 from dsa_jax.config import attention as kinds
+from dsa_jax.costs.kinds import gqa_costs
 from dsa_jax.model.attention.attend import Attention, CachedKeys, attend, attend_cached, needs_dense_heads, needs_indexer
 from dsa_jax.model.attention.base import (
     AttentionKind,
@@ -132,4 +133,4 @@ def split_heads(attention: AttentionConfig) -> dict[str, int]:
     return heads | {"n_kv_heads": attention.n_kv_heads} if attention.n_kv_heads > 1 else heads
 
 
-GQA_KIND = AttentionKind(kinds.GQA, GQA, PARAMETERS, cache_entries, split_heads)
+GQA_KIND = AttentionKind(kinds.GQA, GQA, PARAMETERS, cache_entries, gqa_costs, split_heads)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from dsa_jax.config import AttentionConfig, LayerSpec, ModelConfig
 from dsa_jax.config import attention as kinds
+from dsa_jax.costs.kinds import mla_costs
 from dsa_jax.model.attention.attend import Attention, CachedKeys, attend, attend_cached, needs_dense_heads, needs_indexer
 from dsa_jax.model.attention.base import (
     AttentionKind,
@@ -188,4 +189,4 @@ def cache_entries(attention: AttentionConfig) -> dict[str, CacheEntry]:
     return {LATENT: CacheEntry((dim,), latent_dim=attention.kv_lora_rank)}
 
 
-MLA_KIND = AttentionKind(kinds.MLA, MLA, PARAMETERS, cache_entries, lambda attention: {"n_heads": attention.n_heads})
+MLA_KIND = AttentionKind(kinds.MLA, MLA, PARAMETERS, cache_entries, mla_costs, lambda attention: {"n_heads": attention.n_heads})

@@ -23,6 +23,7 @@ from dsa_jax.config import AttentionConfig, ModelConfig, NSAConfig
 from dsa_jax.config import attention as kinds
 from dsa_jax.config.model import PLAIN
 from dsa_jax.config.selections import selection
+from dsa_jax.costs.kinds import gqa_costs
 from dsa_jax.model.attention import gqa
 from dsa_jax.model.attention.attend import TOPK_NAME, Attention, attention_mass
 from dsa_jax.model.attention.base import AttentionKind, AttentionOutput, Parameter
@@ -323,6 +324,7 @@ NSA_KIND = AttentionKind(
     NSA,
     _parameters(),
     gqa.cache_entries,
+    gqa_costs,
     _split_heads,
     modes=(selection(MODE),),
     check_mode=_check_mode,
