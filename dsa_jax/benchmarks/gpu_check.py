@@ -20,7 +20,7 @@ from dsa_jax.benchmarks.op_calls import IMPLEMENTATIONS
 from dsa_jax.benchmarks.op_shapes import OPS, SHAPES
 from dsa_jax.benchmarks.ops import Item, perform
 from dsa_jax.benchmarks.worker import NoGpuError, Worker
-from dsa_jax.run.directory import atomic_write_text
+from dsa_jax.run.files import atomic_write_text
 
 OUTPUT, DRY_OUTPUT = Path("experiments/results/gpu_check.json"), Path("runs/gpu_check_dry_run.json")
 TOTAL_SECONDS = 415.0

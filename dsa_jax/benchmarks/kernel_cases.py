@@ -157,8 +157,8 @@ def _index_scores() -> Iterator[KernelCase]:
         for dtype in (jnp.bfloat16, jnp.float8_e4m3fn):
             q = jax.ShapeDtypeStruct((batch, queries, heads, 128), dtype)
             k = jax.ShapeDtypeStruct((batch, keys, 128), dtype)
-            index: Any = IndexHeads(q, k, _f32(batch, queries, heads))
-            visible: Any = Visible(_i32(batch, queries), _i32(batch, queries))
+            index = IndexHeads._make((q, k, _f32(batch, queries, heads)))
+            visible = Visible._make((_i32(batch, queries), _i32(batch, queries)))
             arrays = index, visible, _f32(batch, keys)
 
             def scores(index: IndexHeads, visible: Visible, k_scale: Any) -> Any:

@@ -41,7 +41,7 @@ def attention_parts(config: ModelConfig) -> dict[tuple[str, str], list[Part]]:
     """The ops that attention consists of, by phase and attention; `dsa_jax.benchmarks` measures them under these names."""
     if others := sorted({layer.role for layer in config.layers()} - {FULL, SHARED}):
         raise ConfigError(
-            f"model.attention.layer_types has {', '.join(others)} layers; expected full and shared ones only, whose ops are measured."
+            f"model.attention.layer_types has {', '.join(others)} layers; expected full or shared ones, whose ops are known."
         )
     costs, indexer, n = kind_costs(config), config.attention.indexer, config.n_layers
     expanded, absorbed = costs.expanded._asdict(), costs.absorbed._asdict()

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from dsa_jax.checkpoints.from_hf import checkpoint_params
 from dsa_jax.config import STAGES as STAGE_ORDER
 from dsa_jax.config import Config, ConfigError
 from dsa_jax.config.selections import selection
@@ -18,9 +19,9 @@ from dsa_jax.parallel.placement import current_mesh, with_shardings
 from dsa_jax.parallel.rules import check_divisible
 from dsa_jax.params import nested_parameters, parameter_paths
 from dsa_jax.run.checkpoints import CheckpointStore, newest_checkpoint
-from dsa_jax.run.directory import RunDirectory, RunError, find_run
+from dsa_jax.run.directory import RunDirectory, find_run
+from dsa_jax.run.files import RunError
 from dsa_jax.run.processes import on_main
-from dsa_jax.train.from_hf import checkpoint_params
 from dsa_jax.train.stages import stage_of, trained_attention
 
 _LOG = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from dsa_jax.model import init_params
 from dsa_jax.model.attention.kinds import register_kind, unregister_kind
 from dsa_jax.model.attention.selection import register_rule, unregister_rule
 from dsa_jax.params import parameter_paths
-from dsa_jax.train.retrofit import retrofit
+from dsa_jax.retrofit import retrofit
 from tests.dsa_jax.toys import kind, rule
 from tests.dsa_jax.train.tiny import tiny_config
 

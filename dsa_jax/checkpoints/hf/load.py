@@ -35,7 +35,7 @@ from dsa_jax.config.checks import ConfigError
 from dsa_jax.config.model import FP8_BLOCKS, PLAIN, ModelConfig
 from dsa_jax.model import Transformer, abstract_params, build_model, init_params
 from dsa_jax.model.attention.kinds import is_optional
-from dsa_jax.parallel.placement import placement_on, spread
+from dsa_jax.parallel.placement import placement_on, shard
 from dsa_jax.parallel.rules import check_divisible
 from dsa_jax.params import (
     BLOCK_SCALES,
@@ -200,7 +200,7 @@ def _with_auto_axes(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
 
 
 def _put(value: Any, path: str, where: Placement | None) -> jax.Array:
-    return jax.device_put(value) if where is None else spread(value, where(path))
+    return jax.device_put(value) if where is None else shard(value, where(path))
 
 
 def _attach(config: ModelConfig, indexer: IndexerConfig, layer_types: tuple[str, ...], directory: Path) -> None:
