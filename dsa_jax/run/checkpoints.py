@@ -30,8 +30,8 @@ _UNFINISHED = ".orbax-checkpoint-tmp"  # ends the name of a directory that Orbax
 _READ_BYTES = 1 << 22
 
 
-class CheckpointError(RunError):
-    """A checkpoint cannot be written, read, or made to fit: the message names the directory and the leaf."""
+class StageCheckpointError(RunError):
+    """A checkpoint of a stage cannot be written or read, or does not fit: the message names the directory and the leaf."""
 
 
 class Restored(NamedTuple):
@@ -82,7 +82,7 @@ class CheckpointStore:
         """Start writing `tree` and the JSON object `meta` as `step`; a valid checkpoint of that step is left as it is.
 
         Raises:
-            CheckpointError: when this save, or the one before it, cannot be written. Earlier checkpoints are intact.
+            StageCheckpointError: when this save, or the one before it, cannot be written. Earlier checkpoints are intact.
             ValueError: for a tree without arrays or with a leaf that is no array.
         """
         self.wait()
@@ -111,7 +111,7 @@ class CheckpointStore:
         """Return once every save so far is on disk and sealed.
 
         Raises:
-            CheckpointError: when the background save failed; what it had written is removed.
+            StageCheckpointError: when the background save failed; what it had written is removed.
         """
         if self._pending is None:
             return
@@ -147,7 +147,7 @@ class CheckpointStore:
         """Shape and dtype of every leaf of a checkpoint, by path.
 
         Raises:
-            CheckpointError: when `step` is missing or was never completed.
+            StageCheckpointError: when `step` is missing or was never completed.
         """
         return _leaf_specs(self._manifest(step))
 
@@ -159,14 +159,14 @@ class CheckpointStore:
         hold more leaves than asked for.
 
         Raises:
-            CheckpointError: for a missing or unreadable checkpoint; for leaves that are missing, extra, or of another shape or
-                dtype, naming the path and both.
+            StageCheckpointError: for a missing or unreadable checkpoint; for leaves that are missing, extra, or of another
+                shape or dtype, naming the path and both.
         """
         self.wait()
         leaves = _named_leaves(abstract_tree)
         self._require_match(step, leaves, subset)
         if problem := on_main(lambda: None if step in self._verified else self._problem(step)):
-            raise CheckpointError(f"checkpoint {self.directory / str(step)} is damaged: {problem}.")
+            raise StageCheckpointError(f"checkpoint {self.directory / str(step)} is damaged: {problem}.")
         self._verified.add(step)
         targets = nested_parameters({path: _restore_target(leaf) for path, leaf in leaves.items()})
         arguments = ocp.args.PyTreeRestore(
@@ -176,7 +176,7 @@ class CheckpointStore:
         try:
             stored = self._checkpointer.restore(target, args=ocp.args.Composite(state=arguments, meta=ocp.args.JsonRestore()))
         except Exception as error:
-            raise CheckpointError(f"checkpoint {target} cannot be read: {_first_line(error)}") from error
+            raise StageCheckpointError(f"checkpoint {target} cannot be read: {_first_line(error)}") from error
         found = _named_leaves(stored.state)
         restored = [_like(leaf, found[path]) for path, leaf in leaves.items()]
         return Restored(step, jax.tree.unflatten(jax.tree.structure(abstract_tree), restored), stored.meta)
@@ -185,7 +185,7 @@ class CheckpointStore:
         """Restore the newest valid checkpoint; None when there is none.
 
         Raises:
-            CheckpointError: when the newest valid checkpoint does not fit `abstract_tree` (see `restore`).
+            StageCheckpointError: when the newest valid checkpoint does not fit `abstract_tree` (see `restore`).
         """
         step = self.latest_valid()
         return None if step is None else self.restore(step, abstract_tree, subset=subset)
@@ -222,12 +222,12 @@ class CheckpointStore:
                 self._verified.add(step)
                 intact += 1
 
-    def _failed(self, step: int, error: Exception) -> CheckpointError:
+    def _failed(self, step: int, error: Exception) -> StageCheckpointError:
         self._pending = None
         target = self.directory / str(step)
         for leftover in self._unfinished() if is_main() else ():
             shutil.rmtree(leftover, ignore_errors=True)
-        return CheckpointError(
+        return StageCheckpointError(
             f"checkpoint {target} cannot be written: {_first_line(error)} Earlier checkpoints are intact. Check free space and "
             "permissions, then run the same command again."
         )
@@ -251,7 +251,7 @@ class CheckpointStore:
                     return f"{name} has {size} bytes, {recorded['bytes']} were written"
                 if _fingerprint(path) != recorded:
                     return f"{name} does not hold the bytes that were written"
-        except CheckpointError as error:
+        except StageCheckpointError as error:
             return str(error)
         except OSError as error:
             return f"cannot be read: {error}"
@@ -267,9 +267,9 @@ class CheckpointStore:
             if not manifest["files"] or not all({"bytes", "crc32"} <= set(entry) for entry in manifest["files"].values()):
                 raise ValueError("no file is recorded")
         except FileNotFoundError:
-            raise CheckpointError(f"no complete checkpoint: {path} does not exist") from None
+            raise StageCheckpointError(f"no complete checkpoint: {path} does not exist") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is damaged: {_first_line(error)}") from error
+            raise StageCheckpointError(f"{path} is damaged: {_first_line(error)}") from error
         return manifest
 
     def _require_match(self, step: int, leaves: Mapping[str, Any], subset: bool) -> None:
@@ -287,7 +287,7 @@ class CheckpointStore:
                 )
         if problems:
             more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-            raise CheckpointError(
+            raise StageCheckpointError(
                 f"checkpoint {self.directory / str(step)} does not fit: {'; '.join(problems[:8])}{more}. Use the config the "
                 "checkpoint was made with (config.json of its run)."
             )

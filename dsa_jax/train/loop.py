@@ -81,7 +81,7 @@ def run_stage(
     Raises:
         NotFiniteError: by `train.nan_policy`.
         RunError: where there is no batch for a step; the steps before it are saved (by a single process).
-        CheckpointError: where saving or restoring fails.
+        StageCheckpointError: where saving or restoring fails.
     """
     config, data, stop = training.config, training.data, training.stop
     settings: StageConfig = getattr(config.train, stage.name)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dsa_jax.checkpoints.hf.errors import CheckpointError
+from dsa_jax.checkpoints.hf import CheckpointError
 
 _REQUIRED = object()
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Int64, Shaped
 
-from dsa_jax.checkpoints.hf.errors import CheckpointError
+from dsa_jax.checkpoints.hf import CheckpointError
 from dsa_jax.config.model import FP8_BLOCKS, IndexerConfig, ModelConfig
 from pallas_kernels.quantize.blocks import WEIGHT_BLOCK
 

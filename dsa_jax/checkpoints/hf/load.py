@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
-from dsa_jax.checkpoints.hf.errors import CheckpointError
+from dsa_jax.checkpoints.hf import CheckpointError
 from dsa_jax.checkpoints.hf.families import FAMILIES
 from dsa_jax.checkpoints.hf.fp8 import block_size
 from dsa_jax.checkpoints.hf.index_rope import from_stored, is_reordered

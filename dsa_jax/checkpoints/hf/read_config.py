@@ -10,8 +10,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from dsa_jax.checkpoints.hf import CheckpointError
 from dsa_jax.checkpoints.hf.config_fields import Fields
-from dsa_jax.checkpoints.hf.errors import CheckpointError
 from dsa_jax.checkpoints.hf.families import FAMILIES, HARMLESS, OWN_FIELD, OWN_MODEL_TYPE, UNSUPPORTED, Family
 from dsa_jax.checkpoints.hf.fp8 import block_size
 from dsa_jax.checkpoints.hf.names import EMBEDDING

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
-from dsa_jax.checkpoints.hf.errors import CheckpointError
+from dsa_jax.checkpoints.hf import CheckpointError
 from dsa_jax.checkpoints.hf.families import FAMILIES, OWN_MODEL_TYPE
 from dsa_jax.checkpoints.hf.index_rope import is_reordered, to_stored
 from dsa_jax.checkpoints.hf.names import Piece, pieces, tensor_name

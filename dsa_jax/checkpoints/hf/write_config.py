@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsa_jax.checkpoints.hf.errors import CheckpointError
+from dsa_jax.checkpoints.hf import CheckpointError
 from dsa_jax.checkpoints.hf.families import FAMILIES, OWN_FIELD, OWN_MODEL_TYPE
 from dsa_jax.checkpoints.hf.index_rope import is_reordered
 from dsa_jax.checkpoints.hf.read_config import parse_config
