@@ -130,8 +130,8 @@ def _read_parameters(
     directory: Path, content: dict[str, Any], config: ModelConfig, shapes: dict[str, Any], where: Placement | None
 ) -> dict[str, jax.Array]:
     block = block_size(content, directory / "config.json")
-    latent = config.family in FAMILIES and FAMILIES[config.family].kind == "mla"
-    n_mtp_layers = count_mtp_layers(content, directory / "config.json") if latent else 0
+    family = FAMILIES.get(config.family)
+    n_mtp_layers = count_mtp_layers(content, directory / "config.json") if family and family.mtp_layers else 0
     loaded: dict[str, jax.Array] = {}
     reordered = is_reordered(config, config.family, bool(content.get("indexer_rope_interleave", True)))
     in_order = functools.partial(from_stored, config) if reordered else lambda path, value: value
