@@ -130,10 +130,10 @@ def _read_parameters(
     directory: Path, content: dict[str, Any], config: ModelConfig, shapes: dict[str, Any], where: Placement | None
 ) -> dict[str, jax.Array]:
     block = block_size(content, directory / "config.json")
-    family = FAMILIES.get(config.family)
+    family = FAMILIES.get(content["model_type"])
     n_mtp_layers = count_mtp_layers(content, directory / "config.json") if family and family.mtp_layers else 0
     loaded: dict[str, jax.Array] = {}
-    reordered = is_reordered(config, config.family, bool(content.get("indexer_rope_interleave", True)))
+    reordered = is_reordered(config, content["model_type"], bool(content.get("indexer_rope_interleave", True)))
     in_order = functools.partial(from_stored, config) if reordered else lambda path, value: value
     with Weights(directory) as weights:
         kernels = {path: leaf for path, leaf in shapes.items() if not is_block_scales_path(path)}

@@ -17,7 +17,7 @@ from dsa_jax.checkpoints.hf.families import (
     register_family,
     registered_family,
 )
-from tests.dsa_jax.checkpoints.hf.test_save import assert_same, config_json
+from tests.dsa_jax.checkpoints.hf.test_save import assert_same, config_json, drawn
 from tests.dsa_jax.checkpoints.hf.tiny import CASES, LAYERS, config_of, read_tensors, tensors_of, write_checkpoint
 
 LLAMA, DEEPSEEK_V3 = FAMILIES["llama"], FAMILIES["deepseek_v3"]
@@ -252,3 +252,15 @@ def test_a_name_is_given_once():
         assert FAMILIES["toy"] is TOY
         raise KeyError
     assert "toy" not in FAMILIES
+
+
+def test_a_model_of_no_family_keeps_the_order_of_its_index_channels(tmp_path):
+    """Its family of origin stores them interleaved; what is written without a family is as it is here."""
+    config = read_model_config(write_checkpoint(tmp_path / "glm", config_of("glm_moe_dsa", indexer_rope_interleave=False), {}))
+    config.moe.scoring, config.moe.use_score_bias = "softmax", False
+    params = drawn(config)
+    save_pretrained(tmp_path / "ours", config, params)
+    assert config_json(tmp_path / "ours")["model_type"] == "dsa_jax"
+    loaded = load_pretrained(tmp_path / "ours")
+    assert loaded.config == config
+    assert_same(loaded.params, params)
