@@ -1,12 +1,15 @@
 """Hugging Face checkpoints in and out: config.json, sharded safetensors, fp8 blocks, tokenizer files.
 
-The names below load on first use: whoever only wants to catch `CheckpointError` loads no accelerator library.
+Functions load on first use, so that catching `CheckpointError` imports no accelerator library.
 """
 
 import importlib
 from typing import Any
 
-from dsa_jax.checkpoints.hf.errors import CheckpointError
+
+class CheckpointError(ValueError):
+    """A Hugging Face checkpoint cannot be read or written: the message names the file, the tensor and what to do."""
+
 
 _HOME = {
     "load_pretrained": "dsa_jax.checkpoints.hf.load",

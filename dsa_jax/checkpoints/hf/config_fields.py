@@ -1,77 +1,81 @@
-"""Fields of a config.json by name and kind, with errors that name the file, the field and its value."""
+"""Fields of a config.json by name and type, with errors that name the file, the field and its value."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dsa_jax.checkpoints.hf.errors import CheckpointError
+from dsa_jax.checkpoints.hf import CheckpointError
 
 _REQUIRED = object()
 
 
 class Fields:
-    """The content of a config.json (or of an object inside it) with the family's defaults; remembers what was asked for.
+    """The content of a config.json, or of an object inside it; remembers which fields were asked for.
 
-    null counts as absent.
+    An absent field, or null, has the family's default, else the one given to the method, else it is an error.
     """
 
-    def __init__(self, file: Path, content: dict[str, Any], defaults: dict[str, Any], *, prefix: str = "") -> None:
+    def __init__(self, file: Path, content: dict[str, Any], defaults: Mapping[str, Any], *, prefix: str = "") -> None:
         self.file = file
         self.content = content
         self.asked: set[str] = set()
         self._defaults = defaults
         self._prefix = prefix
 
-    def whole(self, name: str, default: Any = _REQUIRED) -> int:
-        """A whole number."""
+    def whole(self, name: str, default: Any = _REQUIRED, *, null: Any = None) -> int:
+        """An integer; `null` is what an explicit null stands for, if it is not as good as absent."""
+        if null is not None and self.stated(name) is None:
+            return null
         value = self._value(name, default)
         if type(value) is float and value.is_integer():
             return int(value)
-        if type(value) is not int:
-            self.fail(name, "a whole number")
-        return value
+        return self._of_type(name, value, (int,), "a whole number")
 
     def number(self, name: str, default: Any = _REQUIRED) -> float:
         """A number."""
-        value = self._value(name, default)
-        if type(value) not in (int, float):
-            self.fail(name, "a number")
-        return float(value)
+        return float(self._of_type(name, self._value(name, default), (int, float), "a number"))
 
     def flag(self, name: str, default: Any = _REQUIRED) -> bool:
         """true or false; an explicit null is false, as Python's truth has it in transformers."""
-        if self.content.get(name, default) is None:
-            self.asked.add(name)
+        self.asked.add(name)
+        if name in self.content and self.content[name] is None:
             return False
-        value = self._value(name, default)
-        if type(value) is not bool:
-            self.fail(name, "true or false")
-        return value
+        return self._of_type(name, self._value(name, default), (bool,), "true or false")
 
     def text(self, name: str, default: Any = _REQUIRED) -> str:
         """A string."""
-        value = self._value(name, default)
-        if type(value) is not str:
-            self.fail(name, "text")
-        return value
+        return self._of_type(name, self._value(name, default), (str,), "text")
 
     def has(self, name: str) -> bool:
         """Whether the content itself gives the field a value."""
         self.asked.add(name)
         return self.content.get(name) is not None
 
+    def stated(self, name: str) -> Any:
+        """The value as it stands, whatever its type: null is None, and the family's default replaces an absent field only."""
+        self.asked.add(name)
+        if name in self.content:
+            return self.content[name]
+        if name in self._defaults:
+            return self._defaults[name]
+        return self._value(name, _REQUIRED)
+
     def fail(self, name: str, expected: str) -> NoReturn:
         """Raise for the value of `name`."""
         value = self.content.get(name, self._defaults.get(name))
         raise CheckpointError(f"{self.file}: {self._prefix}{name} is {value!r}; expected {expected}.")
 
+    def _of_type(self, name: str, value: Any, types: tuple[type, ...], expected: str) -> Any:
+        if type(value) not in types:
+            self.fail(name, expected)
+        return value
+
     def _value(self, name: str, default: Any) -> Any:
         self.asked.add(name)
-        value = self.content.get(name)
-        if value is None:
-            value = self._defaults.get(name) if default is _REQUIRED else default
-        if value is None:
-            raise CheckpointError(
-                f"{self.file} lacks {self._prefix}{name}, without which the model is not defined. Get config.json from the "
-                "checkpoint's source."
-            )
-        return value
+        for value in (self.content.get(name), self._defaults.get(name), default):
+            if value is not None and value is not _REQUIRED:
+                return value
+        raise CheckpointError(
+            f"{self.file} lacks {self._prefix}{name}, without which the model is not defined. Get config.json from the "
+            "checkpoint's source."
+        )

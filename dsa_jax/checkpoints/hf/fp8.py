@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from dsa_jax.checkpoints.hf.errors import CheckpointError
+from dsa_jax.checkpoints.hf import CheckpointError
 
 SCALE_SUFFIX = "_scale_inv"
 _DEFAULT_BLOCK = (128, 128)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
-from dsa_jax.checkpoints.hf.errors import CheckpointError
+from dsa_jax.checkpoints.hf import CheckpointError
 from dsa_jax.checkpoints.hf.families import FAMILIES
 from dsa_jax.checkpoints.hf.fp8 import block_size
 from dsa_jax.checkpoints.hf.index_rope import from_stored, is_reordered
@@ -133,10 +133,10 @@ def _read_parameters(
     directory: Path, content: dict[str, Any], config: ModelConfig, shapes: dict[str, Any], where: Placement | None
 ) -> dict[str, jax.Array]:
     block = block_size(content, directory / "config.json")
-    latent = config.family in FAMILIES and FAMILIES[config.family].kind == "mla"
-    n_mtp_layers = count_mtp_layers(content, directory / "config.json") if latent else 0
+    family = FAMILIES.get(content["model_type"])
+    n_mtp_layers = count_mtp_layers(content, directory / "config.json") if family and family.mtp_layers else 0
     loaded: dict[str, jax.Array] = {}
-    reordered = is_reordered(config, config.family, bool(content.get("indexer_rope_interleave", True)))
+    reordered = is_reordered(config, content["model_type"], bool(content.get("indexer_rope_interleave", True)))
     in_order = functools.partial(from_stored, config) if reordered else lambda path, value: value
     with Weights(directory) as weights:
         kernels = {path: leaf for path, leaf in shapes.items() if not is_block_scales_path(path)}

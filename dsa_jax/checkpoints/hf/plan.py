@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Shaped
 
-from dsa_jax.checkpoints.hf.errors import CheckpointError
+from dsa_jax.checkpoints.hf import CheckpointError
 from dsa_jax.checkpoints.hf.fp8 import SCALE_SUFFIX, check_grid, dequantize_blocks
 from dsa_jax.checkpoints.hf.names import EMBEDDING, HEAD, pieces, tensor_name
 from dsa_jax.checkpoints.hf.safetensors_file import DTYPES, TensorInfo

@@ -7,12 +7,22 @@ wins.
 """
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dsa_jax.checkpoints.hf import CheckpointError
 from dsa_jax.checkpoints.hf.config_fields import Fields
-from dsa_jax.checkpoints.hf.errors import CheckpointError
-from dsa_jax.checkpoints.hf.families import FAMILIES, HARMLESS, OWN_FIELD, OWN_MODEL_TYPE, UNSUPPORTED, Family
+from dsa_jax.checkpoints.hf.families import (
+    EXPERT_COUNTS,
+    EXTRA_FIELD,
+    FALLBACK_MODEL_TYPE,
+    FAMILIES,
+    HARMLESS,
+    UNSUPPORTED,
+    Family,
+    Router,
+)
 from dsa_jax.checkpoints.hf.fp8 import block_size
 from dsa_jax.checkpoints.hf.names import EMBEDDING
 from dsa_jax.checkpoints.hf.rope_fields import read_rope
@@ -55,8 +65,8 @@ def parse_config(content: dict[str, Any], file: Path) -> ModelConfig:
     """
     model_type = content.get("model_type")
     try:
-        if model_type == OWN_MODEL_TYPE:
-            config = _own_config(content, file)
+        if model_type == FALLBACK_MODEL_TYPE:
+            config = _whole_config(content, file)
         elif model_type in FAMILIES:
             config = _family_config(content, file)
         else:
@@ -69,25 +79,28 @@ def parse_config(content: dict[str, Any], file: Path) -> ModelConfig:
     return config
 
 
-def _own_config(content: dict[str, Any], file: Path) -> ModelConfig:
-    own = content.get(OWN_FIELD)
-    if not isinstance(own, dict) or not isinstance(own.get("model"), dict):
-        raise CheckpointError(f"{file}: model_type is {OWN_MODEL_TYPE!r}, but {OWN_FIELD}.model is missing. Export it again.")
-    return from_dict(ModelConfig, own["model"])
+def _whole_config(content: dict[str, Any], file: Path) -> ModelConfig:
+    whole = content.get(EXTRA_FIELD)
+    if not isinstance(whole, dict) or not isinstance(whole.get("model"), dict):
+        raise CheckpointError(
+            f"{file}: model_type is {FALLBACK_MODEL_TYPE!r}, but {EXTRA_FIELD}.model is missing. Export it again."
+        )
+    return from_dict(ModelConfig, whole["model"])
 
 
 def _family_config(content: dict[str, Any], file: Path) -> ModelConfig:
     family = FAMILIES[content["model_type"]]
     fields = Fields(file, content, family.defaults)
-    _refuse_unsupported(fields)
     n_layers = fields.whole("num_hidden_layers")
-    attention = _gqa(fields, family) if family.kind == "gqa" else _mla(fields, family)
+    _refuse_unsupported(fields, family)
+    _refuse_windows(fields, family, n_layers)
+    attention = _ATTENTION[family.attention](fields, family)
     attention.rope = read_rope(fields)
     attention.indexer = _indexer(fields, family, attention, n_layers)
     if attention.indexer.enabled:
         attention.layer_types = _indexer_types(fields, n_layers)
     attention.mode = "sparse" if attention.indexer.enabled else "dense"
-    moe = _experts(fields, family, n_layers) if family.experts else MoEConfig()
+    moe = MoEConfig() if family.router is None else _experts(fields, family.router, n_layers)
     dtype = stated_dtype(content)
     if dtype is not None and dtype not in _DTYPES:
         fields.fail("dtype" if content.get("dtype") else "torch_dtype", f"one of {', '.join(_DTYPES)}")
@@ -110,46 +123,75 @@ def _family_config(content: dict[str, Any], file: Path) -> ModelConfig:
         attention=attention,
         moe=moe,
     )
-    if fields.has(OWN_FIELD):
-        config = _with_own_fields(config, fields)
+    if fields.has(EXTRA_FIELD):
+        config = _with_extra_fields(config, fields)
     if unknown := sorted(content.keys() - fields.asked - HARMLESS - UNSUPPORTED.keys()):
         _LOG.warning("%s: ignoring fields that are not known: %s", file, ", ".join(unknown))
     return config
 
 
-def _refuse_unsupported(fields: Fields) -> None:
+def _refuse_unsupported(fields: Fields, family: Family) -> None:
+    required = {*family.defaults, family.rotated, "hidden_act"}
     for name, neutral in UNSUPPORTED.items():
-        value = fields.content.get(name)
+        value = fields.stated(name) if name in required else fields.content.get(name)
         if value is not None and value not in neutral:
             allowed = " or ".join(str(each) for each in neutral)
             fields.fail(name, f"{allowed}: nothing else is computed" if neutral else "null: it is not computed")
-    kind = fields.content["model_type"]
-    window = fields.content.get("sliding_window", 4096 if kind.startswith("qwen3") else None)
-    if window is not None and fields.content.get("use_sliding_window", kind == "llama"):
-        first = fields.whole("max_window_layers", 28) if kind == "qwen3" else 0
-        if first < fields.whole("num_hidden_layers"):
-            fields.fail("sliding_window", "null, or use_sliding_window false: only full attention is computed")
-    layer_types = fields.content.get("layer_types")
-    fields.asked.add("layer_types")
+
+
+def _refuse_windows(fields: Fields, family: Family, n_layers: int) -> None:
+    """Refuse a sliding window in any layer; the family's row says what turns one on."""
     # The last one is what transformers first called the one before.
     computed = ("full_attention", "indexed_attention", "deepseek_sparse_attention")
-    if layer_types is not None and not (isinstance(layer_types, list) and all(kind in computed for kind in layer_types)):
-        fields.fail("layer_types", f"a list of {', '.join(computed)}")
+    by_layer = family.windows == "layer_types"
+    if fields.has("layer_types") or by_layer:
+        kinds = fields.stated("layer_types")
+        if not isinstance(kinds, list) or not all(kind in computed for kind in kinds):
+            fields.fail("layer_types", f"a list of {', '.join(computed)}")
+    if by_layer:
+        return
+    first = fields.whole("max_window_layers") if family.windows == "max_window_layers" else 0
+    if family.windows == "none":
+        size, is_on = fields.content.get("sliding_window"), fields.flag("use_sliding_window", True)
+    else:
+        size = fields.stated("sliding_window")
+        is_on = family.windows == "sliding_window" or fields.flag("use_sliding_window")
+    if size is not None and is_on and first < n_layers:
+        fields.fail("sliding_window", "null, or use_sliding_window false: only full attention is computed")
+
+
+def _rope_layout(fields: Fields, family: Family) -> str:
+    by_field = family.rope_layout == "rope_interleave"
+    usual = family.rope_layout == "interleaved"
+    interleaved = fields.flag("rope_interleave") if by_field else fields.flag("rope_interleave", usual)
+    if not by_field and interleaved != usual:
+        fields.fail("rope_interleave", f"{str(usual).lower()}, which this family always is")
+    return "interleaved" if interleaved else "half_split"
+
+
+def _biases(fields: Fields, family: Family) -> tuple[bool, bool]:
+    """Whether q, k and v have a bias, and whether the output projection has."""
+    if family.biases == "qkv":
+        return True, False
+    stated = fields.flag("attention_bias", False)
+    if stated and family.biases == "none":
+        fields.fail("attention_bias", "false: this family is computed without biases")
+    return stated, stated and family.biases == "attention_bias"
 
 
 def _gqa(fields: Fields, family: Family) -> AttentionConfig:
     n_heads = fields.whole("num_attention_heads")
-    bias = fields.flag("attention_bias")
-    default_dim = family.defaults.get("head_dim") or fields.whole("hidden_size") // n_heads
+    head_dim = fields.whole("hidden_size") // n_heads
+    use_bias, use_out_bias = _biases(fields, family)
     return AttentionConfig(
         kind="gqa",
         n_heads=n_heads,
         n_kv_heads=fields.whole("num_key_value_heads", n_heads),
-        head_dim=fields.whole("head_dim", default_dim),
-        rope_layout="half_split",
+        head_dim=fields.whole("head_dim", head_dim) if family.head_dim == "stated" else head_dim,
+        rope_layout=_rope_layout(fields, family),
         qk_norm=family.qk_norm,
-        use_bias=bias,
-        use_out_bias=bias,
+        use_bias=use_bias,
+        use_out_bias=use_out_bias,
     )
 
 
@@ -157,45 +199,41 @@ def _mla(fields: Fields, family: Family) -> AttentionConfig:
     n_heads = fields.whole("num_attention_heads")
     if fields.whole("num_key_value_heads", n_heads) != n_heads:
         fields.fail("num_key_value_heads", f"num_attention_heads ({n_heads}), since the latent expands to every head")
-    if fields.flag("attention_bias"):
+    if any(_biases(fields, family)):
         fields.fail("attention_bias", "false in a model with latent attention")
-    interleaved = fields.flag("rope_interleave", True)
-    if not interleaved and family.latent_rope != "by field":
-        fields.fail("rope_interleave", "true, which this family always is")
-    if fields.content.get("q_lora_rank", 0) is None:
-        fields.asked.add("q_lora_rank")
-        q_lora_rank = 0
-    else:
-        q_lora_rank = fields.whole("q_lora_rank")
     rope_dim = fields.whole("qk_rope_head_dim")
-    if fields.content["model_type"] == "glm4_moe_lite" and fields.whole("head_dim", rope_dim) != rope_dim:
+    if family.head_dim == "rotary" and fields.whole("head_dim", rope_dim) != rope_dim:
         fields.fail("head_dim", f"qk_rope_head_dim ({rope_dim})")
     return AttentionConfig(
         kind="mla",
         n_heads=n_heads,
-        q_lora_rank=q_lora_rank,
+        q_lora_rank=fields.whole("q_lora_rank", null=0),
         kv_lora_rank=fields.whole("kv_lora_rank"),
         qk_nope_head_dim=fields.whole("qk_nope_head_dim"),
         qk_rope_head_dim=rope_dim,
         v_head_dim=fields.whole("v_head_dim"),
-        rope_layout="interleaved" if interleaved else "half_split",
+        rope_layout=_rope_layout(fields, family),
         # Not rms_norm_eps: transformers builds the two latent norms with their default.
         latent_norm_eps=fields.number("latent_norm_eps", 1e-6),
     )
 
 
+_ATTENTION: dict[str, Callable[[Fields, Family], AttentionConfig]] = {"gqa": _gqa, "mla": _mla}
+
+
 def _indexer(fields: Fields, family: Family, attention: AttentionConfig, n_layers: int) -> IndexerConfig:
-    if not family.has_indexer and not fields.has("index_topk"):
+    if family.indexer is None and not fields.has("index_topk"):
         return IndexerConfig()
-    if family.has_indexer and rotary_magnitude(Rope(2, "half_split", attention.rope)) != 1.0:
+    if family.indexer and rotary_magnitude(Rope(2, "half_split", attention.rope)) != 1.0:
         raise CheckpointError(
             f"{fields.file}: the rotary scaling has a magnitude other than 1, by attention_factor or by mscale over "
             "mscale_all_dim, and readers disagree on whether it enters the indexer; expected mscale equal to mscale_all_dim."
         )
-    if family.has_indexer and not attention.q_lora_rank:
+    if family.indexer and not attention.q_lora_rank:
         fields.fail("q_lora_rank", "a positive rank: the indexer reads the query latent")
-    rope_dim = attention.qk_rope_head_dim if family.kind == "mla" else attention.head_dim
-    interleaved = fields.flag("indexer_rope_interleave", family.index_rope == "interleaved")
+    rope_dim = attention.qk_rope_head_dim if attention.kind == "mla" else attention.head_dim
+    usual = "half_split" if family.indexer is None else family.indexer.rope_layout
+    interleaved = fields.flag("indexer_rope_interleave", usual == "interleaved")
     return IndexerConfig(
         enabled=True,
         n_heads=fields.whole("index_n_heads"),
@@ -227,90 +265,84 @@ def _indexer_types(fields: Fields, n_layers: int) -> tuple[str, ...]:
     return () if set(kinds) == {"full"} else tuple(kinds)
 
 
-def _experts(fields: Fields, family: Family, n_layers: int) -> MoEConfig:
-    n_dense = _n_dense_layers(fields, n_layers)
-    names = ("n_routed_experts", "num_local_experts", "num_experts")
-    counts = {name: fields.whole(name) for name in names if fields.has(name)}
+def _experts(fields: Fields, router: Router, n_layers: int) -> MoEConfig:
+    n_dense = _n_dense_layers(fields, router, n_layers)
+    counts = {name: fields.whole(name) for name in EXPERT_COUNTS if fields.has(name)}
     if len(set(counts.values())) > 1:
         raise CheckpointError(f"{fields.file}: {counts} disagree; expected one number of experts.")
     n_experts = next(iter(counts.values()), 0)
-    shared_and_scale: dict[str, Any] = {}
-    if family.kind == "mla":
-        shared = 0 if fields.content.get("n_shared_experts", 0) is None else fields.whole("n_shared_experts")
-        shared_and_scale = {"n_shared_experts": shared, "routed_scale": fields.number("routed_scaling_factor")}
-        if fields.text("scoring_func") != family.scoring:
-            fields.fail("scoring_func", f"{family.scoring!r}, which this family always uses")
-    normalize = fields.flag("norm_topk_prob")
-    groups = _groups(fields, family)
+    shared = 0 if router.shared_experts == "none" else fields.whole(router.shared_experts, null=0)
+    scale = 1.0 if router.routed_scale == "none" else fields.number(router.routed_scale)
+    if fields.text("scoring_func", router.scoring) != router.scoring:
+        fields.fail("scoring_func", f"{router.scoring!r}, which this family always uses")
+    by_field, always = router.normalize == "norm_topk_prob", router.normalize == "always"
+    normalize = fields.flag("norm_topk_prob") if by_field else fields.flag("norm_topk_prob", always)
+    groups = _groups(fields, router)
     if n_dense == n_layers:
         fields.asked |= {"num_experts_per_tok", "moe_intermediate_size"}
         return MoEConfig()
     if n_experts == 0:
-        fields.fail(names[0] if family.kind == "mla" else "num_experts", "a positive number of experts")
-    if fields.content["model_type"] == "deepseek_v2" and normalize:
-        fields.fail("norm_topk_prob", "false: published code disagrees on what true means in this family")
+        fields.fail(router.n_experts, "a positive number of experts")
+    if not by_field and normalize != always:
+        fields.fail("norm_topk_prob", f"{str(always).lower()}, the only meaning that published code of this family agrees on")
     return MoEConfig(
         n_routed_experts=n_experts,
         n_experts_per_token=fields.whole("num_experts_per_tok"),
+        n_shared_experts=shared,
         expert_dim=fields.whole("moe_intermediate_size"),
         n_dense_layers=n_dense,
-        scoring=family.scoring,
-        group_score=family.group_score,
+        scoring=router.scoring,
+        group_score=router.group_score,
         normalize_weights=normalize,
-        use_score_bias=family.scoring == "sigmoid",
+        routed_scale=scale,
+        use_score_bias=router.score_bias,
         **groups,
-        **shared_and_scale,
     )
 
 
-def _n_dense_layers(fields: Fields, n_layers: int) -> int:
+def _n_dense_layers(fields: Fields, router: Router, n_layers: int) -> int:
     """Leading layers with a dense MLP; all others must have experts."""
     if fields.has("mlp_layer_types"):
         kinds = list(fields.content["mlp_layer_types"])[:n_layers]
         n_dense = next((i for i, kind in enumerate(kinds) if kind != "dense"), len(kinds))
         if len(kinds) < n_layers or set(kinds[n_dense:]) - {"sparse"}:
             fields.fail("mlp_layer_types", f"'dense' for the first layers, then 'sparse', {n_layers} in all")
-        fields.asked.add("first_k_dense_replace")
+        fields.asked.add(router.dense_layers)
         return n_dense
-    if fields.content["model_type"] == "qwen3_moe":
-        dense = sorted(fields.content.get("mlp_only_layers") or [])
-        if dense != list(range(len(dense))):
-            fields.fail("mlp_only_layers", "the first layers, if any")
-        return min(len(dense), n_layers)
-    return min(fields.whole("first_k_dense_replace"), n_layers)
+    if router.dense_layers == "none":
+        return 0
+    if router.dense_layers == "first_k_dense_replace":
+        return min(fields.whole(router.dense_layers), n_layers)
+    dense = sorted(fields.stated(router.dense_layers) or [])
+    if dense != list(range(len(dense))):
+        fields.fail(router.dense_layers, "the first layers, if any")
+    return min(len(dense), n_layers)
 
 
-def _groups(fields: Fields, family: Family) -> dict[str, int]:
-    if family.kind == "gqa":
+def _groups(fields: Fields, router: Router) -> dict[str, int]:
+    """Settings of `MoEConfig` for experts in groups."""
+    if not router.topk_methods:
         return {}
-    method = fields.text("topk_method")
-    n_groups, topk_groups = (
-        fields.whole("n_group", family.defaults["n_group"] or 1),
-        fields.whole("topk_group", family.defaults["topk_group"] or 1),
-    )
-    if family.scoring == "sigmoid":
-        if method != "noaux_tc":
-            fields.fail("topk_method", "'noaux_tc', which this family always uses")
-    elif method == "greedy":
-        n_groups = topk_groups = 1
-    elif method != "group_limited_greedy":
-        fields.fail("topk_method", "'greedy' or 'group_limited_greedy'")
-    return {"n_groups": n_groups, "topk_groups": topk_groups}
+    method = fields.text("topk_method", router.topk_methods[0])
+    if method not in router.topk_methods:
+        fields.fail("topk_method", f"{' or '.join(map(repr, router.topk_methods))}, as this family always uses")
+    n_groups, topk_groups = fields.whole("n_group", 1), fields.whole("topk_group", 1)
+    return {} if method == "greedy" else {"n_groups": n_groups, "topk_groups": topk_groups}
 
 
-def _with_own_fields(config: ModelConfig, fields: Fields) -> ModelConfig:
-    """Apply what only this project writes: values by their dotted name in `ModelConfig`."""
-    own = fields.content[OWN_FIELD]
-    if not isinstance(own, dict):
-        fields.fail(OWN_FIELD, "an object of fields by dotted name")
+def _with_extra_fields(config: ModelConfig, fields: Fields) -> ModelConfig:
+    """Apply the settings that only this project writes: values by their dotted name in `ModelConfig`."""
+    extra = fields.content[EXTRA_FIELD]
+    if not isinstance(extra, dict):
+        fields.fail(EXTRA_FIELD, "an object of fields by dotted name")
     values = to_dict(config)
-    for name, value in own.items():
+    for name, value in extra.items():
         *folders, last = name.split(".")
         place: Any = values
         for folder in folders:
             place = place.get(folder) if isinstance(place, dict) else None
         if not isinstance(place, dict) or last not in place:
-            raise CheckpointError(f"{fields.file}: {OWN_FIELD}.{name} is no field of a model config.")
+            raise CheckpointError(f"{fields.file}: {EXTRA_FIELD}.{name} is no field of a model config.")
         place[last] = value
     return from_dict(ModelConfig, values)
 

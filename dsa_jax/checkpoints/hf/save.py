@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
-from dsa_jax.checkpoints.hf.errors import CheckpointError
-from dsa_jax.checkpoints.hf.families import FAMILIES, OWN_MODEL_TYPE
+from dsa_jax.checkpoints.hf import CheckpointError
+from dsa_jax.checkpoints.hf.families import FAMILIES, Family
 from dsa_jax.checkpoints.hf.index_rope import is_reordered, to_stored
 from dsa_jax.checkpoints.hf.names import Piece, pieces, tensor_name
 from dsa_jax.checkpoints.hf.safetensors_file import TensorToWrite, write_file
@@ -74,10 +74,8 @@ def save_pretrained(
     _check_target(target)
     layout = choose_layout(config)
     if is_reordered(config, layout.model_type):
-        leaves = to_stored(config, leaves)
-    tensors = _tensors(config, leaves)
-    if layout.model_type in FAMILIES:
-        tensors += _zero_biases(config)
+        leaves = {path: to_stored(config, path, leaf) for path, leaf in leaves.items()}
+    tensors = _tensors(config, leaves) + _zero_biases(config, FAMILIES.get(layout.model_type))
     content = dict(layout.content)
     if config.weight_format == FP8_BLOCKS and _are_powers_of_two(leaves):
         content["quantization_config"] = content["quantization_config"] | {"scale_fmt": "ue8m0"}
@@ -191,10 +189,11 @@ def _is_exact_in(leaf: Any, dtype: np.dtype) -> bool:
     return bool(np.array_equal(value.astype(dtype).astype(value.dtype), value))
 
 
-def _zero_biases(config: ModelConfig) -> list[TensorToWrite]:
-    """Selection biases of zero for a sigmoid router without any, since every family that scores so has them."""
+def _zero_biases(config: ModelConfig, family: Family | None) -> list[TensorToWrite]:
+    """Selection biases of zero for a router without any, where the family has them."""
     moe = config.moe
-    if not moe.n_routed_experts or moe.scoring != "sigmoid" or moe.use_score_bias:
+    expected = family is not None and family.router is not None and family.router.score_bias
+    if not expected or not moe.n_routed_experts or moe.use_score_bias:
         return []
     shape = (moe.n_routed_experts,)
     zeros = lambda: np.zeros(shape, np.float32)
@@ -324,22 +323,21 @@ def _umask() -> int:
 
 
 def _say_who_can_read(target: Path, config: ModelConfig, layout: Layout) -> None:
-    indexer = config.attention.indexer.enabled
+    family = FAMILIES.get(layout.model_type)
     understood = {"attention.indexer.rope_layout"} if is_reordered(config, layout.model_type) else set()
-    if layout.model_type == OWN_MODEL_TYPE:
+    if family is None:
         _LOG.warning("%s: no model family computes what this model does, so only dsa-jax reads it: %s", target, layout.refused)
-    elif indexer and not FAMILIES[layout.model_type].has_indexer:
+    elif config.attention.indexer.enabled and family.indexer is None:
         _LOG.warning(
             "%s is a %s checkpoint with indexer tensors: dsa-jax reads them, others refuse or ignore them and run it dense%s",
             target, layout.model_type, f". {layout.refused}" if layout.refused else "",
         )  # fmt: skip
         understood |= {"attention.mode"} if config.attention.mode == "dense" else set()
     selects_blocks = config.attention.mode in ("coarse_to_fine", "blocks")
-    own = {
-        k: v
-        for k, v in layout.own.items()
-        if k not in understood and (selects_blocks or not k.startswith("attention.indexer.coarse_"))
-    }
-    if own:
-        shown = ", ".join(f"{name} = {value}" for name, value in own.items())
+    shown = ", ".join(
+        f"{name} = {value}"
+        for name, value in layout.extra.items()
+        if name not in understood and (selects_blocks or not name.startswith("attention.indexer.coarse_"))
+    )
+    if shown:
         _LOG.warning("%s: only dsa-jax honours %s; others compute something else", target, shown)

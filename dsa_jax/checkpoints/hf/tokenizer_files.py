@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dsa_jax.checkpoints.hf.errors import CheckpointError
+from dsa_jax.checkpoints.hf import CheckpointError
 from dsa_jax.config.checks import ConfigError
 from dsa_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 

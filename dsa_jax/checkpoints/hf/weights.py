@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from jaxtyping import Shaped
 
-from dsa_jax.checkpoints.hf.errors import CheckpointError
+from dsa_jax.checkpoints.hf import CheckpointError
 from dsa_jax.checkpoints.hf.safetensors_file import TensorInfo, read_header, read_tensor
 
 _LOG = logging.getLogger(__name__)

@@ -9,12 +9,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsa_jax.checkpoints.hf.errors import CheckpointError
-from dsa_jax.checkpoints.hf.families import FAMILIES, OWN_FIELD, OWN_MODEL_TYPE
+from dsa_jax.checkpoints.hf import CheckpointError
+from dsa_jax.checkpoints.hf.families import EXTRA_FIELD, FALLBACK_MODEL_TYPE, FAMILIES, UNSUPPORTED, Router
 from dsa_jax.checkpoints.hf.index_rope import is_reordered
 from dsa_jax.checkpoints.hf.read_config import parse_config
 from dsa_jax.checkpoints.hf.rope_fields import write_rope
-from dsa_jax.config.attention import AttentionConfig, IndexerConfig, RopeConfig, unused_fields
+from dsa_jax.config.attention import FULL, AttentionConfig, IndexerConfig, RopeConfig, unused_fields
 from dsa_jax.config.fields import flatten, to_dict
 from dsa_jax.config.model import (
     FP8_BLOCKS,
@@ -46,14 +46,15 @@ _OF_THE_RUN = frozenset(
 
 
 class Layout(NamedTuple):
-    """What to write as config.json; `own` are the values, by dotted name, that only this project reads.
+    """A config.json.
 
-    `refused` says why a family that says more to other programs cannot hold the model; empty where none can say more.
+    Fields: `extra` holds the settings, by dotted name, that only this project reads; `refused` says why the family that comes
+    closest cannot hold the model, and is empty where it does.
     """
 
     model_type: str
     content: dict[str, Any]
-    own: dict[str, Any]
+    extra: dict[str, Any]
     refused: str = ""
 
 
@@ -85,28 +86,30 @@ def choose_layout(config: ModelConfig) -> Layout:
         except CheckpointError as error:
             refused = refused or f"{model_type} cannot say it ({error})"
             continue
-        own = differences(config, back)
+        extra = differences(config, back)
         soft = _SOFT | {"attention.indexer.rope_layout"} if is_reordered(config, model_type) else _SOFT
-        if own.keys() <= soft:
-            if own:
-                content[OWN_FIELD] = own
-            return Layout(model_type, content, own, refused)
-        unsaid = ", ".join(f"{name} = {value}" for name, value in own.items() if name not in soft)
+        if extra.keys() <= soft:
+            if extra:
+                content[EXTRA_FIELD] = extra
+            return Layout(model_type, content, extra, refused)
+        unsaid = ", ".join(f"{name} = {value}" for name, value in extra.items() if name not in soft)
         refused = refused or f"{model_type} cannot say {unsaid}"
     content = {
-        "model_type": OWN_MODEL_TYPE,
+        "model_type": FALLBACK_MODEL_TYPE,
         "torch_dtype": config.param_dtype,
         "vocab_size": config.vocab_size,
-        OWN_FIELD: {"model": to_dict(dataclasses.replace(config, weight_format=PLAIN))},
+        EXTRA_FIELD: {"model": to_dict(dataclasses.replace(config, weight_format=PLAIN))},
         **_quantization(config),
     }
-    return Layout(OWN_MODEL_TYPE, content, {}, refused)
+    return Layout(FALLBACK_MODEL_TYPE, content, {}, refused)
 
 
-def differences(config: ModelConfig, other: ModelConfig) -> dict[str, Any]:
-    """Values of `config`, by dotted name, where `other` computes something else; what neither uses does not count."""
-    mine, theirs = flatten(to_dict(_canonical(config))), flatten(to_dict(_canonical(other)))
-    return {name: value for name, value in mine.items() if name not in _OF_THE_RUN and value != theirs[name]}
+def differences(config: ModelConfig, back: ModelConfig) -> dict[str, Any]:
+    """Values of `config`, by dotted name, where `back` computes something else; what neither uses does not count."""
+    ours, theirs = _canonical(config), _canonical(back)
+    ours.moe.use_score_bias |= theirs.moe.use_score_bias  # a router without biases is written with biases of zero
+    mine, read = flatten(to_dict(ours)), flatten(to_dict(theirs))
+    return {name: value for name, value in mine.items() if name not in _OF_THE_RUN and value != read[name]}
 
 
 def family_content(config: ModelConfig, model_type: str) -> dict[str, Any]:
@@ -120,12 +123,10 @@ def family_content(config: ModelConfig, model_type: str) -> dict[str, Any]:
         "intermediate_size": config.mlp_dim,
         "num_hidden_layers": config.n_layers,
         "num_attention_heads": attention.n_heads,
-        "num_key_value_heads": attention.n_kv_heads if attention.kind == "gqa" else attention.n_heads,
         "hidden_act": "silu",
         "rms_norm_eps": float(config.norm_eps),
         "initializer_range": float(config.initializer_range),
         "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": attention.kind == "gqa" and attention.use_bias,
         "attention_dropout": 0.0,
         "max_position_embeddings": config.max_positions,
         "bos_token_id": config.bos_token_id if config.bos_token_id >= 0 else None,
@@ -135,15 +136,22 @@ def family_content(config: ModelConfig, model_type: str) -> dict[str, Any]:
         "dtype": config.param_dtype,
         **write_rope(attention.rope),
         **_quantization(config),
+        **_ATTENTION_FIELDS[family.attention](attention),
+        # A family's default may be another value than the one that is computed.
+        **{name: neutral[0] if neutral else None for name, neutral in UNSUPPORTED.items() if name in family.defaults},
     }
-    if attention.kind == "gqa":
-        content["head_dim"] = attention.head_dim
-    else:
-        content |= _mla_content(attention)
-        if family.latent_rope == "by field":
-            content["rope_interleave"] = attention.rope_layout == "interleaved"
-    if family.experts:
-        content |= _expert_content(config, model_type)
+    if family.biases == "qkv":
+        del content["attention_bias"]
+    if family.rope_layout == "rope_interleave":
+        content["rope_interleave"] = attention.rope_layout == "interleaved"
+    if family.windows == "layer_types":
+        content["layer_types"] = ["full_attention"] * config.n_layers
+    elif family.windows != "none":
+        content["sliding_window"] = None
+    if family.router is not None:
+        content |= _expert_content(config, family.router)
+    if family.mtp_layers:
+        content["num_nextn_predict_layers"] = 0
     if attention.indexer.enabled:
         content |= _indexer_content(config, model_type)
     return content
@@ -158,78 +166,85 @@ def _quantization(config: ModelConfig) -> dict[str, Any]:
 
 
 def _candidates(config: ModelConfig) -> list[str]:
-    indexer, n_experts = config.attention.indexer, config.moe.n_routed_experts
-    if config.attention.kind == "gqa":
-        plain = "qwen3" if config.attention.qk_norm else "llama"
-        return list(dict.fromkeys(["qwen3_moe" if n_experts else plain, *_own_family(config)]))
-    first: list[str] = []
-    if indexer.enabled:
-        like_glm = (
-            config.family == "glm_moe_dsa" or indexer.rope_layout == "interleaved" or "shared" in config.attention.layer_types
+    """Families with this kind of attention, the closest first: the family of origin before others that are as close."""
+    attention, indexer = config.attention, config.attention.indexer
+
+    def distance(model_type: str) -> tuple[bool, ...]:
+        family = FAMILIES[model_type]
+        theirs = family.indexer
+        return (
+            (theirs is not None) != indexer.enabled,
+            (family.router is not None) != bool(config.moe.n_routed_experts),
+            family.qk_norm != attention.qk_norm,
+            theirs is not None and "shared" in attention.layer_types and not theirs.shares,
+            model_type != config.family,
+            theirs is not None and theirs.rope_layout != indexer.rope_layout,
         )
-        first = ["glm_moe_dsa" if like_glm else "deepseek_v32"]
-    return list(dict.fromkeys([*first, *_own_family(config), "deepseek_v3", "deepseek_v2"]))
+
+    return sorted((name for name, family in FAMILIES.items() if family.attention == attention.kind), key=distance)
 
 
-def _own_family(config: ModelConfig) -> list[str]:
-    family = FAMILIES.get(config.family)
-    if family is None or family.kind != config.attention.kind or (family.has_indexer and not config.attention.indexer.enabled):
-        return []
-    return [config.family]
-
-
-def _mla_content(attention: AttentionConfig) -> dict[str, Any]:
+def _gqa_fields(attention: AttentionConfig) -> dict[str, Any]:
     return {
+        "num_key_value_heads": attention.n_kv_heads,
+        "head_dim": attention.head_dim,
+        "attention_bias": attention.use_bias,
+    }
+
+
+def _mla_fields(attention: AttentionConfig) -> dict[str, Any]:
+    return {
+        "num_key_value_heads": attention.n_heads,
         "q_lora_rank": attention.q_lora_rank or None,
         "kv_lora_rank": attention.kv_lora_rank,
         "qk_nope_head_dim": attention.qk_nope_head_dim,
         "qk_rope_head_dim": attention.qk_rope_head_dim,
         "v_head_dim": attention.v_head_dim,
         "head_dim": attention.qk_rope_head_dim,
+        "attention_bias": False,
     }
 
 
-def _expert_content(config: ModelConfig, model_type: str) -> dict[str, Any]:
-    moe, family = config.moe, FAMILIES[model_type]
+_ATTENTION_FIELDS = {"gqa": _gqa_fields, "mla": _mla_fields}
+
+
+def _expert_content(config: ModelConfig, router: Router) -> dict[str, Any]:
+    moe = config.moe
     n_dense = moe.n_dense_layers if moe.n_routed_experts else config.n_layers
     content: dict[str, Any] = {
+        router.n_experts: moe.n_routed_experts,
         "num_experts_per_tok": moe.n_experts_per_token,
         "moe_intermediate_size": moe.expert_dim,
         "norm_topk_prob": moe.normalize_weights,
+        router.dense_layers: list(range(n_dense)) if router.dense_layers == "mlp_only_layers" else n_dense,
+        router.shared_experts: moe.n_shared_experts,
+        router.routed_scale: float(moe.routed_scale),
     }
-    if family.kind == "gqa":
-        content |= {"num_experts": moe.n_routed_experts, "decoder_sparse_step": 1, "mlp_only_layers": list(range(n_dense))}
-        return content
-    greedy = "group_limited_greedy" if moe.topk_groups < moe.n_groups else "greedy"
-    content |= {
-        "n_routed_experts": moe.n_routed_experts,
-        "n_shared_experts": moe.n_shared_experts,
-        "first_k_dense_replace": n_dense,
-        "moe_layer_freq": 1,
-        "n_group": moe.n_groups,
-        "topk_group": moe.topk_groups,
-        "topk_method": greedy if model_type == "deepseek_v2" else "noaux_tc",
-        "scoring_func": moe.scoring,
-        "routed_scaling_factor": float(moe.routed_scale),
-        "num_nextn_predict_layers": 0,
-    }
-    if model_type in ("deepseek_v32", "glm_moe_dsa", "glm4_moe_lite"):
+    if router.writes_layer_kinds:
         content["mlp_layer_types"] = ["dense"] * n_dense + ["sparse"] * (config.n_layers - n_dense)
-    return content
+    if router.topk_methods:
+        content |= {
+            "n_group": moe.n_groups,
+            "topk_group": moe.topk_groups,
+            "topk_method": router.topk_methods[-1 if moe.topk_groups < moe.n_groups else 0],
+            "scoring_func": moe.scoring,
+        }
+    return {name: value for name, value in content.items() if name != "none"}
 
 
 def _indexer_content(config: ModelConfig, model_type: str) -> dict[str, Any]:
-    indexer = config.attention.indexer
+    indexer, theirs = config.attention.indexer, FAMILIES[model_type].indexer
     content: dict[str, Any] = {
         "index_n_heads": indexer.n_heads,
         "index_head_dim": indexer.head_dim,
         "index_topk": indexer.topk,
     }
-    if model_type == "glm_moe_dsa" or config.attention.layer_types:
-        content["indexer_types"] = list(config.attention.layer_types or ["full"] * config.n_layers)
-    if model_type == "glm_moe_dsa" or not FAMILIES[model_type].has_indexer:
+    layer_types = config.attention.layer_types
+    if layer_types or (theirs and theirs.shares):
+        content["indexer_types"] = list(layer_types or [FULL] * config.n_layers)
+    if theirs is None or theirs.rope_layout == "interleaved":
         content["indexer_rope_interleave"] = indexer.rope_layout == "interleaved" or is_reordered(config, model_type)
-    if not FAMILIES[model_type].has_indexer:
+    if theirs is None:
         content |= {"index_rope_dim": indexer.rope_dim, "index_norm_eps": indexer.norm_eps}
     return content
 
@@ -252,9 +267,6 @@ def _canonical(config: ModelConfig) -> ModelConfig:
     elif moe.topk_groups == moe.n_groups:
         moe.n_groups = moe.topk_groups = 1
         moe.group_score = MoEConfig().group_score
-    # A sigmoid router without a bias is one whose biases are zero, and is written so.
-    if moe.scoring == "sigmoid":
-        moe.use_score_bias = True
     return config
 
 

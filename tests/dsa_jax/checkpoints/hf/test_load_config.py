@@ -105,7 +105,7 @@ def test_yarn_magnitude(scaling, magnitude, tmp_path):
             "quantization_config.weight_block_size is None",
         ),
         ("qwen3", {"use_sliding_window": True, "max_window_layers": 1}, "sliding_window is 16; expected null"),
-        ("qwen3", {"use_sliding_window": True, "sliding_window": ..., "max_window_layers": 0}, "sliding_window is None"),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": ..., "max_window_layers": 0}, "sliding_window is 4096"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2; expected 1"),
         ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers is [1]"),
         ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob is True"),

@@ -416,4 +416,4 @@ def test_every_family_case_keeps_its_own_layout(tmp_path):
     for case in CASES:
         loaded = load_pretrained(write_checkpoint(tmp_path / case, config_of(case)))
         layout = choose_layout(loaded.config)
-        assert (layout.model_type, layout.own) == (config_of(case)["model_type"], {}), case
+        assert (layout.model_type, layout.extra) == (config_of(case)["model_type"], {}), case
