@@ -13,6 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from dsa_jax.config import ConfigError
+from dsa_jax.config.selections import common_selections
 from experiments.flags import run_main
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory or Hugging Face directory.", required=True)
@@ -22,7 +23,7 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens to write a
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the most probable token; higher is more varied.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the most probable tokens that hold this probability together.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
-_ATTENTION = flags.DEFINE_string("attention", "", "dense, sparse, window, ..., not nsa; empty: as the checkpoint was trained.")
+_ATTENTION = flags.DEFINE_string("attention", "", f"{', '.join(common_selections())}; empty: as it was trained.")
 _CACHE_DTYPE = flags.DEFINE_string("cache_dtype", "", "float32, bfloat16 or fp8; empty: as the model computes.")
 _WEIGHT_FORMAT = flags.DEFINE_enum(
     "weight_format", "plain", ["plain", "fp8_blocks"], "fp8_blocks: keep a Hugging Face checkpoint's weights in fp8."

@@ -17,7 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from dsa_jax.config import Config, ConfigError
+from dsa_jax.config.attention import kinds as attention_kinds
+from dsa_jax.config.selections import eval_rows, selections
 
+_CHOICES = {"{selections}": selections, "{eval_rows}": eval_rows, "{kinds}": attention_kinds}
+"""Words of comments that stand for the choices which rows make."""
 _KIND_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
 
 
@@ -101,7 +105,10 @@ def recipe_fields(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, Any, 
         if dataclasses.is_dataclass(kind):
             yield from recipe_fields(typing.cast(type, kind), f"{name}.")
         else:
-            yield name, kind, getattr(defaults, field.name), comments.get((cls.__name__, field.name), "")
+            comment = comments.get((cls.__name__, field.name), "")
+            for word, choices in _CHOICES.items():
+                comment = comment.replace(word, ", ".join(choices()))
+            yield name, kind, getattr(defaults, field.name), comment
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from configs import quickstart
 from configs.ablations import INDEXER
-from dsa_jax.evals.parity import ROWS
+from dsa_jax.config.selections import eval_rows
 from dsa_jax.sweeps.sweep import Ablation, Variant
 
 SHOWN = ("dense", "sparse", "untrained", "window", "sink_window", "random", "oracle")
@@ -17,7 +17,7 @@ def get_config() -> Ablation:
         axis="the same weights under",
         base=base,
         variants=(
-            *(Variant(ROWS[name].name, row=name) for name in SHOWN),
+            *(Variant(eval_rows()[name].title, row=name) for name in SHOWN),
             Variant("four blocks of 4", row="blocks", at_evaluation={f"{INDEXER}.coarse_block_size": 4}),
         ),
     )

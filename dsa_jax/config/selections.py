@@ -91,6 +91,11 @@ def selections() -> tuple[str, ...]:
     return tuple(_SELECTIONS)
 
 
+def common_selections() -> tuple[str, ...]:
+    """Values of `attention=` that every attention kind answers."""
+    return tuple(row.name for row in _SELECTIONS.values() if not row.kind)
+
+
 def selection(name: str) -> Selection:
     """The row of a value of `attention=` that is known to be one."""
     return _SELECTIONS[name]

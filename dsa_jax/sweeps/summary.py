@@ -103,6 +103,17 @@ def format_table(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _retired(result: Mapping[str, Any]) -> list[str]:
+    """A line for what only an earlier revision can repeat, as `revision` of the sweep or of a variant says."""
+    if "revision" in result:
+        return [f"Revision {result['revision']} repeats this sweep; later ones lack its setting.", ""]
+    retired = [variant for variant in result["variants"] if "revision" in variant]
+    lines = [
+        f"Revision {each['revision']} repeats the variant {each['name']!r}; later ones lack its setting." for each in retired
+    ]
+    return [*lines, ""] if lines else []
+
+
 def format_markdown(result: Mapping[str, Any]) -> str:
     """The result file as a page: question, plot, table, command, seeds, device, versions and time."""
     failures = [f"- {line.name}, {failure}" for line in answers(result) for failure in line.failures]
@@ -117,6 +128,7 @@ def format_markdown(result: Mapping[str, Any]) -> str:
         *format_table(result),
         "",
         *([*failures, ""] if failures else []),
+        *_retired(result),
         f"Command: `{result['command']}`",
         "",
         *(f"{text}." for text in environments(result)),

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from dsa_jax.checkpoints.hf.errors import CheckpointError
+from dsa_jax.checkpoints.hf import CheckpointError
 from dsa_jax.checkpoints.hf.fp8 import SCALE_SUFFIX
 from dsa_jax.config.model import ModelConfig
 from dsa_jax.model import layer_stacks

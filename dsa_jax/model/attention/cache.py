@@ -204,13 +204,13 @@ class LayerCache(NamedTuple):
 
 
 def token_slots(
-    positions: Int[Array, "B *N"],
-    valid: Bool[Array, "B *N"],
+    positions: Int[Array, "B ..."],
+    valid: Bool[Array, "B ..."],
     block_table: Int[Array, "B P"] | None,
     page_size: int,
     *,
     n_slots: int,
-) -> Int[Array, "B *N"]:
+) -> Int[Array, "B ..."]:
     """Slot of each position of each row; `n_slots` where it is not `valid` or lies in no page that the row owns."""
     n_rows = positions.shape[0]
     # A contiguous cache is one in which row b owns page b.

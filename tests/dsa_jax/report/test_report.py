@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dsa_jax.config.selections import BEFORE, eval_rows, row_meaning
-from dsa_jax.report import plots
+from dsa_jax.report import page, plots
 from dsa_jax.report.report import format_table, write_report
 from dsa_jax.run.files import RunError
 from dsa_jax.run.metrics import MetricsLog

@@ -19,23 +19,9 @@ from dsa_jax.checkpoints.hf.families import (
 )
 from tests.dsa_jax.checkpoints.hf.test_save import assert_same, config_json, drawn
 from tests.dsa_jax.checkpoints.hf.tiny import CASES, LAYERS, config_of, read_tensors, tensors_of, write_checkpoint
+from tests.dsa_jax.toys.family import TOY
 
 LLAMA, DEEPSEEK_V3 = FAMILIES["llama"], FAMILIES["deepseek_v3"]
-TOY = Family(
-    architecture="ToyForCausalLM",
-    attention="gqa",
-    head_dim="stated",
-    qk_norm=False,
-    biases="qkv",
-    windows="none",
-    rope_layout="half_split",
-    rotated="all",
-    extras=(),
-    router=None,
-    indexer=None,
-    mtp_layers=False,
-    defaults={"hidden_act": "silu", "rms_norm_eps": 3e-3, "initializer_range": 0.01, "tie_word_embeddings": False},
-)
 # Near neighbours that are not in the table, as far as these columns say what they are.
 MISTRAL = dataclasses.replace(
     LLAMA, biases="none", windows="sliding_window", defaults={**LLAMA.defaults, "sliding_window": 4096}

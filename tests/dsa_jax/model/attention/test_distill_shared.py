@@ -65,13 +65,13 @@ def test_model_loss_and_gradient_are_those_of_the_mean_distribution(stage):
     request = AttentionRequest(stage, stage)
 
     # Layer by layer: what each attends to, and its distribution over the keys in the set.
-    x, topk, distributions = params["embed"]["embedding"][ids], None, []
+    x, topk, hidden, distributions = params["embed"]["embedding"][ids], None, None, []
     members = jnp.tril(jnp.ones((1, LENGTH, LENGTH), bool))
     for number in range(3):
         block, own = model.stacks[min(number, 1)].block, layer_params(params, number)
         scale = own["attention_norm"]["scale"]
         normed = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * scale
-        hidden = normed if number == 0 else hidden
+        hidden = normed if hidden is None else hidden
         heads = GQA(model.config, block.layer).apply({"params": own["attention"]}, normed, positions, method="heads")
         x, statistics = block.apply({"params": own}, x, LayerContext(positions, visible, topk), request)
         topk = statistics.topk_indices
