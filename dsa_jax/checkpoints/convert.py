@@ -1,4 +1,4 @@
-"""Checkpoints from one layout to the other: run directory and Hugging Face directory."""
+"""Conversion between run directories and Hugging Face directories."""
 
 from pathlib import Path
 
@@ -15,16 +15,16 @@ from dsa_jax.run.files import RunError, claimed
 
 
 def to_hf(source: Path, target: Path, *, weight_format: str = PLAIN) -> str:
-    """Write the newest parameters of `source` as a Hugging Face checkpoint; returns a line that says what was written.
+    """Write the newest parameters of `source` as a Hugging Face checkpoint; returns a line to print.
 
     Args:
         source: a run directory or a Hugging Face one.
         target: Hugging Face directory to write.
-        weight_format: of what is written. "fp8_blocks" quantises a Hugging Face checkpoint, or keeps it in fp8.
+        weight_format: of the weights written; "fp8_blocks" quantises a Hugging Face checkpoint, or keeps it in fp8.
 
     Raises:
-        ConfigError: where `source` is a run and `weight_format` is not plain.
-        RunError, CheckpointError: where `source` cannot be read or `target` not be written.
+        ConfigError: for a run with a `weight_format` other than plain.
+        RunError, CheckpointError: where `source` cannot be read or `target` cannot be written.
     """
     loaded = open_checkpoint(source, weight_format=weight_format)
     tokenizer: Tokenizer | Path | None = loaded.tokenizer
@@ -35,10 +35,10 @@ def to_hf(source: Path, target: Path, *, weight_format: str = PLAIN) -> str:
 
 
 def to_run(source: Path, target: Path) -> str:
-    """Write a Hugging Face checkpoint as a run directory, whose only step is number 0 of the stage that it is trained for.
+    """Write a Hugging Face checkpoint as a run directory with one step, number 0 of the stage that it was trained for.
 
-    The run can be evaluated, generated from and named as `init.checkpoint`; the text it is evaluated on is the default one,
-    with the checkpoint's tokenizer.
+    The run can be evaluated, generated from and named as `init.checkpoint`; its text is the default one, with the
+    checkpoint's tokenizer. Returns a line to print.
 
     Raises:
         RunError: where `source` is no Hugging Face directory or `target` holds a run.

@@ -1,4 +1,4 @@
-"""A checkpoint of either kind, a run directory or a Hugging Face one, as the same `Pretrained`."""
+"""Opening a run directory or a Hugging Face directory as a `Pretrained`."""
 
 import json
 from pathlib import Path
@@ -25,14 +25,11 @@ def is_hf_directory(directory: str | Path) -> bool:
 def open_checkpoint(directory: str | Path, *, weight_format: str = PLAIN) -> Pretrained:
     """The newest parameters of a run directory, or a Hugging Face checkpoint, with the tokenizer they were trained with.
 
-    On a mesh (`parallel.placement.on_mesh`) they are split by the rules.
-
-    Args:
-        directory: what to open.
-        weight_format: as `load_pretrained` takes it; a run has plain weights.
+    On a mesh (`parallel.placement.on_mesh`) the parameters are sharded by the rules. `weight_format` is that of
+    `load_pretrained`; a run has plain weights.
 
     Raises:
-        ConfigError: for a run that is to be opened with weights in fp8, or where the mesh does not divide a parameter.
+        ConfigError: for fp8 weights of a run, or where the mesh does not divide a parameter.
         RunError: when `directory` is neither, or a run without a usable checkpoint.
         CheckpointError: when it is a Hugging Face directory that cannot be read.
     """

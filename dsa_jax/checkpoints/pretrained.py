@@ -1,4 +1,4 @@
-"""A model with its weights and tokenizer, wherever they came from."""
+"""A model with its weights and tokenizer."""
 
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ from dsa_jax.model import Transformer
 
 
 class Pretrained(NamedTuple):
-    """What a checkpoint holds; `tokenizer` is None where it has none."""
+    """A loaded checkpoint; `tokenizer` is None where it has none."""
 
     config: ModelConfig
     model: Transformer

@@ -1,6 +1,6 @@
 """Hugging Face checkpoints in and out: config.json, sharded safetensors, fp8 blocks, tokenizer files.
 
-Functions load on first use, so that catching `CheckpointError` imports no accelerator library.
+Names load on first use, so that catching `CheckpointError` or describing a family imports no accelerator library.
 """
 
 import importlib
@@ -12,15 +12,30 @@ class CheckpointError(ValueError):
 
 
 _HOME = {
-    "load_pretrained": "dsa_jax.checkpoints.hf.load",
-    "read_model_config": "dsa_jax.checkpoints.hf.read_config",
-    "save_pretrained": "dsa_jax.checkpoints.hf.save",
+    "Family": "families",
+    "FamilyIndexer": "families",
+    "Router": "families",
+    "load_pretrained": "load",
+    "read_model_config": "read_config",
+    "register_family": "families",
+    "registered_family": "families",
+    "save_pretrained": "save",
 }
 
-__all__ = ["CheckpointError", "load_pretrained", "read_model_config", "save_pretrained"]
+__all__ = [
+    "CheckpointError",
+    "Family",
+    "FamilyIndexer",
+    "Router",
+    "load_pretrained",
+    "read_model_config",
+    "register_family",
+    "registered_family",
+    "save_pretrained",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'dsa_jax.checkpoints.hf' has no attribute {name!r}.")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    return getattr(importlib.import_module(f"dsa_jax.checkpoints.hf.{_HOME[name]}"), name)

@@ -17,131 +17,96 @@ FALLBACK_MODEL_TYPE = "dsa_jax"
 EXTRA_FIELD = "dsa_jax"
 """Field of a family's config.json with the settings that only this project reads, by dotted name."""
 
+EXPERT_COUNTS = ("n_routed_experts", "num_local_experts", "num_experts")
+"""Spellings of the number of routed experts; all are read."""
+
+
+def _one_of(*values: Any) -> Any:
+    """A required column with the values that it may have."""
+    return dataclasses.field(metadata={"values": values})
+
 
 class _Row:
-    """Checks columns against the values in `_ALLOWED`."""
-
     def __post_init__(self) -> None:
-        for column, allowed in _ALLOWED[type(self).__name__].items():
-            value = getattr(self, column)
-            if value not in allowed:
+        for column in dataclasses.fields(self):  # type: ignore[arg-type]
+            value, values = getattr(self, column.name), column.metadata.get("values")
+            if values is not None and value not in values:
                 raise ValueError(
-                    f"{type(self).__name__}.{column} is {value!r}; expected one of {', '.join(map(repr, allowed))}. The model "
-                    "computes nothing else: extend it first."
+                    f"{type(self).__name__}.{column.name} is {value!r}; expected one of {', '.join(map(repr, values))}. The "
+                    "model computes nothing else: extend it first."
                 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Router(_Row):
-    """How a family describes its mixture of experts; columns that name a field of config.json say "none" where it has none.
+    """A family's mixture of experts; columns that name a field of config.json say "none" where it has no such field."""
 
-    Attributes:
-        n_experts: field with the number of routed experts, as written; all spellings are read.
-        dense_layers: field that says which layers keep a dense MLP: "first_k_dense_replace" (a number) or "mlp_only_layers"
-            (a list, which must be the first ones); "none": no layer does.
-        writes_layer_kinds: config.json also gives `mlp_layer_types`, which is read in every family.
-        scoring: "sigmoid" or "softmax" over the router's logits.
-        score_bias: a bias for the selection (`e_score_correction_bias`) is among the weights.
-        group_score: what ranks a group of experts: "top2_sum" or "max" of its scores.
-        topk_methods: values of `topk_method`, the first one for an absent field; "greedy" is without groups. Empty: the family
-            has neither groups nor `scoring_func`.
-        normalize: whether the chosen weights are normalised: "norm_topk_prob" (by that field), "always" or "never".
-        shared_experts: field with the number of shared experts, "n_shared_experts" or "none".
-        routed_scale: field with the factor on the routed output, "routed_scaling_factor" or "none".
-    """
-
-    n_experts: str
-    dense_layers: str
+    # Field with the number of routed experts, as it is written.
+    n_experts: str = _one_of(*EXPERT_COUNTS)
+    # Field that says which leading layers keep a dense MLP: their number, or the list of them.
+    dense_layers: str = _one_of("first_k_dense_replace", "mlp_only_layers", "none")
+    # mlp_layer_types is written as well; it is read in every family.
     writes_layer_kinds: bool
-    scoring: str
+    # Of the router's logits.
+    scoring: str = _one_of("sigmoid", "softmax")
+    # A bias for the selection, e_score_correction_bias, is among the weights.
     score_bias: bool
-    group_score: str
-    topk_methods: tuple[str, ...]
-    normalize: str
-    shared_experts: str
-    routed_scale: str
+    # Score of a group of experts: sum of its two best, or its best.
+    group_score: str = _one_of("top2_sum", "max")
+    # Values of topk_method, that of an absent field first; "greedy" ignores groups. (): neither groups nor scoring_func.
+    topk_methods: tuple[str, ...] = _one_of((), ("noaux_tc",), ("greedy", "group_limited_greedy"))
+    # Whether the chosen weights are normalised: by the field, or the same in every checkpoint.
+    normalize: str = _one_of("norm_topk_prob", "always", "never")
+    # Field with the number of shared experts.
+    shared_experts: str = _one_of("n_shared_experts", "none")
+    # Field with the factor on the output of the routed experts.
+    routed_scale: str = _one_of("routed_scaling_factor", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyIndexer(_Row):
-    """The indexer that every checkpoint of a family has.
+    """The indexer that every checkpoint of a family has."""
 
-    Attributes:
-        rope_layout: "half_split", or "interleaved": index channels are always stored so that neighbours rotate together.
-        shares: layers may reuse the selection of an earlier one (`indexer_types`).
-    """
-
-    rope_layout: str
+    # "interleaved": index channels are always stored so that neighbours rotate together.
+    rope_layout: str = _one_of("half_split", "interleaved")
+    # Layers may reuse the selection of an earlier one (indexer_types).
     shares: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family(_Row):
-    """One `model_type`.
+    """One `model_type`."""
 
-    Attributes:
-        architecture: class name in `architectures`.
-        attention: kind of attention, "gqa" or "mla".
-        head_dim: the field `head_dim` is "stated" (size of a head, hidden_size over the heads where absent), "rotary" (must
-            equal qk_rope_head_dim) or "unread".
-        qk_norm: RMSNorm over each head of q and k.
-        biases: of the projections: "none"; "qkv" always; "attention_bias": q, k, v and output where that field is true;
-            "attention_bias_qkv": q, k and v where it is true.
-        windows: what turns a sliding window on, which is refused in any layer: "none" (the family has none);
-            "sliding_window" (a size in that field); "use_sliding_window" (that switch); "max_window_layers" (that switch, from
-            this layer on); "layer_types" (an entry per layer).
-        rope_layout: "half_split", "interleaved", or "rope_interleave" where that field says which.
-        rotated: "all" channels of all layers are rotated, or a field says which and is refused unless it says all:
-            "partial_rotary_factor", "no_rope_layers".
-        extras: names of all else that the forward pass has and these columns cannot say (attention sinks, norms after a
-            sublayer, norm weights of 1 + w, a scaled embedding, ...). The model computes none, so only () is accepted.
-        router: of the layers with experts; None where there are none.
-        indexer: of every checkpoint; None where only a retrofit has one.
-        mtp_layers: multi-token-prediction layers may follow the last one, and are skipped.
-        defaults: values of absent fields, as in the configuration classes of transformers 5.23. A field that is needed and
-            has none here must be present.
-    """
-
+    # Class name in `architectures`.
     architecture: str
-    attention: str
-    head_dim: str
+    # Kind of attention.
+    attention: str = _one_of("gqa", "mla")
+    # The field head_dim is the size of a head (absent: hidden_size over heads), must equal qk_rope_head_dim, or is ignored.
+    head_dim: str = _one_of("stated", "rotary", "unread")
+    # RMSNorm over each head of q and k.
     qk_norm: bool
-    biases: str
-    windows: str
-    rope_layout: str
-    rotated: str
-    extras: tuple[str, ...]
+    # Of the projections: "qkv" always has those of q, k and v; "attention_bias" those of q, k, v and output where this field is
+    # true, "attention_bias_qkv" only those of q, k and v.
+    biases: str = _one_of("none", "qkv", "attention_bias", "attention_bias_qkv")
+    # Field that turns a sliding window on, which is refused in any layer: a size; a switch; the switch, from this layer on; or
+    # a kind per layer.
+    windows: str = _one_of("none", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+    # Rotary layout of attention; "rope_interleave": by this field.
+    rope_layout: str = _one_of("half_split", "interleaved", "rope_interleave")
+    # Channels and layers with rotation: all, or by a field, which is refused unless it says all.
+    rotated: str = _one_of("all", "partial_rotary_factor", "no_rope_layers")
+    # Names of all else in the forward pass that no column can say (attention sinks, norms after a sublayer, norm weights of
+    # 1 + w, a scaled embedding, ...): the model computes none of it.
+    extras: tuple[str, ...] = _one_of(())
+    # Of the layers with experts; None: there are none.
     router: Router | None
+    # Of every checkpoint; None: only a retrofit has one.
     indexer: FamilyIndexer | None
+    # Multi-token-prediction layers may follow the last one, and are skipped.
     mtp_layers: bool
+    # Values of absent fields, as in the configuration classes of transformers 5.23; without one here a field must be present.
     defaults: Mapping[str, Any]
 
-
-EXPERT_COUNTS = ("n_routed_experts", "num_local_experts", "num_experts")
-"""Spellings of the number of routed experts."""
-
-_ALLOWED: dict[str, dict[str, tuple[Any, ...]]] = {
-    "Family": {
-        "attention": ("gqa", "mla"),
-        "head_dim": ("stated", "rotary", "unread"),
-        "biases": ("none", "qkv", "attention_bias", "attention_bias_qkv"),
-        "windows": ("none", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
-        "rope_layout": ("half_split", "interleaved", "rope_interleave"),
-        "rotated": ("all", "partial_rotary_factor", "no_rope_layers"),
-        "extras": ((),),
-    },
-    "FamilyIndexer": {"rope_layout": ("half_split", "interleaved")},
-    "Router": {
-        "n_experts": EXPERT_COUNTS,
-        "dense_layers": ("first_k_dense_replace", "mlp_only_layers", "none"),
-        "scoring": ("sigmoid", "softmax"),
-        "group_score": ("top2_sum", "max"),
-        "topk_methods": ((), ("noaux_tc",), ("greedy", "group_limited_greedy")),
-        "normalize": ("norm_topk_prob", "always", "never"),
-        "shared_experts": ("n_shared_experts", "none"),
-        "routed_scale": ("routed_scaling_factor", "none"),
-    },
-}
 
 _COMMON = {
     "hidden_act": "silu",
@@ -151,134 +116,75 @@ _COMMON = {
     "attention_bias": False,
     "rope_theta": 10000.0,
 }
-_DEEPSEEK = _COMMON | {"moe_layer_freq": 1, "rope_interleave": True}
 _QWEN3 = _COMMON | {"sliding_window": 4096, "use_sliding_window": False}
+_MLA = _COMMON | {"moe_layer_freq": 1, "rope_interleave": True}
+_V3 = _MLA | {"first_k_dense_replace": 3, "n_shared_experts": 1, "routed_scaling_factor": 2.5, "norm_topk_prob": True}
+_DEEPSEEK_V3 = _V3 | {"n_group": 8, "topk_group": 4}
+_GLM = _V3 | {"rms_norm_eps": 1e-5, "n_group": 1, "topk_group": 1}
 _INDEX = {"index_head_dim": 128, "index_topk": 2048}
 
+# fmt: off
 _V3_ROUTER = Router(
-    n_experts="n_routed_experts",
-    dense_layers="first_k_dense_replace",
-    writes_layer_kinds=False,
-    scoring="sigmoid",
-    score_bias=True,
-    group_score="top2_sum",
-    topk_methods=("noaux_tc",),
-    normalize="norm_topk_prob",
-    shared_experts="n_shared_experts",
-    routed_scale="routed_scaling_factor",
+    n_experts="n_routed_experts", dense_layers="first_k_dense_replace", writes_layer_kinds=False, scoring="sigmoid",
+    score_bias=True, group_score="top2_sum", topk_methods=("noaux_tc",), normalize="norm_topk_prob",
+    shared_experts="n_shared_experts", routed_scale="routed_scaling_factor",
 )
-_V3_ROUTER_BY_LAYER = dataclasses.replace(_V3_ROUTER, writes_layer_kinds=True)
-_LLAMA = Family(
-    architecture="LlamaForCausalLM",
-    attention="gqa",
-    head_dim="stated",
-    qk_norm=False,
-    biases="attention_bias",
-    windows="none",
-    rope_layout="half_split",
-    rotated="all",
-    extras=(),
-    router=None,
-    indexer=None,
-    mtp_layers=False,
-    defaults=_COMMON,
+_V32_ROUTER = dataclasses.replace(_V3_ROUTER, writes_layer_kinds=True)
+# norm_topk_prob is always false here: published code disagrees on what true means.
+_V2_ROUTER = dataclasses.replace(
+    _V3_ROUTER, scoring="softmax", score_bias=False, group_score="max", topk_methods=("greedy", "group_limited_greedy"),
+    normalize="never",
 )
-_DEEPSEEK_V3 = Family(
-    architecture="DeepseekV3ForCausalLM",
-    attention="mla",
-    head_dim="unread",
-    qk_norm=False,
-    biases="none",
-    windows="none",
-    rope_layout="rope_interleave",
-    rotated="all",
-    extras=(),
-    router=_V3_ROUTER,
-    indexer=None,
-    mtp_layers=True,
-    defaults=_DEEPSEEK
-    | {
-        "first_k_dense_replace": 3,
-        "n_shared_experts": 1,
-        "routed_scaling_factor": 2.5,
-        "norm_topk_prob": True,
-        "n_group": 8,
-        "topk_group": 4,
-    },
+_QWEN3_ROUTER = Router(
+    n_experts="num_experts", dense_layers="mlp_only_layers", writes_layer_kinds=False, scoring="softmax", score_bias=False,
+    group_score="max", topk_methods=(), normalize="norm_topk_prob", shared_experts="none", routed_scale="none",
 )
-_GLM = {**_DEEPSEEK_V3.defaults, "rms_norm_eps": 1e-5, "n_group": 1, "topk_group": 1}
 
 FAMILIES: dict[str, Family] = {
-    "llama": _LLAMA,
-    "qwen3": dataclasses.replace(
-        _LLAMA,
-        architecture="Qwen3ForCausalLM",
-        qk_norm=True,
-        windows="max_window_layers",
-        defaults=_QWEN3 | {"head_dim": 128, "max_window_layers": 28},
+    "llama": Family(
+        architecture="LlamaForCausalLM", attention="gqa", head_dim="stated", qk_norm=False, biases="attention_bias",
+        windows="none", rope_layout="half_split", rotated="all", extras=(), router=None, indexer=None, mtp_layers=False,
+        defaults=_COMMON,
     ),
-    "qwen3_moe": dataclasses.replace(
-        _LLAMA,
-        architecture="Qwen3MoeForCausalLM",
-        qk_norm=True,
-        windows="use_sliding_window",
-        router=Router(
-            n_experts="num_experts",
-            dense_layers="mlp_only_layers",
-            writes_layer_kinds=False,
-            scoring="softmax",
-            score_bias=False,
-            group_score="max",
-            topk_methods=(),
-            normalize="norm_topk_prob",
-            shared_experts="none",
-            routed_scale="none",
-        ),
-        defaults=_QWEN3 | {"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    "qwen3": Family(
+        architecture="Qwen3ForCausalLM", attention="gqa", head_dim="stated", qk_norm=True, biases="attention_bias",
+        windows="max_window_layers", rope_layout="half_split", rotated="all", extras=(), router=None, indexer=None,
+        mtp_layers=False, defaults=_QWEN3 | {"head_dim": 128, "max_window_layers": 28},
     ),
-    "deepseek_v3": _DEEPSEEK_V3,
-    "deepseek_v2": dataclasses.replace(
-        _DEEPSEEK_V3,
-        architecture="DeepseekV2ForCausalLM",
-        rope_layout="interleaved",
-        router=Router(
-            n_experts="n_routed_experts",
-            dense_layers="first_k_dense_replace",
-            writes_layer_kinds=False,
-            scoring="softmax",
-            score_bias=False,
-            group_score="max",
-            topk_methods=("greedy", "group_limited_greedy"),
-            normalize="never",  # published code disagrees on what norm_topk_prob true means here
-            shared_experts="n_shared_experts",
-            routed_scale="routed_scaling_factor",
-        ),
-        defaults=_DEEPSEEK | {"first_k_dense_replace": 0, "n_shared_experts": 2, "routed_scaling_factor": 1.0},
+    "qwen3_moe": Family(
+        architecture="Qwen3MoeForCausalLM", attention="gqa", head_dim="stated", qk_norm=True, biases="attention_bias",
+        windows="use_sliding_window", rope_layout="half_split", rotated="all", extras=(), router=_QWEN3_ROUTER, indexer=None,
+        mtp_layers=False, defaults=_QWEN3 | {"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
     ),
-    "deepseek_v32": dataclasses.replace(
-        _DEEPSEEK_V3,
-        architecture="DeepseekV32ForCausalLM",
-        rope_layout="interleaved",
-        router=_V3_ROUTER_BY_LAYER,
-        indexer=FamilyIndexer(rope_layout="half_split", shares=False),
-        defaults={**_DEEPSEEK_V3.defaults, **_INDEX, "index_n_heads": 64},
+    "deepseek_v3": Family(
+        architecture="DeepseekV3ForCausalLM", attention="mla", head_dim="unread", qk_norm=False, biases="none",
+        windows="none", rope_layout="rope_interleave", rotated="all", extras=(), router=_V3_ROUTER, indexer=None,
+        mtp_layers=True, defaults=_DEEPSEEK_V3,
     ),
-    "glm_moe_dsa": dataclasses.replace(
-        _DEEPSEEK_V3,
-        architecture="GlmMoeDsaForCausalLM",
-        rope_layout="interleaved",
-        router=_V3_ROUTER_BY_LAYER,
-        indexer=FamilyIndexer(rope_layout="interleaved", shares=True),
+    "deepseek_v2": Family(
+        architecture="DeepseekV2ForCausalLM", attention="mla", head_dim="unread", qk_norm=False, biases="none",
+        windows="none", rope_layout="interleaved", rotated="all", extras=(), router=_V2_ROUTER, indexer=None,
+        mtp_layers=True, defaults=_MLA | {"first_k_dense_replace": 0, "n_shared_experts": 2, "routed_scaling_factor": 1.0},
+    ),
+    "deepseek_v32": Family(
+        architecture="DeepseekV32ForCausalLM", attention="mla", head_dim="unread", qk_norm=False, biases="none",
+        windows="none", rope_layout="interleaved", rotated="all", extras=(), router=_V32_ROUTER,
+        indexer=FamilyIndexer(rope_layout="half_split", shares=False), mtp_layers=True,
+        defaults=_DEEPSEEK_V3 | _INDEX | {"index_n_heads": 64},
+    ),
+    "glm_moe_dsa": Family(
+        architecture="GlmMoeDsaForCausalLM", attention="mla", head_dim="unread", qk_norm=False, biases="none",
+        windows="none", rope_layout="interleaved", rotated="all", extras=(), router=_V32_ROUTER,
+        indexer=FamilyIndexer(rope_layout="interleaved", shares=True), mtp_layers=True,
         defaults=_GLM | _INDEX | {"index_n_heads": 32, "index_topk_freq": 1, "index_skip_topk_offset": 2},
     ),
-    "glm4_moe_lite": dataclasses.replace(
-        _DEEPSEEK_V3,
-        architecture="Glm4MoeLiteForCausalLM",
-        head_dim="rotary",
-        router=_V3_ROUTER_BY_LAYER,
-        defaults=_GLM | {"first_k_dense_replace": 1, "routed_scaling_factor": 1.8},
+    "glm4_moe_lite": Family(
+        architecture="Glm4MoeLiteForCausalLM", attention="mla", head_dim="rotary", qk_norm=False, biases="none",
+        windows="none", rope_layout="rope_interleave", rotated="all", extras=(), router=_V32_ROUTER, indexer=None,
+        mtp_layers=True, defaults=_GLM | {"first_k_dense_replace": 1, "routed_scaling_factor": 1.8},
     ),
 }
+# fmt: on
 """The rows by model_type. Where several can express a model that came from none, an earlier one is written."""
 
 

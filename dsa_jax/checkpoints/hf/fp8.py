@@ -1,8 +1,8 @@
-"""Weights quantised to e4m3 with one scale per block, as DeepSeek-V3 and its successors publish them.
+"""fp8 (e4m3) weights with one scale per block, as DeepSeek-V3 and its successors publish them.
 
-`NAME_scale_inv` beside `NAME` marks such a weight and holds the multiplier of each block: value[i, j] = q[i, j] *
-scale[i // block_rows, j // block_columns]. Edge blocks may be partial, so the block size is the config's and never the ratio of
-the two shapes: 160 x 192 in blocks of 128 has a 2 x 2 grid.
+`NAME_scale_inv` beside `NAME` holds the multiplier of each block: value[i, j] = q[i, j] * scale[i // block_rows,
+j // block_columns]. Edge blocks may be partial, so the block size is the config's and never the ratio of the two shapes:
+160 x 192 in blocks of 128 has a 2 x 2 grid.
 """
 
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from dsa_jax.checkpoints.hf import CheckpointError
+from dsa_jax.checkpoints.hf.config_fields import Fields
 
 SCALE_SUFFIX = "_scale_inv"
 _DEFAULT_BLOCK = (128, 128)
@@ -26,19 +27,15 @@ def block_size(content: dict[str, Any], file: Path) -> tuple[int, int]:
     quantization = content.get("quantization_config")
     if quantization is None:
         return _DEFAULT_BLOCK
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method != "fp8":
-        raise CheckpointError(
-            f"{file}: quantization_config.quant_method is {method!r}; expected 'fp8'. Use the checkpoint before quantisation."
-        )
-    if quantization.get("fmt", "e4m3") != "e4m3":
-        raise CheckpointError(f"{file}: quantization_config.fmt is {quantization['fmt']!r}; expected 'e4m3'.")
-    block = quantization.get("weight_block_size", list(_DEFAULT_BLOCK))
+    stated = quantization if isinstance(quantization, dict) else {}
+    fields = Fields(file, stated, {"weight_block_size": list(_DEFAULT_BLOCK)}, prefix="quantization_config.")
+    if fields.text("quant_method") != "fp8":
+        fields.fail("quant_method", "'fp8'. Use the checkpoint before quantisation")
+    if fields.text("fmt", "e4m3") != "e4m3":
+        fields.fail("fmt", "'e4m3'")
+    block = fields.stated("weight_block_size")
     if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
-        raise CheckpointError(
-            f"{file}: quantization_config.weight_block_size is {block!r}; expected two sizes such as [128, 128]. Scales per "
-            "tensor or per channel are not read."
-        )
+        fields.fail("weight_block_size", "two sizes such as [128, 128]. Scales per tensor or per channel are not read")
     return block[0], block[1]
 
 
@@ -59,10 +56,10 @@ def check_grid(
         )
 
 
-def dequantize_blocks(
+def dequantize_on_host(
     quantized: Shaped[np.ndarray, "M N"], scales: Shaped[np.ndarray, "m n"], block: tuple[int, int], dtype: Any
 ) -> Shaped[np.ndarray, "M N"]:
-    """The values, each product rounded once from float32 to `dtype`; works on one row of blocks at a time."""
+    """The dequantised weight, computed in float32 and rounded once to `dtype`, one row of blocks at a time."""
     out = np.empty(quantized.shape, dtype)
     column_scales = np.repeat(scales.astype(np.float32), block[1], axis=1)[:, : quantized.shape[1]]
     for i, scale in enumerate(column_scales):

@@ -67,16 +67,15 @@ def load_pretrained(
 ) -> Pretrained:
     """The model, parameters and tokenizer of a checkpoint directory.
 
-    Weights are read piece by piece into the stacked parameter they belong to, which is then placed on the devices: beside the
-    model itself the host holds one stacked parameter and a few megabytes. Quantised weights become `dtype`, unless
-    `weight_format` keeps them.
+    Weights are read in parts into the stacked parameter they belong to, which is then placed on the devices: beside the model
+    itself the host holds one stacked parameter and a few megabytes.
 
     Args:
         directory: holds config.json and model.safetensors, or model.safetensors.index.json with the files it names.
         dtype: "float32" or "bfloat16", of parameters and activations; None is as stored, where float16 becomes float32 and
             fp8 becomes bfloat16. Norms, routers and the indexer's key norm are float32 always.
-        mesh: every parameter is placed on it, split over its axes "fsdp", "expert" and "tensor" where it has them (as
-            dsa_jax/parallel/rules.py says) and whole over others, unless `placement` says otherwise. Axes are taken as Auto.
+        mesh: every parameter is sharded over its axes "fsdp", "expert" and "tensor" (by dsa_jax/parallel/rules.py) and
+            replicated over others, unless `placement` says otherwise. Axes are taken as Auto.
         attention: "dense" or "sparse"; None is as the checkpoint was trained.
         indexer: added to a checkpoint without one, with new parameters drawn from `seed`, which are logged. The mode stays
             dense unless `attention` says otherwise. A checkpoint that has indexers must have just these.
@@ -84,13 +83,12 @@ def load_pretrained(
         extended_by: attention whose kind extends the checkpoint's, such as "nsa"; its parameters are added likewise.
         seed: the new parameters are those that `init_params` draws from `jax.random.key(seed)`.
         placement: from a parameter's path to its sharding.
-        weight_format: "fp8_blocks" keeps the kernels that DeepSeek publishes in fp8 (all but head and router) as e4m3 with a
-            scale per block of 128 x 128, bit for bit where the checkpoint has them so, else quantised here with power-of-two
-            scales; for serving and evaluation. "plain" widens them to `dtype`.
+        weight_format: "plain" dequantises fp8 weights to `dtype`. "fp8_blocks" keeps the kernels that DeepSeek publishes in
+            fp8 (all but head and router) as e4m3 with a scale per block of 128 x 128, bit for bit where the checkpoint has
+            them so, else quantised here with power-of-two scales; for serving and evaluation.
 
     Raises:
-        CheckpointError: when the directory cannot be read or does not fit its config.json; a missing weight is an error,
-            none is invented.
+        CheckpointError: when the directory cannot be read or does not fit its config.json, as with a missing weight.
         ConfigError: when `attention`, `indexer`, `dtype` or `weight_format` cannot work with the model, or `mesh` does not
             divide a parameter.
     """

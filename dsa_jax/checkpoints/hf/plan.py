@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint fill which parameters: everything is checked here, before the first weight is read."""
+"""The plan of loading: the tensors that fill each parameter, all checked before the first weight is read."""
 
 import logging
 import math
@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Shaped
 
 from dsa_jax.checkpoints.hf import CheckpointError
-from dsa_jax.checkpoints.hf.fp8 import SCALE_SUFFIX, check_grid, dequantize_blocks
+from dsa_jax.checkpoints.hf.config_fields import Fields
+from dsa_jax.checkpoints.hf.fp8 import SCALE_SUFFIX, check_grid, dequantize_on_host
 from dsa_jax.checkpoints.hf.names import EMBEDDING, HEAD, pieces, tensor_name
 from dsa_jax.checkpoints.hf.safetensors_file import DTYPES, TensorInfo
 from dsa_jax.checkpoints.hf.weights import Weights
@@ -30,7 +31,7 @@ _quantize = jax.jit(quantize_blocks)
 
 
 class Source(NamedTuple):
-    """One tensor, or a part of one, and the part of a parameter that it fills."""
+    """A tensor or the part `[*lead, rows]` of it, and the part `place` of a parameter that it fills."""
 
     name: str
     place: tuple[int, ...]
@@ -45,7 +46,8 @@ def plan_sources(
     """The sources of every parameter in `shapes` (anything with a `shape`, by path).
 
     Raises:
-        CheckpointError: listing tensors that are missing, of another shape, of a type that holds no weights, or left over.
+        CheckpointError: listing tensors that are missing, of another shape or of a type that holds no weights, and those that
+            no parameter takes.
     """
     plan: dict[str, list[Source]] = {}
     used: dict[str, tuple[int, ...]] = {}
@@ -65,7 +67,7 @@ def plan_sources(
 
 
 class BlockPart(NamedTuple):
-    """Some rows of a tensor in fp8 blocks, their place in it, and the same of their scales."""
+    """Some rows of a tensor in fp8 blocks with their scales, and the place of both in the whole."""
 
     rows: slice
     values: Shaped[np.ndarray, "..."]
@@ -74,7 +76,7 @@ class BlockPart(NamedTuple):
 
 
 def read_blocks(source: Source, weights: Weights) -> Iterator[BlockPart]:
-    """What `source` names in blocks of 128 x 128: as stored, and whole, or quantised here, in parts."""
+    """A source in fp8 blocks of 128 x 128: whole, as stored, or quantised here, in parts."""
     scale_name = source.name + SCALE_SUFFIX
     step = WEIGHT_BLOCK[0]
     if scale_name in weights.tensors:
@@ -92,14 +94,14 @@ def read_blocks(source: Source, weights: Weights) -> Iterator[BlockPart]:
 def read_source(
     source: Source, weights: Weights, block: tuple[int, int], dtype: np.dtype, *, multiple: int = 1
 ) -> Iterator[tuple[slice, Shaped[np.ndarray, "..."]]]:
-    """What `source` names, as stored, in parts that are small beside the model: (rows of the part, their values).
+    """A source in parts of a few megabytes: (rows of the part, values as stored).
 
-    A quantised tensor comes whole, and of type `dtype`. All parts but the last have a multiple of `multiple` rows.
+    A quantised tensor comes whole, dequantised to `dtype`. All parts but the last have a multiple of `multiple` rows.
     """
     scale_name = source.name + SCALE_SUFFIX
     if scale_name in weights.tensors:
         quantized = weights.read(source.name, lead=source.lead)
-        value = dequantize_blocks(quantized, weights.read(scale_name, lead=source.lead), block, dtype)
+        value = dequantize_on_host(quantized, weights.read(scale_name, lead=source.lead), block, dtype)
         value = value if source.rows is None else value[source.rows]
         yield slice(0, len(value)), value
         return
@@ -191,8 +193,8 @@ def check_blocks(sources: Iterable[Source], weights: Weights, block: tuple[int, 
 
 
 def _check_left_over(used: Mapping[str, tuple[int, ...]], config: ModelConfig, weights: Weights, n_mtp_layers: int) -> None:
-    """Name tensors that no parameter wants, apart from multi-token-prediction layers, buffers, empty ones such as those of no
-    shared experts, and the copy of a tied head.
+    """Refuse tensors that no parameter takes, but for multi-token-prediction layers, buffers, empty tensors (of no shared
+    experts) and the copy of a tied head.
     """
     skipped: dict[int, int] = {}
     extra = []
@@ -239,7 +241,7 @@ def _is_copy(weights: Weights) -> bool:
 
 
 def describe_rounding(plan: Mapping[str, list[Source]], shapes: Mapping[str, Any], weights: Weights) -> None:
-    """Log how many tensors lose precision because the parameters are narrower than what is stored."""
+    """Log the tensors that lose precision because the parameters are narrower."""
     rounded = [
         source.name
         for path, sources in plan.items()
@@ -251,14 +253,10 @@ def describe_rounding(plan: Mapping[str, list[Source]], shapes: Mapping[str, Any
 
 
 def count_mtp_layers(content: Mapping[str, Any], file: Path) -> int:
-    """How many layers after the last one may be multi-token-prediction layers."""
-    for name in ("num_nextn_predict_layers", "num_mtp_layers"):
-        value = content.get(name)
-        if value is not None:
-            if type(value) is not int:
-                raise CheckpointError(f"{file}: {name} is {value!r}; expected a whole number.")
-            return max(value, 1)
-    return 1
+    """Number of layers after the last one that may be multi-token-prediction layers: at least one."""
+    fields = Fields(file, dict(content), {})
+    stated = [fields.whole(name) for name in ("num_nextn_predict_layers", "num_mtp_layers") if fields.has(name)]
+    return max(stated[0], 1) if stated else 1
 
 
 def _shown(names: Iterable[str]) -> str:

@@ -1,9 +1,8 @@
 """config.json of a Hugging Face checkpoint as a `ModelConfig`.
 
-Every field that changes what is computed is honoured or refused. Where a field is absent the family's default in transformers
-holds, but for the tokens that begin and end a text, of which there are none then, and the number of key heads, which is that
-of all heads. Where transformers ignores a field that the weights were trained with (the indexer's rotary layout), the field
-wins.
+Every field that changes the computation is honoured or refused. An absent field has the family's default in transformers,
+except that there are then no tokens that begin or end a text, and as many key-value heads as heads. Where transformers ignores
+a field that the weights were trained with (the indexer's rotary layout), the field wins.
 """
 
 import logging
@@ -29,7 +28,7 @@ from dsa_jax.checkpoints.hf.rope_fields import read_rope
 from dsa_jax.checkpoints.hf.weights import Weights, read_json
 from dsa_jax.config import AttentionConfig, IndexerConfig, ModelConfig, MoEConfig
 from dsa_jax.config.checks import ConfigError
-from dsa_jax.config.fields import from_dict, to_dict
+from dsa_jax.config.fields import check_kinds, from_dict, set_field
 from dsa_jax.model.rope import Rope, rotary_magnitude
 
 _LOG = logging.getLogger(__name__)
@@ -124,7 +123,7 @@ def _family_config(content: dict[str, Any], file: Path) -> ModelConfig:
         moe=moe,
     )
     if fields.has(EXTRA_FIELD):
-        config = _with_extra_fields(config, fields)
+        _apply_extra_fields(config, fields)
     if unknown := sorted(content.keys() - fields.asked - HARMLESS - UNSUPPORTED.keys()):
         _LOG.warning("%s: ignoring fields that are not known: %s", file, ", ".join(unknown))
     return config
@@ -160,22 +159,25 @@ def _refuse_windows(fields: Fields, family: Family, n_layers: int) -> None:
         fields.fail("sliding_window", "null, or use_sliding_window false: only full attention is computed")
 
 
+def _flag(fields: Fields, name: str, always: bool | None) -> bool:
+    """A flag by its field, or, where all checkpoints of the family have it `always` true or false, that, and nothing else."""
+    if always is None:
+        return fields.flag(name)
+    if fields.flag(name, always) != always:
+        fields.fail(name, f"{str(always).lower()}, which this family always is")
+    return always
+
+
 def _rope_layout(fields: Fields, family: Family) -> str:
-    by_field = family.rope_layout == "rope_interleave"
-    usual = family.rope_layout == "interleaved"
-    interleaved = fields.flag("rope_interleave") if by_field else fields.flag("rope_interleave", usual)
-    if not by_field and interleaved != usual:
-        fields.fail("rope_interleave", f"{str(usual).lower()}, which this family always is")
-    return "interleaved" if interleaved else "half_split"
+    always = {"interleaved": True, "half_split": False}.get(family.rope_layout)
+    return "interleaved" if _flag(fields, "rope_interleave", always) else "half_split"
 
 
 def _biases(fields: Fields, family: Family) -> tuple[bool, bool]:
     """Whether q, k and v have a bias, and whether the output projection has."""
     if family.biases == "qkv":
         return True, False
-    stated = fields.flag("attention_bias", False)
-    if stated and family.biases == "none":
-        fields.fail("attention_bias", "false: this family is computed without biases")
+    stated = _flag(fields, "attention_bias", False if family.biases == "none" else None)
     return stated, stated and family.biases == "attention_bias"
 
 
@@ -246,17 +248,14 @@ def _indexer(fields: Fields, family: Family, attention: AttentionConfig, n_layer
 
 
 def _indexer_types(fields: Fields, n_layers: int) -> tuple[str, ...]:
-    """Which layers have an indexer of their own; empty when all have."""
+    """Kind of each layer: "full" has an indexer of its own, "shared" reuses a selection; empty when all are full."""
     fields.asked |= {"index_topk_freq", "index_skip_topk_offset"}
-    if fields.has("indexer_types"):
-        kinds = fields.content["indexer_types"]
-        if not isinstance(kinds, list) or len(kinds) < n_layers or set(kinds) - {"full", "shared"}:
-            fields.fail("indexer_types", f"'full' or 'shared' for each of the {n_layers} layers")
-    elif fields.has("index_topk_pattern"):
-        pattern = fields.content["index_topk_pattern"]
-        kinds = [{"F": "full", "S": "shared"}.get(each, each) for each in pattern]
+    name = next((name for name in ("indexer_types", "index_topk_pattern") if fields.has(name)), None)
+    if name is not None:
+        stated = fields.content[name]
+        kinds = [{"F": "full", "S": "shared"}.get(each, each) for each in stated] if isinstance(stated, list | str) else []
         if len(kinds) < n_layers or set(kinds) - {"full", "shared"}:
-            fields.fail("index_topk_pattern", f"F or S for each of the {n_layers} layers")
+            fields.fail(name, f"'full' or 'shared' (F or S) for each of the {n_layers} layers")
     else:
         every = max(fields.whole("index_topk_freq", 1), 1)
         offset = fields.whole("index_skip_topk_offset", 2)
@@ -275,16 +274,13 @@ def _experts(fields: Fields, router: Router, n_layers: int) -> MoEConfig:
     scale = 1.0 if router.routed_scale == "none" else fields.number(router.routed_scale)
     if fields.text("scoring_func", router.scoring) != router.scoring:
         fields.fail("scoring_func", f"{router.scoring!r}, which this family always uses")
-    by_field, always = router.normalize == "norm_topk_prob", router.normalize == "always"
-    normalize = fields.flag("norm_topk_prob") if by_field else fields.flag("norm_topk_prob", always)
+    normalize = _flag(fields, "norm_topk_prob", {"always": True, "never": False}.get(router.normalize))
     groups = _groups(fields, router)
     if n_dense == n_layers:
         fields.asked |= {"num_experts_per_tok", "moe_intermediate_size"}
         return MoEConfig()
     if n_experts == 0:
         fields.fail(router.n_experts, "a positive number of experts")
-    if not by_field and normalize != always:
-        fields.fail("norm_topk_prob", f"{str(always).lower()}, the only meaning that published code of this family agrees on")
     return MoEConfig(
         n_routed_experts=n_experts,
         n_experts_per_token=fields.whole("num_experts_per_tok"),
@@ -330,21 +326,14 @@ def _groups(fields: Fields, router: Router) -> dict[str, int]:
     return {} if method == "greedy" else {"n_groups": n_groups, "topk_groups": topk_groups}
 
 
-def _with_extra_fields(config: ModelConfig, fields: Fields) -> ModelConfig:
+def _apply_extra_fields(config: ModelConfig, fields: Fields) -> None:
     """Apply the settings that only this project writes: values by their dotted name in `ModelConfig`."""
     extra = fields.content[EXTRA_FIELD]
     if not isinstance(extra, dict):
         fields.fail(EXTRA_FIELD, "an object of fields by dotted name")
-    values = to_dict(config)
     for name, value in extra.items():
-        *folders, last = name.split(".")
-        place: Any = values
-        for folder in folders:
-            place = place.get(folder) if isinstance(place, dict) else None
-        if not isinstance(place, dict) or last not in place:
-            raise CheckpointError(f"{fields.file}: {EXTRA_FIELD}.{name} is no field of a model config.")
-        place[last] = value
-    return from_dict(ModelConfig, values)
+        set_field(config, name, tuple(value) if isinstance(value, list) else value)
+    check_kinds(config, f"{EXTRA_FIELD}.")
 
 
 def _token_ids(fields: Fields) -> tuple[int, ...]:

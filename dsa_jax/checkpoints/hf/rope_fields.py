@@ -1,4 +1,4 @@
-"""The rotary embedding of a config.json in its two spellings, hub style and transformers 5, as a `RopeConfig` and back."""
+"""`RopeConfig` from and to config.json, in both spellings: hub style and transformers 5."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def read_rope(fields: Fields) -> RopeConfig:
     """The rotary embedding, from `rope_theta` and `rope_scaling` or from `rope_parameters`.
 
     Raises:
-        CheckpointError: for a kind of scaling, or a part of it, that the model does not compute.
+        CheckpointError: for a scaling, or a field of it, that the model does not compute.
     """
     spelled = "rope_scaling" if fields.content.get("rope_scaling") else "rope_parameters"
     values = fields.content.get(spelled) or {}
@@ -67,15 +67,17 @@ def read_rope(fields: Fields) -> RopeConfig:
 
 def write_rope(config: RopeConfig) -> dict[str, Any]:
     """Both spellings at once: `rope_theta` with `rope_scaling`, and `rope_parameters`."""
-    scaling: dict[str, Any] | None = None
-    if config.scaling == "yarn":
+    scaling: dict[str, Any] = {"rope_type": "default"}
+    if config.scaling != "none":
         scaling = {
-            "rope_type": "yarn",
+            "rope_type": config.scaling,
             "factor": config.factor,
             "original_max_position_embeddings": config.original_max_positions,
-            "beta_fast": config.beta_fast,
-            "beta_slow": config.beta_slow,
         }
+    if config.scaling == "llama3":
+        scaling |= {"low_freq_factor": config.low_freq_factor, "high_freq_factor": config.high_freq_factor}
+    elif config.scaling == "yarn":
+        scaling |= {"beta_fast": config.beta_fast, "beta_slow": config.beta_slow}
         if config.mscale_all_dim:
             scaling |= {"mscale": config.mscale, "mscale_all_dim": config.mscale_all_dim}
         if config.attention_factor:
@@ -83,18 +85,8 @@ def write_rope(config: RopeConfig) -> dict[str, Any]:
         elif not config.mscale_all_dim and config.mscale != 1.0:
             # Without mscale_all_dim other readers ignore mscale.
             scaling["attention_factor"] = yarn_mscale(config.factor, config.mscale)
-    elif config.scaling == "llama3":
-        scaling = {
-            "rope_type": "llama3",
-            "factor": config.factor,
-            "original_max_position_embeddings": config.original_max_positions,
-            "low_freq_factor": config.low_freq_factor,
-            "high_freq_factor": config.high_freq_factor,
-        }
-    parameters = {"rope_type": "default"} if scaling is None else scaling
-    hub = None if scaling is None else {"type": scaling["rope_type"], **scaling}
     return {
         "rope_theta": config.theta,
-        "rope_scaling": hub,
-        "rope_parameters": {"rope_theta": config.theta, **parameters},
+        "rope_scaling": None if config.scaling == "none" else {"type": config.scaling, **scaling},
+        "rope_parameters": {"rope_theta": config.theta, **scaling},
     }

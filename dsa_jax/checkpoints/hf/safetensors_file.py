@@ -1,7 +1,7 @@
-"""The safetensors format: a JSON header, then the bytes of every tensor. One tensor, or some of its rows, at a time.
+"""The safetensors format: a JSON header, then the bytes of every tensor; read and written one tensor at a time.
 
-The `safetensors` package maps whole files, and every page it touches counts as memory of the process. Here a tensor is read
-into an array of its own and nothing else stays behind; writing takes tensors one after the other, so that no file is ever held.
+The `safetensors` package maps whole files, and every page it touches counts as memory of the process. Here only the tensor that
+is read or written is in memory.
 """
 
 import json
@@ -36,7 +36,7 @@ _MOST_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
 
 
 class TensorInfo(NamedTuple):
-    """Where a tensor lies: its file, type as the header calls it, shape, and first byte counted from the start of the file."""
+    """Place of a tensor: its file, dtype by the header's name, shape, and first byte counted from the start of the file."""
 
     file: Path
     dtype: str
@@ -45,7 +45,7 @@ class TensorInfo(NamedTuple):
 
 
 class TensorToWrite(NamedTuple):
-    """A tensor that `write_file` asks for when its turn comes."""
+    """A tensor that `write_file` fetches when its turn comes."""
 
     name: str
     dtype: np.dtype

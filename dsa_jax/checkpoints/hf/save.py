@@ -1,12 +1,13 @@
-"""Saving a model as a Hugging Face checkpoint: one tensor in memory at a time, the directory whole or as it was."""
+"""Saving a Hugging Face checkpoint: one tensor in memory at a time, and the directory complete or unchanged."""
 
 import errno
+import functools
 import glob
 import json
 import logging
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from jaxtyping import Shaped
 from dsa_jax.checkpoints.hf import CheckpointError
 from dsa_jax.checkpoints.hf.families import FAMILIES, Family
 from dsa_jax.checkpoints.hf.index_rope import is_reordered, to_stored
-from dsa_jax.checkpoints.hf.names import Piece, pieces, tensor_name
+from dsa_jax.checkpoints.hf.names import pieces, tensor_name
 from dsa_jax.checkpoints.hf.safetensors_file import TensorToWrite, write_file
 from dsa_jax.checkpoints.hf.tokenizer_files import BYTES_FIELD, TOKENIZER_FILES, copy_tokenizer_files, has_tokenizer_files
 from dsa_jax.checkpoints.hf.weights import INDEX_FILE, SINGLE_FILE, read_json
@@ -31,7 +32,7 @@ from dsa_jax.params import is_block_scales_path, parameter_paths
 
 _LOG = logging.getLogger(__name__)
 _METADATA = {"format": "pt"}
-# What a checkpoint directory may hold beside its .safetensors, and saving may therefore replace.
+# Files of a checkpoint directory beside its .safetensors, which saving may replace.
 _REPLACEABLE = frozenset({"config.json", INDEX_FILE, *TOKENIZER_FILES, "README.md", "LICENSE", ".gitattributes"})
 
 
@@ -45,19 +46,18 @@ def save_pretrained(
 ) -> None:
     """Write config.json, the weights and the tokenizer's files; `load_pretrained` gives the same bits back.
 
-    Latent attention with an indexer becomes a deepseek_v32 checkpoint, or a glm_moe_dsa one where it came from there,
-    rotates the indexer interleaved or shares selections; transformers, vLLM and SGLang know both. A shared indexer that rotates
-    halves is written with its channels interleaved, as readers of glm_moe_dsa expect them. Where that cannot express
-    the model, and for grouped-query attention, the names and the model_type of the family stay, and `self_attn.indexer.*`
-    tensors and `index_*` fields are added: others than this project then run it dense. What no family computes gets a
-    model_type of this project. The log says which.
+    Latent attention with an indexer becomes a deepseek_v32 checkpoint, or a glm_moe_dsa one where it came from there, rotates
+    the indexer interleaved or shares selections; transformers, vLLM and SGLang know both. A half-split indexer is written to
+    glm_moe_dsa with its channels interleaved, as its readers expect. Where that cannot express the model, and for grouped-query
+    attention, the model keeps its family, with `self_attn.indexer.*` tensors and `index_*` fields added: programs other than
+    this project then run it dense. What no family computes gets a model_type of this project. The log says which.
 
     Weights are stored as `config.param_dtype`, selection biases and the indexer's key norm as float32. Other norms and
     routers, which are float32 here, are stored as `param_dtype` if that loses nothing and else as float32. Kernels in fp8
-    blocks are stored as they are, each with its `weight_scale_inv`, as DeepSeek publishes them.
+    blocks are stored unchanged, each with its `weight_scale_inv`, as DeepSeek publishes them.
 
     Args:
-        directory: what it holds is replaced once the new checkpoint is complete; it must be empty, new or a checkpoint.
+        directory: new, empty, or a checkpoint, which is replaced once the new one is complete.
         config: the model.
         params: its parameters, of the shapes and types that `init_params` gives.
         tokenizer: one of ours, or the path of a directory or of the file of a tokenizer; its files are copied.
@@ -65,7 +65,7 @@ def save_pretrained(
 
     Raises:
         CheckpointError: when the parameters do not fit the config, no format holds the model (`choose_layout`), or the
-            directory cannot be written; it is then as before.
+            directory cannot be written; it is then unchanged.
     """
     target = Path(directory).resolve()
     if not isinstance(shard_bytes, int) or shard_bytes < 1:
@@ -82,15 +82,14 @@ def save_pretrained(
     if isinstance(tokenizer, ByteTokenizer):
         content[BYTES_FIELD] = "bytes"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+        temporary = _beside(target, "part")
+        temporary.mkdir(parents=True)
         try:
             _write_weights(temporary, tensors, shard_bytes)
             source = _tokenizer_source(tokenizer)
             carried = copy_tokenizer_files(source, temporary) if source else []
             _state_end_tokens(temporary / "generation_config.json", config)
             _write_json(temporary / "config.json", content)
-            temporary.chmod(0o777 & ~_umask())
             _sync(temporary)
             _replace(temporary, target)
             _remove_leftovers(target)
@@ -141,46 +140,33 @@ def _tensors(config: ModelConfig, leaves: Mapping[str, Any]) -> list[TensorToWri
                 dtype = np.dtype(param_dtype)
             else:
                 kept_wide.append(path)
-        fetch = _Fetcher(leaf, dtype)
+        fetch = _fetcher(leaf, dtype, name.transpose)
         for piece in pieces(config, path):
             shape = tuple(leaf.shape[len(piece.place) :])
             layer = first_layer[path.split("/", 1)[0]] + piece.place[0] if piece.place else -1
-            tensor = TensorToWrite(
-                piece.name, dtype, shape[::-1] if name.transpose else shape, fetch.of(piece, transpose=name.transpose)
-            )
+            shape = shape[::-1] if name.transpose else shape
+            tensor = TensorToWrite(piece.name, dtype, shape, functools.partial(fetch, piece.place))
             by_layer.setdefault(layer, []).append(tensor)
     if kept_wide:
         _LOG.info("kept in float32, since %s would round them: %s", config.param_dtype, ", ".join(kept_wide))
     return [tensor for layer in sorted(by_layer) for tensor in by_layer[layer]]
 
 
-class _Fetcher:
-    """Brings slices of one parameter to the host, remembering the last layer for the experts in it."""
+def _fetcher(leaf: Any, dtype: np.dtype, transpose: bool) -> Callable[[tuple[int, ...]], Shaped[np.ndarray, "..."]]:
+    """A function that brings the part of a parameter at a place to the host; it remembers the last layer of experts."""
+    on_host = isinstance(leaf, jax.Array) and [device.platform for device in leaf.devices()] == ["cpu"]
+    source = np.asarray(leaf) if on_host else leaf  # the same memory
+    layer = functools.lru_cache(maxsize=1)(lambda index: np.asarray(source[index]))
 
-    def __init__(self, leaf: Any, dtype: np.dtype) -> None:
-        on_host = isinstance(leaf, jax.Array) and [device.platform for device in leaf.devices()] == ["cpu"]
-        self._leaf = np.asarray(leaf) if on_host else leaf  # the same memory
-        self._dtype = dtype
-        self._last: tuple[int, Shaped[np.ndarray, ...]] | None = None
+    def fetch(place: tuple[int, ...]) -> Shaped[np.ndarray, "..."]:
+        value = np.asarray(source[place]) if len(place) < 2 else layer(place[0])[place[1:]]
+        return np.ascontiguousarray(value.T if transpose else value).astype(dtype, copy=False)
 
-    def of(self, piece: Piece, *, transpose: bool) -> Callable[[], Shaped[np.ndarray, "..."]]:
-        """A function that returns the tensor of `piece`."""
-        return lambda: self._slice(piece.place, transpose)
-
-    def _slice(self, place: tuple[int, ...], transpose: bool) -> Shaped[np.ndarray, "..."]:
-        if len(place) < 2:
-            value = np.asarray(self._leaf[place])
-        else:
-            if self._last is None or self._last[0] != place[0]:
-                self._last = (place[0], np.asarray(self._leaf[place[0]]))
-            value = self._last[1][place[1:]]
-        if transpose:
-            value = value.T
-        return np.ascontiguousarray(value).astype(self._dtype, copy=False)
+    return fetch
 
 
 def _are_powers_of_two(leaves: Mapping[str, Any]) -> bool:
-    """Whether all block scales are: what readers then expect of the scales of activations, too."""
+    """Whether all block scales are powers of two; readers then expect it of the scales of activations, too."""
     return all((np.frexp(np.asarray(leaf))[0] == 0.5).all() for path, leaf in leaves.items() if is_block_scales_path(path))
 
 
@@ -266,43 +252,40 @@ def _check_target(target: Path) -> None:
         return
     if not target.is_dir():
         raise CheckpointError(f"{target} is a file; expected a directory to write a checkpoint to.")
-    names = sorted(entry.name for entry in target.iterdir())
-    others = [
-        entry.name
-        for entry in sorted(target.iterdir())
-        if entry.is_dir() or not (entry.suffix == ".safetensors" or entry.name in _REPLACEABLE)
-    ]
-    if names and ("config.json" not in names or not any(name.endswith(".safetensors") for name in names)):
-        raise CheckpointError(f"{target} holds {names[0]} and is no checkpoint; expected a new or empty directory.")
+    entries = sorted(target.iterdir())
+    weights = [entry for entry in entries if entry.suffix == ".safetensors" and not entry.is_dir()]
+    if entries and not (weights and (target / "config.json").exists()):
+        raise CheckpointError(f"{target} holds {entries[0].name} and is no checkpoint; expected a new or empty directory.")
+    others = [entry for entry in entries if entry not in weights and (entry.is_dir() or entry.name not in _REPLACEABLE)]
     if others:
         raise CheckpointError(
-            f"{target} is a checkpoint that also holds {others[0]}, which saving would remove; choose another directory."
+            f"{target} is a checkpoint that also holds {others[0].name}, which saving would remove; choose another directory."
         )
+
+
+def _beside(target: Path, suffix: str) -> Path:
+    """A new path next to `target`, of the form that `_remove_leftovers` looks for."""
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.{suffix}")
 
 
 def _replace(temporary: Path, target: Path) -> None:
     """Put `temporary` in the place of `target`, which is moved aside first and back if that fails."""
-    aside = None
-    if target.exists():
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-        try:
-            os.replace(target, aside)
-        except OSError:
-            aside.rmdir()
-            raise
+    aside = _beside(target, "old")
+    existed = target.exists()
+    if existed:
+        os.replace(target, aside)
     try:
         os.replace(temporary, target)
     except OSError:
-        if aside is not None:
+        if existed:
             os.replace(aside, target)
         raise
     _sync(target.parent)
-    if aside is not None:
-        shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _remove_leftovers(target: Path) -> None:
-    """What earlier calls for the same directory left beside it when they were killed."""
+    """Remove the temporary directories of earlier calls that were killed."""
     for suffix in ("part", "old"):
         for leftover in target.parent.glob(f".{glob.escape(target.name)}.{'[a-z0-9_]' * 8}.{suffix}"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -314,12 +297,6 @@ def _sync(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _say_who_can_read(target: Path, config: ModelConfig, layout: Layout) -> None:

@@ -1,12 +1,12 @@
-"""The tokenizer of a checkpoint directory: reading it, and carrying its files over to another one."""
+"""The tokenizer of a checkpoint directory: reading it, and copying its files to another one."""
 
-import json
 import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 from dsa_jax.checkpoints.hf import CheckpointError
+from dsa_jax.checkpoints.hf.weights import read_json
 from dsa_jax.config.checks import ConfigError
 from dsa_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 
@@ -21,7 +21,7 @@ TOKENIZER_FILES = (
 
 
 def load_checkpoint_tokenizer(directory: Path, content: dict[str, Any], vocab_size: int) -> Tokenizer | None:
-    """The tokenizer that the checkpoint brings, or None, which is logged: weights are of use without.
+    """The tokenizer of a checkpoint; None where it has none that can be read, which is logged.
 
     Raises:
         CheckpointError: when it has more tokens than the model.
@@ -49,8 +49,8 @@ def load_checkpoint_tokenizer(directory: Path, content: dict[str, Any], vocab_si
 
 
 def tokenizer_name(directory: str | Path) -> str:
-    """By which name `dsa_jax.data.load_tokenizer` loads the tokenizer of a checkpoint: "bytes", or its directory."""
-    content = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    """The name under which `dsa_jax.data.load_tokenizer` finds the tokenizer of a checkpoint: "bytes", or its directory."""
+    content = read_json(Path(directory) / "config.json")
     is_bytes = content.get(BYTES_FIELD) == "bytes" and not (Path(directory) / "tokenizer.json").is_file()
     return "bytes" if is_bytes else str(directory)
 
@@ -61,11 +61,11 @@ def has_tokenizer_files(directory: str | Path) -> bool:
 
 
 def copy_tokenizer_files(source: Path, target: Path) -> list[str]:
-    """Copy a tokenizer to the directory `target`; returns the names of its files there.
+    """Copy a tokenizer to the directory `target`; returns the names of the copies.
 
     Args:
-        source: a directory, of which everything about its tokenizer is copied, and its generation settings; or the file of a
-            tokenizer, which becomes tokenizer.json, with the tokenizer_config.json beside it.
+        source: a directory, whose tokenizer files and generation settings are copied; or the file of a tokenizer, which
+            becomes tokenizer.json, with the tokenizer_config.json beside it.
     """
     if source.is_dir() or source.name in TOKENIZER_FILES:
         folder = source if source.is_dir() else source.parent

@@ -57,7 +57,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _find_tensors(directory: Path) -> dict[str, TensorInfo]:
-    """As transformers looks for them: a single file counts for more than an index."""
+    """The tensors by name; a single file counts for more than an index, as in transformers."""
     index, single = directory / INDEX_FILE, directory / SINGLE_FILE
     if single.is_file():
         if index.is_file():

@@ -1,7 +1,7 @@
-"""A `ModelConfig` as the config.json of a model family, and the choice of the family that says the most to others.
+"""A `ModelConfig` as the config.json of the model family that comes closest.
 
-A family expresses a model when reading back what was written for it gives the same model. What remains different is written
-beside it, under a field that only this project reads, as long as it leaves the meaning of the tensors alone.
+A family expresses a model when reading back its config.json gives the same model. Settings that still differ, and leave the
+meaning of the tensors alone, are added under a field that only this project reads.
 """
 
 import copy
@@ -59,9 +59,8 @@ class Layout(NamedTuple):
 
 
 def choose_layout(config: ModelConfig) -> Layout:
-    """The config.json for `config`: deepseek_v32 or glm_moe_dsa for latent attention with an indexer, else the model's family.
-
-    Falls back to a model_type of this project for what no family computes.
+    """The config.json for `config`: of a family with an indexer of its own where the model has one and latent attention
+    (deepseek_v32, glm_moe_dsa), else of the model's own family, else with a model_type of this project.
 
     Raises:
         CheckpointError: for native sparse attention, and an indexer that is a variant under study: no published format holds
@@ -113,7 +112,7 @@ def differences(config: ModelConfig, back: ModelConfig) -> dict[str, Any]:
 
 
 def family_content(config: ModelConfig, model_type: str) -> dict[str, Any]:
-    """The config.json of `config` as a `model_type`; whether that says everything is not checked here."""
+    """The config.json of `config` as a `model_type`, unchecked: it may fail to express the model."""
     family, attention = FAMILIES[model_type], config.attention
     content: dict[str, Any] = {
         "architectures": [family.architecture],
@@ -158,7 +157,7 @@ def family_content(config: ModelConfig, model_type: str) -> dict[str, Any]:
 
 
 def _quantization(config: ModelConfig) -> dict[str, Any]:
-    """What DeepSeek's own config.json says of weights in fp8; every reader scales activations as it goes."""
+    """`quantization_config` as DeepSeek's own config.json has it; readers scale activations dynamically."""
     if config.weight_format != FP8_BLOCKS:
         return {}
     blocks = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(WEIGHT_BLOCK), "activation_scheme": "dynamic"}
@@ -215,7 +214,7 @@ def _expert_content(config: ModelConfig, router: Router) -> dict[str, Any]:
         router.n_experts: moe.n_routed_experts,
         "num_experts_per_tok": moe.n_experts_per_token,
         "moe_intermediate_size": moe.expert_dim,
-        "norm_topk_prob": moe.normalize_weights,
+        "norm_topk_prob": moe.normalize_weights and router.normalize != "never",
         router.dense_layers: list(range(n_dense)) if router.dense_layers == "mlp_only_layers" else n_dense,
         router.shared_experts: moe.n_shared_experts,
         router.routed_scale: float(moe.routed_scale),

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 
 from dsa_jax import load_pretrained, save_pretrained
-from dsa_jax.checkpoints.hf import CheckpointError, read_model_config
-from dsa_jax.checkpoints.hf.families import (
-    FAMILIES,
+from dsa_jax.checkpoints.hf import (
+    CheckpointError,
     Family,
     FamilyIndexer,
     Router,
+    read_model_config,
     register_family,
     registered_family,
 )
+from dsa_jax.checkpoints.hf.families import FAMILIES
 from tests.dsa_jax.checkpoints.hf.test_save import assert_same, config_json, drawn
 from tests.dsa_jax.checkpoints.hf.tiny import CASES, LAYERS, config_of, read_tensors, tensors_of, write_checkpoint
 from tests.dsa_jax.toys.family import TOY

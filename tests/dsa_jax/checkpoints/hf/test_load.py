@@ -1,4 +1,4 @@
-"""What loading gives: the config in both spellings, and every tensor in its place."""
+"""Loading: the config in both spellings, and every tensor in its place."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What config.json decides, and which of its fields are refused or missed by name."""
+"""Reading config.json: what its fields decide, and errors that name a field that is refused or missing."""
 
 import json
 
@@ -84,8 +84,8 @@ def test_yarn_magnitude(scaling, magnitude, tmp_path):
         ("llama", {"layer_types": ["full_attention"] * 2 + ["sliding_attention"]}, "layer_types is ['full_attention'"),
         ("llama", {"layer_types": 5}, "layer_types is 5; expected a list of full_attention"),
         ("llama", {"dsa_jax": "x"}, "dsa_jax is 'x'; expected an object"),
-        ("llama", {"dsa_jax": {"vocab_size.x": 1}}, "dsa_jax.vocab_size.x is no field of a model config"),
-        ("llama", {"dsa_jax": {"logits_scale": "abc"}}, "ModelConfig.logits_scale is 'abc'; expected int or float"),
+        ("llama", {"dsa_jax": {"vocab_size.x": 1}}, "there is no config field vocab_size.x"),
+        ("llama", {"dsa_jax": {"logits_scale": "abc"}}, "dsa_jax.logits_scale is 'abc'; expected int or float"),
         (
             "llama",
             {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0}},

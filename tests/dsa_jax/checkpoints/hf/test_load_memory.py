@@ -14,7 +14,7 @@ LARGE = "DSA_LARGE"
 
 
 def load_in_own_process(directory, n_layers):
-    """What `load_large.py` reports of a checkpoint that it wrote before."""
+    """The report of `load_large.py` on a checkpoint that it wrote before."""
     command = [sys.executable, str(SCRIPT), str(directory), f"--layers={n_layers}"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     for _ in ("write", "load"):

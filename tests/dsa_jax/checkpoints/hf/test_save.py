@@ -1,4 +1,4 @@
-"""What saving writes: the same bits on the way back, the layout others read, and a directory that is whole or as it was."""
+"""Saving: the same bits on the way back, the layout others read, and a directory that is complete or unchanged."""
 
 import dataclasses
 import errno
