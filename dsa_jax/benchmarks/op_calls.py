@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
-from dsa_jax.benchmarks.op_shapes import OpShape
+from dsa_jax.costs.ops import OpShape
 from pallas_kernels import (
     IndexHeads,
     Visible,

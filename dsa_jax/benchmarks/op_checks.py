@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from dsa_jax.benchmarks.op_calls import Arrays, make_call, make_inputs
-from dsa_jax.benchmarks.op_shapes import OpShape
+from dsa_jax.costs.ops import OpShape
 
 _PER_QUERY = ("q_index", "weights", "visible_start", "visible_end", "q", "topk_indices", "d_out", "d_lse", "lse", "d_kl")
 _PER_KEY_RESULTS = ("d_k", "d_v", "d_k_index")

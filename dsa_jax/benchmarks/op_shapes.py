@@ -1,43 +1,6 @@
 """Named shapes of the op benchmarks: one that a laptop finishes in seconds, and those that the GPU kernels are meant for."""
 
-from typing import NamedTuple
-
-
-class OpShape(NamedTuple):
-    """Sizes of one call; an op reads the fields it has. Every query of an indexer or dense op sees all keys: no mask.
-
-    `value_dim` None means that the values are the leading `d_v` channels of the keys. `dtype` is that of queries and keys,
-    `selection` where the selected keys lie: "random", one from each of topk equal parts of the context, or "local", its end.
-    """
-
-    queries: int
-    keys: int
-    topk: int = 1
-    batch: int = 1
-    heads: int = 1
-    groups: int = 1
-    dim: int = 1
-    value_dim: int | None = None
-    d_v: int | None = None
-    index_heads: int = 1
-    index_dim: int = 1
-    dtype: str = "bfloat16"
-    selection: str = "random"
-
-    @property
-    def width(self) -> int:
-        """Channels of one value."""
-        return self.value_dim or self.d_v or self.dim
-
-    def reduced(self, queries: int, keys: int, topk: int) -> "OpShape":
-        """The same geometry with at most so many queries, keys and selected keys."""
-        return self._replace(
-            queries=min(self.queries, queries),
-            keys=min(self.keys, keys),
-            topk=min(self.topk, topk),
-            batch=min(self.batch, 2),
-        )
-
+from dsa_jax.costs.ops import OpShape
 
 OPS = (
     "index_scores",

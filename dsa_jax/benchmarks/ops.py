@@ -7,9 +7,9 @@ from typing import Any
 import jax
 
 from dsa_jax.benchmarks import op_checks, peers, timing
-from dsa_jax.benchmarks.costs import cost, floor_seconds
 from dsa_jax.benchmarks.op_calls import IMPLEMENTATIONS, make_inputs, timed_call
-from dsa_jax.benchmarks.op_shapes import SHAPES, OpShape
+from dsa_jax.benchmarks.op_shapes import SHAPES
+from dsa_jax.costs.ops import OpShape, floor_seconds, op_cost
 from pallas_kernels import tuning
 
 Row = dict[str, Any]
@@ -118,7 +118,7 @@ def tiles_of(choices: Sequence[tuning.Choice]) -> list[dict[str, Any]]:
 
 def _row(op: str, name: str, shape: OpShape, implementation: str, timed: timing.Timing) -> Row:
     device = jax.devices()[0].device_kind
-    needed, floor = cost(op, shape), floor_seconds(op, shape, device)
+    needed, floor = op_cost(op, shape), floor_seconds(op, shape, device)
     return {
         "op": op,
         "shape": name,

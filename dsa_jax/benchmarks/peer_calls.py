@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from dsa_jax.benchmarks.op_calls import Arrays
-from dsa_jax.benchmarks.op_shapes import OpShape
+from dsa_jax.costs.ops import OpShape
 
 
 class PeerCall(NamedTuple):

@@ -9,8 +9,8 @@ from typing import Any
 
 from dsa_jax.benchmarks import op_checks, timing
 from dsa_jax.benchmarks.op_calls import Arrays, make_inputs
-from dsa_jax.benchmarks.op_shapes import OpShape
 from dsa_jax.benchmarks.peer_calls import PEERS, Peer, PeerCall
+from dsa_jax.costs.ops import OpShape
 
 
 def of_op(op: str, *, report: Callable[[str], None] = print, peers: Sequence[Peer] = PEERS) -> list[Peer]:

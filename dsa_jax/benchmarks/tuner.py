@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsa_jax.benchmarks.op_calls import IMPLEMENTATIONS
-from dsa_jax.benchmarks.op_shapes import INTERPRETED, SHAPES, OpShape
+from dsa_jax.benchmarks.op_shapes import INTERPRETED, SHAPES
 from dsa_jax.benchmarks.worker import Worker
+from dsa_jax.costs.ops import OpShape
 from pallas_kernels import tuning
 from pallas_kernels.tuning import AnyTiles, Entry
 

@@ -1,4 +1,4 @@
-"""What attention costs by position, from measured times of its ops. No speed is assumed; only attention is counted."""
+"""Dollars of attention by position, from measured times of its ops. No speed is assumed; only attention is counted."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dsa_jax.config import ConfigError, ModelConfig
-from dsa_jax.costs.model import ATTENTIONS, N_POINTS, PHASES, n_indexers, pays_from, require_indexer
+from dsa_jax.costs.model import ATTENTIONS, N_POINTS, PHASES, kind_costs, n_indexers, pays_from, require_indexer
 
 Row = Mapping[str, Any]
 
@@ -38,17 +38,8 @@ class Series(NamedTuple):
 
 def attention_parts(config: ModelConfig) -> dict[tuple[str, str], list[Part]]:
     """The ops that attention consists of, by phase and attention; `dsa_jax.benchmarks` measures them under these names."""
-    shape, indexer = config.attention, config.attention.indexer
-    n = config.n_layers
-    if shape.kind == "gqa":
-        width = shape.head_dim
-        expanded = {"heads": shape.n_heads, "groups": shape.n_kv_heads, "dim": width, "value_dim": width}
-        absorbed: dict[str, Any] = expanded
-    else:
-        dim = shape.qk_nope_head_dim + shape.qk_rope_head_dim
-        expanded = {"heads": shape.n_heads, "groups": shape.n_heads, "dim": dim, "value_dim": shape.v_head_dim}
-        dim, d_v = shape.kv_lora_rank + shape.qk_rope_head_dim, shape.kv_lora_rank
-        absorbed = {"heads": shape.n_heads, "groups": 1, "dim": dim, "value_dim": None, "d_v": d_v}
+    costs, indexer, n = kind_costs(config), config.attention.indexer, config.n_layers
+    expanded, absorbed = costs.expanded._asdict(), costs.absorbed._asdict()
     topk = {"topk": indexer.topk}
     select = Part(
         ("index_topk",), {"index_heads": indexer.n_heads, "index_dim": indexer.head_dim, **topk}, n_indexers(config), True

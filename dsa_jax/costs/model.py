@@ -1,17 +1,22 @@
-"""What attention costs, analytically: FLOPs, cache bytes and rental dollars per token, dense and sparse, by position.
+"""FLOPs, KV cache bytes and rental dollars per token of a model, dense and sparse, by position, from formulas.
 
-One multiply-add is two FLOPs. Latent attention is counted in its cheaper form: expanded per head in prefill and training,
-absorbed in decode and wherever keys are selected. Nothing here is measured; `Rates` says what speeds are assumed.
+Operations are counted per op by `dsa_jax.costs.ops`. Latent attention is counted in its cheaper form: expanded per head in
+prefill and training, absorbed in decode and wherever keys are selected. Nothing here is measured; `Rates` holds the speeds that
+are assumed.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import jax
+
 from dsa_jax.config import ConfigError, ModelConfig
-from dsa_jax.model import abstract_params, build_model
+from dsa_jax.costs.kinds import KindCosts, gqa_costs, mla_costs
+from dsa_jax.costs.ops import kl_flops
+from dsa_jax.model import Transformer, abstract_params, build_model
 from dsa_jax.params import is_indexer_path, is_nsa_path, parameter_paths
-from pallas_kernels.quantize import latent_row_bytes, vector_row_bytes
 
 PHASES = ("prefill", "decode")
 ATTENTIONS = ("dense", "sparse")
@@ -20,16 +25,8 @@ N_POINTS = 512
 _BY_PHASE = ("linear", "dense", "index", "sparse")
 
 
-class KeyFlops(NamedTuple):
-    """FLOPs of one query and key in one layer: `expanded` and `absorbed` attention over all heads, and the index `score`."""
-
-    expanded: float
-    absorbed: float
-    score: float
-
-
 class Weights(NamedTuple):
-    """Numbers of parameters that a token multiplies with: `model` without its indexers, and the `indexers`."""
+    """Parameters that a token multiplies with: `model` without its indexers, and the `indexers`."""
 
     model: float
     indexers: float
@@ -72,7 +69,7 @@ H800_REPORT = Rates(
 """Speeds at which this model reproduces figure 3 of the DeepSeek-V3.2-Exp report, H800 at 2 dollars an hour.
 
 Fitted to that figure, hence agreement with it is no test of them; that they lie near the speeds which the READMEs of FlashMLA
-(640 TFLOP/s sparse prefill, 410 sparse decode, 660 dense decode) publish is. `linear` counts bf16 FLOPs of fp8 products.
+(640 TFLOP/s sparse prefill, 410 sparse decode, 660 dense decode) publish is. `linear` counts bf16 FLOPs of fp8 matmuls.
 """
 
 
@@ -86,16 +83,9 @@ def require_indexer(config: ModelConfig) -> None:
         raise ConfigError("the model has no indexer, so there is no sparse cost. Set model.attention.indexer.enabled=True.")
 
 
-def key_flops(config: ModelConfig) -> KeyFlops:
-    """FLOPs per query, key and layer, from the shape of the model."""
-    attention, indexer = config.attention, config.attention.indexer
-    index = 2.0 * indexer.n_heads * indexer.head_dim if indexer.enabled else 0.0
-    if attention.kind == "gqa":
-        each = 4.0 * attention.n_heads * attention.head_dim
-        return KeyFlops(each, each, index)
-    per_head = attention.qk_nope_head_dim + attention.qk_rope_head_dim + attention.v_head_dim
-    latent = 2 * attention.kv_lora_rank + attention.qk_rope_head_dim
-    return KeyFlops(2.0 * attention.n_heads * per_head, 2.0 * attention.n_heads * latent, index)
+def kind_costs(config: ModelConfig) -> KindCosts:
+    """Work of one attention layer per query and key."""
+    return {"gqa": gqa_costs, "mla": mla_costs}[config.attention.kind](config.attention)
 
 
 def active_weights(config: ModelConfig) -> Weights:
@@ -103,17 +93,18 @@ def active_weights(config: ModelConfig) -> Weights:
 
     Native sparse attention's own are left out, as its cost is not modelled.
     """
-    model = build_model(config)
-    shapes = parameter_paths(abstract_params(model))
     moe = config.moe
+    return _active_weights(build_model(config), moe.n_experts_per_token / moe.n_routed_experts if moe.n_routed_experts else 1.0)
+
+
+@functools.lru_cache(maxsize=8)
+def _active_weights(model: Transformer, expert_share: float) -> Weights:
     totals = {True: 0.0, False: 0.0}
-    for path, leaf in shapes.items():
+    for path, leaf in parameter_paths(abstract_params(model)).items():
         if is_nsa_path(path):  # neither dense nor sparse attention multiplies with it
             continue
-        is_matrix = path.endswith("/kernel") or (path == "embed/embedding" and config.tie_embeddings)
-        if is_matrix:
-            share = moe.n_experts_per_token / moe.n_routed_experts if "/experts/" in path else 1.0
-            totals[is_indexer_path(path)] += share * leaf.size
+        if path.endswith("/kernel") or (path == "embed/embedding" and model.tie_embeddings):
+            totals[is_indexer_path(path)] += (expert_share if "/experts/" in path else 1.0) * leaf.size
     return Weights(totals[False], totals[True])
 
 
@@ -126,26 +117,16 @@ def n_indexers(config: ModelConfig) -> int:
 
 
 def cache_bytes_per_token(config: ModelConfig, dtype: str, attention: str) -> float:
-    """Bytes that one token occupies in the cache of all layers.
+    """Bytes that one token occupies in the KV cache of all layers.
 
     Args:
         config: the model.
-        dtype: "bfloat16", "float32", or "fp8": e4m3 with one float32 scale per 128 latent channels, per key or value vector and
-            per index key; the rotated channels of a latent stay bfloat16.
+        dtype: of the cache, "bfloat16", "float32" or "fp8".
         attention: "sparse" adds the index keys.
     """
-    shape, indexer = config.attention, config.attention.indexer
-    if dtype == "fp8":
-        index = vector_row_bytes(indexer.head_dim)
-        latent = latent_row_bytes(shape.kv_lora_rank, shape.qk_rope_head_dim)
-        heads = 2 * shape.n_kv_heads * vector_row_bytes(shape.head_dim)
-    else:
-        width = {"bfloat16": 2, "float32": 4}[dtype]
-        index = width * indexer.head_dim
-        latent = width * (shape.kv_lora_rank + shape.qk_rope_head_dim)
-        heads = width * 2 * shape.n_kv_heads * shape.head_dim
-    per_layer = latent if shape.kind == "mla" else heads
-    return float(config.n_layers * per_layer + (n_indexers(config) * index if attention == "sparse" else 0))
+    model = build_model(config)
+    cache = jax.eval_shape(lambda: model.init_cache(1, 1, dtype=dtype, with_index_keys=attention == "sparse"))
+    return float(cache.n_bytes)
 
 
 def dollars_per_million_tokens(
@@ -161,25 +142,25 @@ def dollars_per_million_tokens(
 
 
 def _attention_seconds(config: ModelConfig, position: int, phase: str, attention: str, rates: Rates) -> float:
-    per_key = key_flops(config)
+    costs = kind_costs(config)
     if attention == "dense":
-        each = per_key.expanded if phase == "prefill" else per_key.absorbed
-        return config.n_layers * position * each / (rates.dense[phase] * 1e12)
-    scores = n_indexers(config) * position * per_key.score
-    selected = config.n_layers * min(position, config.attention.indexer.topk) * per_key.absorbed
+        heads = costs.expanded if phase == "prefill" else costs.absorbed
+        return config.n_layers * position * heads.forward_flops / (rates.dense[phase] * 1e12)
+    scores = n_indexers(config) * position * costs.score
+    selected = config.n_layers * min(position, config.attention.indexer.topk) * costs.absorbed.forward_flops
     by_selection = scores / (rates.index[phase] * 1e12) + selected / (rates.sparse[phase] * 1e12)
     if phase == "decode":
         return by_selection
-    return min(by_selection, (scores + config.n_layers * position * per_key.expanded) / (rates.masked * 1e12))
+    return min(by_selection, (scores + config.n_layers * position * costs.expanded.forward_flops) / (rates.masked * 1e12))
 
 
 def forward_flops_per_token(config: ModelConfig, length: int, attention: str) -> float:
     """FLOPs of one token's forward pass in a causal sequence of `length` tokens, on average; keys are selected absorbed."""
-    weights, per_key = active_weights(config), key_flops(config)
+    weights, costs = active_weights(config), kind_costs(config)
     if attention == "dense":
-        return 2.0 * weights.model + config.n_layers * (length + 1) / 2 * per_key.expanded
-    scores = n_indexers(config) * (length + 1) / 2 * per_key.score
-    selected = config.n_layers * mean_selected(config, length) * per_key.absorbed
+        return 2.0 * weights.model + config.n_layers * (length + 1) / 2 * costs.expanded.forward_flops
+    scores = n_indexers(config) * (length + 1) / 2 * costs.score
+    selected = config.n_layers * mean_selected(config, length) * costs.absorbed.forward_flops
     return 2.0 * (weights.model + weights.indexers) + scores + selected
 
 
@@ -192,19 +173,20 @@ def mean_selected(config: ModelConfig, length: int) -> float:
 def training_flops_per_token(config: ModelConfig, length: int, attention: str) -> float:
     """FLOPs of one training token, forward and backward, in a causal sequence of `length` tokens, on average.
 
-    Weights count three times (forward, gradient of the input, gradient of the weight), attention 3.5 times (its backward
-    recomputes the logits), and sparse training adds the scores of every visible key, forward, and for the selected ones the
-    attention logits of the KL's target and the backward of their scores.
+    Weights count three times (forward, gradient of the input, gradient of the weight), attention as its forward and backward
+    pass. Sparse training adds the index scores of every visible key, forward, and the KL over the selected ones.
     """
-    weights, per_key = active_weights(config), key_flops(config)
+    weights, costs = active_weights(config), kind_costs(config)
     visible = (length + 1) / 2
     if attention == "dense":
-        return 6.0 * weights.model + 3.5 * config.n_layers * visible * per_key.expanded
-    selected = mean_selected(config, length)
+        heads = costs.expanded
+        return 6.0 * weights.model + config.n_layers * visible * (heads.forward_flops + heads.backward_flops)
+    selected, heads = mean_selected(config, length), costs.absorbed
     n_targets = config.n_layers if config.attention.indexer.distill_shared else n_indexers(config)
-    target = n_targets * selected * (per_key.absorbed / 2 + 3.0 * per_key.score)
-    scores = n_indexers(config) * visible * per_key.score
-    return 6.0 * (weights.model + weights.indexers) + 3.5 * config.n_layers * selected * per_key.absorbed + scores + target
+    kl = n_targets * selected * kl_flops(heads, costs.score)
+    scores = n_indexers(config) * visible * costs.score
+    attend = config.n_layers * selected * (heads.forward_flops + heads.backward_flops)
+    return 6.0 * (weights.model + weights.indexers) + attend + scores + kl
 
 
 def pays_from(dense: Sequence[float], sparse: Sequence[float], positions: Sequence[int]) -> int | None:

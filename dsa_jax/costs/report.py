@@ -1,4 +1,4 @@
-"""Tables and plot of what `dsa_jax.costs.model` and `dsa_jax.costs.measured` compute."""
+"""Tables and plot of the costs that `dsa_jax.costs.model` and `dsa_jax.costs.measured` compute."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +32,7 @@ PUBLISHED_DOLLARS = {
 
 
 def cost_tables(config: ModelConfig, rates: Rates, max_length: int) -> dict[str, Any]:
-    """Everything the report shows, as JSON values: positions, dollars by phase and attention, cache bytes, training FLOPs.
+    """Numbers of the report as JSON values: positions, dollars by phase and attention, cache bytes, training FLOPs.
 
     Raises:
         ConfigError: when the model has no indexer.
@@ -80,7 +80,7 @@ def format_costs(tables: dict[str, Any]) -> str:
 
 
 def format_measured(tables: dict[str, Any]) -> str:
-    """The tables of `cost_measured.measured_tables` as aligned text: what was measured, then eight positions of its range."""
+    """The tables of `measured.measured_tables` as aligned text: the measured rows, then eight positions of its range."""
     measured = tables["measured"]
     lines = [f"measured on {measured['device']}: attention alone, without projections, MLP and experts"]
     for curve, rows in measured["rows"].items():

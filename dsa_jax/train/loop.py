@@ -8,8 +8,8 @@ import jax
 
 from dsa_jax.config import STAGES as STAGE_ORDER
 from dsa_jax.config import Config, ModelConfig, StageConfig
-from dsa_jax.costs.devices import peaks_of
 from dsa_jax.costs.model import training_flops_per_token
+from dsa_jax.costs.ops import peaks_of
 from dsa_jax.data import Batch, TrainData
 from dsa_jax.model import Transformer
 from dsa_jax.parallel.placement import place, place_batch, with_shardings

@@ -8,7 +8,7 @@ from dsa_jax.costs.model import (
     active_weights,
     cache_bytes_per_token,
     dollars_per_million_tokens,
-    key_flops,
+    kind_costs,
     pays_from,
     training_flops_per_token,
 )
@@ -28,15 +28,23 @@ def test_curves_of_the_report(v32, phase, attention):
 
 
 def test_flops_of_v32_by_hand(v32):
-    assert key_flops(v32) == (2 * 128 * (192 + 128), 2 * 128 * (576 + 512), 2 * 64 * 128)
+    expanded, absorbed, score = kind_costs(v32)
+    assert (expanded.forward_flops, absorbed.forward_flops) == (2 * 128 * (192 + 128), 2 * 128 * (576 + 512))
+    assert (expanded.backward_flops, absorbed.logit_flops, score) == (
+        2 * 128 * (3 * 192 + 2 * 128),
+        2 * 128 * 576,
+        2 * 64 * 128,
+    )
     assert 36e9 < active_weights(v32).model < 37e9
     # wq_b, wk and weights_proj in each of the 61 layers
     assert active_weights(v32).indexers == 61 * (1536 * 64 * 128 + 7168 * 128 + 7168 * 64)
 
 
-def test_key_flops_of_grouped_query_attention():
+def test_flops_of_grouped_query_attention():
     model = llama3_8b.get_config().model
-    assert key_flops(model).expanded == key_flops(model).absorbed == 4 * 32 * 128
+    expanded, absorbed, _ = kind_costs(model)
+    assert expanded == absorbed and expanded.forward_flops == 4 * 32 * 128
+    assert expanded.backward_flops == 2.5 * expanded.forward_flops
 
 
 def test_cache_bytes(v32):
@@ -53,6 +61,8 @@ def test_training_flops(v32):
     dense, sparse = (training_flops_per_token(v32, long, a) for a in ("dense", "sparse"))
     assert sparse < dense / 1.5
     assert training_flops_per_token(v32, short, "sparse") > training_flops_per_token(v32, short, "dense")
+    per_key = 2 * 128 * ((192 + 128) + (3 * 192 + 2 * 128))  # forward, and backward with its logits recomputed
+    assert training_flops_per_token(v32, 2 * long, "dense") - dense == 61 * long / 2 * per_key
     grown = training_flops_per_token(v32, 2 * long, "sparse") - sparse
     # Scores of the added visible keys, and the first rows' shorter selections weighing half as much.
     assert grown == pytest.approx(61 * long / 2 * 16384, rel=0.05)

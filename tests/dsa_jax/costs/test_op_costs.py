@@ -1,9 +1,12 @@
-"""Useful work and floors by formula, against figures worked out by hand for an H200."""
+"""FLOPs, bytes and rooflines of the ops by formula, against figures worked out by hand and against compiled matmuls."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from dsa_jax.benchmarks.costs import cost, floor_seconds
-from dsa_jax.benchmarks.op_shapes import SHAPES, OpShape
+from dsa_jax.benchmarks.op_shapes import SHAPES
+from dsa_jax.costs.ops import HeadSizes, OpShape, floor_seconds, op_cost
+from dsa_jax.dryrun import product_flops
 
 
 @pytest.mark.parametrize(
@@ -26,7 +29,7 @@ from dsa_jax.benchmarks.op_shapes import SHAPES, OpShape
 )
 def test_costs_and_floors(op, name, gflop, megabytes, floor):
     shape = SHAPES[op][name]
-    needed = cost(op, shape)
+    needed = op_cost(op, shape)
     assert needed.flops / 1e9 == pytest.approx(gflop, rel=0.02)
     assert megabytes is None or needed.bytes / 1e6 == pytest.approx(megabytes, rel=0.03)
     assert floor_seconds(op, shape, "NVIDIA H200") == pytest.approx(floor, rel=0.02)
@@ -35,14 +38,30 @@ def test_costs_and_floors(op, name, gflop, megabytes, floor):
 def test_small_case_by_hand():
     shape = OpShape(2, 10, 3, heads=4, dim=6, d_v=5, index_heads=2, index_dim=8, dtype="float32")
     # 2 queries, 3 keys each; q, out, 6 rows of keys, lists, lse.
-    assert cost("sparse_attention", shape) == (2 * 6 * 4 * 11, 4 * (2 * 4 * 6 + 2 * 4 * 5 + 6 * 6 + 6 + 8))
+    assert op_cost("sparse_attention", shape) == (2 * 6 * 4 * 11, 4 * (2 * 4 * 6 + 2 * 4 * 5 + 6 * 6 + 6 + 8))
     # Keys, queries, weights, and 2 x 10 scores or 2 x 3 positions.
     indexer = 10 * 8 + 2 * 2 * 8 + 2 * 2
-    assert cost("index_scores", shape) == (2 * 20 * 16, 4 * (indexer + 20))
-    assert cost("index_topk", shape) == (2 * 20 * 16, 4 * (indexer + 6))
+    assert op_cost("index_scores", shape) == (2 * 20 * 16, 4 * (indexer + 20))
+    assert op_cost("index_topk", shape) == (2 * 20 * 16, 4 * (indexer + 6))
 
 
 def test_unknown_device_and_op():
     assert floor_seconds("decode", SHAPES["decode"]["batch_8"], "cpu") is None
     with pytest.raises(ValueError, match="no cost for op 'sort'"):
-        cost("sort", SHAPES["decode"]["batch_8"])
+        op_cost("sort", SHAPES["decode"]["batch_8"])
+
+
+def test_flops_are_those_of_the_compiled_matmuls():
+    """Forward, and backward with the logits recomputed, where keys and values differ in width: not 3.5 times the forward."""
+    n_queries, n_keys, heads = 16, 32, HeadSizes(4, 1, 24, value_dim=8)
+
+    def attend(q, k, v):
+        return jax.nn.softmax(jnp.einsum("thd,sd->hts", q, k)) @ v
+
+    def backward(d_out, *arrays):
+        return jax.vjp(attend, *arrays)[1](d_out)
+
+    arrays = [jnp.ones(shape) for shape in ((n_queries, 4, 24), (n_keys, 24), (n_keys, 8))]
+    flops = lambda function, *given: product_flops(jax.jit(function).lower(*given).compile().as_text())
+    assert flops(attend, *arrays) == n_queries * n_keys * heads.forward_flops
+    assert flops(backward, attend(*arrays), *arrays) == n_queries * n_keys * heads.backward_flops
