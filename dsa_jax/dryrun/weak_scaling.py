@@ -1,4 +1,4 @@
-"""What each device multiplies and moves as devices and rows grow together: the numbers of compiled programs, no times."""
+"""Weak scaling: FLOPs and bytes moved per device as devices and rows grow together, of compiled programs, not timed."""
 
 import copy
 import math
@@ -7,15 +7,14 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from dsa_jax.config import AXES, Config, ParallelConfig
-from dsa_jax.dryrun.compiling import compile_step, emulated_mesh
-from dsa_jax.dryrun.programs import DecodeShape
+from dsa_jax.dryrun.compiling import DecodeShape, compile_step, emulated_mesh
 from dsa_jax.parallel.check import check_layout
 
 
 class Rung(NamedTuple):
     """One layout of a ladder; numbers are per device and step.
 
-    Fields: `preset` the ladder; `sizes` of the mesh axes with several devices; `flops` as `product_flops` counts them; `moved`
+    Fields: `preset` the ladder; `sizes` of the mesh axes with several devices; `flops` as `matmul_flops` counts them; `moved`
     bytes by kind of collective.
     """
 

@@ -6,7 +6,7 @@ import pytest
 
 from dsa_jax.benchmarks.op_shapes import SHAPES
 from dsa_jax.costs.ops import HeadSizes, OpShape, floor_seconds, op_cost
-from dsa_jax.dryrun import product_flops
+from dsa_jax.dryrun import matmul_flops
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,6 @@ def test_flops_are_those_of_the_compiled_matmuls():
         return jax.vjp(attend, *arrays)[1](d_out)
 
     arrays = [jnp.ones(shape) for shape in ((n_queries, 4, 24), (n_keys, 24), (n_keys, 8))]
-    flops = lambda function, *given: product_flops(jax.jit(function).lower(*given).compile().as_text())
+    flops = lambda function, *given: matmul_flops(jax.jit(function).lower(*given).compile().as_text())
     assert flops(attend, *arrays) == n_queries * n_keys * heads.forward_flops
     assert flops(backward, attend(*arrays), *arrays) == n_queries * n_keys * heads.backward_flops

@@ -21,15 +21,14 @@ from dsa_jax.dryrun import (
     format_compiled,
     format_summary,
     format_weak_scaling,
-    product_flops,
+    matmul_flops,
     rungs,
     sharding_table,
     summarize,
     target_mesh,
     weak_scaling,
 )
-from dsa_jax.dryrun.programs import abstract_params
-from dsa_jax.model import build_model
+from dsa_jax.model import abstract_params, build_model
 from dsa_jax.parallel.check import check_layout
 from dsa_jax.parallel.placement import place
 from dsa_jax.train import loss as loss_module
@@ -259,7 +258,7 @@ def test_products_by_hand():
         "  %v = f32[8]{0} dot(f32[8,9]{1,0} %m, %n), lhs_contracting_dims={1}\n"
     )
     text = HLO.replace("  %gathered", f"{in_loop}  %gathered").replace("  %w = (s32[]", f"{in_main}  %w = (s32[]")
-    assert product_flops(text) == 27 * 2 * 6 * 7 * 5 + 2 * 3 * 8 * 6 * 4 + 2 * 8 * 9
+    assert matmul_flops(text) == 27 * 2 * 6 * 7 * 5 + 2 * 3 * 8 * 6 * 4 + 2 * 8 * 9
 
 
 def test_weak_scaling():

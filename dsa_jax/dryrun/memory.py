@@ -1,39 +1,71 @@
-"""An estimate of what a training step holds besides parameters, gradients and optimizer state.
+"""Bytes per device: of parameters and optimizer state under the sharding rules, and an estimate of a step's activations.
 
 `jax.vjp` of one layer returns a function whose leaves are exactly what that layer keeps for its backward pass, so tracing it
-counts bytes without running anything. Under the recipe's rematerialisation that is what every layer keeps from the forward to
-the backward pass; without any, what one layer holds while its backward pass runs. What a frozen layer computes and drops on
-the way is not in it. `experiments/results/dry_run.md` compares the estimate with the compiler's memory.
+counts bytes without running anything. Under the recipe's rematerialisation those are the residuals that every layer keeps from
+the forward to the backward pass; without any, the memory of one layer during its backward pass. What a frozen layer computes
+and drops on the way is not counted. `experiments/results/dry_run.md` compares the estimate with the compiler's memory.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from dsa_jax.config import Config
-from dsa_jax.dryrun.sizes import array_bytes, shard_bytes
 from dsa_jax.model import Transformer
 from dsa_jax.model.outputs import AttentionRequest
 from dsa_jax.model.transformer import BlockStack, rematerialised
+from dsa_jax.parallel.placement import specs_of
 from dsa_jax.parallel.rules import parameter_spec
 from dsa_jax.params import merge_parameters, nested_parameters, parameter_paths, split_parameters
 from dsa_jax.train.loss import LOGITS_PER_CHUNK
 from dsa_jax.train.stages import Stage
 from pallas_kernels import Visible
 
-FLOAT32 = 4
+
+def shard_bytes(leaf: Any, spec: PartitionSpec, sizes: Mapping[str, int]) -> int:
+    """Bytes of `leaf` on each device of a mesh with axes of `sizes`; an axis that does not divide is padded up."""
+    shape = list(leaf.shape)
+    for dim, axes in enumerate(spec):
+        for axis in (axes,) if isinstance(axes, str) else axes or ():
+            shape[dim] = -(-shape[dim] // sizes[axis])
+    return math.prod(shape) * leaf.dtype.itemsize
+
+
+def bytes_per_device(tree: Any, sizes: Mapping[str, int]) -> int:
+    """Bytes that parameters, or optimizer state that mirrors them, take on each device under the sharding rules."""
+    shards = jax.tree.map(lambda leaf, spec: shard_bytes(leaf, spec, sizes), tree, specs_of(tree))
+    return sum(jax.tree.leaves(shards))
+
+
+def sharding_table(params: Mapping[str, Any], sizes: Mapping[str, int]) -> list[dict[str, Any]]:
+    """One row per parameter, as JSON values: `path`, `shape`, `dtype`, `spec` (axis names or None), `bytes` per device."""
+    rows = []
+    for path, leaf in parameter_paths(params).items():
+        spec = parameter_spec(path)
+        shown = [axis if axis is not None and sizes[axis] > 1 else None for axis in spec]
+        rows.append(
+            {
+                "path": path,
+                "shape": list(leaf.shape),
+                "dtype": leaf.dtype.name,
+                "spec": shown + [None] * (len(leaf.shape) - len(shown)),
+                "bytes": shard_bytes(leaf, spec, sizes),
+            }
+        )
+    return rows
 
 
 class Activations(NamedTuple):
     """Estimated bytes on one device.
 
     Fields:
-        saved: what all layers keep from the forward to the backward pass, and the final hidden state.
-        layer: what the backward pass of the costliest layer holds while it recomputes that layer, every intermediate result
-            counted although the compiler fuses some away, and padded expert buffers at their full length.
+        saved: residuals of all layers from the forward to the backward pass, and the final hidden state.
+        layer: memory of the backward pass of the costliest layer while it recomputes that layer; every intermediate result
+            counts, although the compiler fuses some away, and padded expert buffers count at their full length.
         weights: a layer's weights gathered along `fsdp`, and their gradient before it is split again.
         logits: one chunk of logits and its gradient, float32.
     """
@@ -73,7 +105,7 @@ def estimate_activations(config: Config, model: Transformer, params: dict[str, A
         )
     hidden = rows * length * config.model.hidden_dim * jnp.dtype(config.model.dtype).itemsize // n_parts
     logits = min(LOGITS_PER_CHUNK, rows * length * config.model.vocab_size // math.prod(sizes.values()))
-    return Activations(saved + hidden, layer, weights if sizes["fsdp"] > 1 else 0, 2 * FLOAT32 * logits * stage.has_lm_loss)
+    return Activations(saved + hidden, layer, weights if sizes["fsdp"] > 1 else 0, 2 * 4 * logits * stage.has_lm_loss)
 
 
 def _one_layer(stacked: dict[str, Any]) -> dict[str, Any]:
@@ -85,7 +117,7 @@ def _gathered_bytes(stack: str, layer_params: dict[str, Any], sizes: dict[str, i
     """Bytes of one layer's parameters on a device that has gathered them along `fsdp`."""
     gathered = sizes | {"fsdp": 1}
     return sum(
-        shard_bytes(leaf, jax.sharding.PartitionSpec(*parameter_spec(f"{stack}/{path}")[1:]), gathered)
+        shard_bytes(leaf, PartitionSpec(*parameter_spec(f"{stack}/{path}")[1:]), gathered)
         for path, leaf in parameter_paths(layer_params).items()
     )
 
@@ -125,4 +157,4 @@ def _residual_bytes(
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     with jax.sharding.use_abstract_mesh(mesh):
         leaves = jax.eval_shape(kept, x, *parts, tokens(jnp.int32), visible, previous)
-    return sum(map(array_bytes, leaves))
+    return sum(shard_bytes(leaf, PartitionSpec(), sizes) for leaf in leaves)
