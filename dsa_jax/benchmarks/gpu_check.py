@@ -1,4 +1,4 @@
-"""Runs every GPU kernel on the GPU at hand: is it right, then how fast is it. Results are on disk after every item.
+"""Checks every GPU kernel on the GPU at hand, then times it. Results are on disk after every item.
 
 python -m dsa_jax.benchmarks.gpu_check --output=experiments/results/gpu_check.json
 python -m dsa_jax.benchmarks.gpu_check --table=experiments/results/gpu_check.json
@@ -14,16 +14,18 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dsa_jax.benchmarks.op_calls import IMPLEMENTATIONS
-from dsa_jax.benchmarks.op_shapes import INTERPRETED, OPS, SHAPES
+from dsa_jax.benchmarks.op_shapes import OPS, SHAPES
+from dsa_jax.benchmarks.ops import Item, perform
 from dsa_jax.benchmarks.worker import NoGpuError, Worker
+from dsa_jax.run.directory import atomic_write_text
 
 OUTPUT, DRY_OUTPUT = Path("experiments/results/gpu_check.json"), Path("runs/gpu_check_dry_run.json")
 TOTAL_SECONDS = 415.0
 ITEM_SECONDS = 60.0
-# What is done unless --all asks for every shape: each kernel at its most telling ones.
+# The shapes of a run without --all: one or two of each op.
 _ATTENTION = ("128_heads", "32_heads_8_groups")
 MAIN_SHAPES: dict[str, tuple[str, ...]] = {
     "index_scores": ("prefill_32k", "prefill_32k_fp8", "decode_128k_fp8"),
@@ -36,15 +38,6 @@ MAIN_SHAPES: dict[str, tuple[str, ...]] = {
     "indexer_kl_selected": ("128_heads",),
     "indexer_kl_visible": ("128_heads",),
 }
-
-
-class Item(NamedTuple):
-    """One thing to do: kind is "check_reduced", "check_real" or "time"."""
-
-    kind: str
-    op: str
-    shape: str
-    implementation: str
 
 
 def items(*, dry_run: bool, words: Sequence[str] = (), every_shape: bool = False) -> list[Item]:
@@ -67,44 +60,10 @@ def items(*, dry_run: bool, words: Sequence[str] = (), every_shape: bool = False
             for shape, name in itertools.product(shapes, IMPLEMENTATIONS[op]):
                 is_wanted = kind == "time" or name != "xla" or (kind == "check_reduced" and shape == MAIN_SHAPES[op][0])
                 if name != "reference" and is_wanted and not (dry_run and name in ("xla", "triton", "mosaic")):
-                    yield Item(kind, op, shape, name)
+                    yield Item(kind, op, shape, name, small=dry_run)
 
     kinds = ("check_reduced", "check_real", "time")
     return [item for kind in kinds for item in of(kind)]
-
-
-def perform(item: Item, *, dry_run: bool = False) -> dict[str, Any]:
-    """Does one item in this process; {status: "passed" or "timed", tiles, ...}, or "left out" for what is not covered here.
-
-    `tiles` are those that the kernels ran with, and where each comes from: the tuning table or the default rule.
-    """
-    from dsa_jax.benchmarks import ops
-    from pallas_kernels import tuning
-
-    with tuning.recorded() as choices:
-        result = _perform(item, dry_run=dry_run)
-    return {**result, "tiles": ops.tiles_of(choices)} if choices else result
-
-
-def _perform(item: Item, *, dry_run: bool) -> dict[str, Any]:
-    from dsa_jax.benchmarks import op_checks, ops
-
-    shape = INTERPRETED if dry_run else SHAPES[item.op][item.shape]
-    try:
-        if item.kind == "check_reduced":
-            compared = op_checks.check_reduced(item.op, shape, item.implementation, small=dry_run)
-            return {"status": "passed", "compared": compared}
-        if item.kind == "check_real":
-            return {"status": "passed", "compared": op_checks.check_real(item.op, shape, item.implementation)}
-        row = ops.measure(item.op, item.shape, shape, item.implementation, repeats=2 if dry_run else 20)
-        return {"status": "timed", "row": row}
-    except NotImplementedError as error:
-        return {"status": "left out", "reason": str(error)}
-
-
-def dry_perform(item: Item) -> dict[str, Any]:
-    """`perform` at tiny sizes."""
-    return perform(item, dry_run=True)
 
 
 def run(
@@ -126,7 +85,7 @@ def run(
     started = time.monotonic()
     record: dict[str, Any] = {"dry_run": dry_run, "environment": None, "items": []}
     try:
-        worker = Worker(dry_perform if dry_run else perform, on_cpu=dry_run)
+        worker = Worker(perform, on_cpu=dry_run)
     except NoGpuError:
         raise
     except RuntimeError as error:
@@ -146,11 +105,12 @@ def run(
                 result = worker.do(item, ITEM_SECONDS)
             if result["status"] == "failed" and item.kind != "time":
                 wrong.add(item._replace(kind=""))
-            entry = {**item._asdict(), **result, "wall_seconds": time.monotonic() - began}
+            name = {"kind": item.kind, "op": item.op, "shape": item.shape, "implementation": item.implementation}
+            entry = {**name, **result, "wall_seconds": time.monotonic() - began}
             record["items"].append(entry)
             _write(output, record)
             note = result.get("reason", "")
-            print(f"{number}/{len(todo)} {' '.join(item)}: {result['status']} {note}".rstrip(), flush=True)
+            print(f"{number}/{len(todo)} {' '.join(name.values())}: {result['status']} {note}".rstrip(), flush=True)
     finally:
         worker.stop()
     bad = [entry for entry in record["items"] if entry["status"] in ("failed", "not reached")]
@@ -162,9 +122,7 @@ def run(
 
 def _write(output: Path, record: dict[str, Any]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(output.name + ".part")
-    unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(output)
+    atomic_write_text(output, json.dumps(record, indent=1) + "\n")
 
 
 def table(record: dict[str, Any]) -> str:

@@ -1,16 +1,17 @@
-"""Times one op at named shapes, after it has been found right on the same device; a wrong one gets no time."""
+"""Checks an op at named shapes on this device, then times it; a wrong one gets no time."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from dsa_jax.benchmarks import op_checks, peers, timing
-from dsa_jax.benchmarks.op_calls import IMPLEMENTATIONS, make_inputs, timed_call
-from dsa_jax.benchmarks.op_shapes import SHAPES
+from dsa_jax.benchmarks.op_calls import IMPLEMENTATIONS, make_call, make_inputs, timed_call
+from dsa_jax.benchmarks.op_shapes import INTERPRETED, SHAPES
 from dsa_jax.costs.ops import OpShape, floor_seconds, op_cost
 from pallas_kernels import tuning
+from pallas_kernels.tuning import AnyTiles
 
 Row = dict[str, Any]
 
@@ -86,15 +87,63 @@ def default_implementations(op: str) -> list[str]:
     return ["reference", "xla"]
 
 
-def measure(
-    op: str, name: str, shape: OpShape, implementation: str, *, repeats: int = 20, warm_seconds: float | None = None
-) -> Row:
+class Item(NamedTuple):
+    """A check or a measurement of an op at a named shape.
+
+    Fields: `kind` "check_reduced", "check_real", "time", "check_and_time" or "kernels"; `small` on CPU, at the shape of
+    interpreted kernels; `tiles` to run with by kernel, others at their default.
+    """
+
+    kind: str
+    op: str
+    shape: str
+    implementation: str
+    small: bool = False
+    tiles: tuple[tuple[str, AnyTiles], ...] = ()
+
+    @property
+    def sizes(self) -> OpShape:
+        """Shape of the call."""
+        return INTERPRETED if self.small else SHAPES[self.op][self.shape]
+
+
+def perform(item: Item) -> dict[str, Any]:
+    """Does one item in this process.
+
+    Returns:
+        "check_reduced" and "check_real": {status: "passed", compared}; "time", and "check_and_time", which checks at reduced
+        sizes first: {status: "timed", row}; both with the `tiles` of their kernels as `tiles_of` gives them. "kernels":
+        {status: "found", kernels: [(kernel, shape, default tiles), ...]}, in the order in which they are traced.
+
+    Raises:
+        CheckError: the result is wrong.
+        NotImplementedError: the implementation does not cover the call.
+    """
+    op, shape, implementation = item.op, item.sizes, item.implementation
+    if item.tiles or item.kind == "kernels":
+        jax.clear_caches()  # a program that was traced with other tiles must not be found again
+    with tuning.trial(dict(item.tiles)), tuning.recorded() as choices:
+        if item.kind == "kernels":
+            arrays = jax.eval_shape(lambda: make_inputs(op, shape))
+            jax.eval_shape(make_call(op, shape, implementation), **arrays)
+            return {"status": "found", "kernels": [(x.kernel, dict(x.shape), x.default) for x in choices]}
+        result: dict[str, Any] = {"status": "passed"}
+        if item.kind == "check_real":
+            result["compared"] = op_checks.check_real(op, shape, implementation)
+        elif item.kind != "time":
+            result["compared"] = op_checks.check_reduced(op, shape, implementation, small=item.small)
+        if item.kind in ("time", "check_and_time"):
+            repeats = 2 if item.small else 20
+            result = {"status": "timed", "row": measure(op, item.shape, shape, implementation, repeats=repeats)}
+    return {**result, "tiles": tiles_of(choices)} if choices else result
+
+
+def measure(op: str, name: str, shape: OpShape, implementation: str, *, repeats: int = 20) -> Row:
     """Times `op`, without any check.
 
     Args:
         name: of the shape, for the row.
         repeats: fewer are made of a call that takes over a second.
-        warm_seconds: of calls before the first that counts; None is 0.3 s, and none for fewer than ten repeats.
 
     Returns:
         {op, shape, sizes, dtype, implementation, interpreted, device, seconds, p10, p90, repeats, timing, flops, bytes,
@@ -103,10 +152,8 @@ def measure(
     """
     arrays = make_inputs(op, shape)
     function, given = timed_call(op, shape, implementation, arrays)
-    if warm_seconds is None:
-        warm_seconds = 0.3 if repeats >= 10 else 0.0
     with tuning.recorded() as choices:
-        timed = timing.measure(function, given, repeats=repeats, warm_seconds=warm_seconds)
+        timed = timing.measure(function, given, repeats=repeats)
     return {**_row(op, name, shape, implementation, timed), "tiles": tiles_of(choices)}
 
 

@@ -55,11 +55,10 @@ def _results(call: PeerCall) -> Arrays:
 
 
 def _time(call: PeerCall, uses_torch: bool, repeats: int) -> timing.Timing:
-    warm_seconds = 0.3 if repeats >= 10 else 0.0
     if uses_torch:
-        torch = importlib.import_module("torch")
-        return timing.measure_events(lambda: call.run(*call.arguments), torch.cuda, repeats=repeats, warm_seconds=warm_seconds)
-    return timing.measure(call.run, call.arguments, repeats=repeats, warm_seconds=warm_seconds)
+        cuda = importlib.import_module("torch").cuda
+        return timing.measure_events(lambda: call.run(*call.arguments), cuda, repeats=repeats)
+    return timing.measure(call.run, call.arguments, repeats=repeats)
 
 
 def share_memory(environment: Any) -> None:

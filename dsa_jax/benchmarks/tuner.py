@@ -8,79 +8,20 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dsa_jax.benchmarks.op_calls import IMPLEMENTATIONS
-from dsa_jax.benchmarks.op_shapes import INTERPRETED, SHAPES
+from dsa_jax.benchmarks.op_shapes import SHAPES
+from dsa_jax.benchmarks.ops import Item, perform
 from dsa_jax.benchmarks.worker import Worker
-from dsa_jax.costs.ops import OpShape
 from pallas_kernels import tuning
 from pallas_kernels.tuning import AnyTiles, Entry
 
 TRIAL_SECONDS = 120.0
-Sizes = dict[str, int]
-
-
-class Trial(NamedTuple):
-    """An op, and the tiles to run it with by kernel, others at their default; `kind` is "kernels", "time" or "check"."""
-
-    kind: str
-    op: str
-    shape: str
-    implementation: str
-    interpreted: bool
-    tiles: tuple[tuple[str, AnyTiles], ...] = ()
-
-    @property
-    def sizes(self) -> OpShape:
-        """Of the call."""
-        return INTERPRETED if self.interpreted else SHAPES[self.op][self.shape]
-
-
-def perform(trial: Trial) -> dict[str, Any]:
-    """Does a trial in this process.
-
-    Returns:
-        "kernels": {status: "found", kernels: [(kernel, shape, default tiles), ...]}, in the order in which they are traced;
-        "time": {status: "timed", row}, of a call that was found right at reduced sizes; "check": {status: "passed"}, of the
-        whole shape. {status: "left out", reason} where the implementation does not cover the call.
-
-    Raises:
-        CheckError: the result is wrong.
-    """
-    import jax
-
-    from dsa_jax.benchmarks import op_checks, ops
-
-    # A program that was traced with other tiles must not be found again.
-    jax.clear_caches()
-    op, shape, implementation = trial.op, trial.sizes, trial.implementation
-    try:
-        with tuning.trial(dict(trial.tiles)), tuning.recorded() as choices:
-            if trial.kind == "kernels":
-                _trace(op, shape, implementation)
-                return {"status": "found", "kernels": [(x.kernel, dict(x.shape), x.default) for x in choices]}
-            if trial.kind == "check":
-                op_checks.check_real(op, shape, implementation)
-                return {"status": "passed"}
-            op_checks.check_reduced(op, shape, implementation, small=trial.interpreted)
-            repeats = 2 if trial.interpreted else 20
-            return {"status": "timed", "row": ops.measure(op, trial.shape, shape, implementation, repeats=repeats)}
-    except NotImplementedError as error:
-        return {"status": "left out", "reason": str(error)}
-
-
-def _trace(op: str, shape: OpShape, implementation: str) -> None:
-    import jax
-
-    from dsa_jax.benchmarks.op_calls import make_call, make_inputs
-
-    arrays = jax.eval_shape(lambda: make_inputs(op, shape))
-    jax.eval_shape(make_call(op, shape, implementation), **arrays)
 
 
 class Log:
-    """What has been tried, one JSON object a line; what stands there, of the same device and versions, is not repeated."""
+    """Trials done so far, one JSON object a line; those of the same device and versions are not repeated."""
 
     def __init__(self, path: Path, environment: Mapping[str, Any]) -> None:
         self._path, self._where = path, {"device": environment["device"]["kind"], "versions": environment["versions"]}
@@ -93,15 +34,15 @@ class Log:
                     continue  # the run was cut off while it wrote this line
                 self._known[json.dumps(known["trial"])] = known["result"]
 
-    def _key(self, trial: Trial) -> dict[str, Any]:
+    def _key(self, trial: Item) -> dict[str, Any]:
         tiles = {kernel: dataclasses.asdict(tiles) for kernel, tiles in sorted(trial.tiles)}
         return {**trial._asdict(), "tiles": tiles, "sizes": trial.sizes._asdict(), **self._where}
 
-    def find(self, trial: Trial) -> dict[str, Any] | None:
+    def find(self, trial: Item) -> dict[str, Any] | None:
         """The result of an earlier run."""
         return self._known.get(json.dumps(self._key(trial)))
 
-    def add(self, trial: Trial, result: Mapping[str, Any]) -> None:
+    def add(self, trial: Item, result: Mapping[str, Any]) -> None:
         """Writes a result down."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
@@ -109,13 +50,13 @@ class Log:
 
 
 def read_unfit(path: Path) -> set[tuple[str, str]]:
-    """What `dsa_jax.benchmarks.aot --candidates` found not to compile, or to spill, as `unfit_key` gives it."""
+    """Tiles that `dsa_jax.benchmarks.aot --candidates` found not to compile, or to spill, as `unfit_key` gives them."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return {unfit_key(x["kernel"], x["shape"], x["tiles"]) for x in map(json.loads, lines) if x["unfit"]}
 
 
 def unfit_key(kernel: str, shape: tuning.Shape, tiles: Mapping[str, int]) -> tuple[str, str]:
-    """A kernel with what decides whether it fits: not how many keys there are, nor queries unless they are few."""
+    """A kernel with all that decides whether it fits: not the number of keys, nor of queries unless they are few."""
     exact = {name: shape[name] for name in tuning.KERNELS[kernel].exact}
     is_few = "queries" in shape and tuning.has_few_queries(shape)
     return kernel, json.dumps([exact, is_few, dict(tiles)], sort_keys=True)
@@ -134,13 +75,13 @@ def run(
     interpreted: bool = False,
     unfit: frozenset[tuple[str, str]] | set[tuple[str, str]] = frozenset(),
     seconds: float = TRIAL_SECONDS,
-    task: Callable[[Trial], dict[str, Any]] = perform,
+    task: Callable[[Item], dict[str, Any]] = perform,
     report: Callable[[str], None] = print,
 ) -> list[Entry]:
-    """Tunes the kernels of `op` at the given shapes and puts what it finds into `table`, after each shape.
+    """Tunes the kernels of `op` at the given shapes and writes the fastest tiles into `table`, after each shape.
 
     An entry is written for every kernel whose shape was tuned, also where its default was fastest; not for one where the whole
-    op, with all that was found, fails its check at the full shape.
+    op, with all fastest tiles, fails its check at the full shape.
 
     Args:
         shapes: names out of `SHAPES[op]`; with `interpreted` they stand for a tiny one.
@@ -169,7 +110,7 @@ def run(
         tried = Log(log, worker.environment)
         found: list[Entry] = []
         for shape in shapes:
-            base = Trial("time", op, shape, implementation, interpreted)
+            base = Item("check_and_time", op, shape, implementation, interpreted)
             search = _Search(worker, tried, base, limit, seconds, set(unfit), report)
             found += search.entries(kernels, worker.environment, command)
             tuning.write(table, tuning.merge(old, found))
@@ -197,13 +138,13 @@ class _Search:
 
     worker: Worker
     log: Log
-    base: Trial
+    base: Item
     limit: int
     seconds: float
     unfit: set[tuple[str, str]]
     report: Callable[[str], None]
 
-    def _result(self, trial: Trial) -> dict[str, Any]:
+    def _result(self, trial: Item) -> dict[str, Any]:
         known = self.log.find(trial)
         if known is None:
             known = self.worker.do(trial, self.seconds)
@@ -231,7 +172,7 @@ class _Search:
                 yield tiles
 
     def entries(self, wanted: Sequence[str], environment: Mapping[str, Any], command: str) -> list[Entry]:
-        """What was found for the kernels `wanted` (none: all)."""
+        """Entries of the kernels `wanted` (none: all)."""
         calls = self._kernels(wanted)
         # All defaults are given, lest the table already has others.
         best = {kernel: shapes[0][1] for kernel, shapes in calls.items()}
@@ -247,7 +188,7 @@ class _Search:
                 # Clearly faster: not within the spread of what it would replace.
                 if row is not None and row["seconds"] < fastest["p10"]:
                     best, fastest = {**best, kernel: tiles}, row
-        result = self._result(self.base._replace(kind="check", tiles=tuple(sorted(best.items()))))
+        result = self._result(self.base._replace(kind="check_real", tiles=tuple(sorted(best.items()))))
         if result["status"] != "passed":
             self.report(f"  no entry: the check at the full shape says {result['status']}, {result.get('reason')}")
             return []

@@ -1,12 +1,14 @@
-"""Work on a device in a process of its own: what crashes it, or hangs, costs one item and not the run."""
+"""Work on a device in a process of its own: a crash or a hang costs one item and not the run."""
 
 import multiprocessing
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 Task = Callable[[Any], dict[str, Any]]
-"""Does one item; returns {status, ...}. A function of a module, so that another process can import it."""
+"""Does one item; returns {status, ...}, or raises NotImplementedError for an item that is not covered.
+
+A function of a module, so that another process can import it.
+"""
 
 START_SECONDS = 150.0
 STOP_SECONDS = 10.0
@@ -25,12 +27,18 @@ def describe_device() -> dict[str, Any]:
     return {"backend": jax.default_backend(), "environment": describe_environment()}
 
 
-def _serve(connection: Any, task: Task, describe: Callable[[], dict[str, Any]], variables: Mapping[str, str]) -> None:
-    os.environ.update(variables)
+def _serve(connection: Any, task: Task, describe: Callable[[], dict[str, Any]], on_cpu: bool) -> None:
+    if on_cpu:
+        import jax
+
+        # Not by JAX_PLATFORMS: JAX read it when it was imported, which `task` may have done.
+        jax.config.update("jax_platforms", "cpu")
     connection.send(describe())
     while (item := connection.recv()) is not None:
         try:
             result = task(item)
+        except NotImplementedError as error:
+            result = {"status": "left out", "reason": str(error)}
         except Exception as error:
             result = {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:2000]}
         connection.send(result)
@@ -51,7 +59,7 @@ class Worker:
 
         Args:
             on_cpu: for a dry run; otherwise there must be a GPU.
-            describe: what the process says about itself, at least {backend, environment}.
+            describe: run in the process; returns {backend, environment}.
 
         Raises:
             NoGpuError: no GPU that JAX can use, and not `on_cpu`.
@@ -64,8 +72,7 @@ class Worker:
 
     def _start(self) -> dict[str, Any]:
         self._connection, theirs = self._context.Pipe()
-        variables = {"JAX_PLATFORMS": "cpu"} if self._on_cpu else {}
-        arguments = theirs, self._task, self._describe, variables
+        arguments = theirs, self._task, self._describe, self._on_cpu
         self._process = self._context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
@@ -85,7 +92,7 @@ class Worker:
         return hello["environment"]
 
     def do(self, item: Any, seconds: float) -> dict[str, Any]:
-        """What the task returns; {status: "failed", reason} if it raises, dies, takes over `seconds`, or no process starts.
+        """Result of the task; {status: "failed", reason} if it raises, dies, takes over `seconds`, or no process starts.
 
         A process that has to be started first takes its own time.
         """

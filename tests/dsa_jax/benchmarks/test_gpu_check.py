@@ -80,7 +80,7 @@ def stub(item):
 
 def test_crash_and_hang_cost_their_own_item(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_check, "Worker", functools.partial(Worker, describe=describe))
-    monkeypatch.setattr(gpu_check, "dry_perform", stub)
+    monkeypatch.setattr(gpu_check, "perform", stub)
     monkeypatch.setattr(gpu_check, "ITEM_SECONDS", 2.0)
     output = tmp_path / "check.json"
     assert gpu_check.run(output, dry_run=True, words=["index_scores", "index_topk", "sparse_attention", "decode"]) == 1
@@ -114,7 +114,7 @@ def die_from_the_second(counter):
 def test_a_process_that_cannot_be_replaced_costs_items_and_not_the_record(tmp_path, monkeypatch):
     describe = functools.partial(die_from_the_second, tmp_path / "counter")
     monkeypatch.setattr(gpu_check, "Worker", functools.partial(Worker, describe=describe))
-    monkeypatch.setattr(gpu_check, "dry_perform", stub)
+    monkeypatch.setattr(gpu_check, "perform", stub)
     output = tmp_path / "check.json"
     assert gpu_check.run(output, dry_run=True, words=["index"]) == 1
     record = json.loads(output.read_text())

@@ -29,7 +29,7 @@ def task(trial):
     tiles = dict(trial.tiles)
     if trial.kind == "kernels":
         return {"status": "found", "kernels": [(name, SHAPE, default) for name, default in DEFAULT.items()]}
-    if trial.kind == "check":
+    if trial.kind == "check_real":
         return {"status": "passed"}
     if 64 in [x.block_k for x in tiles.values()]:
         raise CheckError("scores are wrong")
@@ -50,7 +50,7 @@ class InThisProcess(Worker):
 
     def do(self, trial, seconds):
         self.done.append(trial)
-        if trial.kind == "time" and 3 in [x.num_stages for _, x in trial.tiles]:
+        if trial.kind == "check_and_time" and 3 in [x.num_stages for _, x in trial.tiles]:
             return {"status": "failed", "reason": "its process died with exit code 1"}
         try:
             return self._task(trial)
@@ -95,7 +95,7 @@ def test_a_second_run_repeats_no_trial_but_a_cut_off_line(search):
     log.write_text(log.read_text()[:-20])
     InThisProcess.done.clear()
     assert run() == first
-    assert [x.kind for x in InThisProcess.done] == ["kernels", "check"] and trials > 20
+    assert [x.kind for x in InThisProcess.done] == ["kernels", "check_real"] and trials > 20
 
 
 def test_only_some_kernels_and_without_the_unfit(search):
@@ -114,10 +114,10 @@ def test_no_entry_where_the_whole_is_wrong_or_nothing_runs(search):
     run, lines, folder = search
 
     def wrong(trial):
-        return {"status": "failed", "reason": "CheckError: out"} if trial.kind == "check" else task(trial)
+        return {"status": "failed", "reason": "CheckError: out"} if trial.kind == "check_real" else task(trial)
 
     def broken(trial):
-        return {"status": "failed", "reason": "RESOURCE_EXHAUSTED"} if trial.kind == "time" else task(trial)
+        return {"status": "failed", "reason": "RESOURCE_EXHAUSTED"} if trial.kind == "check_and_time" else task(trial)
 
     assert run(task=wrong) == [] and tuning.read(folder / "table.json") == [] and "CheckError: out" in lines[-2]
     with pytest.raises(RuntimeError, match="does not run with its default tiles"):
