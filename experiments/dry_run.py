@@ -45,6 +45,7 @@ def main(argv: list[str]) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 
+    from dsa_jax.checkpoints.from_hf import resolve_checkpoint
     from dsa_jax.config import STAGES, ParallelConfig
     from dsa_jax.dryrun import (
         DecodeShape,
@@ -57,7 +58,6 @@ def main(argv: list[str]) -> None:
         target_mesh,
         weak_scaling,
     )
-    from dsa_jax.train.from_hf import resolve_checkpoint
 
     _check_flags()
     _OUTPUT.check()

@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
     """Run the retrofit."""
     del argv
     from dsa_jax.config import ConfigError
-    from dsa_jax.train.retrofit import retrofit
+    from dsa_jax.retrofit import retrofit
 
     if not _WORKDIR.value:
         raise ConfigError("--workdir is empty; expected a directory.")

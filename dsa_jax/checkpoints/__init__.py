@@ -1,1 +1,1 @@
-"""Checkpoints as one thing: run directories and Hugging Face directories."""
+"""Checkpoints: run directories and Hugging Face directories, read, written, converted and trained on from."""

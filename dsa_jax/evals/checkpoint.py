@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from dsa_jax.checkpoints.from_hf import load_for_evaluation, resolve_checkpoint
 from dsa_jax.checkpoints.hf import read_model_config
 from dsa_jax.checkpoints.open import is_hf_directory
 from dsa_jax.config import Config, ConfigError, TrainConfig
@@ -15,7 +16,6 @@ from dsa_jax.parallel.check import check_layout
 from dsa_jax.parallel.placement import on_mesh
 from dsa_jax.run.directory import find_run
 from dsa_jax.run.processes import on_main
-from dsa_jax.train.from_hf import load_for_evaluation, resolve_checkpoint
 from dsa_jax.train.init import load_run
 
 _LOG = logging.getLogger(__name__)

@@ -12,6 +12,7 @@ from dsa_jax.config import Config, ConfigError
 from dsa_jax.data import make_eval_data
 from dsa_jax.evals.parity import BEFORE, evaluate_parity
 from dsa_jax.model import build_model
+from dsa_jax.retrofit import retrofit
 from dsa_jax.run.directory import RunError, atomic_write_text, claimed, make_writable_directory
 from dsa_jax.sweeps.sweep import (
     Ablation,
@@ -23,7 +24,6 @@ from dsa_jax.sweeps.sweep import (
     run_key,
 )
 from dsa_jax.train.init import load_run
-from dsa_jax.train.retrofit import retrofit
 
 _LOG = logging.getLogger(__name__)
 

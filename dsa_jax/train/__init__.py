@@ -1,1 +1,1 @@
-"""Training: stages, the jitted step, the loop around it and what a run leaves on disk."""
+"""Training: stages, loss, optimizer, the jitted step and the loop around it."""

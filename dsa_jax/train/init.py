@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dsa_jax.checkpoints.from_hf import checkpoint_params
 from dsa_jax.config import STAGES as STAGE_ORDER
 from dsa_jax.config import Config, ConfigError
 from dsa_jax.data.tokenizer import NO_TOKENIZER
@@ -21,7 +22,6 @@ from dsa_jax.params import is_indexer_path, is_nsa_path, nested_parameters, para
 from dsa_jax.run.checkpoints import CheckpointStore, newest_checkpoint
 from dsa_jax.run.directory import RunDirectory, RunError, find_run
 from dsa_jax.run.processes import on_main
-from dsa_jax.train.from_hf import checkpoint_params
 from dsa_jax.train.stages import stage_of, trained_attention
 
 _LOG = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """The recipes for one GPU, configs/h200_code_8k.py and its continuation, at the size for a CPU."""
 
-from dsa_jax.train.retrofit import retrofit
+from dsa_jax.retrofit import retrofit
 from experiments.flags import load_config
 from tests.dsa_jax.conftest import compile_quickly
 

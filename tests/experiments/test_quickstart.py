@@ -3,7 +3,7 @@
 import pytest
 
 from configs import quickstart
-from dsa_jax.train.retrofit import retrofit
+from dsa_jax.retrofit import retrofit
 
 
 @pytest.mark.slow

@@ -9,10 +9,10 @@ import pytest
 
 from dsa_jax import build_model, init_params, load_pretrained, save_pretrained
 from dsa_jax.checkpoints.convert import to_hf, to_run
+from dsa_jax.checkpoints.from_hf import export_checkpoint, resolve_checkpoint
 from dsa_jax.config import Config, ConfigError
 from dsa_jax.params import is_indexer_path, parameter_paths
 from dsa_jax.run.directory import RunError
-from dsa_jax.train.from_hf import export_checkpoint, resolve_checkpoint
 from tests.dsa_jax.model.small import small_config
 from tests.experiments.commands import finish, start
 

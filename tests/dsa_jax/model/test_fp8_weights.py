@@ -13,7 +13,7 @@ from dsa_jax.model import abstract_params, build_model
 from dsa_jax.model.linear import Linear
 from dsa_jax.model.moe.grouped_matmul import grouped_matmul
 from dsa_jax.params import count_parameters, parameter_paths
-from dsa_jax.train.retrofit import retrofit
+from dsa_jax.retrofit import retrofit
 from dsa_jax.train.stages import STAGES
 from dsa_jax.train.step import make_train_step
 from pallas_kernels.quantize import QuantizedBlocks, dequantize_part

@@ -9,9 +9,9 @@ import pytest
 from dsa_jax.config import ConfigError
 from dsa_jax.parallel.check import check_layout
 from dsa_jax.params import parameter_paths
+from dsa_jax.retrofit import retrofit
 from dsa_jax.run.metrics import read_metrics
 from dsa_jax.train.init import load_run
-from dsa_jax.train.retrofit import retrofit
 from tests.dsa_jax.train.tiny import tiny_config
 
 

@@ -12,10 +12,10 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from dsa_jax.config import TextConfig
 from dsa_jax.data import mixture
 from dsa_jax.params import parameter_paths
+from dsa_jax.retrofit import retrofit
 from dsa_jax.run.metrics import read_metrics
 from dsa_jax.train.init import load_run
 from dsa_jax.train.judge import Judge
-from dsa_jax.train.retrofit import retrofit
 from tests.dsa_jax.train.tiny import tiny_config
 
 

@@ -19,8 +19,8 @@ from dsa_jax.generation import generate
 from dsa_jax.model import build_model, init_params
 from dsa_jax.model.attention.selection import SELECTORS, attention_modes
 from dsa_jax.params import is_indexer_path, is_nsa_path, nested_parameters, parameter_paths
+from dsa_jax.retrofit import retrofit
 from dsa_jax.train.init import at_start_of_stage, initial_params, load_run, resolve_run
-from dsa_jax.train.retrofit import retrofit
 from dsa_jax.train.stages import stage_of
 from dsa_jax.train.step import init_state, make_train_step
 from tests.dsa_jax.train.tiny import padded_batch, tiny_config

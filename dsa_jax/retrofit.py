@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from dsa_jax.checkpoints.from_hf import export_checkpoint, resolve_checkpoint
 from dsa_jax.checkpoints.hf import CheckpointError
 from dsa_jax.config import STAGES as STAGE_ORDER
 from dsa_jax.config import Config, ConfigError, to_dict
@@ -23,7 +24,6 @@ from dsa_jax.run.metrics import MetricsLog, NoMetrics
 from dsa_jax.run.processes import any_process, is_main, on_main
 from dsa_jax.run.signals import StopRequest
 from dsa_jax.run.source import source_fingerprint
-from dsa_jax.train.from_hf import export_checkpoint, resolve_checkpoint
 from dsa_jax.train.init import at_start_of_stage, initial_params, load_run, resolve_run
 from dsa_jax.train.loop import Training, run_stage
 from dsa_jax.train.stages import stage_of, trained_attention
