@@ -14,23 +14,14 @@ Not measured: time, and the quality that comes out. Nothing here has run on a GP
 """
 
 from configs import llama3_8b
-from dsa_jax.config import Config, DataConfig, EvalConfig, OptimizerConfig, StageConfig
+from configs.retrofit_hf import retrofit_from_checkpoint
+from dsa_jax.config import Config, StageConfig
 
 
 def get_config() -> Config:
     config = llama3_8b.get_config()
     config.name = "h200x1_llama3_8b"
     config.model.param_dtype = "float32"
-    config.data = DataConfig(recall_fraction=0.0)
-    config.data.text.tokenizer = "checkpoint"
-    config.train.warmup = StageConfig(
-        steps=1000,
-        batch_size=4,
-        seq_len=32768,
-        accumulation=4,
-        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="constant"),
-        checkpoint_every=250,
-    )
+    retrofit_from_checkpoint(config, batch_size=4, seq_len=32768, accumulation=4)
     config.train.sparse = StageConfig(steps=0, batch_size=1, seq_len=4096)
-    config.eval = EvalConfig(recall_sequences=0, text_len=32768, text_sequences=32, batch_size=1)
     return config

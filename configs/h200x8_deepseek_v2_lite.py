@@ -9,37 +9,21 @@ Memory:    per GPU, warm-up 30.2 GB estimated, 51.7 by the compiler; sparse trai
            72.5 and 75.4 (experiments.dry_run --target=h200x8, experiments/results/dry_run.md).
 Not measured: time, and the quality that comes out. Nothing here has run on a GPU yet.
 
-fsdp8 gives each GPU one row and gathers a layer's experts as it comes to them. Expert parallelism moves the rows instead, in
-pieces that one GPU has room for; at 128K tokens it did not fit before it did that, and has not been compiled since, hence 32K.
-Parameters are float32 and products bfloat16: at these learning rates most updates are smaller than the steps between two
-bfloat16 numbers. 1.0e9 tokens of warm-up, 2.1e9 of sparse training.
+fsdp8 gives each GPU one row and all-gathers the experts layer by layer. Expert parallelism moves the rows instead, in chunks
+that fit one GPU; at 128K tokens it did not fit before it moved them in chunks, and has not been compiled since, hence 32K.
+Parameters are float32 and matmuls bfloat16: at these learning rates most updates are below the spacing of bfloat16
+values. 1.0e9 tokens of warm-up, 2.1e9 of sparse training.
 """
 
 from configs import deepseek_v2_lite
-from dsa_jax.config import Config, DataConfig, EvalConfig, OptimizerConfig, StageConfig
+from configs.retrofit_hf import retrofit_from_checkpoint
+from dsa_jax.config import Config
 
 
 def get_config(arg: str = "") -> Config:
     config = deepseek_v2_lite.get_config()
     config.name = "h200x8_deepseek_v2_lite"
     config.parallel.preset = arg or "fsdp8"
-    length = 131072 if config.parallel.sizes()["expert"] == 1 else 32768
     config.model.param_dtype = "float32"
-    config.data = DataConfig(recall_fraction=0.0)
-    config.data.text.tokenizer = "checkpoint"
-    config.train.warmup = StageConfig(
-        steps=1000,
-        batch_size=8,
-        seq_len=length,
-        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="constant"),
-        checkpoint_every=250,
-    )
-    config.train.sparse = StageConfig(
-        steps=2000,
-        batch_size=8,
-        seq_len=length,
-        optimizer=OptimizerConfig(learning_rate=7.3e-6, schedule="constant", warmup_steps=100),
-        checkpoint_every=250,
-    )
-    config.eval = EvalConfig(recall_sequences=0, text_len=length, text_sequences=16, batch_size=8)
-    return config
+    length = 131072 if config.parallel.sizes()["expert"] == 1 else 32768
+    return retrofit_from_checkpoint(config, batch_size=8, seq_len=length, text_sequences=16, eval_batch_size=8)

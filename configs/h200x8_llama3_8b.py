@@ -8,12 +8,13 @@ Memory:    per GPU, warm-up 17.1 GB estimated, 18.2 by the compiler; sparse trai
            --target=h200x8, experiments/results/dry_run.md).
 Not measured: time, and the quality that comes out. Nothing here has run on a GPU yet.
 
-Parameters are float32 and products bfloat16: at these learning rates most updates are smaller than the steps between two
-bfloat16 numbers. 0.5e9 tokens of warm-up, 2.1e9 of sparse training.
+Parameters are float32 and matmuls bfloat16: at these learning rates most updates are below the spacing of bfloat16
+values. 0.5e9 tokens of warm-up, 2.1e9 of sparse training.
 """
 
 from configs import llama3_8b
-from dsa_jax.config import Config, DataConfig, EvalConfig, OptimizerConfig, StageConfig
+from configs.retrofit_hf import retrofit_from_checkpoint
+from dsa_jax.config import Config
 
 
 def get_config() -> Config:
@@ -21,23 +22,5 @@ def get_config() -> Config:
     config.name = "h200x8_llama3_8b"
     config.parallel.preset = "fsdp8"
     config.model.param_dtype = "float32"
-    config.data = DataConfig(recall_fraction=0.0)
-    config.data.text.tokenizer = "checkpoint"
-    config.train.warmup = StageConfig(
-        steps=1000,
-        batch_size=16,
-        seq_len=32768,
-        accumulation=2,
-        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="constant"),
-        checkpoint_every=250,
-    )
-    config.train.sparse = StageConfig(
-        steps=4000,
-        batch_size=16,
-        seq_len=32768,
-        accumulation=2,
-        optimizer=OptimizerConfig(learning_rate=7.3e-6, schedule="constant", warmup_steps=100),
-        checkpoint_every=250,
-    )
-    config.eval = EvalConfig(recall_sequences=0, text_len=32768, text_sequences=64, batch_size=8)
-    return config
+    sizes = {"batch_size": 16, "seq_len": 32768, "accumulation": 2, "sparse_steps": 4000}
+    return retrofit_from_checkpoint(config, **sizes, text_sequences=64, eval_batch_size=8)

@@ -20,23 +20,34 @@ def get_config() -> Config:
     config = Config(name="retrofit_hf")
     config.model.remat = "full"
     config.model.attention.indexer = IndexerConfig(enabled=True, n_heads=16, head_dim=128, rope_dim=64, topk=2048)
+    return retrofit_from_checkpoint(config, batch_size=8, seq_len=8192, accumulation=8, text_sequences=64)
+
+
+def retrofit_from_checkpoint(
+    config: Config,
+    *,
+    batch_size: int,
+    seq_len: int,
+    accumulation: int = 1,
+    sparse_steps: int = 2000,
+    text_sequences: int = 32,
+    eval_batch_size: int = 1,
+) -> Config:
+    """Set data, stages and evaluation of `config` to text under the checkpoint's tokenizer and the steps described above."""
     config.data = DataConfig(recall_fraction=0.0)
     config.data.text.tokenizer = "checkpoint"
-    config.train.warmup = StageConfig(
-        steps=1000,
-        batch_size=8,
-        seq_len=8192,
-        accumulation=8,
-        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="constant"),
-        checkpoint_every=250,
+    constant = OptimizerConfig(learning_rate=1e-3, schedule="constant")
+    slow = OptimizerConfig(learning_rate=7.3e-6, schedule="constant", warmup_steps=100)
+    config.train.warmup, config.train.sparse = (
+        StageConfig(
+            steps=steps,
+            batch_size=batch_size,
+            seq_len=seq_len,
+            accumulation=accumulation,
+            optimizer=optimizer,
+            checkpoint_every=250,
+        )
+        for steps, optimizer in ((1000, constant), (sparse_steps, slow))
     )
-    config.train.sparse = StageConfig(
-        steps=2000,
-        batch_size=8,
-        seq_len=8192,
-        accumulation=8,
-        optimizer=OptimizerConfig(learning_rate=7.3e-6, schedule="constant", warmup_steps=100),
-        checkpoint_every=250,
-    )
-    config.eval = EvalConfig(recall_sequences=0, text_len=8192, text_sequences=64, batch_size=1)
+    config.eval = EvalConfig(recall_sequences=0, text_len=seq_len, text_sequences=text_sequences, batch_size=eval_batch_size)
     return config

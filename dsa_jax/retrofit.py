@@ -1,4 +1,4 @@
-"""The retrofit end to end: initialise, pretrain if the recipe has it, warm the indexer up, train sparse, evaluate, report."""
+"""The retrofit end to end: initialise, pretrain if the recipe has it, warm up the indexer, train sparse, evaluate, report."""
 
 import logging
 import time
@@ -9,9 +9,9 @@ from typing import Any
 from dsa_jax.checkpoints.from_hf import export_checkpoint, resolve_checkpoint
 from dsa_jax.checkpoints.hf import CheckpointError
 from dsa_jax.config import STAGES as STAGE_ORDER
-from dsa_jax.config import Config, ConfigError, to_dict
+from dsa_jax.config import Config, ConfigError, StageConfig, to_dict
 from dsa_jax.data import EvalData, TrainData, make_eval_data, make_train_data
-from dsa_jax.evals.parity import Parity, evaluate_parity
+from dsa_jax.evals.parity import evaluate_parity
 from dsa_jax.model import Transformer, build_model
 from dsa_jax.model.attention.selection import DENSE
 from dsa_jax.parallel.check import check_layout
@@ -19,25 +19,26 @@ from dsa_jax.parallel.placement import on_mesh, place
 from dsa_jax.params import count_parameters, is_indexer_path, split_parameters
 from dsa_jax.report.report import format_table, write_report
 from dsa_jax.run.checkpoints import latest_position
-from dsa_jax.run.directory import RunDirectory, RunError, claimed, open_run
-from dsa_jax.run.metrics import MetricsLog, NoMetrics
+from dsa_jax.run.directory import RunDirectory, open_run
+from dsa_jax.run.environment import source_fingerprint
+from dsa_jax.run.files import RunError, claimed
+from dsa_jax.run.metrics import MetricsLog
 from dsa_jax.run.processes import any_process, is_main, on_main
 from dsa_jax.run.signals import StopRequest
-from dsa_jax.run.source import source_fingerprint
 from dsa_jax.train.init import at_start_of_stage, initial_params, load_run, resolve_run
 from dsa_jax.train.loop import Training, run_stage
 from dsa_jax.train.stages import stage_of, trained_attention
 from pallas_kernels import implementations_chosen
 
 _LOG = logging.getLogger(__name__)
-_COARSE_RATE = 1e-4  # at which Adam moves a weight of 0.05 by 1/512
+_COARSE_RATE = 1e-4  # at this learning rate Adam moves a weight of 0.05 by 1/512
 
 
 def retrofit(config: Config, workdir: Path, *, tensorboard: bool = False) -> dict[str, Any] | None:
     """Run every stage with a positive number of steps, then the parity table; continue where an earlier call stopped.
 
     A run that starts from a Hugging Face directory writes one, `workdir`/hf, unless the model has native sparse attention. The
-    report comes last: where it is, the run is complete.
+    report is written last and marks the run as complete.
 
     Returns:
         The report (also in report.json), or None if a signal stopped the run, with all it had done saved.
@@ -47,7 +48,7 @@ def retrofit(config: Config, workdir: Path, *, tensorboard: bool = False) -> dic
     """
     config = resolve_run(resolve_checkpoint(config), workdir)
     config.validate()
-    if any(getattr(config.train, name).steps for name in STAGE_ORDER):
+    if _stages(config):
         config.model.check_trainable()
     check_layout(config)
     for remark in _remarks(config):
@@ -61,14 +62,19 @@ def retrofit(config: Config, workdir: Path, *, tensorboard: bool = False) -> dic
 
 
 def _finished(config: Config, workdir: Path) -> dict[str, Any] | None:
-    """The report of a run that has nothing left to do: its last checkpoint and its export are there, too."""
+    """The report of a completed run whose last checkpoint and export are there, too; else None."""
     run = RunDirectory(workdir, resumed=True)
     report = on_main(lambda: run.finished_report(config))
     exports = config.init.hf_dir and not _not_exported(config)
     if report is None or (exports and not on_main((workdir / "hf" / "config.json").exists)):
         return None
-    stages = [(name, steps) for name in STAGE_ORDER if (steps := getattr(config.train, name).steps)]
-    return report if latest_position(run, config) == (stages[-1] if stages else None) else None
+    last = next(((name, stage.steps) for name, stage in reversed(_stages(config).items())), None)
+    return report if latest_position(run, config) == last else None
+
+
+def _stages(config: Config) -> dict[str, StageConfig]:
+    """The stages that the recipe has, in order."""
+    return {name: stage for name in STAGE_ORDER if (stage := getattr(config.train, name)).steps}
 
 
 def _shown(report: dict[str, Any], workdir: Path) -> dict[str, Any]:
@@ -93,54 +99,49 @@ def _retrofit(config: Config, workdir: Path, tensorboard: bool) -> dict[str, Any
     n_indexer = count_parameters(split_parameters(params, is_indexer_path)[0])
     _LOG.info("%s: %d parameters, %d of them in indexers", config.name, count_parameters(params), n_indexer)
     summaries: dict[str, dict[str, Any]] = {}
-    log = MetricsLog(run.metrics_path, tensorboard=tensorboard) if is_main() else NoMetrics()
+    log = MetricsLog(run.metrics_path if is_main() else None, tensorboard=tensorboard)
     with StopRequest() as stop, log as metrics:
         training = Training(run, config, model, train_data, stop, metrics)
-        for name in STAGE_ORDER:
-            steps = getattr(config.train, name).steps
-            is_done = position is not None and STAGE_ORDER.index(name) < STAGE_ORDER.index(position[0])
-            if steps and not is_done:
-                resume_step = position[1] if position is not None and position[0] == name else None
-                if resume_step is None:
-                    params = at_start_of_stage(params, config, name)
-                params, summaries, is_complete = run_stage(
-                    training, stage_of(config, name), params, resume_step=resume_step, summaries=summaries
-                )
-                _record_implementations(run)
-                if not is_complete:
-                    taken = summaries[name]["steps"]
-                    _LOG.warning(
-                        "stopped by %s in stage %s, %s; the same command continues",
-                        _who(stop),
-                        name,
-                        f"step {taken} of {steps} is saved" if taken else "before its first step",
-                    )
-                    return None
+        last_stage, last_step = position or ("", None)
+        for name, settings in _stages(config).items():
+            if last_stage and STAGE_ORDER.index(name) < STAGE_ORDER.index(last_stage):
+                continue
+            resume_step = last_step if name == last_stage else None
+            if resume_step is None:
+                params = at_start_of_stage(params, config, name)
+            stage = stage_of(config, name)
+            params, summaries, is_complete = run_stage(training, stage, params, resume_step=resume_step, summaries=summaries)
+            _record_implementations(run)
+            if not is_complete:
+                taken = summaries[name]["steps"]
+                where = f"step {taken} of {settings.steps} is saved" if taken else "before its first step"
+                _LOG.warning("stopped by %s in stage %s, %s; the same command continues", _sender(stop), name, where)
+                return None
         if any_process(stop.requested):
-            _LOG.warning("stopped by %s after the last step, every step is saved; the same command continues", _who(stop))
+            _LOG.warning("stopped by %s after the last step, every step is saved; the same command continues", _sender(stop))
             return None
         if config.init.hf_dir:
             _export(run, config, params)
         return evaluate_and_report(run, config, model, params, summaries, eval_data, stop)
 
 
-def _who(stop: StopRequest) -> str:
+def _sender(stop: StopRequest) -> str:
     return stop.signal_name or "a signal to another process"
 
 
 def _export(run: RunDirectory, config: Config, params: dict[str, Any]) -> None:
-    """Write `hf`, marked as trained under the attention of the last stage, or say why there is no such thing."""
+    """Write `hf`, marked as trained under the attention of the last stage, or warn that it cannot be."""
     if reason := _not_exported(config):
         _LOG.warning("no Hugging Face checkpoint: no published format holds %s", reason)
     else:
-        trained = [name for name in STAGE_ORDER if getattr(config.train, name).steps]
-        export_checkpoint(run.path / "hf", config, params, attention=trained_attention(config, trained[-1] if trained else ""))
+        last = next(reversed(_stages(config)), "")
+        export_checkpoint(run.path / "hf", config, params, attention=trained_attention(config, last))
         if is_main():
             print(f"Hugging Face checkpoint: {run.path / 'hf'}")
 
 
 def _not_exported(config: Config) -> str:
-    """What a Hugging Face checkpoint cannot hold of the model; empty where it can hold all of it."""
+    """The part of the model that a Hugging Face checkpoint cannot hold; empty where it can hold all."""
     if config.model.attention.nsa.enabled:
         return "native sparse attention"
     fields = config.model.attention.indexer.unpublished()
@@ -148,8 +149,8 @@ def _not_exported(config: Config) -> str:
 
 
 def _remarks(config: Config) -> list[str]:
-    """What can be run and is seldom meant."""
-    stages = {name: stage for name in STAGE_ORDER if (stage := getattr(config.train, name)).steps}
+    """Warnings about settings that run but are seldom intended."""
+    stages = _stages(config)
     remarks = [
         f"train.{name}.optimizer.warmup_steps is {stage.optimizer.warmup_steps}, of {stage.steps} steps in all: the learning "
         f"rate never reaches {stage.optimizer.learning_rate:g}"
@@ -166,20 +167,19 @@ def _remarks(config: Config) -> list[str]:
 
 
 def check_lengths(config: Config, train_data: TrainData, eval_data: EvalData) -> None:
-    """Make sure, before anything is trained, that every length the recipe will ask for can be made.
+    """Check, before training, that the data can make batches of every length of the recipe.
 
     Raises:
         ConfigError: naming the length and what stands in its way.
     """
-    for name in STAGE_ORDER:
-        stage = getattr(config.train, name)
-        for seq_len in stage.lengths if stage.steps else ():
+    for stage in _stages(config).values():
+        for seq_len in stage.lengths:
             train_data.check(batch_size=stage.batch_size, seq_len=seq_len)
     eval_data.check(config.eval)
 
 
 def _dense_params_before(run: RunDirectory, config: Config) -> dict[str, Any] | None:
-    """Parameters of the dense model that the retrofit started from, where they are still there."""
+    """Parameters of the dense model that the retrofit started from; None where they are gone."""
     if not config.train.sparse.steps or trained_attention(config, "warmup") != DENSE:
         return None
     try:
@@ -199,7 +199,7 @@ def _dense_params_before(run: RunDirectory, config: Config) -> dict[str, Any] | 
 
 
 class _EvaluationStopped(Exception):
-    """A signal came while the parity table was filled."""
+    """A signal came during evaluation."""
 
 
 def evaluate_and_report(
@@ -211,7 +211,7 @@ def evaluate_and_report(
     data: EvalData,
     stop: StopRequest,
 ) -> dict[str, Any] | None:
-    """Fill the parity table, write report.json and report.html (the first process does), and return the report.
+    """Evaluate the parity table, write report.json and report.html (in the first process), and return the report.
 
     On a stop request, of any process, the row in progress is finished and None returned.
     """
@@ -225,30 +225,22 @@ def evaluate_and_report(
     try:
         table = evaluate_parity(model, params, data, config, params_before=_dense_params_before(run, config), on_row=announce)
     except _EvaluationStopped:
-        _LOG.warning("stopped by %s while evaluating, every step is saved; the same command continues", _who(stop))
+        _LOG.warning("stopped by %s while evaluating, every step is saved; the same command continues", _sender(stop))
         return None
     _record_implementations(run)
-    summaries = summaries | {"evaluate": {"seconds": time.perf_counter() - started}}
-    report = make_report(config, table, summaries, data.describe(), run.environment())
+    report = {
+        "name": config.name,
+        "rows": table.rows,
+        "stages": summaries | {"evaluate": {"seconds": time.perf_counter() - started}},
+        "coverage_by_layer": table.coverage_by_layer,
+        "loss_by_position": {"positions": table.position_ends, **table.loss_by_position},
+        "corpus": data.describe(),
+        "config": to_dict(config),
+        "environment": run.environment(),
+    }
     on_main(lambda: write_report(run.path, report))
     return _shown(report, run.path)
 
 
 def _record_implementations(run: RunDirectory) -> None:
     on_main(lambda: run.update_environment(implementations=implementations_chosen()))
-
-
-def make_report(
-    config: Config, table: Parity, stages: dict[str, Any], corpus: dict[str, Any], environment: dict[str, Any]
-) -> dict[str, Any]:
-    """The content of report.json."""
-    return {
-        "name": config.name,
-        "rows": table.rows,
-        "stages": stages,
-        "coverage_by_layer": table.coverage_by_layer,
-        "loss_by_position": {"positions": table.position_ends, **table.loss_by_position},
-        "corpus": corpus,
-        "config": to_dict(config),
-        "environment": environment,
-    }

@@ -4,8 +4,8 @@ r"""A sweep: the same retrofit with one thing changed at a time, over several se
     python -m experiments.ablate --config=configs/ablations/topk.py --config.name=short --config.seeds='(0,)' \
         --config.base.train.sparse.steps=20
 
-Writes NAME.json, NAME.md and NAME.png to --results. What that directory holds already is not run again, so the same command
-continues, and sweeps share the runs that they have in common. `python -m experiments.summarize` makes one page of them all.
+Writes NAME.json, NAME.md and NAME.png to --results. Runs that are there are not repeated, so the same command continues,
+and sweeps share common runs. `python -m experiments.summarize` makes one page of all sweeps.
 """
 
 import shlex
@@ -15,17 +15,17 @@ from pathlib import Path
 from absl import flags
 
 from dsa_jax.sweeps.sweep import Ablation
-from experiments.flags import define_config, run_main
+from experiments.flags import ConfigFlag, run_main
 
-_CONFIG = define_config("configs/ablations/topk.py", kind=Ablation)
-_WORKDIR = flags.DEFINE_string("workdir", "runs/ablations", "Holds the run directories; sweeps may share it, one at a time.")
+_CONFIG = ConfigFlag("configs/ablations/topk.py", kind=Ablation)
+_WORKDIR = flags.DEFINE_string("workdir", "runs/ablations", "Parent of the run directories; sweeps may share it in turn.")
 _RESULTS = flags.DEFINE_string("results", "experiments/results/ablations", "Directory of the result files.")
 
 
 def main(argv: list[str]) -> int:
     """Run, print the table, draw."""
     del argv
-    from dsa_jax.run.directory import atomic_write_text
+    from dsa_jax.run.files import atomic_write_text
     from dsa_jax.sweeps.plot import plot_ablation
     from dsa_jax.sweeps.run import keep_compiled_programs, run_ablation
     from dsa_jax.sweeps.summary import format_markdown

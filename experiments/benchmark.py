@@ -11,14 +11,14 @@ from absl import flags
 
 from dsa_jax.benchmarks.op_shapes import OPS
 from experiments.flags import run_main
-from experiments.output import define_output
+from experiments.output import OutputFlag
 
 _OP = flags.DEFINE_enum("op", "layer", ["layer", "train_step", *OPS], "What to measure.")
 _LENGTHS = flags.DEFINE_list("lengths", [], "layer, train_step: sequence lengths in tokens; empty: the operation's own list.")
 _SHAPE = flags.DEFINE_list("shape", [], "Other ops: names of shapes; empty: laptop on CPU, all others on a GPU.")
 _IMPLEMENTATION = flags.DEFINE_list("implementation", [], "Other ops: implementations; empty: those of the platform.")
 _PEERS = flags.DEFINE_bool("peers", True, "Other ops: other libraries' kernels beside ours, where they are installed.")
-_OUTPUT = define_output("JSON Lines file that rows are appended to; empty: none.")
+_OUTPUT = OutputFlag("JSON Lines file that rows are appended to; empty: none.")
 
 DEFAULT_LENGTHS = {"layer": [4096, 16384, 32768], "train_step": [8192, 16384]}
 
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int | None:
     del argv
     from dsa_jax.benchmarks import layer, ops, peers, train_step
     from dsa_jax.benchmarks.op_checks import CheckError
-    from dsa_jax.run.directory import describe_environment
+    from dsa_jax.run.environment import describe_environment
 
     _OUTPUT.check()
     is_op = _OP.value in OPS

@@ -4,7 +4,7 @@ python -m experiments.convert --checkpoint=runs/quickstart --to_hf=exported
 python -m experiments.convert --checkpoint=exported --to_run=runs/imported
 python -m experiments.convert --checkpoint=exported --to_hf=exported_fp8 --weight_format=fp8_blocks
 
-It uses no accelerator: the host needs room for the model.
+No accelerator is used: the model must fit into host memory.
 """
 
 from absl import flags

@@ -21,9 +21,9 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments.flags import define_config, run_main
+from experiments.flags import ConfigFlag, run_main
 
-_CONFIG = define_config("configs/deepseek_v32.py")
+_CONFIG = ConfigFlag("configs/deepseek_v32.py")
 _PRICE = flags.DEFINE_float("dollars_per_hour", 2.0, "Rent of one GPU.", lower_bound=0.0)
 _SPEED = flags.DEFINE_float(
     "speed", 1.0, "Speed of the GPU relative to an H800, for every kind of work alike.", lower_bound=1e-6
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     from dsa_jax.costs.measured import measured_tables, read_rows
     from dsa_jax.costs.model import H800_REPORT
     from dsa_jax.costs.report import cost_tables, format_costs, format_measured, plot_costs
-    from dsa_jax.run.directory import atomic_write_text, make_writable_directory
+    from dsa_jax.run.files import atomic_write_text, make_writable_directory
 
     for flag in (_PRICE, _SPEED):
         if not math.isfinite(flag.value):

@@ -15,10 +15,10 @@ import os
 
 from absl import flags
 
-from experiments.flags import define_config, run_main
-from experiments.output import define_output
+from experiments.flags import ConfigFlag, run_main
+from experiments.output import OutputFlag
 
-_CONFIG = define_config()
+_CONFIG = ConfigFlag()
 _COMPILE = flags.DEFINE_boolean("compile", False, "Compile the step for the recipe's mesh on emulated CPU devices.")
 _TARGET = flags.DEFINE_string("target", "", "Compile the step for GPUs that need not be here: h200x1, h200x8.")
 _WEAK_SCALING = flags.DEFINE_list(
@@ -35,7 +35,7 @@ _CACHE_DTYPE = flags.DEFINE_enum(
 _MEMORY = flags.DEFINE_float(
     "device_gb", 141.0, "Memory of a device in GB (1e9 bytes), to say whether it fits.", lower_bound=1.0
 )
-_OUTPUT = define_output("JSON file for everything that is printed; empty: none.")
+_OUTPUT = OutputFlag("JSON file for everything that is printed; empty: none.")
 
 
 def main(argv: list[str]) -> None:

@@ -5,8 +5,8 @@ r"""The parity table of a checkpoint: dense, sparse and the baselines on the sam
     python -m experiments.evaluate --checkpoint=HF_DIR --config.data.text.path=TEXT --config.eval.text_len=4096
 
 A run directory brings its own data and evaluation settings, and no others can be set; for a Hugging Face directory they come
-from `--config`. The layout of devices is always that of `--config`, such as --config.parallel.preset=fsdp8, whatever the run
-was trained on; several processes are launched as for experiments.retrofit.
+from `--config`. The mesh is always that of `--config`, such as --config.parallel.preset=fsdp8, whatever the run was trained on;
+several processes are launched as for experiments.retrofit.
 """
 
 import dataclasses
@@ -14,17 +14,17 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments.flags import define_config, define_processes, run_main
-from experiments.output import define_output
+from experiments.flags import ConfigFlag, ProcessFlags, run_main
+from experiments.output import OutputFlag
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, or Hugging Face directory, to evaluate.", required=True)
 _ROWS = flags.DEFINE_list("rows", [], "Rows of the table; empty: as the configuration has it.")
 _TASKS = flags.DEFINE_list("tasks", [], "Synthetic tasks, a column each; empty: as the configuration has it.")
 _TASK_LEN = flags.DEFINE_integer("task_len", None, "Tokens in a row of the tasks; empty: as the configuration has it.")
 _TASK_SEQUENCES = flags.DEFINE_integer("task_sequences", None, "Rows of each task; empty: as the configuration has it.")
-_OUTPUT = define_output("JSON file for the table; empty: none.")
-_CONFIG = define_config("configs/retrofit_hf.py")
-_PROCESSES = define_processes()
+_OUTPUT = OutputFlag("JSON file for the table; empty: none.")
+_CONFIG = ConfigFlag("configs/retrofit_hf.py")
+_PROCESSES = ProcessFlags()
 
 
 def main(argv: list[str]) -> None:

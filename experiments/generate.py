@@ -1,4 +1,4 @@
-r"""Text from a checkpoint, as it comes, and how fast it came.
+r"""Generate text from a checkpoint, streamed, with its speed.
 
     python -m experiments.generate --checkpoint=runs/quickstart --prompt='The sea was'
     python -m experiments.generate --checkpoint=HF_DIR --prompt_file=FILE --temperature=0.8 --top_p=0.95 --attention=dense
@@ -21,7 +21,7 @@ _PROMPT_FILE = flags.DEFINE_string("prompt_file", "", "UTF-8 file that holds one
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens to write at most.", lower_bound=0)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the most probable token; higher is more varied.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the most probable tokens that hold this probability together.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
 _ATTENTION = flags.DEFINE_string("attention", "", "dense, sparse, window, ..., not nsa; empty: as the checkpoint was trained.")
 _CACHE_DTYPE = flags.DEFINE_string("cache_dtype", "", "float32, bfloat16 or fp8; empty: as the model computes.")
 _WEIGHT_FORMAT = flags.DEFINE_enum(

@@ -1,4 +1,4 @@
-"""The `--output` flag of commands that write what they print: checked before the work, written whole or not at all."""
+"""The `--output` flag of commands that also write their results: checked first, written atomically."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -7,19 +7,19 @@ from typing import Any
 
 from absl import flags
 
-from dsa_jax.run.directory import atomic_write_text, make_writable_directory
+from dsa_jax.run.files import atomic_write_text, make_writable_directory
 from experiments.flags import show_in_help
 
 
 class OutputFlag:
-    """A file that results go to, if the user names one."""
+    """The file of results, if the user names one; in `main` call `check` first and `write` or `append` last."""
 
-    def __init__(self, text: str, flag_values: flags.FlagValues) -> None:
+    def __init__(self, text: str, flag_values: flags.FlagValues = flags.FLAGS) -> None:
         self._flag = flags.DEFINE_string("output", "", text, flag_values=flag_values)
         show_in_help("output", flag_values)
 
     def check(self) -> None:
-        """Make its directory; call it before anything is computed.
+        """Create its directory, before anything is computed.
 
         Raises:
             RunError: where nothing can be written there.
@@ -37,12 +37,12 @@ class OutputFlag:
                 raise flags.ValidationError(f"--output={path} cannot be added to, as it is no text: {error}.") from error
 
     def write(self, results: Mapping[str, Any]) -> None:
-        """Write a JSON object, if there is a file to write."""
+        """Write a JSON object, if there is a file."""
         if self._flag.value:
             atomic_write_text(self._flag.value, _line(results, indent=1))
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Add a line of JSON for each row to what the file holds, if there is one to write."""
+        """Append a line of JSON for each row, if there is a file."""
         if self._flag.value:
             path = Path(self._flag.value)
             before = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -50,12 +50,7 @@ class OutputFlag:
 
 
 def _line(results: Mapping[str, Any], indent: int | None = None) -> str:
-    """As JSON, in which NaN and infinities are null."""
+    """One line of JSON, in which NaN and infinities are null."""
     from dsa_jax.report.report import to_plain
 
     return json.dumps(to_plain(results), indent=indent, allow_nan=False) + "\n"
-
-
-def define_output(text: str, *, flag_values: flags.FlagValues = flags.FLAGS) -> OutputFlag:
-    """Define `--output`, described by `text`; in `main` call `check` first and `write` or `append` last."""
-    return OutputFlag(text, flag_values)

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments.flags import define_config, define_processes, run_main
+from experiments.flags import ConfigFlag, ProcessFlags, run_main
 
-_CONFIG = define_config("configs/quickstart.py")
+_CONFIG = ConfigFlag("configs/quickstart.py")
 _WORKDIR = flags.DEFINE_string(
     "workdir", "runs/quickstart", "Run directory: created, or continued if it holds the same configuration."
 )
-_PROCESSES = define_processes()
+_PROCESSES = ProcessFlags()
 _TENSORBOARD = flags.DEFINE_boolean("tensorboard", False, "Also write TensorBoard events (extra `tensorboard`).")
 
 

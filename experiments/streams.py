@@ -1,4 +1,4 @@
-"""Standard output and error that outlast their readers: long work does not end because nobody reads its lines any more."""
+"""Standard output and error that survive a closed reader: a broken pipe does not end long work."""
 
 import errno
 import io
@@ -8,7 +8,7 @@ from typing import TextIO
 
 
 class LastingStream(io.TextIOBase):
-    """Passes text on to `stream` until that fails; from then on it drops it, and `error` says why. None has no readers."""
+    """Forwards text to `stream` until that fails, then drops it; `error` holds the failure. None drops everything."""
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
@@ -16,27 +16,27 @@ class LastingStream(io.TextIOBase):
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """Of the stream."""
+        """Encoding of the stream."""
         return (self._stream and self._stream.encoding) or "utf-8"
 
     def write(self, text: str) -> int:
-        """Pass it on, characters that the encoding lacks as escapes."""
+        """Forward `text`, with escapes for characters that the encoding lacks."""
         shown = text.encode(self.encoding, "backslashreplace").decode(self.encoding)
         self._attempt(lambda stream: stream.write(shown))
         return len(text)
 
     def flush(self) -> None:
-        """Pass on what is held back."""
+        """Flush the stream."""
         self._attempt(lambda stream: stream.flush())
 
     def isatty(self) -> bool:
-        """Whether a person is watching."""
+        """Whether the stream is a terminal that still works."""
         return self._stream is not None and self.error is None and self._stream.isatty()
 
     def finish(self) -> str | None:
-        """Write what is held back; why that failed, if it did and not because the reader went away.
+        """Flush; the reason of a failure other than a closed reader, else None.
 
-        The interpreter flushes the stream once more when it ends, which must not fail then.
+        The stream is redirected then, because the interpreter flushes it once more at exit, which must not fail.
         """
         self.flush()
         if self.error is None or self._stream is None:

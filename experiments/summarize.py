@@ -15,7 +15,7 @@ _RESULTS = flags.DEFINE_string("results", "experiments/results", "Directory of t
 def main(argv: list[str]) -> None:
     """Write the page."""
     del argv
-    from dsa_jax.run.directory import atomic_write_text
+    from dsa_jax.run.files import atomic_write_text
     from dsa_jax.sweeps.page import PAGE, render_results
 
     directory = Path(_RESULTS.value)

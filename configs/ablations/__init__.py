@@ -1,10 +1,15 @@
-"""Sweeps that `experiments.ablate` runs. All start from the recipe here, so their common runs are done once."""
+"""Sweeps, one question each; their runs start from the recipes here, so that shared runs are done once.
+
+Command:   python -m experiments.ablate --config=configs/ablations/NAME.py
+Hardware:  two CPU cores.
+Result:    experiments/results/ablations/NAME.md
+"""
 
 from configs import quickstart
 from dsa_jax.config import Config
 
 INDEXER = "model.attention.indexer"
-"""Path of the settings that most sweeps change."""
+"""Dotted path of the settings that most sweeps change."""
 
 
 def base() -> Config:
@@ -20,7 +25,7 @@ def base() -> Config:
 
 
 def long_base() -> Config:
-    """The longest rows that two CPU cores train on in minutes: 32 of 1024 keys; recall, needles and text."""
+    """The longest rows that train in minutes on two CPU cores: 32 of 1024 keys; recall, needles and text."""
     config = base()
     config.name = "long_base"
     config.data.recall_fraction, config.data.tasks = 0.5, (("multi_needle", 0.25),)

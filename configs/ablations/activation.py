@@ -1,9 +1,4 @@
-"""What does the ReLU of the indexer do?
-
-Command:   python -m experiments.ablate --config=configs/ablations/activation.py
-Hardware:  two CPU cores.
-Result:    experiments/results/ablations/activation.md
-"""
+"""What does the ReLU of the indexer do?"""
 
 from configs.ablations import INDEXER, base
 from dsa_jax.sweeps.sweep import Ablation, Variant

@@ -2,10 +2,6 @@
 
 common_words asks which words of the row occur most: the answer lies in more keys than a small budget can read. The model learns
 nothing else here, because in a mixture a model of this size does not learn to count.
-
-Command:   python -m experiments.ablate --config=configs/ablations/aggregation.py
-Hardware:  two CPU cores.
-Result:    experiments/results/ablations/aggregation.md
 """
 
 from configs.ablations import INDEXER, base

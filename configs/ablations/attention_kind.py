@@ -1,9 +1,4 @@
-"""Does the retrofit work as well on latent attention as on grouped-query attention?
-
-Command:   python -m experiments.ablate --config=configs/ablations/attention_kind.py
-Hardware:  two CPU cores.
-Result:    experiments/results/ablations/attention_kind.md
-"""
+"""Does the retrofit work as well on latent attention as on grouped-query attention?"""
 
 from configs.ablations import base
 from dsa_jax.sweeps.sweep import Ablation, Variant

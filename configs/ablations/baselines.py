@@ -1,14 +1,9 @@
-"""What does the choice of keys bring over other ways to read 16 of 256? Each trained in the third stage, as ours is.
-
-Command:   python -m experiments.ablate --config=configs/ablations/baselines.py
-Hardware:  two CPU cores.
-Result:    experiments/results/ablations/baselines.md
-"""
+"""What does the choice of keys bring over other ways to read 16 of 256? Each trained in the third stage, as ours is."""
 
 from configs.ablations import INDEXER, base
 from dsa_jax.sweeps.sweep import Ablation, Variant
 
-ROWS = ("dense", "sparse", "window", "sink_window", "random", "blocks")
+SHOWN = ("dense", "sparse", "window", "sink_window", "random", "blocks")
 # Its compressed keys alone are more than 16, so it reads more than the others: 57 keys on average.
 NATIVE = {
     "enabled": True,
@@ -23,7 +18,7 @@ NATIVE = {
 
 def get_config() -> Ablation:
     recipe = base()
-    recipe.eval.rows = ROWS
+    recipe.eval.rows = SHOWN
 
     def trained(name: str, attention: str, **settings: object) -> Variant:
         return Variant(name, {"train.sparse_attention": attention, **settings}, row=attention)

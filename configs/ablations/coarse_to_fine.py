@@ -4,10 +4,6 @@ A query scores one key for each block of keys, then key by key the best blocks a
 single tokens among fillers, the hardest case for a mean: the larger the block, the less of a record is left in it. A salient
 key keeps what stands out (`pallas_kernels.pool_blocks`). "Learned" adds the loss of choosing blocks to the warm-up; "trained
 with" lets the model itself, in the sparse stage, meet the selection that it is evaluated with.
-
-Command:   python -m experiments.ablate --config=configs/ablations/coarse_to_fine.py
-Hardware:  two CPU cores.
-Result:    experiments/results/ablations/coarse_to_fine.md
 """
 
 from configs.ablations import INDEXER, long_base

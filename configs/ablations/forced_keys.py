@@ -1,9 +1,4 @@
-"""Does it help to force the first and the last keys into the selection?
-
-Command:   python -m experiments.ablate --config=configs/ablations/forced_keys.py
-Hardware:  two CPU cores.
-Result:    experiments/results/ablations/forced_keys.md
-"""
+"""Does it help to force the first and the last keys into the selection?"""
 
 from configs.ablations import INDEXER, base
 from dsa_jax.sweeps.sweep import Ablation, Variant

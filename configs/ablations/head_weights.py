@@ -1,9 +1,4 @@
-"""Must the indexer's head weights depend on the query?
-
-Command:   python -m experiments.ablate --config=configs/ablations/head_weights.py
-Hardware:  two CPU cores.
-Result:    experiments/results/ablations/head_weights.md
-"""
+"""Must the indexer's head weights depend on the query?"""
 
 from configs.ablations import INDEXER, base
 from dsa_jax.sweeps.sweep import Ablation, Variant

@@ -1,9 +1,4 @@
-"""How wide must the indexer be?
-
-Command:   python -m experiments.ablate --config=configs/ablations/indexer_dim.py
-Hardware:  two CPU cores.
-Result:    experiments/results/ablations/indexer_dim.md
-"""
+"""How wide must the indexer be?"""
 
 from configs.ablations import INDEXER, base
 from dsa_jax.sweeps.sweep import Ablation, Variant

@@ -1,9 +1,4 @@
-"""How many heads does the indexer need?
-
-Command:   python -m experiments.ablate --config=configs/ablations/indexer_heads.py
-Hardware:  two CPU cores.
-Result:    experiments/results/ablations/indexer_heads.md
-"""
+"""How many heads does the indexer need?"""
 
 from configs.ablations import INDEXER, base
 from dsa_jax.sweeps.sweep import Ablation, Variant

@@ -1,9 +1,4 @@
-"""Should the indexer's loss reach the model through its input?
-
-Command:   python -m experiments.ablate --config=configs/ablations/joint_input.py
-Hardware:  two CPU cores.
-Result:    experiments/results/ablations/joint_input.md
-"""
+"""Should the indexer's loss reach the model through its input?"""
 
 from configs.ablations import INDEXER, base
 from dsa_jax.sweeps.sweep import Ablation, Variant

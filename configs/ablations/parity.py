@@ -1,9 +1,4 @@
-"""Does sparse attention keep what dense attention had? The quickstart over three seeds, all rows of its table.
-
-Command:   python -m experiments.ablate --config=configs/ablations/parity.py
-Hardware:  two CPU cores.
-Result:    experiments/results/ablations/parity.md
-"""
+"""Does sparse attention keep what dense attention had? The quickstart over three seeds, all rows of its table."""
 
 from configs import quickstart
 from configs.ablations import INDEXER

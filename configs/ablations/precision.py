@@ -1,9 +1,4 @@
-"""Does the indexer need more than fp8, and does the Hadamard rotation help?
-
-Command:   python -m experiments.ablate --config=configs/ablations/precision.py
-Hardware:  two CPU cores.
-Result:    experiments/results/ablations/precision.md
-"""
+"""Does the indexer need more than fp8, and does the Hadamard rotation help?"""
 
 from typing import Any
 

@@ -1,9 +1,4 @@
-"""Can the indexer be trained from scratch, with the model?
-
-Command:   python -m experiments.ablate --config=configs/ablations/scratch.py
-Hardware:  two CPU cores.
-Result:    experiments/results/ablations/scratch.md
-"""
+"""Can the indexer be trained from scratch, with the model?"""
 
 from configs.ablations import base
 from dsa_jax.sweeps.sweep import Ablation, Variant

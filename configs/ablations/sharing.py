@@ -1,10 +1,6 @@
 """Can a layer use the keys that the layer before it chose?
 
 Of two layers the second reuses the first one's selection: trained on the first layer's attention alone, or distilled from both.
-
-Command:   python -m experiments.ablate --config=configs/ablations/sharing.py
-Hardware:  two CPU cores.
-Result:    experiments/results/ablations/sharing.md
 """
 
 from configs.ablations import INDEXER, base

@@ -1,9 +1,4 @@
-"""Must the indexer go on learning while the model trains sparse?
-
-Command:   python -m experiments.ablate --config=configs/ablations/sparse_kl.py
-Hardware:  two CPU cores.
-Result:    experiments/results/ablations/sparse_kl.md
-"""
+"""Must the indexer go on learning while the model trains sparse?"""
 
 from configs.ablations import base
 from dsa_jax.sweeps.sweep import Ablation, Variant

@@ -1,9 +1,4 @@
-"""How many keys does a query need?
-
-Command:   python -m experiments.ablate --config=configs/ablations/topk.py
-Hardware:  two CPU cores.
-Result:    experiments/results/ablations/topk.md
-"""
+"""How many keys does a query need?"""
 
 from configs.ablations import INDEXER, base
 from dsa_jax.sweeps.sweep import Ablation, Variant

@@ -1,9 +1,5 @@
 """How long must the indexer warm up before attention turns sparse?
 
-Command:   python -m experiments.ablate --config=configs/ablations/warmup.py
-Hardware:  two CPU cores.
-Result:    experiments/results/ablations/warmup.md
-
 The learning rate rises over 20 steps, so that a warm-up of 15 ends at three quarters of it.
 """
 

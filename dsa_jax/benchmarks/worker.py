@@ -20,7 +20,7 @@ def describe_device() -> dict[str, Any]:
     """{backend, environment} of this process; starts JAX on its device."""
     import jax
 
-    from dsa_jax.run.directory import describe_environment
+    from dsa_jax.run.environment import describe_environment
 
     return {"backend": jax.default_backend(), "environment": describe_environment()}
 

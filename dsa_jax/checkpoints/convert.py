@@ -10,7 +10,8 @@ from dsa_jax.config.model import PLAIN
 from dsa_jax.data.tokenizer import NO_TOKENIZER, ByteTokenizer, Tokenizer
 from dsa_jax.model.attention.selection import DENSE
 from dsa_jax.run.checkpoints import CheckpointStore
-from dsa_jax.run.directory import RunDirectory, RunError, claimed, open_run
+from dsa_jax.run.directory import RunDirectory, open_run
+from dsa_jax.run.files import RunError, claimed
 
 
 def to_hf(source: Path, target: Path, *, weight_format: str = PLAIN) -> str:

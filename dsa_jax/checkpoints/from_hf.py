@@ -1,4 +1,4 @@
-"""A retrofit that starts from a Hugging Face checkpoint: its model with the recipe's indexer, its tokenizer, its weights."""
+"""A retrofit that starts from a Hugging Face checkpoint: its model with the recipe's indexer, tokenizer and weights."""
 
 import copy
 import dataclasses
@@ -18,18 +18,17 @@ from dsa_jax.run.processes import gather_to_main, on_main
 
 _LOG = logging.getLogger(__name__)
 
-# How a run computes is the recipe's business, what it computes the checkpoint's.
+# The recipe decides how the model is computed, the checkpoint what it computes.
 _OF_THE_RUN = ("param_dtype", "dtype", "weight_format", "scan_layers", "remat")
 CHECKPOINT_TOKENIZER = "checkpoint"
 
 
 def resolve_checkpoint(config: Config) -> Config:
-    """`config` with what `init.hf_dir` decides filled in; the same config where it is not set.
+    """`config` with the model and tokenizer of `init.hf_dir`; the same config where it is not set.
 
     The model is the checkpoint's. From the recipe come `model.param_dtype`, `dtype`, `weight_format`, `scan_layers`, `remat`,
     `attention.implementation`, `attention.nsa`, the experts' balance settings and, where the checkpoint has no indexer,
-    `attention.indexer`.
-    `data.text.tokenizer` "checkpoint" becomes the directory, or "bytes" where the checkpoint says that.
+    `attention.indexer`. `data.text.tokenizer` "checkpoint" becomes the directory, or "bytes" where the checkpoint says so.
 
     Raises:
         ConfigError: when the recipe asks for the tokenizer of a checkpoint that it does not name, or would train a model that
@@ -49,7 +48,12 @@ def resolve_checkpoint(config: Config) -> Config:
                 "tokenizer."
             )
         config.data.text.tokenizer = tokenizer_name(config.init.hf_dir)
-    elif config.init.hf_dir and config.data.text.tokenizer == "bytes" and config.data.text_fraction and _reads_tokens(config):
+    elif (
+        config.init.hf_dir
+        and config.data.text.tokenizer == "bytes"
+        and config.data.text_fraction
+        and (Path(config.init.hf_dir) / "tokenizer.json").is_file()
+    ):
         raise ConfigError(
             f"data.text.tokenizer is 'bytes', but the model of {config.init.hf_dir} reads the tokens of its tokenizer.json. "
             "Set data.text.tokenizer=checkpoint (and data.recall_fraction=0 where that leaves no token ids to recall)."
@@ -57,12 +61,8 @@ def resolve_checkpoint(config: Config) -> Config:
     return config
 
 
-def _reads_tokens(config: Config) -> bool:
-    return (Path(config.init.hf_dir) / "tokenizer.json").is_file()
-
-
 def _merged(ours: ModelConfig, theirs: ModelConfig) -> ModelConfig:
-    """The checkpoint's model, computed as the recipe says."""
+    """The checkpoint's model, computed as the recipe says; warns of settings of the recipe that it overrides."""
     model = dataclasses.replace(theirs, **{name: getattr(ours, name) for name in _OF_THE_RUN})
     model.attention = dataclasses.replace(theirs.attention, implementation=ours.attention.implementation)
     model.attention.nsa = copy.deepcopy(ours.attention.nsa)
@@ -70,13 +70,7 @@ def _merged(ours: ModelConfig, theirs: ModelConfig) -> ModelConfig:
         model.attention.indexer = copy.deepcopy(ours.attention.indexer)
     balance = {name: getattr(ours.moe, name) for name in ("bias_update_rate", "balance_loss_weight")}
     model.moe = dataclasses.replace(theirs.moe, **balance)
-    _say_what_is_ignored(ours, model)
-    return model
-
-
-def _say_what_is_ignored(ours: ModelConfig, merged: ModelConfig) -> None:
-    """A recipe's model settings that differ from the checkpoint's, which decides."""
-    asked, usual, used = (flatten(to_dict(model)) for model in (ours, ModelConfig(), merged))
+    asked, usual, used = (flatten(to_dict(each)) for each in (ours, ModelConfig(), model))
     ignored = [
         f"{name}={value!r} (the checkpoint: {used[name]!r})"
         for name, value in asked.items()
@@ -84,10 +78,11 @@ def _say_what_is_ignored(ours: ModelConfig, merged: ModelConfig) -> None:
     ]
     if ignored:
         _LOG.warning("settings of the model without effect beside init.hf_dir: model.%s", ", model.".join(ignored))
+    return model
 
 
 def checkpoint_params(config: Config) -> dict[str, Any]:
-    """The weights of `init.hf_dir` for the resolved `config`, each put on the current mesh as it is read.
+    """The weights of `init.hf_dir` for the resolved `config`, each sharded over the current mesh as it is read.
 
     Indexers that the checkpoint lacks, and native sparse attention, are initialised from `seed`.
     """
@@ -104,7 +99,7 @@ def checkpoint_params(config: Config) -> dict[str, Any]:
 
 
 def load_for_evaluation(config: Config) -> tuple[Config, Transformer, dict[str, Any]]:
-    """(config, model, params) of `init.hf_dir` as it is: a checkpoint without an indexer gets none."""
+    """(config, model, params) of `init.hf_dir` unchanged: a checkpoint without an indexer gets none."""
     config = resolve_checkpoint(config)
     loaded = load_pretrained(
         config.init.hf_dir,

@@ -16,7 +16,7 @@ from dsa_jax.costs.model import (
     require_indexer,
     training_flops_per_token,
 )
-from dsa_jax.extras import MissingExtraError
+from dsa_jax.extras import import_extra
 
 CACHE_DTYPES = ("bfloat16", "fp8")
 _SHOWN = 8
@@ -136,11 +136,8 @@ def plot_costs(tables: dict[str, Any], title: str, path: Path) -> None:
     Raises:
         MissingExtraError: when matplotlib is not installed, with the command that installs it.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("the plot needs matplotlib. Run: pip install 'dsa-jax[plot]'") from error
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    matplotlib = import_extra("matplotlib.figure", extra="plot", purpose="the plot")
+    figure = matplotlib.Figure(figsize=(10, 4), layout="constrained")
     for axes, phase in zip(figure.subplots(1, len(PHASES)), PHASES, strict=True):
         draw_costs(axes, tables, phase)
         axes.set_title(f"{title}, {phase}")

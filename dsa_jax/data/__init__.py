@@ -1,4 +1,4 @@
-"""What the model reads: the record-recall task, packed text, and batches that mix the two."""
+"""Training and evaluation data: synthetic tasks, packed text, and batches that mix them."""
 
 from dsa_jax.data.batch import Batch
 from dsa_jax.data.corpus import Corpus, load_corpus

@@ -1,4 +1,4 @@
-"""A batch of token rows with their labels, and the two ways batches are put together."""
+"""A batch of token rows with their targets, stacked and padded."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,10 +8,10 @@ from jaxtyping import Bool, Int32
 
 
 class Batch(NamedTuple):
-    """Rows of tokens and what each position should predict.
+    """Rows of tokens and the target of each position.
 
     A position outside `target_mask` has target 0 and counts in no loss. A target always lies in the same segment as its
-    position; the last position of a row may have one, because labels are not made by shifting the row.
+    position; the last position of a row may have one, because targets are not made by shifting the row.
     """
 
     input_ids: Int32[np.ndarray, "B T"]
@@ -21,10 +21,9 @@ class Batch(NamedTuple):
 
 
 def padding_rows(n_rows: int, seq_len: int) -> Batch:
-    """Rows that hold nothing: token 0, no target, segment 0. A fresh, writable batch."""
+    """Padding rows: token 0, no target, segment 0. A fresh, writable batch."""
     shape = (n_rows, seq_len)
-    zeros = [np.zeros(shape, np.int32) for _ in range(3)]
-    return Batch(input_ids=zeros[0], targets=zeros[1], target_mask=np.zeros(shape, np.bool_), segment_ids=zeros[2])
+    return Batch(*(np.zeros(shape, dtype) for dtype in (np.int32, np.int32, np.bool_, np.int32)))
 
 
 def stack_rows(batches: Sequence[Batch]) -> Batch:

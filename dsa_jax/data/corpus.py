@@ -1,4 +1,4 @@
-"""A tokenized corpus with its held-out part and where it came from."""
+"""A tokenized corpus in memory: training split, held-out split, provenance."""
 
 import hashlib
 import platform
@@ -12,18 +12,18 @@ from dsa_jax.config import ConfigError, TextConfig
 from dsa_jax.data.documents import stdlib_documents, user_documents
 from dsa_jax.data.packing import TokenStream, make_stream
 from dsa_jax.data.split import digest, split_documents
-from dsa_jax.data.tokenizer import Tokenizer
+from dsa_jax.data.tokenizer import Tokenizer, token_dtype
 
 
 class Corpus(NamedTuple):
-    """Two streams of documents, the second never trained on, and their provenance."""
+    """Training and held-out split, and their provenance."""
 
     train: TokenStream
     held_out: TokenStream
     provenance: dict[str, Any]
 
     def require(self, sha256: str) -> None:
-        """Make sure that this is the text of that `sha256`; other text may be held out otherwise, and is read in another order.
+        """Check that this is the text of that `sha256`: other text splits differently and is read in another order.
 
         Raises:
             ConfigError: where it is not.
@@ -36,10 +36,10 @@ class Corpus(NamedTuple):
             )
 
     def describe(self) -> dict[str, Any]:
-        """Where the text came from, for result files: JSON values.
+        """Provenance of the text, for result files: JSON values.
 
         `sha256` covers the token ids of every document in order, before the split; `split_unit` is "piece" where documents
-        had to be cut to fill both sides; `python` is there when the text is the standard library, which varies with it.
+        had to be cut to fill both splits; `python` is there when the text is the standard library, which varies with it.
         """
         return {
             **self.provenance,
@@ -62,8 +62,9 @@ def load_corpus(config: TextConfig, tokenizer: Tokenizer) -> Corpus:
         ConfigError: for a corpus without text, and whatever `documents.user_documents` refuses.
     """
     documents = user_documents(config.path, tokenizer, column=config.column) if config.path else stdlib_documents(tokenizer)
-    width = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    kept = [document.astype(width) for document in _limited(documents, config.max_tokens, tokenizer.end_of_text_id)]
+    kept = [
+        document.astype(token_dtype(tokenizer)) for document in _limited(documents, config.max_tokens, tokenizer.end_of_text_id)
+    ]
     if not kept:
         limit = f" within data.text.max_tokens ({config.max_tokens})" if config.max_tokens else ""
         raise ConfigError(
@@ -85,7 +86,7 @@ def load_corpus(config: TextConfig, tokenizer: Tokenizer) -> Corpus:
 def _limited(
     documents: Iterable[Int[np.ndarray, " _"] | UInt[np.ndarray, " _"]], max_tokens: int, end_of_text_id: int
 ) -> Iterator[Int[np.ndarray, " _"] | UInt[np.ndarray, " _"]]:
-    """`documents` until `max_tokens` (0: all of them); the last is cut short and closed, or left out if one token is left."""
+    """`documents` up to `max_tokens` (0: all); the last is truncated and closed, or left out if one token is left."""
     if not max_tokens:
         yield from documents
         return

@@ -17,7 +17,7 @@ from dsa_jax.config import ConfigError
 from dsa_jax.data.tokenizer import Tokenizer
 
 SUFFIXES = (".txt", ".jsonl", ".npy")
-# Tests and large vendored trees, and whatever is installed next to the standard library.
+# Tests, large vendored trees and installed packages.
 STDLIB_LEFT_OUT = frozenset({"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages"})
 
 

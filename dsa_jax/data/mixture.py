@@ -8,7 +8,7 @@ whatever the mixture is, so a checkpoint keeps its meaning when the mixture chan
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,25 +19,49 @@ from dsa_jax.data.corpus import Corpus, load_corpus
 from dsa_jax.data.packing import TokenStream, epoch_order, pack_rows
 from dsa_jax.data.streamed import HeldOutText, StreamedCorpus, TextReader
 from dsa_jax.data.tasks import Setting, get_task
-from dsa_jax.data.tasks.recall import RecallTask, recall_rows
+from dsa_jax.data.tasks.recall import RecallTask
 from dsa_jax.data.tokenizer import Tokenizer, load_tokenizer
 
-# First word of the entropy of each random stream, so that no two ever share one.
+# First word of the entropy of each random stream: no two streams share one.
 _TRAIN_RECALL, _TRAIN_TEXT, _EVAL_RECALL, _TRAIN_TASK, _EVAL_TASK = 1, 2, 3, 4, 5
 
 
 @dataclass(frozen=True)
-class TrainData:
-    """Training batches, random access unless text is streamed. `recall` or `text` is None where the mixture has none of it."""
+class _Mixture:
+    """The kinds of rows of the batches; `text` is None where the mixture has none.
+
+    `tasks` are those of the training mixture beside its recall rows, with their shares.
+    """
 
     seed: int
     vocab_size: int  # the model needs at least this many tokens
+    model_vocab_size: int
     recall_fraction: float
-    recall: RecallTask | None
-    text: Corpus | TextReader | None
-    tokenizer: Tokenizer
+    tasks: tuple[tuple[str, float], ...]
     setting: Setting  # of all tasks, whether the mixture has them or not
-    tasks: tuple[tuple[str, float], ...]  # those of the mixture other than its recall rows, with their shares
+    tokenizer: Tokenizer
+    text: Any
+
+    @property
+    def recall(self) -> RecallTask | None:
+        """The recall task; None where the mixture has none."""
+        return self.setting.symbols if self.recall_fraction else None
+
+    def describe(self) -> dict[str, Any]:
+        """The composition of the batches, for result files."""
+        return {
+            "recall_fraction": self.recall_fraction,
+            "tasks": dict(self.tasks),
+            "vocab_size": self.vocab_size,
+            "recall": self.recall._asdict() if self.recall else None,
+            "text": self.text.describe() if self.text else None,
+        }
+
+
+class TrainData(_Mixture):
+    """Training batches, random access unless text is streamed."""
+
+    text: Corpus | TextReader | None
 
     def batch(self, step: int, *, batch_size: int, seq_len: int) -> Batch:
         """The batch of the 0-based `step`: recall rows, rows of each task in the order of the mixture, then text rows.
@@ -46,7 +70,7 @@ class TrainData:
         both shares, rounded, and so on, so that together they never have more rows than their shares add up to.
 
         While `batch_size` and `seq_len` stay, the text rows of consecutive steps go through every row of the corpus once per
-        epoch, in an order of the epoch's own. Where text is streamed, it goes on where it stopped and steps follow each other.
+        epoch, in an order of the epoch's own. Streamed text continues at its position, so its steps must follow each other.
 
         Raises:
             ConfigError: if a task cannot be made at this length, a share of the batch is no row at all, or the corpus is
@@ -57,32 +81,29 @@ class TrainData:
             raise ValueError(
                 f"batch: step is {step}, batch_size {batch_size}, seq_len {seq_len}; expected step >= 0 and positive sizes."
             )
-        n_recall = n_rows = round(self.recall_fraction * batch_size)
-        parts = []
-        if self.recall is not None:
-            if not n_recall:
-                raise _no_row("data.recall_fraction gives recall", self.recall_fraction, batch_size)
-            rng = np.random.default_rng((_TRAIN_RECALL, self.seed, step))
-            parts.append(recall_rows(self.recall, rng, n_rows=n_recall, seq_len=seq_len))
-        total = self.recall_fraction
+        shares: list[tuple[str, str, float, tuple[int, ...]]] = []
+        if self.recall_fraction:
+            shares = [("data.recall_fraction", "recall", self.recall_fraction, (_TRAIN_RECALL, self.seed, step))]
         for name, share in self.tasks:
+            shares.append(("data.tasks", name, share, (_TRAIN_TASK, self.seed, step, TASK_NAMES.index(name))))
+        parts, n_rows, total = [], 0, 0.0
+        for field, name, share, entropy in shares:
             total += share
             n_task = round(total * batch_size) - n_rows
             if share and not n_task:
-                raise _no_row(f"data.tasks gives {name}", share, batch_size)
-            rng = np.random.default_rng((_TRAIN_TASK, self.seed, step, TASK_NAMES.index(name)))
+                raise _no_row(f"{field} gives {name}", share, batch_size)
+            rng = np.random.default_rng(entropy)
             parts.append(get_task(name).rows(self.setting, rng, n_rows=n_task, seq_len=seq_len))
             n_rows += n_task
-        if self.text is not None and n_rows == batch_size:
-            raise _no_row("data.recall_fraction and data.tasks leave text", 1 - total, batch_size)
-        if isinstance(self.text, TextReader):
-            parts.append(self.text.rows(step, batch_size - n_rows, seq_len))
-        elif self.text is not None:
-            parts.append(self._text_rows(self.text.train, step, batch_size - n_rows, seq_len))
+        if self.text is not None:
+            if n_rows == batch_size:
+                raise _no_row("data.recall_fraction and data.tasks leave text", 1 - total, batch_size)
+            read = self.text.rows if isinstance(self.text, TextReader) else self._text_rows
+            parts.append(read(step, batch_size - n_rows, seq_len))
         return stack_rows(parts)
 
     def check(self, *, batch_size: int, seq_len: int) -> None:
-        """Make sure that batches of this size can be made; nothing changes.
+        """Check that batches of this size can be made; nothing changes.
 
         Raises:
             ConfigError: as `batch`.
@@ -91,16 +112,13 @@ class TrainData:
         data.batch(0, batch_size=batch_size, seq_len=seq_len)
 
     def state(self) -> dict[str, Any] | None:
-        """What is needed to go on, as JSON values, for a checkpoint: which text, and where in it if it is streamed.
-
-        None where there is no text.
-        """
+        """JSON values for a checkpoint: the text's digest, and the position in it where it is streamed; None without text."""
         if isinstance(self.text, Corpus):
             return {"sha256": self.text.provenance["sha256"]}
         return self.text.state() if self.text is not None else None
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Go on at a saved `state`.
+        """Continue at a saved `state`.
 
         Raises:
             ConfigError: if it was saved with other text, or is None and text is streamed.
@@ -114,11 +132,9 @@ class TrainData:
         elif isinstance(self.text, Corpus) and state is not None:
             self.text.require(state["sha256"])
 
-    def describe(self) -> dict[str, Any]:
-        """What the batches are made of, for result files."""
-        return _describe(self)
-
-    def _text_rows(self, stream: TokenStream, step: int, n_rows: int, seq_len: int) -> Batch:
+    def _text_rows(self, step: int, n_rows: int, seq_len: int) -> Batch:
+        assert isinstance(self.text, Corpus)
+        stream = self.text.train
         _check_length(stream, seq_len, "training")
         available = stream.n_rows(seq_len)
         epochs, places = np.divmod(step * n_rows + np.arange(n_rows), available)
@@ -127,19 +143,10 @@ class TrainData:
         return pack_rows(stream, numbers, seq_len)
 
 
-@dataclass(frozen=True)
-class EvalData:
-    """Fixed batches that training never draws. `recall` or `text` is None where the mixture has none of it."""
+class EvalData(_Mixture):
+    """Fixed batches of held-out rows, which training never draws."""
 
-    seed: int
-    vocab_size: int
-    recall_fraction: float
-    recall: RecallTask | None
     text: Corpus | HeldOutText | None
-    tokenizer: Tokenizer
-    setting: Setting
-    tasks: tuple[tuple[str, float], ...]  # what training mixes in; `task_batches` makes any task
-    model_vocab_size: int
 
     @property
     def has_recall(self) -> bool:
@@ -158,15 +165,9 @@ class EvalData:
             ConfigError: at once, if recall cannot be made at this length.
             ValueError: at once, if the mixture has no recall.
         """
-        task = self.recall
-        if task is None:
+        if self.recall is None:
             raise ValueError("recall_batches: the data has no recall (data.recall_fraction is 0). Check has_recall first.")
-        task.n_records(seq_len)
-
-        def row(i: int) -> Batch:
-            return recall_rows(task, np.random.default_rng((_EVAL_RECALL, self.seed, i)), n_rows=1, seq_len=seq_len)
-
-        return _padded_batches(row, n_sequences, batch_size)
+        return self._batches("recall", lambda i: (_EVAL_RECALL, self.seed, i), n_sequences, seq_len, batch_size)
 
     def task_batches(self, name: str, n_sequences: int, seq_len: int, batch_size: int) -> Iterator[Batch]:
         """`n_sequences` rows of a synthetic task, whether or not training mixes it in, as `recall_batches` makes them.
@@ -174,7 +175,7 @@ class EvalData:
         Raises:
             ConfigError: at once, for an unknown task, a length at which it cannot be made, or a model without its tokens.
         """
-        task = get_task(name)
+        get_task(name)
         needed = self.setting.question if name == "recall" else self.setting.end
         if self.model_vocab_size < needed:
             raise ConfigError(
@@ -182,15 +183,22 @@ class EvalData:
                 f"Only a model trained on them can answer it: train one with model.vocab_size={needed} or more."
             )
         place = TASK_NAMES.index(name)
+        return self._batches(name, lambda i: (_EVAL_TASK, self.seed, i, place), n_sequences, seq_len, batch_size)
 
-        def row(i: int) -> Batch:
-            return task.rows(self.setting, np.random.default_rng((_EVAL_TASK, self.seed, i, place)), n_rows=1, seq_len=seq_len)
+    def _batches(
+        self, name: str, entropy: Callable[[int], tuple[int, ...]], n_sequences: int, seq_len: int, batch_size: int
+    ) -> Iterator[Batch]:
+        def draw(entropy: int | tuple[int, ...], n_rows: int) -> Batch:
+            return get_task(name).rows(self.setting, np.random.default_rng(entropy), n_rows=n_rows, seq_len=seq_len)
 
-        task.rows(self.setting, np.random.default_rng(0), n_rows=0, seq_len=seq_len)
-        return _padded_batches(row, n_sequences, batch_size)
+        draw(0, 0)  # raises here, not at the first batch
+        return (
+            pad_to(stack_rows([draw(entropy(i), 1) for i in range(first, min(first + batch_size, n_sequences))]), batch_size)
+            for first in range(0, n_sequences, batch_size)
+        )
 
     def text_batches(self, n_sequences: int, seq_len: int, batch_size: int) -> Iterator[Batch]:
-        """`n_sequences` rows spread evenly over the held-out text, or all of its rows where it has fewer.
+        """`n_sequences` rows at even distances in the held-out text, or all of its rows where it has fewer.
 
         The same rows every time, whatever the seed and `batch_size`. Padding rows fill the last batch.
 
@@ -209,7 +217,7 @@ class EvalData:
         return (pad_to(pack_rows(stream, rows, seq_len), batch_size) for rows in batches)
 
     def check(self, settings: EvalConfig) -> None:
-        """Make sure that every batch the parity table will ask for can be made.
+        """Check that every batch of the parity table can be made.
 
         Raises:
             ConfigError: naming the length or the vocabulary that stands in its way, or if it asks for none.
@@ -228,13 +236,12 @@ class EvalData:
         for name in settings.tasks:
             self.task_batches(name, settings.task_sequences, settings.task_len, settings.batch_size)
 
-    def describe(self) -> dict[str, Any]:
-        """What the batches are made of, for result files."""
-        return _describe(self)
+
+_Side = TypeVar("_Side", TrainData, EvalData)
 
 
 def make_train_data(config: DataConfig, seed: int, vocab_size: int) -> TrainData:
-    """Load what the mixture of `config` needs; a corpus only if it has text.
+    """Load the training side of the mixture; a corpus only if it has text.
 
     Args:
         config: the mixture.
@@ -244,16 +251,16 @@ def make_train_data(config: DataConfig, seed: int, vocab_size: int) -> TrainData
     Raises:
         ConfigError: if the model's vocabulary is too small for the data, and whatever loading the corpus raises.
     """
-    return TrainData(seed=seed, **_load(config, vocab_size, lambda corpus: TextReader(corpus, seed)))
+    return _load(TrainData, config, seed, vocab_size, lambda corpus: TextReader(corpus, seed))
 
 
 def make_eval_data(config: DataConfig, seed: int, vocab_size: int) -> EvalData:
     """The evaluation counterpart of `make_train_data`, with the same arguments and errors."""
-    return EvalData(seed=seed, model_vocab_size=vocab_size, **_load(config, vocab_size, StreamedCorpus.held_out))
+    return _load(EvalData, config, seed, vocab_size, StreamedCorpus.held_out)
 
 
-def _load(config: DataConfig, vocab_size: int, use: Callable[[StreamedCorpus], Any]) -> dict[str, Any]:
-    """The fields that both sides share; `use` makes of a streamed corpus what the side needs."""
+def _load(kind: type[_Side], config: DataConfig, seed: int, vocab_size: int, take: Callable[[StreamedCorpus], Any]) -> _Side:
+    """The data of one side; `take` takes that side of a streamed corpus."""
     config.validate()
     tokenizer = load_tokenizer(config.text.tokenizer)
     task = RecallTask.from_config(config.recall, tokenizer.vocab_size)
@@ -273,29 +280,23 @@ def _load(config: DataConfig, vocab_size: int, use: Callable[[StreamedCorpus], A
     text: Any = None
     if config.text_fraction:
         is_streamed = config.text.source == "grain"
-        text = use(StreamedCorpus(config.text, tokenizer)) if is_streamed else load_corpus(config.text, tokenizer)
-    return {
-        "vocab_size": needed,
-        "recall_fraction": float(config.recall_fraction),
-        "recall": task if config.recall_fraction else None,
-        "text": text,
-        "tokenizer": tokenizer,
-        "setting": setting,
-        "tasks": config.tasks,
-    }
+        text = take(StreamedCorpus(config.text, tokenizer)) if is_streamed else load_corpus(config.text, tokenizer)
+    return kind(
+        seed=seed,
+        vocab_size=needed,
+        model_vocab_size=vocab_size,
+        recall_fraction=float(config.recall_fraction),
+        tasks=config.tasks,
+        setting=setting,
+        tokenizer=tokenizer,
+        text=text,
+    )
 
 
 def _no_row(what: str, share: float, batch_size: int) -> ConfigError:
     return ConfigError(
         f"{what} a share of {share:g}, which is no row of a batch of {batch_size}. Raise the share or the batch size, or make "
         "it 0."
-    )
-
-
-def _padded_batches(row: Callable[[int], Batch], n_sequences: int, batch_size: int) -> Iterator[Batch]:
-    return (
-        pad_to(stack_rows([row(i) for i in range(start, min(start + batch_size, n_sequences))]), batch_size)
-        for start in range(0, n_sequences, batch_size)
     )
 
 
@@ -306,13 +307,3 @@ def _check_length(stream: TokenStream, seq_len: int, side: str) -> None:
             "more text (data.text.path, data.text.max_tokens; data.text.held_out_tokens where it is streamed), or another "
             "data.text.held_out_fraction."
         )
-
-
-def _describe(data: TrainData | EvalData) -> dict[str, Any]:
-    return {
-        "recall_fraction": data.recall_fraction,
-        "tasks": dict(data.tasks),
-        "vocab_size": data.vocab_size,
-        "recall": data.recall._asdict() if data.recall else None,
-        "text": data.text.describe() if data.text else None,
-    }

@@ -1,4 +1,4 @@
-"""Rows of equal length cut from the stream of documents, with segment ids.
+"""Sequence packing: rows of equal length cut from the stream of documents, with segment ids.
 
 Row `r` of length L holds the tokens [r L, (r + 1) L) of the stream; the last row is padded. Row numbers are random access, so
 a batch needs no state.
@@ -15,18 +15,18 @@ from dsa_jax.data.batch import Batch, padding_rows
 
 
 class TokenStream(NamedTuple):
-    """Documents laid end to end."""
+    """Concatenated documents."""
 
     tokens: UInt[np.ndarray, " N"]
     starts: Int64[np.ndarray, " D"]  # position of the first token of each document, ascending from 0
 
     def n_rows(self, seq_len: int) -> int:
-        """Rows of `seq_len` that the stream fills, the last one perhaps in part."""
+        """Number of rows of `seq_len`, the last one perhaps padded."""
         return -(-self.tokens.size // seq_len)
 
 
 def make_stream(documents: Sequence[UInt[np.ndarray, " _"]]) -> TokenStream:
-    """Lay `documents` (at least one) end to end."""
+    """Concatenate `documents` (at least one)."""
     lengths = np.array([document.size for document in documents], np.int64)
     return TokenStream(tokens=np.concatenate(documents), starts=np.cumsum(lengths) - lengths)
 
@@ -35,7 +35,7 @@ def pack_rows(stream: TokenStream, row_numbers: Int[np.ndarray, " B"] | UInt[np.
     """The rows `row_numbers` of the stream.
 
     The target of a token is the next token of its own document, also where that token opens the next row; the last token of
-    a document has none. Segments count from 1 in each row, and a document that began in an earlier row starts with segment 1.
+    a document has none. Segments count from 1 in each row, and a document that began in an earlier row is segment 1.
     """
     batch = padding_rows(row_numbers.size, seq_len)
     for row, number in enumerate(row_numbers.tolist()):
@@ -59,7 +59,7 @@ def pack_rows(stream: TokenStream, row_numbers: Int[np.ndarray, " B"] | UInt[np.
 
 @lru_cache(maxsize=4)
 def epoch_order(entropy: tuple[int, ...], n_rows: int) -> UInt32[np.ndarray, " n_rows"]:
-    """The order in which an epoch visits `n_rows` rows: each once. `entropy` names the seed and the epoch; read-only."""
+    """A permutation of `n_rows` rows for one epoch, read-only; `entropy` names the seed and the epoch."""
     order = np.random.default_rng(entropy).permutation(np.arange(n_rows, dtype=np.uint32))
     order.setflags(write=False)
     return order

@@ -1,7 +1,7 @@
-"""Documents in .parquet or .array_record files, read when they are asked for; no file is ever held whole.
+"""Documents in .parquet or .array_record files, read on demand; no file is ever held whole.
 
-Every kind of file offers the same: how many documents there are, and an endless shuffled order of them with random access.
-Grain does the reading of .array_record files, the shuffling of their records, and the reading ahead of both kinds.
+Both kinds of file have the same interface: the number of documents, and an endless shuffled order of them with random access.
+Grain reads and shuffles .array_record files, and prefetches both kinds.
 """
 
 import glob
@@ -20,25 +20,25 @@ from jaxtyping import Int64
 
 from dsa_jax.config import ConfigError
 from dsa_jax.data.documents import files_below
-from dsa_jax.extras import MissingExtraError
+from dsa_jax.extras import import_extra
 
 KINDS = (".array_record", ".parquet")
 WINDOW_BYTES = 2**27
 """Text of the .parquet row groups that are read, and shuffled, together; two such windows are held."""
 
-# First word of the entropy of each random order, so that no two ever share one.
+# First word of the entropy of each random order: no two orders share one.
 _GROUPS, _ROWS = 1, 2
 
 
 @runtime_checkable
 class RecordFiles(Protocol):
-    """Files of one kind, as documents."""
+    """Files of one kind as a sequence of documents."""
 
     files: list[Path]
     counts: list[int]  # documents of each file
 
     def ordered(self, seed: int) -> Any:
-        """A `grain.MapDataset` of texts without end: the documents of one epoch after another, each in an order of its own."""
+        """An endless `grain.MapDataset` of texts: the documents of one epoch after another, each epoch in its own order."""
         ...
 
 
@@ -60,16 +60,8 @@ def open_records(path: str, column: str) -> RecordFiles:
 
 
 def import_grain() -> Any:
-    """The optional `grain` package.
-
-    Raises:
-        MissingExtraError: with the command that installs it.
-    """
-    try:
-        import grain
-    except ImportError as error:
-        raise MissingExtraError("data.text.source=grain needs the grain package. Run: pip install 'dsa-jax[data]'") from error
-    return grain
+    """The optional `grain` package; MissingExtraError where it is not installed."""
+    return import_extra("grain", extra="data", purpose="data.text.source=grain")
 
 
 def fingerprint(records: RecordFiles) -> str:
@@ -110,13 +102,10 @@ def _unreadable(file: Path, error: Exception) -> ConfigError:
 
 @contextmanager
 def _reading(file: Path) -> Iterator[Any]:
-    """A `pyarrow.parquet.ParquetFile`; what goes wrong with it inside is a ConfigError that names it."""
+    """A `pyarrow.parquet.ParquetFile`; a failure to read it inside becomes a ConfigError that names it."""
+    parquet, pyarrow = (import_extra(name, extra="data", purpose=str(file)) for name in ("pyarrow.parquet", "pyarrow"))
     try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise MissingExtraError(f"{file} needs the pyarrow package. Run: pip install 'dsa-jax[data]'") from error
-    try:
-        with pyarrow.parquet.ParquetFile(file) as opened:
+        with parquet.ParquetFile(file) as opened:
             yield opened
     except (pyarrow.ArrowException, OSError) as error:
         raise _unreadable(file, error) from error
@@ -132,7 +121,7 @@ def _utf8(read: Callable[[], str], file: Path, record: int) -> str:
 
 
 class ArrayRecordFiles:
-    """Files whose records are UTF-8 texts. Reading one record touches its group only: best written with group_size:1."""
+    """Files whose records are UTF-8 texts. A whole record group is read for one record: best written with group_size:1."""
 
     def __init__(self, files: list[Path]) -> None:
         sources = import_grain().sources
@@ -161,7 +150,7 @@ class ArrayRecordFiles:
         return _utf8(lambda: content.decode("utf-8"), file, record)
 
     def ordered(self, seed: int) -> Any:
-        """Any document may come anywhere in an epoch: Grain's shuffle, which holds no table."""
+        """Grain's shuffle of the whole epoch, which holds no table."""
         return import_grain().MapDataset.source(self).seed(seed % 2**32).shuffle().repeat()
 
 
@@ -174,7 +163,7 @@ class _RowGroup(NamedTuple):
 
 
 class _Window(NamedTuple):
-    """Row groups in memory, their rows laid end to end."""
+    """Row groups in memory, their rows concatenated."""
 
     groups: list[_RowGroup]
     ends: Int64[np.ndarray, " G"]
@@ -207,7 +196,7 @@ class ParquetFiles:
         return sum(self.counts)
 
     def ordered(self, seed: int) -> Any:
-        """A document comes near those of its row group and of a few others, which are others in every epoch."""
+        """Shuffled within windows of a few row groups, which are drawn anew in every epoch."""
         return import_grain().MapDataset.range(sys.maxsize).map(lambda place: self.text(seed, place))
 
     def text(self, seed: int, place: int) -> str:
@@ -246,7 +235,7 @@ class ParquetFiles:
         return groups
 
     def _plan_epoch(self, seed: int, epoch: int) -> tuple[list[list[_RowGroup]], Int64[np.ndarray, " W"]]:
-        """The windows of an epoch, and the place after the last document of each."""
+        """The windows of an epoch, and the end of each in the order of documents."""
         windows: list[list[_RowGroup]] = []
         n_bytes = 0
         for i in np.random.default_rng((_GROUPS, seed, epoch)).permutation(len(self._groups)).tolist():
@@ -260,7 +249,7 @@ class ParquetFiles:
 
     def _window(self, seed: int, epoch: int, number: int) -> _Window:
         key = (seed, epoch, number)
-        # Held while reading: others most likely want the same window, or the one that reading would push out.
+        # Held while reading: other threads most likely want the same window, or the one that would be evicted.
         with self._lock:
             if key not in self._windows:
                 while len(self._windows) > 1:

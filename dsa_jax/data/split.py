@@ -1,4 +1,4 @@
-"""Documents to a training and a held-out side, by a hash of their content."""
+"""Training and held-out split of documents, by a hash of their content."""
 
 import hashlib
 import math
@@ -9,13 +9,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt
 
-Document = UInt[np.ndarray, " _"]  # lengths differ from one to the next
+Document = UInt[np.ndarray, " _"]  # lengths differ
 
 MAX_PIECES = 1024
 
 
 class Split(NamedTuple):
-    """The two sides, each in corpus order, neither empty."""
+    """The two splits, each in corpus order, neither empty."""
 
     train: list[Document]
     held_out: list[Document]
@@ -33,12 +33,12 @@ def is_held_out(digest: bytes, held_out_fraction: float) -> bool:
 
 
 def split_documents(documents: Sequence[Document], digests: Sequence[bytes], held_out_fraction: float) -> Split:
-    """Hold out the documents that `is_held_out` says.
+    """Hold out the documents that `is_held_out` selects.
 
-    The side of a document depends on its content alone: it stays when others come or go, and copies stay together. Where
-    that leaves a side with less than a quarter of the tokens it should have (few documents, or one), documents are cut into
-    pieces of equal length instead, the pieces with the lowest hashes are held out, and neighbours on one side are joined again.
-    Equal pieces may then fall on both sides.
+    The split of a document depends on its content alone: adding or removing others does not move it, and copies stay
+    together. Where that leaves a split with less than a quarter of its share of the tokens (few documents, or one), documents
+    are cut into pieces of equal length instead, the pieces with the lowest hashes are held out, and neighbours in one split
+    are joined again. Equal pieces may then fall into both splits.
 
     Args:
         documents: each with at least one token, at least two tokens together.

@@ -1,8 +1,8 @@
-"""Text that need not fit in memory: rows packed from a shuffled, endless order of documents, at a position that can be saved.
+"""Streamed text: rows packed from an endless shuffled order of documents, with a position that is checkpointed.
 
-Several documents are open at once. Row r continues stream r modulo their number, and a stream that has come to the end of its
-document opens the next of the order: so the rows of a batch come from several documents, however long these are, every document
-is read once per epoch, and the position is a few numbers that depend on no batch size, row length or number of processes.
+Several documents are open at once. Row r continues open document r modulo their number, and at its end opens the next of the
+order. So the rows of a batch come from several documents, however long these are, every document is read once per epoch, and
+the position is a few integers that depend on no batch size, row length or number of processes.
 """
 
 import os
@@ -18,10 +18,10 @@ from dsa_jax.data.batch import Batch, padding_rows, stack_rows
 from dsa_jax.data.packing import TokenStream, make_stream, pack_rows
 from dsa_jax.data.record_files import fingerprint, import_grain, open_records
 from dsa_jax.data.split import digest, is_held_out
-from dsa_jax.data.tokenizer import Tokenizer
+from dsa_jax.data.tokenizer import Tokenizer, token_dtype
 
-_READ_AHEAD = 64  # documents
-_HELD_OUT_SEED = 0  # of the order in which held-out documents are looked for, the same in every run
+_PREFETCHED = 64  # documents
+_HELD_OUT_SEED = 0  # of the order in which held-out documents are searched, the same in every run
 
 
 class HeldOutText(NamedTuple):
@@ -31,7 +31,7 @@ class HeldOutText(NamedTuple):
     provenance: dict[str, Any]
 
     def describe(self) -> dict[str, Any]:
-        """Where the text came from, for result files; the sizes are those of what was taken from the held-out side."""
+        """Provenance, for result files; the sizes are those of the documents taken from the held-out split."""
         n_documents, n_tokens = self.held_out.starts.size, self.held_out.tokens.size
         return {**self.provenance, "n_documents": {"held_out": n_documents}, "n_tokens": {"held_out": n_tokens}}
 
@@ -45,10 +45,10 @@ class StreamedCorpus:
         self.n_documents = sum(self.records.counts)
         self.fingerprint = fingerprint(self.records)
         self._tokenizer = tokenizer
-        self._dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+        self._dtype = token_dtype(tokenizer)
 
     def documents(self, seed: int, *, held_out: bool) -> Any:
-        """An endless `grain.MapDataset` of (place in the order, token ids); none for a document of the other side, or empty."""
+        """An endless `grain.MapDataset` of (place in the order, token ids), without ids for a document of the other split."""
 
         def tokens(place: int, text: str) -> tuple[int, UInt[np.ndarray, " N"]]:
             if not text:
@@ -59,7 +59,7 @@ class StreamedCorpus:
         return self.records.ordered(seed).map_with_index(tokens)
 
     def describe(self) -> dict[str, Any]:
-        """Where the text comes from, for result files; `sha256` covers the files' names and sizes, not their content."""
+        """Provenance, for result files; `sha256` covers the files' names and sizes, not their content."""
         return {
             "source": self.config.path,
             "reader": "grain",
@@ -71,14 +71,14 @@ class StreamedCorpus:
         }
 
     def held_out(self) -> HeldOutText:
-        """The first held-out documents of an order that is always the same, until they have `held_out_tokens`.
+        """The first held-out documents of a fixed order, until they have `held_out_tokens`.
 
         Raises:
-            ConfigError: if no document falls on that side.
+            ConfigError: if no document is held out.
         """
         found, n_tokens = [], 0
         one_epoch = self.documents(_HELD_OUT_SEED, held_out=True)[: self.n_documents]
-        with closing(_reading_ahead(one_epoch)) as documents:
+        with closing(_prefetched(one_epoch)) as documents:
             for _, tokens in documents:
                 if tokens.size:
                     found.append(tokens)
@@ -90,7 +90,7 @@ class StreamedCorpus:
         return HeldOutText(make_stream(found), self.describe())
 
     def training_documents(self, seed: int) -> Any:
-        """`documents` of the training side.
+        """`documents` of the training split.
 
         Raises:
             ConfigError: if all are empty or held out.
@@ -110,7 +110,7 @@ class StreamedCorpus:
 
 @dataclass
 class _Open:
-    """A document that a stream of rows is in; place -1 before its first."""
+    """An open document; place -1 before the first."""
 
     place: int = -1
     used: int = 0  # tokens
@@ -118,7 +118,7 @@ class _Open:
 
 
 class TextReader:
-    """Training rows of a `StreamedCorpus`, to be asked for step by step.
+    """Training rows of a `StreamedCorpus`, read step by step.
 
     Raises:
         ConfigError: at construction, if there is no training document.
@@ -128,17 +128,17 @@ class TextReader:
         self._corpus = corpus
         self._seed = seed
         self._documents = corpus.training_documents(seed)
-        self._iterator = _reading_ahead(self._documents)
+        self._iterator = _prefetched(self._documents)
         self._step = 0
         self._row = 0
         self._open = [_Open() for _ in range(corpus.config.open_documents)]
 
     def describe(self) -> dict[str, Any]:
-        """Where the text comes from, for result files."""
+        """Provenance, for result files."""
         return self._corpus.describe()
 
     def rows(self, step: int, n_rows: int, seq_len: int) -> Batch:
-        """The next `n_rows` rows, packed as `packing.pack_rows` packs them. No row is padded: epochs follow each other in it.
+        """The next `n_rows` rows, packed as by `packing.pack_rows`. No row is padded: epochs follow each other without a gap.
 
         Raises:
             ValueError: if `step` does not follow the one before, or the one of the restored state.
@@ -150,14 +150,13 @@ class TextReader:
                 "Restore the state of another step to go there."
             )
         self._step += 1
-        rows = []
-        for _ in range(n_rows):
-            rows.append(self._pack(self._open[self._row % len(self._open)], seq_len))
-            self._row += 1
+        numbers = range(self._row, self._row + n_rows)
+        self._row += n_rows
+        rows = [self._pack(self._open[row % len(self._open)], seq_len) for row in numbers]
         return stack_rows(rows) if rows else padding_rows(0, seq_len)
 
     def state(self) -> dict[str, Any]:
-        """The position, as JSON values: Grain's own in the order of documents, and the place of every open document in it."""
+        """The position, as JSON values: Grain's in the order of documents, and that of every open document."""
         return {
             "corpus": self._corpus.fingerprint,
             "step": self._step,
@@ -167,7 +166,7 @@ class TextReader:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken; the open documents are read again.
+        """Continue where `state` was taken; the open documents are read again.
 
         Raises:
             ConfigError: if the files are not those it was taken from.
@@ -182,7 +181,7 @@ class TextReader:
         self._open = [_Open() if place < 0 else _Open(place, used, self._documents[place][1]) for place, used in state["open"]]
 
     def fresh(self) -> "TextReader":
-        """Another reader of the same text, at its beginning."""
+        """Another reader at the beginning of the same text."""
         return TextReader(self._corpus, self._seed)
 
     def _pack(self, document: _Open, seq_len: int) -> Batch:
@@ -193,7 +192,7 @@ class TextReader:
             while document.used == document.tokens.size:
                 document.place, document.tokens = next(self._iterator)
                 document.used = 0
-            # One token more than fits, for the last one's target.
+            # One token more than fits: the target of the last one.
             piece = document.tokens[document.used : document.used + seq_len - n_tokens + 1]
             taken = min(piece.size, seq_len - n_tokens)
             pieces.append(piece)
@@ -203,7 +202,7 @@ class TextReader:
         return pack_rows(TokenStream(np.concatenate(pieces), np.array(starts, np.int64)), np.zeros(1, np.int64), seq_len)
 
 
-def _reading_ahead(documents: Any) -> Any:
+def _prefetched(documents: Any) -> Any:
     """A `grain.DatasetIterator` whose threads read and tokenize the next documents."""
-    n_threads = min(_READ_AHEAD, os.cpu_count() or 1)
-    return iter(documents.to_iter_dataset(import_grain().ReadOptions(num_threads=n_threads, prefetch_buffer_size=_READ_AHEAD)))
+    n_threads = min(_PREFETCHED, os.cpu_count() or 1)
+    return iter(documents.to_iter_dataset(import_grain().ReadOptions(num_threads=n_threads, prefetch_buffer_size=_PREFETCHED)))

@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Int
 
 from dsa_jax.config import ConfigError
-from dsa_jax.extras import MissingExtraError
+from dsa_jax.extras import import_extra
 
-# Names under which published tokenizers carry the end of a document, most specific first.
+# End-of-text tokens of published tokenizers, most specific first.
 _DEEPSEEK_END = "<\N{FULLWIDTH VERTICAL LINE}end\u2581of\u2581sentence\N{FULLWIDTH VERTICAL LINE}>"
 END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", _DEEPSEEK_END, "</s>", "<eos>", "[EOS]")
 NO_TOKENIZER = "none"
@@ -20,29 +20,18 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What the data pipeline and generation need of a tokenizer."""
+    """The interface of tokenizers for data and generation."""
 
-    @property
-    def name(self) -> str:
-        """How results name it."""
-        ...
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id."""
-        ...
-
-    @property
-    def end_of_text_id(self) -> int:
-        """The id that closes every document."""
-        ...
+    name: str  # in result files
+    vocab_size: int  # one more than the largest id
+    end_of_text_id: int  # closes every document
 
     def encode(self, text: str) -> Int[np.ndarray, " N"]:
         """Token ids of `text`, without special tokens."""
         ...
 
     def encode_prompt(self, text: str) -> Int[np.ndarray, " N"]:
-        """Token ids of `text` after whatever the tokenizer puts before a text, such as a begin-of-text token."""
+        """Token ids of `text` after the tokenizer's prefix, such as a begin-of-text token."""
         ...
 
     def decode(self, ids: Sequence[int] | Int[np.ndarray, " N"]) -> str:
@@ -62,7 +51,7 @@ class ByteTokenizer:
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
 
     def encode_prompt(self, text: str) -> Int[np.ndarray, " N"]:
-        """The UTF-8 bytes of `text`: nothing stands before a text."""
+        """The UTF-8 bytes of `text`: there is no prefix."""
         return self.encode(text)
 
     def decode(self, ids: Sequence[int] | Int[np.ndarray, " N"]) -> str:
@@ -90,12 +79,7 @@ class JsonTokenizer:
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise ConfigError(f"data.text.tokenizer is {str(path)!r}; expected 'bytes' or the path of a tokenizer.json.")
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise MissingExtraError(
-                f"{file} needs the tokenizers package, which is not installed. Run: pip install 'dsa-jax[hf]'"
-            ) from error
+        tokenizers = import_extra("tokenizers", extra="hf", purpose=str(file))
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the package raises bare Exception
@@ -106,7 +90,7 @@ class JsonTokenizer:
         self.vocab_size = max(ids.values(), default=-1) + 1
         names = [*_configured_end_of_text(file.with_name("tokenizer_config.json")), *END_OF_TEXT_NAMES]
         known = [ids[name] for name in names if name in ids]
-        known += _end_ids_of_the_model(file.with_name("config.json"))
+        known += _model_end_ids(file.with_name("config.json"))
         if not known:
             raise ConfigError(
                 f"{file} has no token that ends a document; expected one of {', '.join(END_OF_TEXT_NAMES)} or an eos_token in "
@@ -119,8 +103,8 @@ class JsonTokenizer:
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_prompt(self, text: str) -> Int[np.ndarray, " N"]:
-        """Token ids of `text` after what the file's post-processor puts before a text; what it puts after one is left out."""
-        # The mask marks what the post-processor added; without any text, what it adds before and after would look alike.
+        """Token ids of `text` after the prefix of the file's post-processor; its suffix is left out."""
+        # The mask marks added tokens; without any text, prefix and suffix would look alike.
         encoding = self._tokenizer.encode(text or "a", add_special_tokens=True)
         added = np.append(np.asarray(encoding.special_tokens_mask, np.int32), 0)
         before = encoding.ids[: int(np.argmin(added))]
@@ -136,6 +120,11 @@ class JsonTokenizer:
                 text += [self._tokenizer.decode(known, skip_special_tokens=True), "\N{REPLACEMENT CHARACTER}"]
                 known = []
         return "".join([*text, self._tokenizer.decode(known, skip_special_tokens=True)])
+
+
+def token_dtype(tokenizer: Tokenizer) -> type[np.unsignedinteger[Any]]:
+    """The narrower of uint16 and uint32 that holds every id."""
+    return np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -165,8 +154,8 @@ def _configured_end_of_text(file: Path) -> list[str]:
     return [token] if isinstance(token, str) else []
 
 
-def _end_ids_of_the_model(file: Path) -> list[int]:
-    """What ends a text by the config.json of a model; its own reader says what is wrong with that file."""
+def _model_end_ids(file: Path) -> list[int]:
+    """`eos_token_id` of a model's config.json; empty where that cannot be read, which its own reader reports."""
     try:
         ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
     except (OSError, ValueError, AttributeError):

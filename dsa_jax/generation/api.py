@@ -1,4 +1,4 @@
-"""Text from a model: prefill in chunks, then one token per step for all rows at once."""
+"""Generation: prefill in chunks, then one token per step for all rows at once."""
 
 import contextlib
 import operator
@@ -23,10 +23,10 @@ SMALLEST_CHUNK = 16
 
 
 class Timings(NamedTuple):
-    """Where the time of a generation went.
+    """Times of a generation.
 
     Fields: seconds of each phase, compilation apart; `prefill_tokens` all prompt tokens; `decode_tokens` new tokens except the
-    first of each row, which prefill yields; `decode_steps` steps for all rows together; `cache_bytes` of the cache.
+    first of each row, which prefill yields; `decode_steps` steps of the whole batch; `cache_bytes` size of the KV cache.
     """
 
     compile_seconds: float = 0.0
@@ -73,16 +73,16 @@ def generate(
     """Continue every prompt, all rows together.
 
     Args:
-        pretrained: model and parameters; the tokenizer is not used. With parameters on a mesh the model runs on it.
+        pretrained: model and parameters; the tokenizer is not used. With parameters on a mesh the model runs there.
         prompts: token ids; lengths may differ. An empty prompt starts from the model's `bos_token_id`.
         max_new_tokens: per row; 0 gives empty continuations.
         temperature: 0 takes the most probable token (ties to the lower id), else the logits are divided by it.
         top_p: draw from the smallest set of tokens that holds at least this probability.
         attention: "dense", "sparse", ...; None is as the checkpoint was trained.
-        seed: of the draws. Row i draws from (seed, i, step), whatever the other rows hold.
+        seed: of the draws. Row i draws from (seed, i, step), independent of the other rows.
         stop_tokens: ids that end a row; None is the model's `eos_token_ids`.
         cache_dtype: "float32", "bfloat16" or "fp8"; None is the dtype of the activations.
-        page_size: tokens per page of a paged cache, in which each row takes only the pages it needs; None is a contiguous one.
+        page_size: tokens per page of a paged KV cache, in which a row has only the pages it needs; None is contiguous.
         prefill_chunk: prompt tokens processed at a time; bounds the memory of prefill.
         on_token: called with (row, token) as soon as a token is known.
 
@@ -109,8 +109,8 @@ def generate(
     if max_new_tokens == 0:
         return GenerateOutput([[] for _ in rows], Timings())
 
-    sampling = _sampling(seed, temperature, top_p, stop)
-    # The last new token of a row is never read again, so it takes no slot.
+    sampling = Sampling(jnp.uint32(seed), jnp.float32(temperature), jnp.float32(top_p), jnp.asarray(stop, jnp.int32))
+    # The last new token of a row is never read again, so it needs no slot.
     needs = [len(row) + max_new_tokens - 1 for row in rows]
     cache = _new_cache(model, needs, cache_dtype, page_size, with_index_keys=by_indexer(request))
     state = State(cache, jnp.zeros(len(rows), jnp.int32), jnp.ones(len(rows), bool), jnp.zeros((), jnp.int32))
@@ -149,7 +149,7 @@ def generate(
 
 
 class _Record:
-    """The tokens of each row so far, and which rows go on."""
+    """The new tokens of each row so far, and the rows that have not ended."""
 
     def __init__(self, n_rows: int, stop: frozenset[int], on_token: Callable[[int, int], None] | None) -> None:
         self.tokens: list[list[int]] = [[] for _ in range(n_rows)]
@@ -239,15 +239,6 @@ def _check_numbers(temperature: float, top_p: float, seed: int, prefill_chunk: i
         raise ConfigError(f"prefill_chunk is {prefill_chunk}; expected at least 1.")
 
 
-def _sampling(seed: int, temperature: float, top_p: float, stop: Sequence[int]) -> Sampling:
-    return Sampling(
-        seed=jnp.asarray(seed, jnp.uint32),
-        temperature=jnp.asarray(temperature, jnp.float32),
-        top_p=jnp.asarray(top_p, jnp.float32),
-        stop_tokens=jnp.asarray(stop, jnp.int32),
-    )
-
-
 def _new_cache(
     model: Transformer, needs: Sequence[int], dtype: str | None, page_size: int | None, *, with_index_keys: bool
 ) -> Cache:
@@ -270,7 +261,7 @@ def _new_cache(
 
 
 def _rounded(n: int) -> int:
-    """`n` rounded up by at most an eighth, so that requests of similar sizes share a compiled program."""
+    """`n` rounded up by at most an eighth: requests of similar sizes share a compiled program."""
     step = max(1, 1 << max(0, n.bit_length() - 4))
     return -(-n // step) * step
 

@@ -1,4 +1,4 @@
-"""Who owns which page of a paged cache: host-side bookkeeping."""
+"""Page allocation of a paged KV cache, on the host."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ class OutOfPagesError(RuntimeError):
 
 
 class PageAllocator:
-    """Hands out the pages of a pool; the lowest free ones first."""
+    """Allocates the pages of a pool, the lowest free ones first."""
 
     def __init__(self, n_pages: int, page_size: int) -> None:
         """A pool of `n_pages` free pages of `page_size` tokens."""
@@ -23,18 +23,18 @@ class PageAllocator:
 
     @property
     def n_free(self) -> int:
-        """Pages that nobody owns."""
+        """Number of free pages."""
         return len(self._free)
 
     def pages_for(self, n_tokens: int) -> int:
-        """Pages that hold `n_tokens`."""
+        """Number of pages for `n_tokens`."""
         return -(-n_tokens // self.page_size)
 
     def allocate(self, n_tokens: int) -> list[int]:
-        """Pages for `n_tokens` tokens, now owned by the caller.
+        """Allocate pages for `n_tokens` tokens.
 
         Raises:
-            OutOfPagesError: where fewer are free; nothing is handed out then.
+            OutOfPagesError: where fewer are free; none is allocated then.
         """
         wanted = self.pages_for(n_tokens)
         if wanted > len(self._free):
@@ -45,10 +45,10 @@ class PageAllocator:
         return [self._free.pop() for _ in range(wanted)]
 
     def release(self, pages: Sequence[int]) -> None:
-        """Take pages back.
+        """Free pages.
 
         Raises:
-            ValueError: for a page that is free already or none of this pool.
+            ValueError: for a page that is free already or not of this pool.
         """
         for page in pages:
             if not 0 <= page < self.n_pages or page in self._free:
@@ -57,7 +57,7 @@ class PageAllocator:
 
 
 def make_block_table(pages: Sequence[Sequence[int]], width: int) -> Int[np.ndarray, "B {width}"]:
-    """The pages of each row as `Transformer.init_cache` wants them: int32, -1 after the last."""
+    """Block table of `Transformer.init_cache` from the pages of each row: int32, -1 after the last."""
     table = np.full((len(pages), width), -1, np.int32)
     for row, owned in enumerate(pages):
         table[row, : len(owned)] = owned

@@ -1,7 +1,7 @@
 """The two compiled programs of generation: append a chunk of prompt, and append the last token; both sample the next one.
 
-Each is compiled once per model, mode and set of shapes, ahead of its first use, so that compiling can be timed by itself and
-nothing is ever compiled between two tokens.
+Each is compiled once per model, mode and set of shapes, ahead of its first use, so that compilation is timed apart and never
+happens between two tokens.
 """
 
 import functools
@@ -27,7 +27,7 @@ KEPT_PROGRAMS = 32
 
 @dataclass(frozen=True)
 class Mode:
-    """What steers compilation: the attention, and whether tokens are drawn at all and from a nucleus."""
+    """Static options of the programs: attention, sampling or greedy, nucleus or not."""
 
     attention: str
     samples: bool
@@ -35,10 +35,10 @@ class Mode:
 
 
 class State(NamedTuple):
-    """What one step hands to the next; donated.
+    """State between steps; donated.
 
     Fields: `cache` without the last token; `tokens` last of each row; `live` rows that had not ended before their last token;
-    `step` number of tokens that each live row has.
+    `step` number of new tokens of each live row.
     """
 
     cache: Cache
@@ -48,7 +48,7 @@ class State(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """What a user may change without compiling again."""
+    """Sampling parameters that need no new compilation."""
 
     seed: UInt32[Array, ""]
     temperature: Float[Array, ""]
@@ -57,9 +57,9 @@ class Sampling(NamedTuple):
 
 
 def state_shardings(state: State, mesh: Mesh) -> State:
-    """Where everything lies on `mesh`: the keys and values of heads split over its axis "tensor", as the heads are.
+    """Shardings of the state on `mesh`: keys and values are sharded by head over the axis "tensor".
 
-    Latents and index keys, which all heads read, lie on every device, as do heads whose number `tensor` does not divide.
+    Latents and index keys, which all heads read, are replicated, as are heads whose number `tensor` does not divide.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
     n_parts = mesh.shape.get("tensor", 1)
@@ -79,48 +79,34 @@ def prefill(
     input_ids: Int[Array, "B T"],
     n_new: Int[Array, " B"],
 ) -> State:
-    """Append one chunk of the prompts; a row's token is the one that follows its last chunk."""
-    tokens, cache = _append(model, mode, params, sampling, state, input_ids, n_new)
-    return state._replace(cache=cache, tokens=tokens)
-
-
-def decode(model: Transformer, mode: Mode, params: dict[str, Any], sampling: Sampling, state: State) -> State:
-    """Append the last token of each row that it did not end, and sample the next."""
-    live = state.live & ~jnp.isin(state.tokens, sampling.stop_tokens)
-    state = state._replace(live=live, step=state.step + 1)
-    tokens, cache = _append(model, mode, params, sampling, state, state.tokens[:, None], live.astype(jnp.int32))
-    return state._replace(cache=cache, tokens=tokens)
-
-
-def _append(
-    model: Transformer,
-    mode: Mode,
-    params: dict[str, Any],
-    sampling: Sampling,
-    state: State,
-    input_ids: Int[Array, "B T"],
-    n_new: Int[Array, " B"],
-) -> tuple[Int[Array, " B"], Cache]:
+    """Append `n_new` of the tokens of each row, a chunk of its prompt, and sample the one that follows."""
     result: Any = model.apply({"params": params}, input_ids, n_new, state.cache, attention=mode.attention, method="extend")
     if mode.samples:
         keys = row_keys(sampling.seed, state.step, len(n_new))
         following = sample_token(result.logits, keys, sampling.temperature, sampling.top_p if mode.nucleus else None)
     else:
         following = greedy_token(result.logits)
-    return jnp.where(n_new > 0, following, state.tokens), result.cache
+    return state._replace(cache=result.cache, tokens=jnp.where(n_new > 0, following, state.tokens))
+
+
+def decode(model: Transformer, mode: Mode, params: dict[str, Any], sampling: Sampling, state: State) -> State:
+    """Append the last token of each row that has not ended, and sample the next."""
+    live = state.live & ~jnp.isin(state.tokens, sampling.stop_tokens)
+    state = state._replace(live=live, step=state.step + 1)
+    return prefill(model, mode, params, sampling, state, state.tokens[:, None], live.astype(jnp.int32))
 
 
 def compiled(
     program: Callable[..., State], model: Transformer, mode: Mode, *arguments: Any
 ) -> tuple[Callable[..., State], float]:
-    """(`program` for the shapes and places of `arguments`, seconds spent compiling it now).
+    """(`program` compiled for the shapes and shardings of `arguments`, seconds of compilation in this call).
 
-    The `State` among the arguments is donated, and what comes back lies where it lay.
+    The `State` among the arguments is donated; the new one has its shardings.
     """
     leaves, structure = jax.tree.flatten(arguments)
     abstract = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves)
     begin = time.perf_counter()
-    # The mesh that is set decides how a program is split, so what was compiled under another is no match.
+    # The current mesh decides how a program is partitioned, so it is part of the key.
     executable = _compile(program, model, mode, structure, abstract, jax.sharding.get_abstract_mesh())
     return executable, time.perf_counter() - begin
 
@@ -138,6 +124,6 @@ def _compile(
     arguments = jax.tree.unflatten(structure, leaves)
     place = [i for i, argument in enumerate(arguments) if isinstance(argument, State)]
     shardings = jax.tree.map(lambda leaf: leaf.sharding, arguments[place[0]])
-    # A function of its own per program: `jax.jit` tells functions apart by identity.
+    # A function of its own per program: `jax.jit` identifies functions by identity.
     step = functools.partial(program, model, mode)
     return jax.jit(step, donate_argnums=tuple(place), out_shardings=shardings).lower(*arguments).compile()

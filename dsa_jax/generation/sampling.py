@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 
 def row_keys(seed: UInt32[Array, ""], step: Int[Array, ""], n_rows: int) -> Key[Array, " B"]:
-    """One key per row from (seed, row, step), so that what a row draws depends on no other row."""
+    """One key per row from (seed, row, step), so that the draws of a row depend on no other row."""
     by_row = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), step))
     return by_row(jnp.arange(n_rows, dtype=jnp.int32))
 
@@ -30,7 +30,7 @@ def sample_token(
         temperature: above 0.
         top_p: probability mass of the nucleus, in (0, 1]; None for no limit.
     """
-    # Neither a temperature that is 0 in float32 nor a quotient beyond its range may take the draw from the largest logits.
+    # Greedy in the limit: neither a temperature of 0 in float32 nor an overflowing quotient may give NaN.
     temperature = jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny)
     scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
     if top_p is not None:
@@ -47,7 +47,7 @@ def nucleus(probability: Float[Array, "B V"], top_p: Float[Array, ""]) -> Bool[A
     ranked = jnp.take_along_axis(probability, order, axis=-1)
     upto = jnp.cumsum(ranked, axis=-1)
     before = jnp.concatenate([jnp.zeros_like(upto[:, :1]), upto[:, :-1]], axis=-1)
-    # The first one always, even where a tiny top_p has become 0 in float32.
+    # Always the first one, even where a tiny top_p is 0 in float32.
     kept = (before < top_p).at[:, 0].set(True)
     rows = jnp.arange(len(probability))[:, None]
     return jnp.zeros(probability.shape, bool).at[rows, order].set(kept, unique_indices=True)

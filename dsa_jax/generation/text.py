@@ -1,4 +1,4 @@
-"""Text of tokens that arrive one at a time."""
+"""Detokenizing tokens that arrive one at a time."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
-    """Turns tokens into text as soon as it is settled: a character whose bytes are not all there yet waits for the rest."""
+    """Incremental detokenizer: a character is returned once all its bytes are there."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
         """A stream that continues the text of `prompt`, which it does not repeat."""
@@ -17,12 +17,12 @@ class TextStream:
         self._n_shown = len(self._tokens)
 
     def add(self, token: int) -> str:
-        """The text that `token` settles, often some, sometimes none."""
+        """The text that `token` completes; empty where a character is incomplete."""
         self._tokens.append(token)
         return self._settle(final=False)
 
     def finish(self) -> str:
-        """What was still waiting; bytes that never became a character are U+FFFD."""
+        """The remaining text; bytes that are no character become U+FFFD."""
         return self._settle(final=True)
 
     def _settle(self, *, final: bool) -> str:
@@ -31,6 +31,6 @@ class TextStream:
         text = self._tokenizer.decode(self._tokens)
         if len(text) <= len(context) or (text.endswith(_INCOMPLETE) and not final):
             return ""
-        # The tokens of one settled piece are context enough for the next.
+        # The tokens of the last piece are context enough for the next.
         self._tokens, self._n_shown = self._tokens[self._n_shown :], len(self._tokens) - self._n_shown
         return text[len(context) :]

@@ -1,1 +1,1 @@
-"""Running one model on many devices: mesh, sharding rules by parameter path, expert exchange."""
+"""One model on many devices: mesh, sharding rules by parameter path, placement, context parallelism."""

@@ -1,6 +1,6 @@
-"""The mesh that the model is being traced under: `with jax.set_mesh(mesh)` around the jitted call sets it.
+"""The mesh under which the model is traced, set by `with jax.set_mesh(mesh)` around the jitted call.
 
-Model code asks here where an operation has to know that it is spread out; everything else is left to the compiler.
+For operations that must know how they are sharded; everything else is left to the compiler.
 """
 
 import math
@@ -14,30 +14,30 @@ from dsa_jax.config import AXES
 from dsa_jax.parallel.mesh import BATCH_AXES
 
 ROWS = PartitionSpec(BATCH_AXES, "context")
-"""Split of an array [B, T, ...]: rows over the batch axes, positions over `context`."""
+"""Sharding of an array [B, T, ...]: rows over the batch axes, positions over `context`."""
 
 
 def axis_size(name: str) -> int:
-    """Devices along the axis `name`; 1 without a mesh, or under one of other axes than ours."""
+    """Number of devices along the axis `name`; 1 without a mesh, or under a mesh without our axes."""
     shape = jax.sharding.get_abstract_mesh().shape
     return shape[name] if set(AXES) <= set(shape) else 1
 
 
 def is_sharded() -> bool:
-    """Whether there is a mesh of ours with more than one device."""
+    """Whether there is a mesh with our axes and more than one device."""
     return any(axis_size(name) > 1 for name in AXES)
 
 
 def splits_evenly(shape: tuple[int, ...]) -> bool:
-    """Whether an array [B, T, ...] can be split as `ROWS` says."""
+    """Whether an array [B, T, ...] can be sharded by `ROWS`."""
     return shape[0] % math.prod(axis_size(name) for name in BATCH_AXES) == 0 and shape[1] % axis_size("context") == 0
 
 
 def check_auto_axes(*trees: Any) -> None:
-    """Make sure that how arrays are split is left to the compiler: they are not split over Explicit axes of a mesh.
+    """Check that sharding is left to the compiler: no array is sharded over Explicit axes of a mesh.
 
     Raises:
-        ValueError: naming such axes, or those of a mesh of ours that is set with Explicit axes.
+        ValueError: naming such axes, or the Explicit ones among our axes of the current mesh.
     """
     mesh = jax.sharding.get_abstract_mesh()
     explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
@@ -58,38 +58,26 @@ def _axes_of(spec: PartitionSpec) -> set[str]:
 
 
 def per_device(function: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`function` on each device's own part of the arguments; without a mesh, or on one device, `function` itself.
+    """`function` on each device's shards of the arguments; without a mesh, or on one device, `function` itself.
 
-    What it needs from other devices it fetches through the axis names; under no mesh `axis_size` is 1 and it needs nothing.
+    It communicates with other devices by axis name; without a mesh `axis_size` is 1 and there is no communication.
     """
     if not is_sharded():
         return function
-    # What varies over which axes is not checked: the interpreter of Pallas kernels does not know it.
+    # No check of varying axes: the interpreter of Pallas kernels does not track them.
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def sum_over(axis: str, x: Any) -> Any:
-    """Sum over the devices along `axis`; `x` itself where there is only one."""
-    return jax.lax.psum(x, axis) if axis_size(axis) > 1 else x
+def _over(reduce: Callable[[Any, str], Any]) -> Callable[[str, Any], Any]:
+    return lambda axis, x: reduce(x, axis) if axis_size(axis) > 1 else x
 
 
-def mean_over(axis: str, x: Any) -> Any:
-    """Mean over the devices along `axis`."""
-    return jax.lax.pmean(x, axis) if axis_size(axis) > 1 else x
-
-
-def max_over(axis: str, x: Any) -> Any:
-    """Largest over the devices along `axis`."""
-    return jax.lax.pmax(x, axis) if axis_size(axis) > 1 else x
-
-
-def min_over(axis: str, x: Any) -> Any:
-    """Smallest over the devices along `axis`."""
-    return jax.lax.pmin(x, axis) if axis_size(axis) > 1 else x
+# Reductions (axis, x) over the devices along `axis`; `x` itself where there is only one.
+sum_over, mean_over, max_over, min_over = map(_over, (jax.lax.psum, jax.lax.pmean, jax.lax.pmax, jax.lax.pmin))
 
 
 def axis_index(axis: str) -> Any:
-    """Place of this device along `axis`; 0 where there is only one."""
+    """Index of this device along `axis`; 0 where there is only one."""
     return jax.lax.axis_index(axis) if axis_size(axis) > 1 else 0
 
 

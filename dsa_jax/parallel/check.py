@@ -1,4 +1,4 @@
-"""Whether a recipe fits its mesh, found out before anything is allocated."""
+"""Checks that a recipe fits its mesh, before anything is allocated."""
 
 import math
 
@@ -11,7 +11,7 @@ _ROWS = " x ".join(BATCH_AXES)
 
 
 def check_layout(config: Config) -> None:
-    """Make sure that heads, experts, parameters, batches and sequences split evenly.
+    """Check that heads, experts, parameters, batches and sequences split evenly.
 
     Raises:
         ConfigError: naming the first field that does not, its value and the axis size.
@@ -32,9 +32,8 @@ def check_layout(config: Config) -> None:
     model = build_model(config.model)
     check_divisible(abstract_params(model), sizes)
 
-    for name in STAGES:
-        if getattr(config.train, name).steps:
-            check_stage(config, name)
+    for name in (name for name in STAGES if getattr(config.train, name).steps):
+        check_stage(config, name)
     _multiple("eval.batch_size", config.eval.batch_size, _ROWS, math.prod(sizes[name] for name in BATCH_AXES))
     used = {"recall": config.eval.recall_sequences, "text": config.eval.text_sequences, "task": len(config.eval.tasks)}
     for name, is_used in used.items():
@@ -44,7 +43,7 @@ def check_layout(config: Config) -> None:
 
 
 def check_stage(config: Config, name: str) -> None:
-    """Whether the batches of a stage can be split over the mesh.
+    """Check that the batches of a stage split evenly over the mesh.
 
     Raises:
         ConfigError: naming the size that does not divide.

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh
 from dsa_jax.config import AXES, ConfigError, ParallelConfig
 
 BATCH_AXES = ("data", "fsdp", "expert")
-"""Axes that rows of a batch are split over."""
+"""Axes over which the rows of a batch are sharded."""
 
 
 def make_mesh(config: ParallelConfig, devices: Sequence[Any] | None = None) -> Mesh:

@@ -1,4 +1,4 @@
-"""Putting parameters, optimizer state and batches where the rules say."""
+"""Placement of parameters, optimizer state and batches on the mesh, by the sharding rules."""
 
 import contextlib
 import functools
@@ -40,9 +40,9 @@ def current_mesh() -> Mesh | None:
 
 
 def leaf_spec(path: str, leaf: Any) -> PartitionSpec:
-    """Split of a leaf of a parameter tree, or of an optimizer's state that mirrors one: like the parameter its path ends with.
+    """Sharding of a leaf of a parameter tree, or of an optimizer's state that mirrors one: that of the parameter in its path.
 
-    Everything else (counters, what an optimizer keeps in another shape) is the same on all devices.
+    Everything else (counters, optimizer state of other shapes) is replicated.
     """
     found = _PARAMETER.search(path)
     spec = parameter_spec(found[1]) if found else PartitionSpec()
@@ -61,21 +61,21 @@ def shardings_of(tree: Any, mesh: Mesh) -> Any:
 
 
 def place(tree: Any) -> Any:
-    """Parameters or training state on the current mesh, split by the rules; `tree` itself on one device."""
+    """Parameters or training state sharded over the current mesh by the rules; `tree` itself on one device."""
     mesh = current_mesh()
-    return tree if mesh is None else jax.tree.map(spread, tree, shardings_of(tree, mesh))
+    return tree if mesh is None else jax.tree.map(shard, tree, shardings_of(tree, mesh))
 
 
 def placement_on(mesh: Mesh) -> Callable[[str], NamedSharding]:
-    """From a parameter's path to its sharding: split by the rules over the axes that `mesh` has, whole over any others."""
+    """From a parameter's path to its sharding by the rules, over the axes that `mesh` has."""
     on = lambda axis: axis if axis in mesh.axis_names else None
     return lambda path: NamedSharding(mesh, PartitionSpec(*map(on, parameter_spec(path))))
 
 
-def spread(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    """An array that every process holds whole, or that lies on a mesh already, split as `sharding` says.
+def shard(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """`value`, which every process holds whole or which is on a mesh already, with `sharding`.
 
-    With several processes each puts only its own parts on its devices; the values must be the same in all.
+    With several processes each transfers only the shards of its own devices; the values must be the same in all.
     """
     on_mesh_already = isinstance(value, jax.Array) and not value.is_fully_addressable
     if sharding.is_fully_addressable or on_mesh_already:
@@ -85,7 +85,7 @@ def spread(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
 
 
 def with_shardings(abstract: Any) -> Any:
-    """Abstract leaves with the sharding that `place` would give them, for a checkpoint to be restored into."""
+    """Abstract leaves with the sharding of `place`, for restoring a checkpoint."""
     mesh = current_mesh()
     if mesh is None:
         return abstract
@@ -94,22 +94,22 @@ def with_shardings(abstract: Any) -> Any:
 
 
 def hold(tree: Any) -> Any:
-    """Inside jit: results that stay split by the rules from step to step."""
+    """Inside jit: constrain results to the sharding of the rules."""
     return jax.lax.with_sharding_constraint(tree, specs_of(tree)) if is_sharded() else tree
 
 
 def replicate(tree: Any) -> Any:
-    """Inside jit: results that are the same on all devices, so that every process can read them."""
+    """Inside jit: replicate results, so that every process can read them."""
     return jax.lax.with_sharding_constraint(tree, PartitionSpec()) if is_sharded() else tree
 
 
 def place_batch(batch: Any) -> Any:
-    """A batch of [B, T] arrays on the current mesh; `batch` itself on one device.
+    """A batch of [B, T] arrays sharded over the current mesh; `batch` itself on one device.
 
-    Every process makes the whole batch, which is a function of the seed and the step, and keeps the rows of its own devices:
-    no row is lost or repeated, however many processes there are.
+    Every process makes the whole batch, a function of the seed and the step, and keeps the rows of its own devices: no row is
+    lost or repeated, however many processes there are.
     """
     mesh = current_mesh()
     if mesh is None:
         return batch
-    return jax.tree.map(lambda rows: spread(rows, NamedSharding(mesh, ROWS)), batch)
+    return jax.tree.map(lambda rows: shard(rows, NamedSharding(mesh, ROWS)), batch)

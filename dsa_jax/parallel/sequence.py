@@ -1,8 +1,8 @@
-"""Context parallelism: who holds which positions, and how every query gets at all keys.
+"""Context parallelism: the positions of each device, and the all-gather of keys.
 
-A causal query costs as much as its position, so device c of n holds chunk c and chunk 2n - 1 - c of 2n: all do equal work.
-Between `to_balanced` and `from_balanced` arrays are in that storage order; keys are gathered along `context` and put back
-into natural order before anything looks at them, so visible ranges and selected indices mean positions as everywhere else.
+The cost of a causal query is proportional to its position, so device c of n holds chunks c and 2n - 1 - c of 2n: equal work for
+all. Between `to_balanced` and `from_balanced` arrays are in that storage order; keys are all-gathered along `context` and
+reordered to natural order first, so that visible ranges and selected indices mean positions as everywhere else.
 """
 
 import math
@@ -18,11 +18,11 @@ from dsa_jax.parallel.mesh import BATCH_AXES
 
 AXIS = "context"
 HEADS = PartitionSpec(BATCH_AXES, AXIS, "tensor")
-"""Split of an array [B, T, H, D]."""
+"""Sharding of an array [B, T, H, D]."""
 
 
 def balanced_order(length: int, n_devices: int) -> np.ndarray:
-    """Positions in storage order: entry i is the position that is stored at i.
+    """Positions in storage order: entry i is the position stored at i.
 
     Raises:
         ValueError: when `length` is not a multiple of 2 * n_devices.
@@ -37,10 +37,10 @@ def balanced_order(length: int, n_devices: int) -> np.ndarray:
 
 
 def check_rows(shape: tuple[int, ...]) -> None:
-    """Make sure that [B, T] tokens split evenly over the mesh.
+    """Check that [B, T] tokens split evenly over the mesh.
 
     Raises:
-        ValueError: naming the number of rows or positions, and what divides them.
+        ValueError: naming the number of rows or positions, and its divisor.
     """
     n_parts = math.prod(axis_size(name) for name in BATCH_AXES)
     if shape[0] % n_parts:
@@ -53,7 +53,7 @@ def check_rows(shape: tuple[int, ...]) -> None:
 
 
 def to_balanced(x: Any) -> Any:
-    """[B, T, ...] from natural into storage order; without context parallelism `x` itself."""
+    """[B, T, ...] from natural to storage order; `x` itself without context parallelism."""
     n_devices = axis_size(AXIS)
     return x if n_devices == 1 else jnp.take(x, balanced_order(x.shape[1], n_devices), axis=1)
 
@@ -65,20 +65,20 @@ def from_balanced(x: Any, axis: int = 1) -> Any:
 
 
 def gather_keys(x: Any) -> Any:
-    """Keys [b, S / n, ...] of this device to those of all, [b, S, ...] in natural order; called inside `shard_map`."""
+    """All-gather keys [b, S / n, ...] to [b, S, ...] in natural order; called inside `shard_map`."""
     return x if axis_size(AXIS) == 1 else from_balanced(jax.lax.all_gather(x, AXIS, axis=1, tiled=True))
 
 
 def gather_heads(x: Any) -> Any:
-    """[b, t, H / n, ...] of this device to all heads; called inside `shard_map`."""
+    """All-gather heads [b, t, H / n, ...] to [b, t, H, ...]; called inside `shard_map`."""
     return x if axis_size("tensor") == 1 else jax.lax.all_gather(x, "tensor", axis=2, tiled=True)
 
 
 def key_spec(keys: Any) -> PartitionSpec:
-    """Split of keys or values [B, S, G, D]: over `tensor` by key head, unless one head serves all queries."""
+    """Sharding of keys or values [B, S, G, D]: over `tensor` by key head, unless one head serves all queries."""
     return HEADS if keys.shape[2] > 1 else ROWS
 
 
 def constrain(x: Any, spec: PartitionSpec = ROWS) -> Any:
-    """`x` held as `spec` says; without a mesh, `x` itself."""
+    """Constrain `x` to `spec`; without a mesh, `x` itself."""
     return jax.lax.with_sharding_constraint(x, spec) if is_sharded() else x

@@ -7,7 +7,8 @@ from typing import Any
 
 from dsa_jax.config import STAGES
 from dsa_jax.config.fields import flatten
-from dsa_jax.data.tasks import TASKS
+from dsa_jax.data.tasks import SYNTHETIC_TASKS
+from dsa_jax.extras import is_installed
 from dsa_jax.report import plots
 
 COLUMNS = (
@@ -77,7 +78,7 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px
 
 def render_page(report: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:
     """The page of a report of plain JSON values (see `write_report`); `entries` are those of metrics.jsonl."""
-    has_plots = plots.matplotlib_available()
+    has_plots = is_installed("matplotlib")
     rows = report["rows"]
     sections = [
         _parity(rows, has_plots),
@@ -147,10 +148,10 @@ def _parity(rows: Sequence[Mapping[str, Any]], has_plots: bool) -> str:
     columns, rows = columns_of(rows), [with_tasks(row) for row in rows]
     cells = [[row["name"], *(format_cell(column, row.get(column)) for column, _ in columns[1:])] for row in rows]
     table = _table("Parity table, on held-out data", [title for _, title in columns], cells)
-    tasks = [name for name, _ in columns if name in TASKS]
+    tasks = [name for name, _ in columns if name in SYNTHETIC_TASKS]
     titles = {title for _, title in columns}
     column_meanings = [(title, meaning) for title, meaning in _COLUMN_MEANINGS if title in titles]
-    column_meanings += [(name, f"share of {TASKS[name].summary}") for name in tasks]
+    column_meanings += [(name, f"share of {SYNTHETIC_TASKS[name].summary}") for name in tasks]
     meanings = [(row["name"], _ROW_MEANINGS[row["name"]]) for row in rows if row["name"] in _ROW_MEANINGS]
     figures = ""
     if has_plots:
@@ -159,7 +160,7 @@ def _parity(rows: Sequence[Mapping[str, Any]], has_plots: bool) -> str:
         figures = _figure(recall, "Recall accuracy by row", "How much is recalled? Longer is better.", rows, "recall_accuracy")
         figures += _figure(text, "Text loss by row", "How well is text predicted? Shorter is better.", rows, "text_loss")
         for name in tasks:
-            bars = plots.parity_bars(rows, name, f"{name} (share of {TASKS[name].summary})", upper=1.0)
+            bars = plots.parity_bars(rows, name, f"{name} (share of {SYNTHETIC_TASKS[name].summary})", upper=1.0)
             figures += _figure(bars, f"Accuracy on {name} by row", "How much is answered? Longer is better.", rows, name)
     return (
         f"<h2>How close is sparse to dense?</h2>\n{table}\n<details open><summary>What the rows and columns mean</summary>"
@@ -170,7 +171,7 @@ def _parity(rows: Sequence[Mapping[str, Any]], has_plots: bool) -> str:
 def _by_group(rows: Sequence[Mapping[str, Any]]) -> str:
     """The accuracy of each task by depth, hops or rank, one table each."""
     tables = []
-    for name, task in TASKS.items():
+    for name, task in SYNTHETIC_TASKS.items():
         results = {row["name"]: row["tasks"][name] for row in rows if name in (row.get("tasks") or {})}
         key = f"by_{task.grouping}"
         n_groups = max((len(result.get(key) or ()) for result in results.values()), default=0)
@@ -219,19 +220,17 @@ def _by_place(report: Mapping[str, Any], key: str, has_plots: bool) -> str:
 def _curves(entries: Sequence[Mapping[str, Any]]) -> str:
     loss = plots.training_curves(entries, "loss", STAGES, "training loss (nats per token)")
     kl = plots.training_curves(entries, "kl", STAGES, "KL (nats, summed over layers)", is_log=True)
+    of_loss = "Loss on training batches, all kinds of data together."
+    of_kl = (
+        "Divergence of the indexer's distribution from the attention's, over all visible keys in the warm-up and over the "
+        "selected ones in the sparse stage; logarithmic scale."
+    )
     parts = []
-    if loss:
-        parts.append("<h2>Did the model keep learning?</h2>")
-        parts.append(
-            _figure(loss, "Training loss by step, one panel per stage", "Loss on training batches, all kinds of data together.")
-        )
-    if kl:
-        parts.append("<h2>Did the indexer learn where attention looks?</h2>")
-        caption = (
-            "Divergence of the indexer's distribution from the attention's, over all visible keys in the warm-up and over the "
-            "selected ones in the sparse stage; logarithmic scale."
-        )
-        parts.append(_figure(kl, "Indexer KL by step, one panel per stage", caption))
+    for svg, title, subject, caption in (
+        (loss, "Did the model keep learning?", "Training loss by step, one panel per stage", of_loss),
+        (kl, "Did the indexer learn where attention looks?", "Indexer KL by step, one panel per stage", of_kl),
+    ):
+        parts += [f"<h2>{title}</h2>", _figure(svg, subject, caption)] if svg else []
     return "\n".join(parts)
 
 

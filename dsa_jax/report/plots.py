@@ -1,6 +1,5 @@
 """The plots of a report as inline SVG that follows the page's light or dark colours."""
 
-import importlib.util
 import io
 import math
 import re
@@ -10,7 +9,7 @@ from typing import Any
 # Readable on white and on near-black; a row keeps its colour through all plots.
 _COLOURS = ("#3b82c4", "#d9730d", "#2f9e6e", "#9b6bd3", "#d1495b", "#8a8f98", "#b8860b")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-# Stands for the page's text colour until the SVG is inlined.
+# Placeholder of the page's text colour until the SVG is inlined.
 _INK = "#010203"
 _MOST_POINTS = 1000
 _STYLE: dict[Any, Any] = {
@@ -37,20 +36,11 @@ _STYLE: dict[Any, Any] = {
 Entries = Sequence[Mapping[str, Any]]
 
 
-def matplotlib_available() -> bool:
-    """Whether the `plot` extra is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
 def training_curves(entries: Entries, metric: str, stages: Iterable[str], label: str, *, is_log: bool = False) -> str | None:
     """`metric` over the steps of each stage that logged it, one panel per stage; None when none did.
 
-    Args:
-        entries: as `read_metrics` returns them; beyond 1000 per stage every n-th is drawn.
-        metric: name in the entries.
-        stages: in the order of the panels.
-        label: of the vertical axis, with unit.
-        is_log: logarithmic vertical axis, where all values are positive.
+    Beyond 1000 entries of a stage every n-th is drawn; `label` is that of the vertical axis, with unit, which is logarithmic
+    with `is_log` where all values are positive.
     """
     series = {stage: [(e["step"], e[metric]) for e in entries if e["stage"] == stage and metric in e] for stage in stages}
     series = {stage: points for stage, points in series.items() if points}
@@ -76,11 +66,7 @@ def training_curves(entries: Entries, metric: str, stages: Iterable[str], label:
 def parity_bars(rows: Entries, metric: str, label: str, *, upper: float | None = None) -> str | None:
     """One horizontal bar per row of the parity table that has `metric`; None when none has.
 
-    Args:
-        rows: of the report.
-        metric: column of the table.
-        label: of the horizontal axis, with unit.
-        upper: end of the horizontal axis; default: a little beyond the longest bar.
+    `label` is that of the horizontal axis, with unit, which ends at `upper` or a little beyond the longest bar.
     """
     shown = [(i, row["name"], row[metric]) for i, row in enumerate(rows) if _is_number(row.get(metric))]
     if not shown:
@@ -119,11 +105,11 @@ def lines_by_row(
 
     Args:
         places: horizontal positions.
-        series: values by row name, None or NaN where a row has none.
+        series: values by row name, None or NaN where missing.
         order: row names of the whole table: a row's place in it decides its colour and marker.
-        name: tells this plot from the others of the page.
-        x_label: of the horizontal axis, with unit.
-        y_label: of the vertical axis, with unit.
+        name: unique among the plots of the page.
+        x_label: title of the horizontal axis, with unit.
+        y_label: title of the vertical axis, with unit.
         is_share: vertical axis from 0 to 1.
     """
     shown = {row: _with_gaps(values) for row, values in series.items() if any(_is_number(value) for value in values)}
@@ -151,12 +137,12 @@ def lines_by_row(
 
 
 def _svg(draw: Callable[[Any], None], name: str, *, width: float, height: float) -> str:
-    """Draw on a figure of its own and return an `<svg>` element without prolog; the same input gives the same text."""
+    """Draw on a new figure and return an `<svg>` element without prolog; the same input gives the same text."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    # The salt keeps the ids of several plots on one page apart.
+    # The salt makes the ids of the plots of one page distinct.
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)
@@ -175,7 +161,7 @@ def _colour(index: int) -> str:
 
 
 def _thin(points: list[Any]) -> list[Any]:
-    """At most about 1000 points, the last always among them."""
+    """At most about 1000 points, the last one included."""
     stride = math.ceil(len(points) / _MOST_POINTS)
     return points[(len(points) - 1) % stride :: stride]
 

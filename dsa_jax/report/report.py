@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsa_jax.report.page import columns_of, format_cell, render_page, with_tasks
-from dsa_jax.run.directory import atomic_write_text
+from dsa_jax.run.files import atomic_write_text
 from dsa_jax.run.metrics import read_metrics
 
 
@@ -17,13 +17,12 @@ def write_report(run_dir: str | os.PathLike[str], report: Mapping[str, Any]) -> 
     """Write report.html and then report.json, each atomically, into the run directory.
 
     Args:
-        run_dir: where metrics.jsonl lies, from which the training curves are drawn.
+        run_dir: directory with metrics.jsonl, the training curves.
         report: `name`; `rows`, each with `name`, `recall_accuracy`, `text_loss` (nats per token), `coverage` and
             `keys_per_query`, None where not measured, and optionally `tasks` (by name `accuracy`, `loss` and a list of
             accuracies `by_depth`, `by_hops` or `by_rank`); and, each optional, `stages` (by stage `steps`, `seconds`,
             `compile_seconds`, `tokens`, `final`), `coverage_by_layer` (by row), `loss_by_position` (`positions`, the upper end
-            of each bucket, and losses by row), `config`, `environment`, `corpus`. Numpy values are fine. NaN and infinities
-            become null in report.json.
+            of each bucket, and losses by row), `config`, `environment`, `corpus`. NaN and infinities become null.
 
     Raises:
         RunError: when a file cannot be written.

@@ -1,16 +1,14 @@
-"""Checkpoints that are whole or not there: asynchronous Orbax saves, each sealed by a manifest of its files.
+"""Training checkpoints, complete or ignored: asynchronous Orbax saves, each sealed by a manifest of its files.
 
 Layout: `<directory>/<step>/` as Orbax writes it (items `state` and `meta`) plus `manifest.json`, written last, before the move
 that makes the step visible. A step without a manifest, or whose files differ from it in size or CRC-32, does not count.
 Orbax's AsyncCheckpointer is used rather than its CheckpointManager: the manager counts every directory with a bare number as a
-step, and takes a broken one for the newest, while listing, validity and pruning are exactly what is decided here.
+step and takes a broken one for the newest, while listing, validity and pruning are decided here.
 """
 
-import json
 import logging
 import os
 import shutil
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,17 +19,20 @@ import orbax.checkpoint as ocp
 
 from dsa_jax.config import STAGES, Config
 from dsa_jax.params import nested_parameters
-from dsa_jax.run.directory import RunDirectory, RunError, atomic_write_text
+from dsa_jax.run.directory import RunDirectory
+from dsa_jax.run.manifest import (
+    LeafSpec,
+    StageCheckpointError,
+    damage,
+    first_line,
+    has_manifest,
+    read_leaves,
+    write_manifest,
+)
 from dsa_jax.run.processes import is_main, on_main
 
 _LOG = logging.getLogger(__name__)
-_MANIFEST = "manifest.json"
 _UNFINISHED = ".orbax-checkpoint-tmp"  # ends the name of a directory that Orbax has not finished
-_READ_BYTES = 1 << 22
-
-
-class CheckpointError(RunError):
-    """A checkpoint cannot be written, read, or made to fit: the message names the directory and the leaf."""
 
 
 class Restored(NamedTuple):
@@ -40,13 +41,6 @@ class Restored(NamedTuple):
     step: int
     tree: Any
     meta: dict[str, Any]
-
-
-class LeafSpec(NamedTuple):
-    """What a checkpoint records of one array; `dtype` is its numpy name."""
-
-    shape: tuple[int, ...]
-    dtype: str
 
 
 class CheckpointStore:
@@ -82,22 +76,21 @@ class CheckpointStore:
         """Start writing `tree` and the JSON object `meta` as `step`; a valid checkpoint of that step is left as it is.
 
         Raises:
-            CheckpointError: when this save, or the one before it, cannot be written. Earlier checkpoints are intact.
+            StageCheckpointError: when this save, or the one before it, cannot be written. Earlier checkpoints are intact.
             ValueError: for a tree without arrays or with a leaf that is no array.
         """
         self.wait()
-        if on_main(lambda: step in self._verified or self._is_valid(step)):
+        if on_main(lambda: step in self._verified or damage(self._path(step)) is None):
             return
         leaves = {path: _storable(path, leaf) for path, leaf in _named_leaves(tree).items()}
         if not leaves:
             raise ValueError("the tree to save has no arrays.")
-        specs = {path: LeafSpec(tuple(leaf.shape), leaf.dtype.name) for path, leaf in leaves.items()}
-        target = self.directory / str(step)
+        target = self._path(step)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             if is_main():
                 _set_aside(target)
-            self._pending = (step, specs)
+            self._pending = (step, {path: _spec(leaf) for path, leaf in leaves.items()})
             self._checkpointer.save(
                 target,
                 args=ocp.args.Composite(
@@ -111,7 +104,7 @@ class CheckpointStore:
         """Return once every save so far is on disk and sealed.
 
         Raises:
-            CheckpointError: when the background save failed; what it had written is removed.
+            StageCheckpointError: when the background save failed; what it had written is removed.
         """
         if self._pending is None:
             return
@@ -132,6 +125,9 @@ class CheckpointStore:
         finally:
             self._checkpointer.close()
 
+    def _path(self, step: int) -> Path:
+        return self.directory / str(step)
+
     def steps(self) -> list[int]:
         """Steps that have a directory here, ascending, whether valid or not."""
         if not self.directory.is_dir():
@@ -139,7 +135,7 @@ class CheckpointStore:
         return sorted(int(entry.name) for entry in self.directory.iterdir() if entry.name.isdecimal() and entry.is_dir())
 
     def latest_valid(self) -> int | None:
-        """The newest step whose files are all as they were written; a warning names every newer directory passed over."""
+        """The newest step whose files all match its manifest; a warning names every newer directory that is ignored."""
         self.wait()
         return on_main(self._find_valid)
 
@@ -147,9 +143,9 @@ class CheckpointStore:
         """Shape and dtype of every leaf of a checkpoint, by path.
 
         Raises:
-            CheckpointError: when `step` is missing or was never completed.
+            StageCheckpointError: when `step` is missing or was never completed.
         """
-        return _leaf_specs(self._manifest(step))
+        return read_leaves(self._path(step))
 
     def restore(self, step: int, abstract_tree: Any, *, subset: bool = False) -> Restored:
         """Read a checkpoint into the structure of `abstract_tree`.
@@ -159,118 +155,68 @@ class CheckpointStore:
         hold more leaves than asked for.
 
         Raises:
-            CheckpointError: for a missing or unreadable checkpoint; for leaves that are missing, extra, or of another shape or
-                dtype, naming the path and both.
+            StageCheckpointError: for a missing or unreadable checkpoint; for leaves that are missing, extra, or of another
+                shape or dtype, naming the path and both.
         """
         self.wait()
         leaves = _named_leaves(abstract_tree)
         self._require_match(step, leaves, subset)
-        if problem := on_main(lambda: None if step in self._verified else self._problem(step)):
-            raise CheckpointError(f"checkpoint {self.directory / str(step)} is damaged: {problem}.")
+        target = self._path(step)
+        if problem := on_main(lambda: None if step in self._verified else damage(target)):
+            raise StageCheckpointError(f"checkpoint {target} is damaged: {problem}.")
         self._verified.add(step)
         targets = nested_parameters({path: _restore_target(leaf) for path, leaf in leaves.items()})
         arguments = ocp.args.PyTreeRestore(
             item=targets, restore_args=ocp.checkpoint_utils.construct_restore_args(targets), partial_restore=subset
         )
-        target = self.directory / str(step)
         try:
             stored = self._checkpointer.restore(target, args=ocp.args.Composite(state=arguments, meta=ocp.args.JsonRestore()))
         except Exception as error:
-            raise CheckpointError(f"checkpoint {target} cannot be read: {_first_line(error)}") from error
+            raise StageCheckpointError(f"checkpoint {target} cannot be read: {first_line(error)}") from error
         found = _named_leaves(stored.state)
         restored = [_like(leaf, found[path]) for path, leaf in leaves.items()]
         return Restored(step, jax.tree.unflatten(jax.tree.structure(abstract_tree), restored), stored.meta)
-
-    def restore_latest(self, abstract_tree: Any, *, subset: bool = False) -> Restored | None:
-        """Restore the newest valid checkpoint; None when there is none.
-
-        Raises:
-            CheckpointError: when the newest valid checkpoint does not fit `abstract_tree` (see `restore`).
-        """
-        step = self.latest_valid()
-        return None if step is None else self.restore(step, abstract_tree, subset=subset)
 
     def _find_valid(self) -> int | None:
         for unfinished in self._unfinished():
             _LOG.warning("ignoring the half-written checkpoint %s", unfinished)
         for step in reversed(self.steps()):
-            problem = self._problem(step)
+            problem = damage(self._path(step))
             if problem is None:
                 self._verified.add(step)
                 return step
-            _LOG.warning("ignoring checkpoint %s: %s", self.directory / str(step), problem)
+            _LOG.warning("ignoring checkpoint %s: %s", self._path(step), problem)
         return None
 
     def _seal(self) -> None:
         """Runs in Orbax's background thread when all files are written, just before its rename makes the step visible."""
         if self._pending is None or not is_main():
             return
-        step, specs = self._pending
-        (target,) = self.directory.glob(f"{step}{_UNFINISHED}*")
-        files = {str(path.relative_to(target)): _fingerprint(path) for path in _files(target)}
-        manifest = {"step": step, "leaves": {path: spec._asdict() for path, spec in specs.items()}, "files": files}
-        atomic_write_text(target / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        step, leaves = self._pending
+        (unfinished,) = self.directory.glob(f"{step}{_UNFINISHED}*")
+        write_manifest(unfinished, step, leaves)
 
     def _prune(self) -> None:
-        sealed = [step for step in self.steps() if (self.directory / str(step) / _MANIFEST).exists()]
         intact = 0
-        for step in reversed(sealed):
+        for step in reversed([step for step in self.steps() if has_manifest(self._path(step))]):
             if intact == self._keep:
-                shutil.rmtree(self.directory / str(step), ignore_errors=True)
+                shutil.rmtree(self._path(step), ignore_errors=True)
                 self._verified.discard(step)
-            elif step in self._verified or self._is_valid(step):
+            elif step in self._verified or damage(self._path(step)) is None:
                 self._verified.add(step)
                 intact += 1
 
-    def _failed(self, step: int, error: Exception) -> CheckpointError:
+    def _failed(self, step: int, error: Exception) -> StageCheckpointError:
         self._pending = None
-        target = self.directory / str(step)
         for leftover in self._unfinished() if is_main() else ():
             shutil.rmtree(leftover, ignore_errors=True)
-        return CheckpointError(
-            f"checkpoint {target} cannot be written: {_first_line(error)} Earlier checkpoints are intact. Check free space and "
-            "permissions, then run the same command again."
+        return StageCheckpointError(
+            f"checkpoint {self._path(step)} cannot be written: {first_line(error)} Earlier checkpoints are intact. Check free "
+            "space and permissions, then run the same command again."
         )
 
     def _unfinished(self) -> list[Path]:
         return sorted(self.directory.glob(f"*{_UNFINISHED}*")) if self.directory.is_dir() else []
-
-    def _is_valid(self, step: int) -> bool:
-        return self._problem(step) is None
-
-    def _problem(self, step: int) -> str | None:
-        """Why the checkpoint does not count, or None: every recorded file is read and compared."""
-        try:
-            manifest = self._manifest(step)
-            for name, recorded in manifest["files"].items():
-                path = self.directory / str(step) / name
-                if not path.is_file():
-                    return f"{name} is missing"
-                size = path.stat().st_size
-                if size != recorded["bytes"]:
-                    return f"{name} has {size} bytes, {recorded['bytes']} were written"
-                if _fingerprint(path) != recorded:
-                    return f"{name} does not hold the bytes that were written"
-        except CheckpointError as error:
-            return str(error)
-        except OSError as error:
-            return f"cannot be read: {error}"
-        return None
-
-    def _manifest(self, step: int) -> dict[str, Any]:
-        path = self.directory / str(step) / _MANIFEST
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            _leaf_specs(manifest)
-            if manifest["step"] != step:
-                raise ValueError(f"it is that of step {manifest['step']}")
-            if not manifest["files"] or not all({"bytes", "crc32"} <= set(entry) for entry in manifest["files"].values()):
-                raise ValueError("no file is recorded")
-        except FileNotFoundError:
-            raise CheckpointError(f"no complete checkpoint: {path} does not exist") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is damaged: {_first_line(error)}") from error
-        return manifest
 
     def _require_match(self, step: int, leaves: Mapping[str, Any], subset: bool) -> None:
         stored = self.describe(step)
@@ -278,23 +224,19 @@ class CheckpointStore:
         if not subset:
             problems += [f"{path} is in the checkpoint but not expected" for path in sorted(stored.keys() - leaves.keys())]
         for path in sorted(leaves.keys() & stored.keys()):
-            leaf = _storable(path, leaves[path])
-            wanted = LeafSpec(tuple(leaf.shape), leaf.dtype.name)
+            wanted = _spec(_storable(path, leaves[path]))
             if wanted != stored[path]:
-                problems.append(
-                    f"{path} is {stored[path].dtype}{list(stored[path].shape)} in the checkpoint; "
-                    f"expected {wanted.dtype}{list(wanted.shape)}"
-                )
+                problems.append(f"{path} is {stored[path]} in the checkpoint; expected {wanted}")
         if problems:
             more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-            raise CheckpointError(
-                f"checkpoint {self.directory / str(step)} does not fit: {'; '.join(problems[:8])}{more}. Use the config the "
+            raise StageCheckpointError(
+                f"checkpoint {self._path(step)} does not fit: {'; '.join(problems[:8])}{more}. Use the config the "
                 "checkpoint was made with (config.json of its run)."
             )
 
 
 def newest_checkpoint(run: RunDirectory, stages: Sequence[str]) -> tuple[str, int] | None:
-    """The last of `stages` that has a valid checkpoint, and that checkpoint's step; a warning names what is passed over."""
+    """The last of `stages` that has a valid checkpoint, and that checkpoint's step; a warning names ignored ones."""
     for name in reversed(stages):
         folder = run.checkpoint_dir(name)
         if on_main(folder.is_dir):
@@ -308,10 +250,6 @@ def newest_checkpoint(run: RunDirectory, stages: Sequence[str]) -> tuple[str, in
 def latest_position(run: RunDirectory, config: Config) -> tuple[str, int] | None:
     """The furthest stage of the recipe with a valid checkpoint, and that checkpoint's step."""
     return newest_checkpoint(run, [name for name in STAGES if getattr(config.train, name).steps])
-
-
-def _leaf_specs(manifest: Mapping[str, Any]) -> dict[str, LeafSpec]:
-    return {path: LeafSpec(tuple(spec["shape"]), spec["dtype"]) for path, spec in manifest["leaves"].items()}
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
@@ -336,6 +274,10 @@ def _storable(path: str, leaf: Any) -> Any:
     return leaf
 
 
+def _spec(leaf: Any) -> LeafSpec:
+    return LeafSpec(tuple(leaf.shape), leaf.dtype.name)
+
+
 def _restore_target(leaf: Any) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct | jax.Array):
         sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -345,20 +287,6 @@ def _restore_target(leaf: Any) -> Any:
 
 def _like(leaf: Any, value: Any) -> Any:
     return value.item() if isinstance(leaf, bool | int | float) and not isinstance(leaf, np.generic) else value
-
-
-def _files(directory: Path) -> list[Path]:
-    """The files of the items; those at the top Orbax still changes, and needs none of them for reading."""
-    return sorted(path for path in directory.glob("*/**/*") if path.is_file())
-
-
-def _fingerprint(path: Path) -> dict[str, int]:
-    size = checksum = 0
-    with open(path, "rb") as file:
-        while block := file.read(_READ_BYTES):
-            size += len(block)
-            checksum = zlib.crc32(block, checksum)
-    return {"bytes": size, "crc32": checksum}
 
 
 def _set_aside(target: Path) -> None:
@@ -371,19 +299,13 @@ def _set_aside(target: Path) -> None:
     _LOG.warning("moved the broken checkpoint %s to %s", target, aside)
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    text = lines[0] if lines else type(error).__name__
-    return text if text.endswith(".") else f"{text}."
-
-
 class _NotFromOrbax(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 def _silence_orbax() -> None:
-    """Drop Orbax's own log records: it reports every save, and an error once per thread before raising it to us anyway."""
+    """Drop Orbax's own log records: it reports every save, and an error once per thread before it raises it."""
     logger = logging.getLogger("absl")
     if not any(isinstance(existing, _NotFromOrbax) for existing in logger.filters):
         logger.addFilter(_NotFromOrbax())

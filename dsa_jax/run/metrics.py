@@ -1,6 +1,5 @@
 """The metrics of a run: one JSON object per logged step, the same bytes whether or not the run was interrupted."""
 
-import importlib.util
 import json
 import math
 import numbers
@@ -9,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dsa_jax.run.directory import RunError, atomic_write_text
+from dsa_jax.extras import import_extra
+from dsa_jax.run.files import RunError, atomic_write_text
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -18,22 +18,25 @@ class MetricsLog:
     """Appends to `metrics.jsonl`, and to `timing.jsonl` beside it.
 
     A line is `{"stage": ..., "step": ..., <name>: <number>, ...}`. Floats are written so that reading gives the same float64;
-    NaN and infinities, which JSON lacks, as the strings "NaN", "Infinity" and "-Infinity". Metrics hold only what the run
-    determines; what a clock says goes to the timing file, so that an interrupted and an undisturbed run write the same bytes.
-    A last line cut off by a crash is dropped when the log is opened.
+    NaN and infinities, which JSON lacks, as the strings "NaN", "Infinity" and "-Infinity". Metrics hold only values that the
+    run determines; wall times go to the timing file, so that a resumed and an uninterrupted run write the same bytes. A last
+    line cut off by a crash is dropped when the log is opened.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, tensorboard: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, *, tensorboard: bool = False) -> None:
         """Open for appending; with `tensorboard` also write event files to `tensorboard/<stage>/` beside the log.
 
+        Without a path nothing is logged: for processes beside the one that writes the run's files.
+
         Raises:
-            RunError: when the file cannot be written, holds a damaged line, or tensorboardX is asked for and missing.
+            RunError: when the file cannot be written or holds a damaged line.
+            MissingExtraError: when tensorboardX is not installed.
         """
-        self.path = Path(path)
-        self.timing_path = self.path.with_name("timing.jsonl")
+        self.path = None if path is None else Path(path)
+        self.timing_path = self.path and self.path.with_name("timing.jsonl")
         self._files: dict[Path, BinaryIO] = {}
         self._last: dict[Path, tuple[str, int]] = {}
-        self._events = EventFiles(self.path.with_name("tensorboard")) if tensorboard else None
+        self._events = EventFiles(self.path.with_name("tensorboard")) if tensorboard and self.path else None
         self.n_steps = 0  # that metrics.jsonl holds, of all stages
         self._drop(lambda entry: False)
 
@@ -99,7 +102,9 @@ class MetricsLog:
         if self._events is not None:
             self._events.close()
 
-    def _append(self, path: Path, stage: str, step: int, values: Mapping[str, Any]) -> None:
+    def _append(self, path: Path | None, stage: str, step: int, values: Mapping[str, Any]) -> None:
+        if path is None:
+            return
         last_stage, last_step = self._last.get(path, ("", -1))
         if stage == last_stage and step <= last_step:
             raise ValueError(f"step {step} of {stage} is logged after step {last_step}; call truncate_after when resuming.")
@@ -107,9 +112,9 @@ class MetricsLog:
         line = memoryview(json.dumps(entry).encode() + b"\n")
         try:
             if path not in self._files:
-                # Without a buffer, which closing would try to write again where the disk is full.
+                # Unbuffered: on a full disk, closing a buffer would try to write it again.
                 self._files[path] = open(path, "ab", buffering=0)  # noqa: SIM115
-            # One write per line, but for a full disk: a reader, or a crash, sees whole lines or a torn last one.
+            # One write per line, except on a full disk: a reader, or a crash, sees whole lines or a torn last one.
             while line:
                 line = line[self._files[path].write(line) :]
         except OSError as error:
@@ -117,7 +122,7 @@ class MetricsLog:
         self._last[path] = (stage, step)
 
     def _drop(self, unwanted: Callable[[Mapping[str, Any]], bool]) -> None:
-        for file in (self.path, self.timing_path):
+        for file in filter(None, (self.path, self.timing_path)):
             _drop_lines(file, unwanted)
             entries = _read(file)
             self._last.pop(file, None)
@@ -127,37 +132,18 @@ class MetricsLog:
                 self.n_steps = len(entries)
 
 
-class NoMetrics(MetricsLog):
-    """Logs nothing, for processes beside the one that writes the run's files."""
-
-    def __init__(self) -> None:
-        self._files, self._events, self.n_steps = {}, None, 0
-
-    def log(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
-        """Do nothing."""
-
-    def log_timing(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
-        """Do nothing."""
-
-    def truncate_after(self, stage_order: Sequence[str], stage: str, step: int) -> None:
-        """Do nothing."""
-
-
 class EventFiles:
-    """TensorBoard events, one folder per stage so that each counts its own steps."""
+    """TensorBoard events, one folder per stage, each with its own step count."""
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        if not tensorboard_available():
-            raise RunError("TensorBoard events need tensorboardX. Install it with: pip install 'dsa-jax[tensorboard]'")
+        self._tensorboard = import_extra("tensorboardX", extra="tensorboard", purpose="--tensorboard")
         self._directory = Path(directory)
         self._writers: dict[str, Any] = {}
 
     def write(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
-        """Add scalars. The first of a stage hides what an interrupted run had written from that step on."""
-        from tensorboardX import SummaryWriter
-
+        """Add scalars. The first of a stage hides later steps that an interrupted run had written."""
         if stage not in self._writers:
-            self._writers[stage] = SummaryWriter(str(self._directory / stage), purge_step=step)
+            self._writers[stage] = self._tensorboard.SummaryWriter(str(self._directory / stage), purge_step=step)
         for name, value in values.items():
             self._writers[stage].add_scalar(name, float(value), step)
 
@@ -166,11 +152,6 @@ class EventFiles:
         for writer in self._writers.values():
             writer.close()
         self._writers.clear()
-
-
-def tensorboard_available() -> bool:
-    """Whether the `tensorboard` extra is installed."""
-    return importlib.util.find_spec("tensorboardX") is not None
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -205,7 +186,7 @@ def _encode(name: str, value: Any) -> int | float | str:
 
 
 def _lines(path: Path) -> list[str]:
-    """Complete lines, each with its newline; what follows the last newline is torn."""
+    """Complete lines, each with its newline; text after the last newline is torn."""
     if not path.exists():
         return []
     text = path.read_bytes()

@@ -1,7 +1,7 @@
-"""Several processes as one run: how they find each other, agree, and leave the writing of files to the first.
+"""Several processes as one run: launch, agreement, and files that only the first writes.
 
-All processes run the same program on the same data. What only one may do or decide (files, which checkpoint counts) goes
-through `on_main`; what any one may bring up (a signal) through `with_votes`.
+All processes run the same program on the same data. Actions and decisions of one process (files, which checkpoint is valid) go
+through `on_main`; a request of any process (a signal) through `with_votes`.
 """
 
 import json
@@ -17,19 +17,19 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsa_jax.config import ConfigError
-from dsa_jax.run.directory import RunError
+from dsa_jax.run.files import RunError
 
-_BLOCK = 4096  # messages are padded to multiples of it, so that few lengths are compiled
+_BLOCK = 4096  # messages are padded to a multiple of this, so that few lengths are compiled
 _SHUTDOWN_SECONDS = 60
 _FLAGS = "--coordinator, --num_processes and --process_id"
 
 
 class ProcessError(RunError):
-    """Another process of the run failed: the message is its own."""
+    """Another process of the run failed, with this message."""
 
 
 class Launch(NamedTuple):
-    """Where the processes meet, how many there are, which one this is, and the GPUs it may use (None: all it sees)."""
+    """Address of process 0, number of processes, index of this one, and the GPUs it may use (None: all visible)."""
 
     coordinator: str
     num_processes: int
@@ -40,10 +40,10 @@ class Launch(NamedTuple):
 def find_launch(
     coordinator: str, num_processes: int | None, process_id: int | None, environment: Mapping[str, str]
 ) -> Launch | None:
-    """How this process was launched: as the arguments say, else as SLURM says for a step of several tasks, else alone (None).
+    """The launch that the arguments describe, else that of a SLURM step of several tasks, else None: a single process.
 
-    A batch script outside `srun` is no step, whatever the job asked for. Of several tasks on a node each takes the GPU of its
-    local number, unless SLURM shows it one GPU only; a task that has a node to itself takes all GPUs.
+    A batch script outside `srun` is not a step, whatever the job asked for. Of several tasks on a node each takes the GPU of
+    its local index, unless SLURM shows it a single GPU; a task alone on a node takes all GPUs.
 
     Raises:
         ConfigError: when only some of the arguments are given, or they contradict each other.
@@ -60,7 +60,7 @@ def find_launch(
     n_tasks = int(environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS") or 1)
     if not nodes or n_tasks == 1:
         return None
-    # A port that two jobs are unlikely to share, the same in all tasks; as JAX chooses it.
+    # The same port in all tasks, which two jobs are unlikely to share; chosen as by JAX.
     port = environment.get("JAX_COORDINATOR_PORT") or str(61440 + int(environment["SLURM_JOB_ID"]) % 4096)
     n_visible = len(environment.get("CUDA_VISIBLE_DEVICES", "").split(","))
     shares_node = n_tasks > int(environment.get("SLURM_STEP_NUM_NODES") or 1)
@@ -79,23 +79,23 @@ def first_host(nodes: str) -> str:
 
 
 def start_processes(coordinator: str = "", num_processes: int | None = None, process_id: int | None = None) -> None:
-    """Join the other processes of the run, if there are any; to be called before anything asks JAX for devices.
+    """Join the other processes of the run, if any; call it before JAX initialises its devices.
 
-    Returns once all have come, or fails after five minutes.
+    Returns once all have joined, or fails after five minutes.
     """
     launch = find_launch(coordinator, num_processes, process_id, os.environ)
     if launch is None or launch.num_processes == 1:
         return
-    # It would take SIGTERM for itself and do nothing with it: until training begins, a signal is to end the process.
+    # It would catch SIGTERM and ignore it: until training begins, a signal must end the process.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         launch.coordinator,
         launch.num_processes,
         launch.process_id,
         local_device_ids=launch.local_device_ids,
-        # Left to itself JAX hides all GPUs but one from a SLURM task, even where it has the node to itself.
+        # By default JAX hides all GPUs but one from a SLURM task, even one that is alone on its node.
         cluster_detection_method="deactivate",
-        # After an error of its own a process waits so long for the others, which may wait for it, and then ends them all.
+        # After an error a process waits this long for the others, which may wait for it, and then ends them all.
         shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
     )
 
@@ -106,9 +106,9 @@ def is_main() -> bool:
 
 
 def on_main(function: Callable[[], Any]) -> Any:
-    """Run `function` in the first process only and give its result, a JSON value, to all, which all call this.
+    """Run `function` in the first process only and broadcast its result, a JSON value; every process calls this.
 
-    Nobody goes on before it is done, so what it wrote can be read after. With one process this is `function()`.
+    It is a barrier, so files that `function` wrote can be read afterwards. With one process this is `function()`.
 
     Raises:
         ProcessError: in the others, when `function` raises; in the first, what it raised.
@@ -130,7 +130,7 @@ def on_main(function: Callable[[], Any]) -> Any:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether `flag` is true in any process; all call this, where no step is running."""
+    """Whether `flag` is true in any process; every process calls this, between steps."""
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
@@ -146,10 +146,10 @@ def _broadcast(message: str) -> str:
 
 
 def with_votes(step: Callable[..., tuple[Any, dict[str, Any]]]) -> Callable[..., tuple[Any, dict[str, Any]]]:
-    """`step`, (state, batch) to (state, metrics), as (state, batch, wants) whose metrics also hold `stop`: whether any wants.
+    """`step`, (state, batch) to (state, metrics), as (state, batch, wants) whose metrics also hold `stop`, the OR of all wants.
 
-    The question travels with the step and the answer with its metrics, equal in every process, so that all stop after the
-    same step, nobody waits for it, and no collective runs beside the step's own. The state is donated.
+    The votes are reduced inside the step and the result comes with its metrics, equal in every process, so that all stop after
+    the same step without an extra collective to wait for. The state is donated.
     """
     mesh = jax.sharding.get_mesh()
     votes = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
@@ -168,9 +168,9 @@ def with_votes(step: Callable[..., tuple[Any, dict[str, Any]]]) -> Callable[...,
 
 
 def gather_to_main(tree: Any) -> Any:
-    """The arrays of `tree` in the memory of the first process's host, None in the others; `tree` itself with one process.
+    """The arrays of `tree` gathered into host memory of the first process, None in the others; `tree` with one process.
 
-    Stacked parameters come layer by layer, so devices hold one whole layer of one parameter beside their own share.
+    Stacked parameters are gathered layer by layer, so a device holds one full layer of one parameter beside its shards.
     """
     return tree if jax.process_count() == 1 else jax.tree.map(_gather, tree)
 
@@ -186,6 +186,6 @@ def _gather(leaf: jax.Array) -> np.ndarray | None:
         layer = one(leaf, i)
         if out is not None:
             out[i] = np.asarray(layer)
-        # One at a time: launched ahead, they would pile up on the devices.
+        # One at a time: dispatched ahead, they would pile up in device memory.
         layer.block_until_ready()
     return out

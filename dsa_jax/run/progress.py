@@ -1,48 +1,28 @@
 """The progress line: live on a terminal, plain lines now and then elsewhere."""
 
+import io
 import math
 import os
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 _LIVE_SECONDS = 0.2
 _WINDOW = 50
 
 
-@runtime_checkable
-class Stream(Protocol):
-    """What is needed of a text stream."""
-
-    def write(self, text: str, /) -> Any:
-        """Take some text."""
-
-    def flush(self) -> None:
-        """Pass it on."""
-
-    def isatty(self) -> bool:
-        """Whether a person is watching."""
-
-
-class Discard:
+class Discard(io.TextIOBase):
     """A stream that shows nothing, for processes beside the one that reports."""
 
     def write(self, text: str, /) -> int:
-        """Drop it."""
+        """Drop `text`."""
         return len(text)
-
-    def flush(self) -> None:
-        """Do nothing."""
-
-    def isatty(self) -> bool:
-        """Nobody is watching."""
-        return False
 
 
 class Timing(NamedTuple):
-    """What a stage took in this process; `seconds`, `timed_tokens` and the rate leave out the steps of `compile_seconds`."""
+    """Time and tokens of a stage in this process; `seconds`, `timed_tokens` and the rate exclude steps that compiled."""
 
     steps: int
     seconds: float
@@ -56,9 +36,9 @@ class Progress:
     """Reports the steps of one stage.
 
     Call `update` once per step, after its result has arrived (JAX returns before the work is done). The first step of the
-    process, and every step flagged `compiled`, count as compilation: they are kept out of the rate and reported apart. The rate
-    is that of the last 50 other steps. On a terminal one line is redrawn at most five times a second; elsewhere a plain line is
-    written after compilation, every `every_seconds`, and at the last step.
+    process, and every step flagged `compiled`, count as compilation and not in the rate, which is that of the last 50 other
+    steps. On a terminal one line is redrawn at most five times a second; elsewhere a plain line is written after compilation,
+    every `every_seconds`, and at the last step.
     """
 
     def __init__(
@@ -70,7 +50,7 @@ class Progress:
         every_seconds: float | int = 10.0,
         peak_flops: float | int | None = None,
         tokens_left: Callable[[int], int] | None = None,
-        stream: Stream | None = None,
+        stream: io.TextIOBase | None = None,
         clock: Callable[[], float] = time.monotonic,
         live: bool | None = None,
     ) -> None:
@@ -81,10 +61,10 @@ class Progress:
             total_steps: steps of the whole stage.
             start_step: steps done before this process.
             every_seconds: pause between plain lines.
-            peak_flops: floating-point operations per second that all devices could do together; with those of a step gives MFU.
-            tokens_left: from the steps done to the tokens of those to come; default: as many per step as lately.
+            peak_flops: peak FLOP/s of all devices together, for the MFU.
+            tokens_left: from the steps done to the tokens of the remaining ones; default: as many per step as lately.
             stream: where to write, default stderr.
-            clock: seconds, never going back.
+            clock: monotonic seconds.
             live: redraw one line; default: whether the stream is a terminal.
         """
         self._stage, self._total, self._step = stage, total_steps, start_step
@@ -121,10 +101,10 @@ class Progress:
 
         Args:
             step: 1 after the first step of the stage.
-            tokens: processed by this step.
-            values: what to show (`loss`, `kl`, ...); kept until given again.
+            tokens: tokens of this step.
+            values: values to show (`loss`, `kl`, ...), until given again.
             compiled: this step included a compilation, for instance because the sequence length changed.
-            flops: floating-point operations of this step; None where that is not known.
+            flops: FLOPs of this step; None where unknown.
         """
         now = self._clock()
         elapsed, self._before = now - self._before, now
@@ -143,7 +123,7 @@ class Progress:
             self._show(f"{self.line()}, compiled in {_duration(elapsed)}" if compiled else self.line())
 
     def pause(self) -> None:
-        """Leave the time since the last step out of the rate: call it after a checkpoint or an evaluation."""
+        """Exclude the time since the last step from the rate: call it after a checkpoint or an evaluation."""
         self._before = self._clock()
 
     def timing(self) -> Timing:
@@ -152,7 +132,7 @@ class Progress:
         return Timing(self._steps, self._seconds, self._compile_seconds, self._tokens, self._timed_tokens, rate)
 
     def line(self) -> str:
-        """The text shown: stage, step, values, tokens/s, MFU where known, time left; what is unknown is left out."""
+        """The text shown: stage, step, values, tokens/s, and MFU and time left where known."""
         parts = [f"{self._stage} {self._step}/{self._total}"]
         parts += [f"{name} {_number(value)}" for name, value in self._values.items()]
         seconds, tokens, flops = (sum(column) for column in zip(*self._recent, strict=True)) if self._recent else (0.0, 0, 0.0)
@@ -168,7 +148,7 @@ class Progress:
         return ", ".join(parts)
 
     def close(self) -> None:
-        """Leave the last line standing and give the terminal back."""
+        """Show the last line and release the terminal."""
         if self._display is not None:
             self._display.update(self._text(self.line()), refresh=True)
             self._display.stop()
@@ -193,7 +173,7 @@ class Progress:
         return Text(text, no_wrap=True, overflow="ellipsis")
 
 
-def _is_terminal(stream: Stream) -> bool:
+def _is_terminal(stream: Any) -> bool:
     return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 

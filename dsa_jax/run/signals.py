@@ -11,10 +11,9 @@ _CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 class StopRequest:
     """Context manager under which the first SIGTERM, SIGINT or SIGHUP (a terminal that closed) only sets `requested`.
 
-    A second signal of the same kind gets its former treatment at once (SIGTERM ends the process, SIGINT raises
-    KeyboardInterrupt), for a step that never ends. A SIGHUP that is ignored, as under nohup, stays so. The former handlers
-    return on leaving. Python delivers signals to the main thread only and refuses to set handlers elsewhere, so in another
-    thread this does nothing and `requested` stays False.
+    A second signal of the same kind reaches its former handler (SIGTERM ends the process, SIGINT raises KeyboardInterrupt), for
+    a step that never ends. A SIGHUP that is ignored, as under nohup, stays ignored. The former handlers are restored on exit.
+    Only the main thread can set signal handlers: in another one this does nothing and `requested` stays False.
     """
 
     def __init__(self) -> None:
@@ -45,7 +44,7 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._first = self._first or signal.Signals(number)
-        # Handing the handler back now is what makes the second signal of this kind act.
+        # Restored now, so that a second signal of this kind reaches the former handler.
         self._restore(signal.Signals(number))
 
     def _restore(self, number: signal.Signals) -> None:

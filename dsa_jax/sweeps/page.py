@@ -1,13 +1,11 @@
-"""One page of all results: what was run, on what, with which seeds, how long, and where each number comes from."""
+"""One page of all results: runs, devices, seeds, times, and the file of each number."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsa_jax.run.directory import RunError
-from dsa_jax.sweeps.summary import environments, format_table, total_seconds
+from dsa_jax.sweeps.summary import environments, format_table, read_result, total_seconds
 
 SWEEPS = "ablations"
 PAGE = "README.md"
@@ -19,7 +17,7 @@ def render_results(directory: Path) -> str:
     Raises:
         RunError: for a result file that cannot be read.
     """
-    sweeps = [_read(path) for path in sorted((directory / SWEEPS).glob("*.json"))]
+    sweeps = [read_result(path) for path in sorted((directory / SWEEPS).glob("*.json"))]
     lines = [
         "# Results",
         "",
@@ -47,13 +45,6 @@ def render_results(directory: Path) -> str:
             "",
         ]
     return "\n".join(lines)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} is no result of an ablation ({error}). Restore it or delete it.") from error
 
 
 def _sweep_line(result: Mapping[str, Any]) -> str:

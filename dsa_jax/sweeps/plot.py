@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dsa_jax.evals.parity import BEFORE
-from dsa_jax.extras import MissingExtraError
-from dsa_jax.run.directory import atomic_write_bytes
+from dsa_jax.extras import import_extra
+from dsa_jax.run.files import atomic_write_bytes
 from dsa_jax.sweeps.summary import Answer, answers
 
 _NOT_SHOWN = ("keys per query",)
@@ -22,11 +22,8 @@ def plot_ablation(result: Mapping[str, Any], path: Path) -> None:
         RunError: when the file cannot be written.
         MissingExtraError: when matplotlib is not installed, with the command that installs it.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("the plot needs matplotlib. Run: pip install 'dsa-jax[plot]'") from error
-    figure = Figure(figsize=figure_size(result), layout="constrained")
+    matplotlib = import_extra("matplotlib.figure", extra="plot", purpose="the plot")
+    figure = matplotlib.Figure(figsize=figure_size(result), layout="constrained")
     draw_ablation(figure, result)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=110, metadata={"Software": None})
@@ -69,7 +66,7 @@ def _content(result: Mapping[str, Any]) -> tuple[Answer | None, list[Answer], li
 
 def _along_axis(panel: Any, name: str, variants: Sequence[Answer], axis: str) -> None:
     lines = sorted((line for line in variants if name in line.quantities), key=lambda line: line.place or 0.0)
-    # By rank and not by value: variants mostly double, and zero may be among them.
+    # By rank, not by value: variants mostly double, and zero may be among them.
     for rank, line in enumerate(lines):
         values = line.quantities[name].values
         panel.plot([rank] * len(values), values, "o", color=_COLOUR, alpha=0.45, markersize=4)
@@ -81,7 +78,7 @@ def _along_axis(panel: Any, name: str, variants: Sequence[Answer], axis: str) ->
 
 
 def _by_name(panel: Any, name: str, variants: Sequence[Answer], axis: str) -> None:
-    del axis  # the names say it
+    del axis  # the names of the variants say it
     for height, line in enumerate(variants):
         if name in line.quantities:
             spread = line.quantities[name]

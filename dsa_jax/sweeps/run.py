@@ -1,4 +1,4 @@
-"""Run a sweep, every (variant, seed) once, and keep what each gave in one JSON file."""
+"""Run a sweep, every (variant, seed) once, with the results in one JSON file."""
 
 import json
 import logging
@@ -13,16 +13,9 @@ from dsa_jax.data import make_eval_data
 from dsa_jax.evals.parity import BEFORE, evaluate_parity
 from dsa_jax.model import build_model
 from dsa_jax.retrofit import retrofit
-from dsa_jax.run.directory import RunError, atomic_write_text, claimed, make_writable_directory
-from dsa_jax.sweeps.sweep import (
-    Ablation,
-    Variant,
-    after_dense,
-    dense_part,
-    differences,
-    evaluation_config,
-    run_key,
-)
+from dsa_jax.run.files import RunError, atomic_write_text, claimed, make_writable_directory
+from dsa_jax.sweeps.summary import read_result
+from dsa_jax.sweeps.sweep import Ablation, Variant, after_dense, dense_part, differences, evaluation_config, run_key
 from dsa_jax.train.init import load_run
 
 _LOG = logging.getLogger(__name__)
@@ -32,17 +25,17 @@ REPORT = "report.json"
 
 
 def run_ablation(ablation: Ablation, workdir: Path, results: Path, *, command: str) -> dict[str, Any] | None:
-    """Train what `results` does not hold yet, and write `results`/<name>.json after every run.
+    """Run what is missing in `results`, and write `results`/<name>.json after every run.
 
-    The dense pretraining is done once per seed and shared. A run that another sweep in `results` holds already is taken from
-    there; seeds that the sweep's own file holds beside those asked for stay in it. A run that ends in an error is recorded with
-    its message, and tried again by the next call. Runs of other settings in the sweep's own file are never dropped: it refuses.
+    The dense pretraining is done once per seed and shared. A run that another sweep in `results` has is taken from there; other
+    seeds in the sweep's own file stay in it. A run that ends in an error is recorded with its message, and repeated by the next
+    call. Runs of other settings in the sweep's own file are never dropped: they are a ConfigError.
 
     Args:
         ablation: the sweep.
-        workdir: holds run directories, named by their recipe: several sweeps may share it, one at a time.
+        workdir: parent of the run directories, which are named by their recipe: several sweeps may share it, one at a time.
         results: directory of result files.
-        command: what the user typed, recorded with the results; after the command of the file, where that has other seeds.
+        command: the command line, recorded with the results; appended to that of the file, where it has other seeds.
 
     Returns:
         The content of the result file, or None if a signal stopped it; the same call then continues.
@@ -61,19 +54,18 @@ def run_ablation(ablation: Ablation, workdir: Path, results: Path, *, command: s
 def _run_claimed(ablation: Ablation, workdir: Path, results: Path, command: str) -> dict[str, Any] | None:
     path = results / f"{ablation.name}.json"
     known = {run["key"]: run for run in known_runs(results) if "rows" in run}
-    own = _read(path) if path.exists() else []
-    earlier = {run["seed"] for run in own}
+    own = read_result(path) if path.exists() else {"runs": []}
+    earlier = {run["seed"] for run in own["runs"]}
     seeds = sorted({*ablation.seeds, *earlier})
     if earlier - set(ablation.seeds):
-        before = json.loads(path.read_text(encoding="utf-8"))["command"].split(" && ")
-        command = " && ".join(dict.fromkeys([*before, command]))
+        command = " && ".join(dict.fromkeys([*own["command"].split(" && "), command]))
     jobs = {(variant.name, seed): ablation.key(variant, seed) for seed in seeds for variant in ablation.variants}
-    if lost := [run for run in own if "rows" in run and run["key"] not in jobs.values()]:
+    if lost := [run for run in own["runs"] if "rows" in run and run["key"] not in jobs.values()]:
         raise ConfigError(
             f"{path} holds {len(lost)} runs of other settings, such as {lost[0]['variant']!r} with seed {lost[0]['seed']}, "
             "which this sweep would drop. Give it another --config.name or --results."
         )
-    summary: dict[str, Any] = {
+    summary = {
         "name": ablation.name,
         "question": ablation.question,
         "axis": ablation.axis,
@@ -82,11 +74,13 @@ def _run_claimed(ablation: Ablation, workdir: Path, results: Path, command: str)
         "base": differences(ablation.base),
     }
 
-    def write() -> None:
-        found = [{**known[k], "variant": name, "seed": seed, "key": k} for (name, seed), k in jobs.items() if k in known]
-        summary["seeds"] = sorted({run["seed"] for run in found})
-        summary["runs"] = found
-        atomic_write_text(path, json.dumps(summary, indent=1) + "\n")
+    def result() -> dict[str, Any]:
+        runs = [{**known[k], "variant": name, "seed": seed, "key": k} for (name, seed), k in jobs.items() if k in known]
+        return {**summary, "seeds": sorted({run["seed"] for run in runs}), "runs": runs}
+
+    def write(content: dict[str, Any]) -> dict[str, Any]:
+        atomic_write_text(path, json.dumps(content, indent=1) + "\n")
+        return content
 
     wanted = [(variant, seed) for seed in ablation.seeds for variant in ablation.variants]
     for number, (variant, seed) in enumerate(wanted, start=1):
@@ -98,13 +92,11 @@ def _run_claimed(ablation: Ablation, workdir: Path, results: Path, command: str)
             if run is None:
                 return None
             known[key] = run
-            write()
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    write()
-    if before and {**before, "command": ""} == {**json.loads(json.dumps(summary)), "command": ""}:
-        summary["command"] = before["command"]  # how what is there was made, where nothing was left to do
-        atomic_write_text(path, json.dumps(summary, indent=1) + "\n")
-    return summary
+            write(result())
+    final, before = result(), read_result(path) if path.exists() else {}
+    if {**before, "command": ""} == {**json.loads(json.dumps(final)), "command": ""}:
+        final["command"] = before["command"]  # nothing was left to do: the command that made the results
+    return write(final)
 
 
 def _described(variant: Variant) -> dict[str, Any]:
@@ -120,24 +112,17 @@ def _described(variant: Variant) -> dict[str, Any]:
 
 
 def known_runs(results: Path) -> Iterator[Run]:
-    """Every run that the result files of a directory hold.
+    """The runs of all result files of a directory.
 
     Raises:
         RunError: for a file that is no result file.
     """
     for path in sorted(results.glob("*.json")):
-        yield from _read(path)
-
-
-def _read(path: Path) -> list[Run]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["runs"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is no result of an ablation ({error}). Restore it or delete it.") from error
+        yield from read_result(path)["runs"]
 
 
 def _run(ablation: Ablation, variant: Variant, seed: int, workdir: Path) -> Run | None:
-    """One run's outcome; None if a signal stopped it."""
+    """The outcome of one run; None if a signal stopped it."""
     try:
         trained = _train(ablation.config(variant, seed), workdir)
         if trained is None:
@@ -160,7 +145,7 @@ class _Trained(NamedTuple):
 
 
 def _train(config: Config, workdir: Path) -> _Trained | None:
-    """The run directory of `config`, complete, and that of its dense part; None if a signal stopped one of them."""
+    """The completed run directory of `config` and that of its dense part; None if a signal stopped one of them."""
     run, dense, dense_run = workdir / run_key(config), dense_part(config), None
     if dense is not None:
         dense_run = workdir / run_key(dense)
@@ -171,8 +156,8 @@ def _train(config: Config, workdir: Path) -> _Trained | None:
 
 
 def _complete(config: Config, path: Path) -> bool:
-    """Whether `path` holds the finished run of `config`, trained here unless it was before; False if a signal stopped it."""
-    config.name = path.name  # by what it computes: variants of several sweeps may be this one run
+    """Complete the run of `config` in `path` unless it is; False if a signal stopped it."""
+    config.name = path.name  # by its key: variants of several sweeps may share this run
     return (path / REPORT).exists() or retrofit(config, path) is not None
 
 
@@ -184,13 +169,13 @@ def _finished(run: Path) -> dict[str, Any]:
 
 
 def _seconds(run: Path) -> float:
-    """Wall time of all stages, evaluation and compilation included."""
+    """Wall time of all stages with evaluation and compilation."""
     stages = _finished(run)["stages"].values()
     return round(sum(stage["seconds"] + stage.get("compile_seconds", 0.0) for stage in stages), 1)
 
 
 def _evaluate(trained: Path, variant: Variant, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The row that answers for `variant` on the weights of a finished run, after the run's own row of the dense model."""
+    """The row of `variant` on the weights of a finished run, after the run's own row of the dense model."""
     run = load_run(trained)
     config = evaluation_config(run.config, variant)
     config.eval.rows = (variant.row,)
@@ -201,6 +186,6 @@ def _evaluate(trained: Path, variant: Variant, rows: list[dict[str, Any]]) -> li
 
 
 def keep_compiled_programs(directory: Path) -> None:
-    """Let JAX keep what it compiles in `directory`: the seeds of a variant, and a continued sweep, run the same programs."""
+    """Set JAX's compilation cache: the seeds of a variant, and a continued sweep, run the same programs."""
     jax.config.update("jax_compilation_cache_dir", str(directory.absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,12 +1,15 @@
-"""What a sweep found: for each variant and each quantity its values over the seeds, beside dense attention."""
+"""Results of a sweep: values of each variant and quantity over the seeds, beside dense attention."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dsa_jax.evals.parity import BEFORE, ROWS
 from dsa_jax.evals.spread import Spread
+from dsa_jax.run.files import RunError
 
 QUANTITIES = {
     "recall_accuracy": "recall accuracy",
@@ -15,12 +18,12 @@ QUANTITIES = {
     "keys_per_query": "keys per query",
     "indexer_recall": "share of the indexer's top-k kept",
 }
-"""Columns of the parity table by the words for them; tasks follow as `accuracy, <task>`."""
+"""Titles of the columns of the parity table; tasks follow as `accuracy, <task>`."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One line of the table: a variant, its place on the axis, its quantities, and the seeds that failed with their reasons."""
+    """One line of the table: a variant, its place on the axis, its quantities, and why seeds failed."""
 
     name: str
     place: int | float | None
@@ -28,8 +31,23 @@ class Answer:
     failures: tuple[str, ...] = ()
 
 
+def read_result(path: Path) -> dict[str, Any]:
+    """The content of a result file.
+
+    Raises:
+        RunError: where it cannot be read or is not one.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(result["runs"], list):
+            raise ValueError("its runs are not a list")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is no result of an ablation ({error}). Restore it or delete it.") from error
+    return result
+
+
 def quantities_of(row: Mapping[str, Any]) -> dict[str, float | None]:
-    """A row of the parity table by the words for its columns."""
+    """A row of the parity table by the titles of its columns."""
     found = {words: row.get(column) for column, words in QUANTITIES.items()}
     for task, result in (row.get("tasks") or {}).items():
         found[f"accuracy, {task.replace('_', ' ')}"] = result["accuracy"]
@@ -109,7 +127,7 @@ def format_markdown(result: Mapping[str, Any]) -> str:
 
 
 def environments(result: Mapping[str, Any]) -> list[str]:
-    """Each device with its versions that runs of the sweep ran on."""
+    """The devices and versions of the sweep's runs, each once."""
     found = [run["environment"] for run in result["runs"] if "environment" in run]
     texts = [
         f"{where['device']['count']} x {where['device']['kind']}, Python {where['python']}, "
@@ -120,6 +138,6 @@ def environments(result: Mapping[str, Any]) -> list[str]:
 
 
 def total_seconds(result: Mapping[str, Any]) -> float:
-    """Wall time of all training that the sweep rests on; what several runs share counts once."""
+    """Wall time of all training in seconds; training that several runs share counts once."""
     trained = {part["key"]: part["seconds"] for run in result["runs"] for part in run.get("trained", ())}
     return math.fsum(trained.values())

@@ -1,4 +1,4 @@
-"""What a sweep is: a question, a base recipe, and variants of it."""
+"""A sweep: a question, a base recipe, and variants of it."""
 
 import copy
 import hashlib
@@ -16,11 +16,10 @@ from dsa_jax.config.fields import flatten, set_field
 class Variant:
     """The base recipe with some fields changed.
 
-    Fields: `name` in table and plot; `settings` the changed fields by dotted path; `row` the row of the parity table that
-    answers for it (a key of `dsa_jax.evals.parity.ROWS`); `place` on the horizontal axis, None where variants have no order.
-    Variants with equal `settings` are one training run. `at_evaluation` are fields changed only once it is trained, and
-    `change_params` what is done to its parameters, which gets them and the model's config: a function of a module, known in the
-    results by its name.
+    Fields: `name` in table and plot; `settings` the changed fields by dotted path; `row` its row of the parity table (a key of
+    `dsa_jax.evals.parity.ROWS`); `place` on the horizontal axis, None where variants have no order. Variants with equal
+    `settings` share one training run. `at_evaluation` are fields changed after training only; `change_params` maps its
+    parameters and the model's config to other parameters: a function of a module, identified in the results by its name.
     """
 
     name: str
@@ -32,17 +31,17 @@ class Variant:
 
     @property
     def retains_run(self) -> bool:
-        """Whether the trained run is evaluated just as it is."""
+        """Whether the trained run is evaluated unchanged."""
         return not self.at_evaluation and self.change_params is None
 
 
 @dataclass
 class Ablation:
-    """A sweep. Its answer is one figure: the variants beside each other, every seed a point."""
+    """A sweep. Its result is one figure: the variants side by side, every seed a point."""
 
     name: str = "unnamed"
     question: str = ""  # heads the table and the plot
-    axis: str = "variant"  # what the variants differ in, with unit
+    axis: str = "variant"  # title of the differing setting, with unit
     seeds: tuple[int, ...] = (0, 1, 2)
     base: Config = field(default_factory=Config)
     variants: tuple[Variant, ...] = field(default=(), metadata={"flag": False})
@@ -60,7 +59,7 @@ class Ablation:
         return config
 
     def key(self, variant: Variant, seed: int) -> str:
-        """Ten letters that equal runs share, whatever they are called and whichever sweep they belong to."""
+        """Ten hexadecimal digits that equal runs share, whatever their names and sweeps."""
         own = run_key(self.config(variant, seed))
         if variant.retains_run:
             return own
@@ -71,7 +70,7 @@ class Ablation:
         """Check the sweep and the recipe of each variant.
 
         Raises:
-            ConfigError: naming what cannot work, and in which variant.
+            ConfigError: naming the fault and the variant.
         """
         if not self.variants or not self.seeds:
             raise ConfigError(f"ablation {self.name}: it has {len(self.variants)} variants and {len(self.seeds)} seeds.")
@@ -116,12 +115,12 @@ def evaluation_config(config: Config, variant: Variant) -> Config:
     return config
 
 
-# What a run is called and how often it writes do not change what it computes.
+# Names and logging intervals do not change what a run computes.
 _WITHOUT_EFFECT = ("log_every", "checkpoint_every", "keep_checkpoints")
 
 
 def run_key(config: Config) -> str:
-    """Ten letters that equal recipes share, whatever they are called."""
+    """Ten hexadecimal digits that equal recipes share, whatever their names."""
     changed = differences(config).items()
     return _digest({p: v for p, v in changed if p != "name" and p.rsplit(".", 1)[-1] not in _WITHOUT_EFFECT})
 
@@ -147,7 +146,7 @@ def dense_part(config: Config) -> Config | None:
 
 
 def after_dense(config: Config, dense_run: str) -> Config:
-    """What is left of a recipe once the run directory `dense_run` holds its dense part."""
+    """The rest of a recipe whose dense part is the run directory `dense_run`."""
     rest = copy.deepcopy(config)
     rest.train.pretrain = StageConfig()
     rest.init.checkpoint = dense_run

@@ -20,7 +20,8 @@ from dsa_jax.parallel.placement import current_mesh, with_shardings
 from dsa_jax.parallel.rules import check_divisible
 from dsa_jax.params import is_indexer_path, is_nsa_path, nested_parameters, parameter_paths
 from dsa_jax.run.checkpoints import CheckpointStore, newest_checkpoint
-from dsa_jax.run.directory import RunDirectory, RunError, find_run
+from dsa_jax.run.directory import RunDirectory, find_run
+from dsa_jax.run.files import RunError
 from dsa_jax.run.processes import on_main
 from dsa_jax.train.stages import stage_of, trained_attention
 

@@ -1,4 +1,4 @@
-"""Reading the metrics of finished steps: the policy on values that are not finite, and the log."""
+"""Metrics of finished steps: the policy on non-finite values, and the log."""
 
 import logging
 from dataclasses import dataclass
@@ -7,7 +7,8 @@ import jax
 
 from dsa_jax.config import Config, StageConfig
 from dsa_jax.run.checkpoints import latest_position
-from dsa_jax.run.directory import RunDirectory, RunError
+from dsa_jax.run.directory import RunDirectory
+from dsa_jax.run.files import RunError
 from dsa_jax.run.metrics import MetricsLog
 from dsa_jax.train.stages import Stage
 
@@ -22,7 +23,7 @@ class NotFiniteError(RunError):
 
 @dataclass
 class Judge:
-    """Reads the metrics of finished steps: decides on values that are not finite, and logs.
+    """Reads the metrics of finished steps, applies the policy on non-finite values, and logs.
 
     Attributes:
         saved_step: the last checkpoint of the stage; None before its first.

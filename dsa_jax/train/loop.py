@@ -1,4 +1,4 @@
-"""Running one stage: batches in, updates, logging, checkpoints and signals."""
+"""The training loop of one stage: batches, updates, logging, checkpoints and signals."""
 
 import logging
 from collections.abc import Callable
@@ -14,7 +14,8 @@ from dsa_jax.data import Batch, TrainData
 from dsa_jax.model import Transformer
 from dsa_jax.parallel.placement import place, place_batch, with_shardings
 from dsa_jax.run.checkpoints import CheckpointStore
-from dsa_jax.run.directory import RunDirectory, RunError
+from dsa_jax.run.directory import RunDirectory
+from dsa_jax.run.files import RunError
 from dsa_jax.run.metrics import MetricsLog
 from dsa_jax.run.processes import is_main, with_votes
 from dsa_jax.run.progress import Discard, Progress
@@ -28,7 +29,7 @@ _TOTALS = ("seconds", "compile_seconds", "tokens", "timed_tokens")
 
 
 class Training(NamedTuple):
-    """What the stages of a run share: `stop` is set by a signal, `metrics` is the run's log."""
+    """State that the stages of a run share: `stop` is set by a signal, `metrics` is the run's log."""
 
     run: RunDirectory
     config: Config
@@ -39,7 +40,7 @@ class Training(NamedTuple):
 
 
 class StageResult(NamedTuple):
-    """What a stage leaves: parameters, the report's words on this and earlier stages, and whether all steps were taken."""
+    """Result of one stage: parameters, report entries of this and earlier stages, and whether it completed."""
 
     params: dict[str, Any]
     summaries: dict[str, dict[str, Any]]
@@ -49,7 +50,7 @@ class StageResult(NamedTuple):
 def restore_state(
     store: CheckpointStore, step: int, params: Any, stage: Stage, config: StageConfig
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The state saved at `step`, bit for bit, and the notes saved with it. `params` gives the expected structure and shapes."""
+    """The state saved at `step`, bit for bit, and its metadata. `params` gives the expected structure and shapes."""
     abstract = with_shardings(jax.eval_shape(lambda p: init_state(p, stage, config), params))
     restored = store.restore(step, abstract)
     return restored.tree, restored.meta
@@ -63,17 +64,17 @@ def run_stage(
     resume_step: int | None,
     summaries: dict[str, dict[str, Any]],
 ) -> StageResult:
-    """Take the steps of `stage` from its start, or from its checkpoint `resume_step`, to its end or a stop request.
+    """Train `stage` from its start, or resume it at its checkpoint `resume_step`, to its end or a stop request.
 
-    Batches are a function of (seed, step), or follow the position in the text that is saved with the state, and the state is
-    restored bit for bit, so an interrupted and resumed stage equals an undisturbed one. On a stop request the step in progress
-    is finished and saved. With several processes a request to any one stops all of them, one step later.
+    Batches are a function of (seed, step), or of the position in the text that is saved with the state, and the state is
+    restored bit for bit, so a resumed stage equals an uninterrupted one. On a stop request the step in progress is finished and
+    saved. With several processes a request to any one stops all of them, one step later.
 
     Args:
-        training: what it shares with other stages; entries of its log after the resumed step are dropped.
+        training: shared state; entries of its log after the resumed step are dropped.
         stage: which stage.
-        params: parameters at the start of the stage, which consumes them: a second copy would not fit beside a large model.
-            With `resume_step` only their structure counts.
+        params: parameters at the start of the stage, donated: a second copy would not fit beside a large model. With
+            `resume_step` only their structure counts.
         resume_step: a valid checkpoint of this stage, or None.
         summaries: of the earlier stages: steps, seconds, compile_seconds, tokens, those timed without compilation, and final
             metrics by stage name.
@@ -81,7 +82,7 @@ def run_stage(
     Raises:
         NotFiniteError: by `train.nan_policy`.
         RunError: where there is no batch for a step; the steps before it are saved (by a single process).
-        CheckpointError: where saving or restoring fails.
+        StageCheckpointError: where saving or restoring fails.
     """
     config, data, stop = training.config, training.data, training.stop
     settings: StageConfig = getattr(config.train, stage.name)
@@ -91,7 +92,7 @@ def run_stage(
         else:
             stage_run = _resume(training, stage, store, params, resume_step)
         take_step = _make_step(training.model, stage, config)
-        flops: dict[int, float | None] = {}  # of a step, by the sequence lengths there were
+        flops: dict[int, float | None] = {}  # of a step, by sequence length
         with stage_run.progress:
             while stage_run.step < settings.steps and not stage_run.stops():
                 seq_len = settings.seq_len_at(stage_run.step)
@@ -99,10 +100,10 @@ def run_stage(
                 compiles = seq_len not in flops
                 if compiles:
                     flops[seq_len] = _step_flops(config.model, stage, settings.batch_size, seq_len)
-                    # Compiling keeps the host: the step before is not to wait for it, nor to be timed with it.
+                    # Compiling blocks the host: report the step before it first, so that its time excludes it.
                     stage_run.report()
                 stage_run.state, metrics = take_step(stage_run.state, place_batch(batch), stop.requested)
-                # Metrics are read a step late, so that the device need not wait for the host.
+                # Metrics are read one step late, so that the device does not wait for the host.
                 stage_run.report()
                 stage_run.step += 1
                 tokens = settings.batch_size * seq_len
@@ -116,7 +117,7 @@ def run_stage(
 
 
 class _Pending(NamedTuple):
-    """A step that was taken and whose metrics are still to be read; `flops` is None where they are not known."""
+    """A dispatched step whose metrics are still to be read; `flops` is None where unknown."""
 
     step: int
     metrics: dict[str, jax.Array]
@@ -126,9 +127,9 @@ class _Pending(NamedTuple):
 
 
 class _StageRun:
-    """A stage under way: the state after `step` steps, and what the log, the progress line and the checkpoints get of it.
+    """A stage in progress: the state after `step` steps, with its log, progress line and checkpoints.
 
-    `summaries` are those of earlier stages and, of this one, that of earlier processes.
+    `summaries` are those of earlier stages, and of this one that of earlier processes.
     """
 
     def __init__(
@@ -151,7 +152,7 @@ class _StageRun:
         self.pending: _Pending | None = None
 
     def stops(self) -> bool:
-        """Whether to stop before the next step: several processes go by the vote they have all read, so as to stop together."""
+        """Whether to stop before the next step: several processes stop together, by the vote that all have read."""
         return self.judge.stops if jax.process_count() > 1 else self.stop.requested
 
     def next_batch(self, seq_len: int) -> Batch:
@@ -168,7 +169,7 @@ class _StageRun:
             if jax.process_count() == 1 and self.step > 0:
                 self.save(position)
                 self.store.wait()
-                message += " The steps before it are saved; the same command goes on from there."
+                message += " The steps before it are saved; the same command continues from there."
             raise RunError(message) from error
 
     def report(self) -> None:
@@ -183,7 +184,7 @@ class _StageRun:
             self.metrics.log_timing(self.stage.name, pending.step, clock)
 
     def save(self, position: dict[str, Any] | None) -> None:
-        """Report, and save what is not saved; the `position` in the text is that after the batches taken."""
+        """Report, and save unless this step is saved; `position` is that in the text after the batches taken."""
         self.report()
         if self.step in (0, self.judge.saved_step):
             return
@@ -194,7 +195,7 @@ class _StageRun:
         self.progress.pause()
 
     def summary(self) -> dict[str, Any]:
-        """The report's words on this stage so far, earlier processes included."""
+        """The report entry of this stage so far, earlier processes included."""
         timing = self.progress.timing()
         totals = {name: self.before.get(name, 0) + getattr(timing, name) for name in _TOTALS}
         return {"steps": self.step, **totals, "final": self.judge.final}
@@ -226,7 +227,7 @@ def _resume(training: Training, stage: Stage, store: CheckpointStore, params: di
 def _make_step(
     model: Transformer, stage: Stage, config: Config
 ) -> Callable[[TrainState, Batch, bool], tuple[TrainState, dict[str, jax.Array]]]:
-    """The training step, which several processes take with their votes on whether to stop."""
+    """The training step; with several processes it also reduces their votes on whether to stop."""
     train_step = make_train_step(model, stage, config)
     return with_votes(train_step) if jax.process_count() > 1 else lambda state, batch, _: train_step(state, batch)
 
@@ -240,11 +241,11 @@ def _make_progress(stage: Stage, settings: StageConfig, step: int) -> Progress:
 
 
 def _first_batch(config: Config, stage: Stage) -> int:
-    """Number of the batch of step 0: a stage reads on where the one before stopped."""
+    """Index of the batch of step 0: a stage continues with the batches after those of the stage before."""
     return sum(getattr(config.train, name).steps for name in STAGE_ORDER[: STAGE_ORDER.index(stage.name)])
 
 
 def _step_flops(config: ModelConfig, stage: Stage, batch_size: int, seq_len: int) -> float | None:
-    """As the model of costs counts them; None for a warm-up and the baselines, which it does not cover."""
+    """FLOPs of a step by the cost model; None for a warm-up and the baselines, which it does not cover."""
     is_covered = stage.has_lm_loss and stage.attention in ("dense", "sparse")
     return batch_size * seq_len * training_flops_per_token(config, seq_len, stage.attention) if is_covered else None

@@ -1,4 +1,4 @@
-"""Next-token cross-entropy that never holds the logits of a whole batch at once."""
+"""Next-token cross-entropy in chunks, which never holds the logits of a whole batch."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -33,13 +33,13 @@ def token_loss(
 ) -> TokenLoss:
     """Cross-entropy of `unembed(hidden)` against `targets`, in float32, by chunks of positions recomputed in the backward pass.
 
-    Inside `per_device` all arguments are a device's own part: its rows, its positions, and of the vocabulary what it has along
-    `tensor`, from where only sums and maxima are fetched.
+    Inside `per_device` all arguments are a device's shards: its rows, its positions, and its part of the vocabulary along
+    `tensor`, over which only sums and maxima are reduced.
 
     Args:
         unembed: maps hidden states to logits.
         hidden: final hidden states.
-        targets: token ids; those outside the mask are ignored and may be anything.
+        targets: token ids, ignored outside the mask.
         mask: positions that count.
         vocab_size: width of the logits, which sets the chunk length.
     """
@@ -57,7 +57,7 @@ def token_loss(
         hidden, targets, mask = args
         logits = unembed(hidden).astype(jnp.float32)
         safe = jnp.where(mask, targets, 0)
-        # Sums and minima over the vocabulary, no lookup in it: where it is split over devices, logits are never gathered.
+        # Sums and minima over the vocabulary, no gather: where it is sharded, logits are never all-gathered.
         first = axis_index("tensor") * logits.shape[-1]
         token = first + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
         at_target = sum_over("tensor", jnp.sum(jnp.where(token == safe[..., None], logits, 0.0), axis=-1))
@@ -92,8 +92,8 @@ def forward_with_loss(
         unembed = lambda x: head_logits(x, kernel, dtype=model.dtype, scale=model.logits_scale)
         return token_loss(unembed, hidden, targets, mask, vocab_size=kernel.shape[1])
 
-    # The head is put together along `fsdp` once, and its gradient summed once, not for every chunk.
+    # The head is all-gathered along `fsdp`, and its gradient reduced, once and not for every chunk.
     results = TokenLoss._make([ROWS, ROWS])
-    spread = per_device(loss, in_specs=(ROWS, ROWS, ROWS, PartitionSpec(None, "tensor")), out_specs=results)
+    sharded = per_device(loss, in_specs=(ROWS, ROWS, ROWS, PartitionSpec(None, "tensor")), out_specs=results)
     targets, mask = jnp.asarray(batch.targets), jnp.asarray(batch.target_mask)
-    return output, spread(cast(jax.Array, output.hidden), targets, mask, kernel)
+    return output, sharded(cast(jax.Array, output.hidden), targets, mask, kernel)

@@ -14,7 +14,7 @@ MATRICES = ("kernel", "embedding")
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """Learning rate by 0-based update: linear warm-up, then `config.schedule` to `final_fraction` of it at `total_steps`.
 
-    The last update, number `total_steps` - 1, is one step away from that.
+    The last update, number `total_steps` - 1, is one step short of it.
     """
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
     decay_steps = max(total_steps - config.warmup_steps, 1)
@@ -39,7 +39,7 @@ def _is_matrix(path: str) -> bool:
 
 def _muon_dimensions(path: str, leaf: jax.Array | optax.MaskedNode) -> optax.contrib.MuonDimensionNumbers | None:
     """Hidden matrices `[..., in, out]` are orthogonalised, one by one where they are stacked; embedding and head are not."""
-    if isinstance(leaf, optax.MaskedNode):  # optax asks again with the leaves that are not Muon's masked
+    if isinstance(leaf, optax.MaskedNode):  # optax calls again with the leaves of AdamW masked
         return None
     hidden = path.endswith("/kernel") and not path.startswith("lm_head/")
     return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) if hidden else None
@@ -65,7 +65,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
             muon_weight_dimension_numbers=lambda params: _by_path(params, _muon_dimensions),
             consistent_rms=0.2,
         )
-        # Not Muon's own branch for the rest, which decays biases or nothing and looks ahead as Nesterov does.
+        # Not Muon's own branch for the rest, which decays biases or nothing and uses Nesterov momentum.
         label = lambda path, leaf: "adamw" if _muon_dimensions(path, leaf) is None else "muon"
         update = optax.partition({"muon": hidden, "adamw": update}, lambda params: _by_path(params, label))
     if not config.clip_norm:

@@ -20,10 +20,10 @@ Params = dict[str, Any]
 
 
 class TrainState(NamedTuple):
-    """What a stage carries from step to step; all of it is checkpointed.
+    """State of a stage between steps; all of it is checkpointed.
 
-    `step` counts batches consumed, `skipped` those whose update was dropped because it was not finite, `skipped_in_a_row`
-    the current run of them. The optimizer holds state for the trainable parameters only.
+    `step` counts batches, `skipped` the updates dropped because they were not finite, `skipped_in_a_row` the current run of
+    them. The optimizer holds state for the trainable parameters only.
     """
 
     params: Params
@@ -34,7 +34,7 @@ class TrainState(NamedTuple):
 
 
 class _Totals(NamedTuple):
-    """Denominators of a whole batch, so that micro-batches add up to it whatever their padding."""
+    """Denominators of a whole batch: micro-batches sum to it, however their padding differs."""
 
     targets: jax.Array
     queries: jax.Array
@@ -42,7 +42,7 @@ class _Totals(NamedTuple):
 
 
 def init_state(params: Params, stage: Stage, config: StageConfig) -> TrainState:
-    """A fresh state at step 0; the optimizer starts anew at each stage."""
+    """A state at step 0 with fresh optimizer state."""
     trainable, _ = split_parameters(params, stage.trains)
     counters = (jnp.zeros((), jnp.int32) for _ in range(3))  # one buffer each, since the step donates them
     return TrainState(params, make_optimizer(config.optimizer, config.steps).init(trainable), *counters)
@@ -59,7 +59,7 @@ def make_train_step(model: Transformer, stage: Stage, config: Config) -> Callabl
 
     Losses are means over the valid positions of the whole batch: the LM loss over its targets, the KL over its queries (then
     summed over layers). Each micro-batch contributes sums divided by the whole batch's counts, so accumulating over
-    micro-batches computes the large batch's gradient. An update that is not finite leaves parameters and optimizer alone.
+    micro-batches computes the large batch's gradient. An update that is not finite changes neither parameters nor optimizer.
 
     Metrics (scalars, float32): `loss` and `accuracy` where the stage has an LM loss, `kl` (summed over layers)
     and `kl_layers` where the indexer learns, `balance_loss` and `expert_load_max` (largest share of a layer's tokens times
@@ -103,7 +103,7 @@ def make_train_step(model: Transformer, stage: Stage, config: Config) -> Callabl
         grad_fn = jax.grad(loss_fn, has_aux=True)
         if stage_config.accumulation == 1:
             return grad_fn(trainable, frozen, batch, totals)
-        # Every n-th row, so that each micro-batch lies on all devices that the batch lies on.
+        # Every n-th row, so that each micro-batch is sharded over the same devices as the batch.
         micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, stage_config.accumulation, *x.shape[1:]), 1, 0), batch)
 
         def add(carry: Any, part: Batch) -> tuple[Any, None]:

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dsa_jax.extras import MissingExtraError
-from dsa_jax.run.directory import atomic_write_text
+from dsa_jax.extras import import_extra
+from dsa_jax.run.files import atomic_write_text
 
 FOLDER = Path(__file__).parent
 NAMES = ("indexer", "retrofit", "parity", "costs", "ablations")
@@ -23,16 +23,12 @@ def build(name: str) -> float:
         MissingExtraError: when the `notebooks` extra is not installed, with the command that installs it.
         nbclient.exceptions.CellExecutionError: when a cell fails; nothing is written.
     """
-    try:
-        import jupytext
-        from nbclient import NotebookClient
-    except ImportError as error:
-        raise MissingExtraError("notebooks need jupytext and nbclient. Run: pip install 'dsa-jax[notebooks]'") from error
+    jupytext, nbclient = (import_extra(name, extra="notebooks", purpose="a notebook") for name in ("jupytext", "nbclient"))
     started = time.perf_counter()
     notebook: Any = jupytext.read(FOLDER / f"{name}.py", fmt="py:percent")
     # In the kernel the repository is the working directory, so that nothing in the outputs names another.
     resources = {"metadata": {"path": str(FOLDER.parents[1])}}
-    NotebookClient(notebook, timeout=900, kernel_name="python3", resources=resources, record_timing=False).execute()
+    nbclient.NotebookClient(notebook, timeout=900, kernel_name="python3", resources=resources, record_timing=False).execute()
     notebook.metadata = {
         "jupytext": {"formats": "ipynb,py:percent"},
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},

@@ -94,7 +94,7 @@ figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center"
 
 
 def found(mask):
-    """Which questions of the batch have their record selected, [rows, questions]."""
+    """Mask of the questions whose record is selected, [rows, questions]."""
     return np.take_along_axis(mask[:, questions], asked[..., None], axis=-1)[..., 0]
 
 

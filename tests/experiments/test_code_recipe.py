@@ -1,7 +1,7 @@
 """The recipes for one GPU, configs/h200_code_8k.py and its continuation, at the size for a CPU."""
 
 from dsa_jax.retrofit import retrofit
-from experiments.flags import load_config
+from experiments.recipes import load_config
 from tests.dsa_jax.conftest import compile_quickly
 
 __all__ = ["compile_quickly"]  # two models and three stages each: most of the time is compilation

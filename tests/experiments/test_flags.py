@@ -8,8 +8,9 @@ from absl import flags
 
 from dsa_jax.config import Config, ConfigError
 from dsa_jax.extras import MissingExtraError
-from dsa_jax.run.directory import RunError
-from experiments.flags import _walk, define_config, load_config, parse_flags, parse_value, run_main
+from dsa_jax.run.files import RunError
+from experiments.flags import ConfigFlag, parse_flags, run_main
+from experiments.recipes import load_config, parse_value, recipe_fields
 
 RECIPE = """
 from dsa_jax.config import Config
@@ -30,7 +31,7 @@ def recipe(tmp_path):
 
 def parse(*arguments, default=None):
     values = flags.FlagValues()
-    holder = define_config(default, flag_values=values)
+    holder = ConfigFlag(default, flag_values=values)
     parse_flags(["command", *arguments], values)
     return holder.value
 
@@ -80,7 +81,7 @@ def test_overrides(recipe, arguments, field, expected):
 
 def test_overrides_before_the_recipe_and_each_value_is_new(recipe):
     values = flags.FlagValues()
-    holder = define_config(flag_values=values)
+    holder = ConfigFlag(flag_values=values)
     parse_flags(["command", "--config.seed=9", f"--config={recipe}"], values)
     first = holder.value
     first.seed = 1
@@ -125,7 +126,7 @@ def test_unknown_names_exit_with_2_and_the_nearest(capsys, arguments, message):
 
 
 def test_every_field_round_trips_through_its_flag(recipe):
-    for name, kind, default, _ in _walk(Config):
+    for name, kind, default, _ in recipe_fields(Config):
         assert parse_value(name, str(default), kind) == default, name
 
 
@@ -145,7 +146,7 @@ def test_missing_recipe_lists_the_available_ones(recipe, monkeypatch):
     ("name", "text", "message"),
     [
         ("a.py", "x = 1", r"has no function get_config"),
-        ("a.py", "def get_config(arg=''): return {}", r"returned a dict; expected a dsa_jax\.config\.Config"),
+        ("a.py", "def get_config(arg=''): return {}", r"returned a dict; expected a dsa_jax\.config\.recipe\.Config"),
         ("a.txt", "", r"is no Python file"),
         ("a.py:small", "def get_config(): return None", r"takes no argument\. Leave out ':small'"),
         ("a.py:x", "def get_config(arg=''): raise ValueError('no such size')", r"a\.py:x: no such size"),
@@ -178,10 +179,10 @@ def test_file_that_is_no_recipe(tmp_path, name, text, message):
 
 MAIN = """
 import sys
-from experiments.flags import define_config, run_main
+from experiments.flags import ConfigFlag, run_main
 from dsa_jax.config import ConfigError
-from dsa_jax.run.directory import RunError
-CONFIG = define_config()
+from dsa_jax.run.files import RunError
+CONFIG = ConfigFlag()
 
 def main(argv):
     config = CONFIG.value
@@ -230,7 +231,7 @@ def test_command_line_as_a_user_sees_it(command):
 
 def test_help_lists_every_field_with_its_comment(command):
     text = " ".join(command("--helpfull").stdout.split())
-    for name, *_ in _walk(Config):
+    for name, *_ in recipe_fields(Config):
         assert f"--config.{name}:" in text
     assert "--config.model.attention.indexer.topk: a whole number, 2048 unless the recipe sets it. k in the paper" in text
 

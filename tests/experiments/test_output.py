@@ -5,14 +5,14 @@ import json
 import pytest
 from absl import flags
 
-from dsa_jax.run.directory import RunError
-from experiments.output import define_output
+from dsa_jax.run.files import RunError
+from experiments.output import OutputFlag
 from tests.experiments.commands import finish, start
 
 
 def output(path):
     values = flags.FlagValues()
-    flag = define_output("Where to.", flag_values=values)
+    flag = OutputFlag("Where to.", flag_values=values)
     values(["command", f"--output={path}"])
     return flag
 

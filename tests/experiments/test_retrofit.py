@@ -84,7 +84,7 @@ def test_wrong_inputs_end_in_one_clear_line(recipe, tmp_path, name):
     np.save(places["floats"], np.ones(100))
     if name == "another-config":
         from dsa_jax.run.directory import open_run
-        from experiments.flags import load_config
+        from experiments.recipes import load_config
 
         open_run(places["other"], load_config(str(recipe))).checkpoint_dir("pretrain").joinpath("2").mkdir(parents=True)
     process = retrofit(recipe, tmp_path / "run", *(argument.format(**places) for argument in arguments))

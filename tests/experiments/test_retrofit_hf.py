@@ -12,7 +12,7 @@ from dsa_jax.checkpoints.convert import to_hf, to_run
 from dsa_jax.checkpoints.from_hf import export_checkpoint, resolve_checkpoint
 from dsa_jax.config import Config, ConfigError
 from dsa_jax.params import is_indexer_path, parameter_paths
-from dsa_jax.run.directory import RunError
+from dsa_jax.run.files import RunError
 from tests.dsa_jax.model.small import small_config
 from tests.experiments.commands import finish, start
 

@@ -33,7 +33,7 @@ from dsa_jax.checkpoints.pretrained import Pretrained
 from dsa_jax.config.checks import ConfigError
 from dsa_jax.config.model import FP8_BLOCKS, PLAIN, IndexerConfig, ModelConfig, NSAConfig
 from dsa_jax.model import Transformer, abstract_params, build_model, init_params
-from dsa_jax.parallel.placement import placement_on, spread
+from dsa_jax.parallel.placement import placement_on, shard
 from dsa_jax.parallel.rules import check_divisible
 from dsa_jax.params import (
     BLOCK_SCALES,
@@ -197,7 +197,7 @@ def _with_auto_axes(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
 
 
 def _put(value: Any, path: str, where: Placement | None) -> jax.Array:
-    return jax.device_put(value) if where is None else spread(value, where(path))
+    return jax.device_put(value) if where is None else shard(value, where(path))
 
 
 def _attach(config: ModelConfig, indexer: IndexerConfig, directory: Path) -> None:

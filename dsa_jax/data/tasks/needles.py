@@ -1,4 +1,4 @@
-"""Needles in a haystack: find the one place of a long row that holds what a question asks for.
+"""Needles in a haystack: find the one place of a long row that holds the answer to a question.
 
 `passkey` hides one needle and asks for it once. `multi_needle` hides several and asks for some of them, over and over; the
 others distract. Both follow RULER (arXiv 2404.06654) with a needle shrunk to one token, a record of recall that stands for a
@@ -7,65 +7,35 @@ associative recall (Zoology, arXiv 2312.04927): key and value are two tokens, so
 induction head. A question is a key, its answer the key's value; a model that reads nothing scores 1 / n_values.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 from jaxtyping import Int
 
 from dsa_jax.data.batch import Batch
-from dsa_jax.data.tasks.setting import (
-    Setting,
-    blank_rows,
-    draw_keys,
-    draw_places,
-    first_places,
-    make_frame,
-    n_questions,
-    require_keys,
-)
+from dsa_jax.data.tasks.setting import Draw, Setting, ask, first_places
 
 N_DEPTHS = 4
-"""Equal stretches of the row before its first question, by which results are told apart."""
+"""Number of equal stretches of the row before its first question, by which results are grouped."""
 
 
-class _Needles(NamedTuple):
-    task: str
-    n_needles: int
-    n_asked: int
-    n_questions: int
-    width: int  # tokens of a needle: 1 is a record, 2 a key and its value
-
-
-def passkey_rows(setting: Setting, rng: np.random.Generator, *, n_rows: int, seq_len: int) -> Batch:
+def passkey_rows(draw: Draw) -> Batch:
     """Rows with one record anywhere in the body and its key as the last token, the only question.
 
     A row has one value only: a model that answers with the value it saw, whatever the key, is right.
-
-    Raises:
-        ConfigError: if the row is too short.
     """
-    return _needle_rows(_Needles("passkey", 1, 1, 1, 1), setting, rng, n_rows, seq_len)
+    return _needle_rows(draw, n_needles=1, n_asked=1, n_questions=1, width=1)
 
 
-def multi_needle_rows(setting: Setting, rng: np.random.Generator, *, n_rows: int, seq_len: int) -> Batch:
-    """Rows with `n_needles` records, of which `n_asked` are asked for with replacement, each equally often on average.
-
-    Raises:
-        ConfigError: if the row is too short or there are too few keys.
-    """
-    n = _count(setting, seq_len)
-    asked = min(setting.sizes.n_asked, n)
-    return _needle_rows(_Needles("multi_needle", n, asked, n_questions(setting, seq_len), 1), setting, rng, n_rows, seq_len)
+def multi_needle_rows(draw: Draw) -> Batch:
+    """Rows with `n_needles` records, of which `n_asked` are asked for with replacement, each equally often on average."""
+    n = _n_needles(draw)
+    n_asked = min(draw.setting.sizes.n_asked, n)
+    return _needle_rows(draw, n_needles=n, n_asked=n_asked, n_questions=draw.n_questions, width=1)
 
 
-def mqar_rows(setting: Setting, rng: np.random.Generator, *, n_rows: int, seq_len: int) -> Batch:
-    """Rows with `n_needles` pairs of a key and, right after it, its value; every key may be asked for.
-
-    Raises:
-        ConfigError: if the row is too short or there are too few keys.
-    """
-    n = _count(setting, seq_len)
-    return _needle_rows(_Needles("mqar", n, n, n_questions(setting, seq_len), 2), setting, rng, n_rows, seq_len)
+def mqar_rows(draw: Draw) -> Batch:
+    """Rows with `n_needles` pairs of a key and, right after it, its value; every key may be asked for."""
+    n = _n_needles(draw)
+    return _needle_rows(draw, n_needles=n, n_asked=n, n_questions=draw.n_questions, width=2)
 
 
 def record_depths(setting: Setting, batch: Batch) -> Int[np.ndarray, "B T"]:
@@ -80,32 +50,30 @@ def pair_depths(setting: Setting, batch: Batch) -> Int[np.ndarray, "B T"]:
     return _depths(setting, batch, first_places(batch, setting.symbols.first_key, setting.symbols.n_keys))
 
 
-def _count(setting: Setting, seq_len: int) -> int:
-    return max(1, min(setting.sizes.n_needles, seq_len // setting.symbols.tokens_per_record))
+def _n_needles(draw: Draw) -> int:
+    return max(1, min(draw.setting.sizes.n_needles, draw.seq_len // draw.setting.symbols.tokens_per_record))
 
 
-def _needle_rows(needles: _Needles, setting: Setting, rng: np.random.Generator, n_rows: int, seq_len: int) -> Batch:
-    task, n, width, symbols = needles.task, needles.n_needles, needles.width, setting.symbols
-    require_keys(task, setting, n, f"{n} needles")
-    frame = make_frame(task, seq_len, n_questions=needles.n_questions, n_needed=n * width)
-    batch = blank_rows(task, setting, rng, n_rows, frame)
+def _needle_rows(draw: Draw, *, n_needles: int, n_asked: int, n_questions: int, width: int) -> Batch:
+    """Rows with needles of `width` tokens: 1 is a record, 2 a key and its value."""
+    symbols = draw.setting.symbols
+    draw.require_keys(n_needles, f"{n_needles} needles")
+    frame = draw.frame(n_questions=n_questions, n_needed=n_needles * width)
+    batch = draw.fillers()
 
-    keys = draw_keys(setting, rng, n_rows, n)
-    values = rng.integers(symbols.n_values, size=(n_rows, n))
-    places = draw_places(rng, frame, n_rows, n, width)
-    row = np.arange(n_rows)[:, None]
+    keys = draw.subset(symbols.n_keys, n_needles)
+    values = draw.rng.integers(symbols.n_values, size=keys.shape)
+    places = draw.places(frame, n_needles, width)
+    row = np.arange(draw.n_rows)[:, None]
     if width == 1:
         batch.input_ids[row, places] = symbols.first_record + keys * symbols.n_values + values
     else:
         batch.input_ids[row, places] = symbols.first_key + keys
         batch.input_ids[row, places + 1] = symbols.first_value + values
 
-    candidates = rng.permuted(np.tile(np.arange(n), (n_rows, 1)), axis=1)[:, : needles.n_asked]
-    asked = candidates[row, rng.integers(needles.n_asked, size=(n_rows, needles.n_questions))]
-    batch.input_ids[:, frame.first_question :] = symbols.first_key + keys[row, asked]
-    batch.targets[:, frame.first_question :] = symbols.first_value + values[row, asked]
-    batch.target_mask[:, frame.first_question :] = True
-    return batch
+    candidates = draw.subset(n_needles, n_asked)
+    asked = candidates[row, draw.rng.integers(n_asked, size=(draw.n_rows, n_questions))]
+    return ask(batch, frame, symbols.first_key + keys[row, asked], symbols.first_value + values[row, asked])
 
 
 def _depths(setting: Setting, batch: Batch, place_of_key: Int[np.ndarray, "B K"]) -> Int[np.ndarray, "B T"]:

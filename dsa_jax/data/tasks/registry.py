@@ -1,7 +1,7 @@
 """The synthetic tasks by name: one list for training mixtures, evaluation, ablations and notebooks."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -9,79 +9,64 @@ from jaxtyping import Int
 from dsa_jax.config import TASKS as TASK_NAMES
 from dsa_jax.config.checks import one_of
 from dsa_jax.data.batch import Batch
-from dsa_jax.data.tasks.needles import (
-    N_DEPTHS,
-    mqar_rows,
-    multi_needle_rows,
-    pair_depths,
-    passkey_rows,
-    record_depths,
-)
+from dsa_jax.data.tasks.needles import N_DEPTHS, mqar_rows, multi_needle_rows, pair_depths, passkey_rows, record_depths
 from dsa_jax.data.tasks.recall import recall_rows
-from dsa_jax.data.tasks.setting import Setting
+from dsa_jax.data.tasks.setting import Draw, Setting
 from dsa_jax.data.tasks.variables import variable_hops, variable_tracking_rows
 from dsa_jax.data.tasks.words import answer_ranks, common_words_rows, frequent_words_rows
-
-
-class Rows(Protocol):
-    """Draws `n_rows` (zero allowed: sizes are checked all the same) independent rows of `seq_len` tokens from `rng`.
-
-    Each row is one segment with targets at its answers only; the same state of `rng` gives the same bits.
-
-    Raises:
-        ConfigError: if rows of that length cannot be made.
-    """
-
-    def __call__(self, setting: Setting, rng: np.random.Generator, *, n_rows: int, seq_len: int) -> Batch:
-        """The rows."""
-        ...
 
 
 class Task(NamedTuple):
     """One synthetic task.
 
     Attributes:
-        rows: draws rows.
-        groups: of each target, by which results are told apart: 0 to `n_groups` - 1; -1 where there is no target.
+        name: as in the config.
+        make: draws rows with targets at their answers only, each one segment; ConfigError where rows of that length cannot be
+            made, also for no rows.
+        groups: group of each target, by which results are split: 0 to `n_groups` - 1; -1 where there is no target.
         grouping: what the groups are: depth (stretch of the row that holds the needle), hops, or rank.
         n_groups: how many there are.
-        chance: accuracy of the best answer that is always the same.
+        chance: accuracy of the best constant answer.
         summary: what the accuracy is a share of, for readers of a table.
     """
 
-    rows: Rows
+    name: str
+    make: Callable[[Draw], Batch]
     groups: Callable[[Setting, Batch], Int[np.ndarray, "B T"]]
     grouping: str
     n_groups: Callable[[Setting], int]
     chance: Callable[[Setting], float]
     summary: str
 
-
-def _recall(setting: Setting, rng: np.random.Generator, *, n_rows: int, seq_len: int) -> Batch:
-    return recall_rows(setting.symbols, rng, n_rows=n_rows, seq_len=seq_len)
+    def rows(self, setting: Setting, rng: np.random.Generator, *, n_rows: int, seq_len: int) -> Batch:
+        """Rows from `rng`, whose state decides every bit of them."""
+        return self.make(Draw(self.name, setting, rng, n_rows, seq_len))
 
 
 def _one_value(setting: Setting) -> float:
     return 1.0 / setting.symbols.n_values
 
 
-def _one_word(setting: Setting) -> float:
-    return 1.0 / setting.symbols.n_keys
+def _by_depth(name: str, make: Callable[[Draw], Batch], summary: str, groups: Callable[..., Any] = record_depths) -> Task:
+    return Task(name, make, groups, "depth", lambda _: N_DEPTHS, _one_value, summary)
 
 
-def _n_depths(setting: Setting) -> int:
-    del setting
-    return N_DEPTHS
+def _by_rank(name: str, make: Callable[[Draw], Batch], summary: str) -> Task:
+    one_word = lambda setting: 1.0 / setting.symbols.n_keys
+    return Task(name, make, answer_ranks, "rank", lambda setting: setting.sizes.n_answers, one_word, summary)
 
 
-TASKS = {
-    "recall": Task(_recall, record_depths, "depth", _n_depths, _one_value, "queries answered, every record asked for"),
-    "mqar": Task(mqar_rows, pair_depths, "depth", _n_depths, _one_value, "keys whose value, the token behind, was found"),
-    "passkey": Task(passkey_rows, record_depths, "depth", _n_depths, _one_value, "rows whose only record was found"),
-    "multi_needle": Task(
-        multi_needle_rows, record_depths, "depth", _n_depths, _one_value, "queries answered, with records that nobody asks for"
-    ),
-    "variable_tracking": Task(
+def _recall_rows(draw: Draw) -> Batch:
+    return recall_rows(draw.setting.symbols, draw.rng, n_rows=draw.n_rows, seq_len=draw.seq_len)
+
+
+_TASKS = (
+    _by_depth("recall", _recall_rows, "queries answered, every record asked for"),
+    _by_depth("mqar", mqar_rows, "keys whose value, the token behind, was found", pair_depths),
+    _by_depth("passkey", passkey_rows, "rows whose only record was found"),
+    _by_depth("multi_needle", multi_needle_rows, "queries answered, with records that nobody asks for"),
+    Task(
+        "variable_tracking",
         variable_tracking_rows,
         variable_hops,
         "hops",
@@ -89,24 +74,16 @@ TASKS = {
         _one_value,
         "variables traced back through a chain of assignments to their value",
     ),
-    "common_words": Task(
+    _by_rank(
+        "common_words",
         common_words_rows,
-        answer_ranks,
-        "rank",
-        lambda setting: setting.sizes.n_answers,
-        _one_word,
         "most frequent words listed right, from counts close together: every token of the row matters",
     ),
-    "frequent_words": Task(
-        frequent_words_rows,
-        answer_ranks,
-        "rank",
-        lambda setting: setting.sizes.n_answers,
-        _one_word,
-        "most frequent words listed right, from counts that fall steeply",
-    ),
-}
-assert tuple(TASKS) == TASK_NAMES
+    _by_rank("frequent_words", frequent_words_rows, "most frequent words listed right, from counts that fall steeply"),
+)
+SYNTHETIC_TASKS = {task.name: task for task in _TASKS}
+"""By name, in the order of `dsa_jax.config.TASKS`."""
+assert tuple(SYNTHETIC_TASKS) == TASK_NAMES
 
 
 def get_task(name: str) -> Task:
@@ -116,4 +93,4 @@ def get_task(name: str) -> Task:
         ConfigError: for an unknown one, with the nearest name.
     """
     one_of("the task", name, TASK_NAMES)
-    return TASKS[name]
+    return SYNTHETIC_TASKS[name]

@@ -10,36 +10,23 @@ import numpy as np
 from jaxtyping import Int
 
 from dsa_jax.data.batch import Batch
-from dsa_jax.data.tasks.setting import (
-    Setting,
-    blank_rows,
-    draw_keys,
-    draw_places,
-    first_places,
-    make_frame,
-    n_questions,
-    require_keys,
-)
+from dsa_jax.data.tasks.setting import Draw, Setting, ask, first_places
 
 
-def variable_tracking_rows(setting: Setting, rng: np.random.Generator, *, n_rows: int, seq_len: int) -> Batch:
-    """Rows with `n_chains` chains of `n_hops` + 1 assignments; any variable may be asked for.
-
-    Raises:
-        ConfigError: if the row is too short or there are too few keys, which name the variables.
-    """
-    task, symbols = "variable_tracking", setting.symbols
-    n_chains, length = setting.sizes.n_chains, setting.sizes.n_hops + 1
+def variable_tracking_rows(draw: Draw) -> Batch:
+    """Rows with `n_chains` chains of `n_hops` + 1 assignments; any variable may be asked for."""
+    symbols, sizes, rng = draw.setting.symbols, draw.setting.sizes, draw.rng
+    n_rows, n_chains, length = draw.n_rows, sizes.n_chains, sizes.n_hops + 1
     n = n_chains * length
-    require_keys(task, setting, n, f"{n_chains} chains of {length} variables")
-    frame = make_frame(task, seq_len, n_questions=n_questions(setting, seq_len), n_needed=2 * n)
-    batch = blank_rows(task, setting, rng, n_rows, frame)
+    draw.require_keys(n, f"{n_chains} chains of {length} variables")
+    frame = draw.frame(n_questions=draw.n_questions, n_needed=2 * n)
+    batch = draw.fillers()
 
-    names = symbols.first_key + draw_keys(setting, rng, n_rows, n).reshape(n_rows, n_chains, length)
+    names = symbols.first_key + draw.subset(symbols.n_keys, n).reshape(n_rows, n_chains, length)
     values = symbols.first_value + rng.integers(symbols.n_values, size=(n_rows, n_chains))
     sources = np.concatenate([values[:, :, None], names[:, :, :-1]], axis=2)
-    places = draw_places(rng, frame, n_rows, n, 2)
-    # Which chain each assignment belongs to, in the order of the row, and how far down that chain it is.
+    places = draw.places(frame, n, 2)
+    # The chain of each assignment, in the order of the row, and its index in that chain.
     chain = rng.permuted(np.tile(np.repeat(np.arange(n_chains), length), (n_rows, 1)), axis=1)
     so_far = np.cumsum(chain[:, :, None] == np.arange(n_chains), axis=1)
     row = np.arange(n_rows)[:, None]
@@ -47,11 +34,8 @@ def variable_tracking_rows(setting: Setting, rng: np.random.Generator, *, n_rows
     batch.input_ids[row, places] = names[row, chain, link]
     batch.input_ids[row, places + 1] = sources[row, chain, link]
 
-    asked = rng.integers(n, size=(n_rows, seq_len - frame.first_question))
-    batch.input_ids[:, frame.first_question :] = names[row, asked // length, asked % length]
-    batch.targets[:, frame.first_question :] = values[row, asked // length]
-    batch.target_mask[:, frame.first_question :] = True
-    return batch
+    asked = rng.integers(n, size=(n_rows, draw.n_questions))
+    return ask(batch, frame, names[row, asked // length, asked % length], values[row, asked // length])
 
 
 def variable_hops(setting: Setting, batch: Batch) -> Int[np.ndarray, "B T"]:

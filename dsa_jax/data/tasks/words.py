@@ -12,7 +12,7 @@ no better. What is left is an estimate from a sample of k words, whose counts er
 together, so that they do not. Several layers can add up more than k keys between them, but only by another algorithm than the
 one that dense attention has taught them. The failure is the finding: these tasks say what a budget of k cannot do.
 
-The loss is a mean over targets. A row here has `n_answers` of them, a row of needles up to `n_queries`, so words weigh little
+The loss is a mean over targets. A row here has `n_answers` of them, a row of needles up to `n_queries`, so words count little
 in a mixture with needles unless they have most of its rows.
 """
 
@@ -21,41 +21,37 @@ from jaxtyping import Int
 
 from dsa_jax.config import ConfigError
 from dsa_jax.data.batch import Batch
-from dsa_jax.data.tasks.setting import Frame, Setting, blank_rows, draw_keys, make_frame, require_keys
+from dsa_jax.data.tasks.setting import Draw, Frame, Setting, ask
 
 ZIPF_EXPONENT = 2.0
 """The word of rank r occurs in proportion to r to the minus this, as in RULER."""
 
 
-def common_words_rows(setting: Setting, rng: np.random.Generator, *, n_rows: int, seq_len: int) -> Batch:
-    """Rows in which every key occurs: the n = `n_answers` words to list n + 1, n, ..., 2 times as often as each other one.
-
-    Raises:
-        ConfigError: if the row is too short for these counts, or there is no other word.
-    """
-    n, n_words = setting.sizes.n_answers, setting.symbols.n_keys
+def common_words_rows(draw: Draw) -> Batch:
+    """Rows in which every key occurs: the n = `n_answers` words to list n + 1, n, ..., 2 times as often as each other one."""
+    n, n_words = draw.setting.sizes.n_answers, draw.setting.symbols.n_keys
     weights = np.ones(n_words, np.int64)
     weights[:n] = np.arange(n + 1, 1, -1)[:n_words]
-    frame = _frame("common_words", setting, seq_len, n_needed=int(weights.sum()))
-    return _word_rows("common_words", setting, rng, n_rows, frame, weights * (frame.n_places // int(weights.sum())))
+    frame = _frame(draw, n_needed=int(weights.sum()))
+    return _word_rows(draw, frame, weights * (frame.n_places // int(weights.sum())))
 
 
-def frequent_words_rows(setting: Setting, rng: np.random.Generator, *, n_rows: int, seq_len: int) -> Batch:
+def frequent_words_rows(draw: Draw) -> Batch:
     """Rows in which counts fall with rank like a Zipf law of exponent 2, so that the first word makes up more than half.
 
     Raises:
-        ConfigError: if the row is too short for the counts of the listed words to differ, or there is no other word.
+        ConfigError: also if the row is too short for the counts of the listed words to differ.
     """
-    weights = np.arange(1, setting.symbols.n_keys + 1, dtype=np.float64) ** -ZIPF_EXPONENT
-    frame = _frame("frequent_words", setting, seq_len, n_needed=1)
+    weights = np.arange(1, draw.setting.symbols.n_keys + 1, dtype=np.float64) ** -ZIPF_EXPONENT
+    frame = _frame(draw, n_needed=1)
     counts = np.floor(frame.n_places * weights / weights.sum()).astype(np.int64)
-    n = setting.sizes.n_answers
+    n = draw.setting.sizes.n_answers
     if np.any(np.diff(counts[: n + 1]) >= 0):
         raise ConfigError(
-            f"frequent_words: a row of {seq_len} tokens has counts {counts[: n + 1].tolist()} for its first words; expected "
+            f"{draw.task}: a row of {draw.seq_len} tokens has counts {counts[: n + 1].tolist()} for its first words; expected "
             f"each below the one before. Use longer rows, or lower data.task.n_answers ({n})."
         )
-    return _word_rows("frequent_words", setting, rng, n_rows, frame, counts)
+    return _word_rows(draw, frame, counts)
 
 
 def answer_ranks(setting: Setting, batch: Batch) -> Int[np.ndarray, "B T"]:
@@ -64,27 +60,19 @@ def answer_ranks(setting: Setting, batch: Batch) -> Int[np.ndarray, "B T"]:
     return np.where(batch.target_mask, np.cumsum(batch.target_mask, axis=1) - 1, -1)
 
 
-def _frame(task: str, setting: Setting, seq_len: int, *, n_needed: int) -> Frame:
-    n = setting.sizes.n_answers
-    require_keys(task, setting, n + 1, f"{n} words to list and at least one other")
-    return make_frame(task, seq_len, n_questions=n, n_needed=n_needed)
+def _frame(draw: Draw, *, n_needed: int) -> Frame:
+    n = draw.setting.sizes.n_answers
+    draw.require_keys(n + 1, f"{n} words to list and at least one other")
+    return draw.frame(n_questions=n, n_needed=n_needed)
 
 
-def _word_rows(
-    task: str, setting: Setting, rng: np.random.Generator, n_rows: int, frame: Frame, counts: Int[np.ndarray, " K"]
-) -> Batch:
+def _word_rows(draw: Draw, frame: Frame, counts: Int[np.ndarray, " K"]) -> Batch:
     """Rows whose word of rank r occurs `counts[r]` times; fillers take the places left."""
-    batch = blank_rows(task, setting, rng, n_rows, frame)
-    words = setting.symbols.first_key + draw_keys(setting, rng, n_rows, counts.size)
-    n_words = int(counts.sum())
-    # Ranks in a random order per row; the places behind them keep their fillers, and the last permutation mixes both.
+    batch, n = draw.fillers(), draw.setting.sizes.n_answers
+    words = draw.setting.symbols.first_key + draw.subset(draw.setting.symbols.n_keys, counts.size)
+    # Ranks in a random order per row; the places behind them keep their fillers, and the permutation mixes both.
     body = batch.input_ids[:, 1 : frame.body_end]
-    body[:, :n_words] = np.repeat(words, counts, axis=1)
-    rng.permuted(body, axis=1, out=body)
-
-    n = frame.seq_len - frame.first_question
-    batch.input_ids[:, frame.first_question] = setting.question
-    batch.input_ids[:, frame.first_question + 1 :] = words[:, : n - 1]
-    batch.targets[:, frame.first_question :] = words[:, :n]
-    batch.target_mask[:, frame.first_question :] = True
-    return batch
+    body[:, : int(counts.sum())] = np.repeat(words, counts, axis=1)
+    draw.rng.permuted(body, axis=1, out=body)
+    questions = np.insert(words[:, : n - 1], 0, draw.setting.question, axis=1)
+    return ask(batch, frame, questions, words[:, :n])

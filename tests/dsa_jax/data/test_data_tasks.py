@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dsa_jax.config import TASKS as TASK_NAMES
 from dsa_jax.config import ConfigError, RecallConfig, TaskConfig
 from dsa_jax.data import RecallTask
-from dsa_jax.data.tasks import TASKS, Setting, get_task
+from dsa_jax.data.tasks import SYNTHETIC_TASKS, Setting, get_task
 
 SETTING = Setting(RecallTask.from_config(RecallConfig(), first_id=257), TaskConfig())
 NEEDLES = ("recall", "mqar", "passkey", "multi_needle")
@@ -22,7 +22,7 @@ FRAMED = TASK_NAMES[1:]
 
 
 def draw(name, setting=SETTING, seed=0, n_rows=4, seq_len=256):
-    return TASKS[name].rows(setting, np.random.default_rng(seed), n_rows=n_rows, seq_len=seq_len)
+    return SYNTHETIC_TASKS[name].rows(setting, np.random.default_rng(seed), n_rows=n_rows, seq_len=seq_len)
 
 
 def read_needles(setting, ids, end):
@@ -74,7 +74,7 @@ def expected_answers(name, setting, ids, first_question):
 
 
 def check_rows(name, setting, batch):
-    task = TASKS[name]
+    task = SYNTHETIC_TASKS[name]
     groups = task.groups(setting, batch)
     assert [array.dtype.name for array in batch] == ["int32", "int32", "bool", "int32"]
     assert np.all(batch.segment_ids == 1)
@@ -149,7 +149,7 @@ def test_no_fixed_answer_beats_chance(name):
     """Five standard deviations of a share, with one independent answer per row and rank."""
     batch = draw(name, n_rows=1500, seq_len=200)
     targets = batch.targets[np.arange(1500), batch.target_mask.argmax(1)]
-    chance = TASKS[name].chance(SETTING)
+    chance = SYNTHETIC_TASKS[name].chance(SETTING)
     share = np.bincount(targets).max() / 1500
     assert abs(share - chance) < 5 * np.sqrt(chance * (1 - chance) / 1500)
 
@@ -157,7 +157,7 @@ def test_no_fixed_answer_beats_chance(name):
 @pytest.mark.parametrize("name", NEEDLES[1:])
 def test_needles_and_questions_are_spread_over_the_body(name):
     """The body is 7/8 of what is not a question; each of its quarters is asked for in proportion."""
-    groups = TASKS[name].groups(SETTING, draw(name, n_rows=800))
+    groups = SYNTHETIC_TASKS[name].groups(SETTING, draw(name, n_rows=800))
     first = 255 if name == "passkey" else 192
     bounds = np.minimum(np.ceil(np.arange(5) * first / 4), first - 32)
     shares = np.diff(bounds) / bounds[-1]
@@ -175,7 +175,7 @@ def test_some_needles_distract():
 def test_hops_reach_the_depth_asked_for():
     deep = SETTING._replace(sizes=TaskConfig(n_chains=2, n_hops=9))
     batch = draw("variable_tracking", deep)
-    assert set(np.unique(TASKS["variable_tracking"].groups(deep, batch))) == set(range(-1, 10))
+    assert set(np.unique(SYNTHETIC_TASKS["variable_tracking"].groups(deep, batch))) == set(range(-1, 10))
 
 
 def test_a_sample_tells_frequent_words_from_others_but_not_common_ones():
@@ -196,7 +196,7 @@ def test_a_sample_tells_frequent_words_from_others_but_not_common_ones():
 def test_rows_of_128k_are_quick(name):
     started = time.perf_counter()
     batch = draw(name, n_rows=1, seq_len=131_072)
-    groups = TASKS[name].groups(SETTING, batch)
+    groups = SYNTHETIC_TASKS[name].groups(SETTING, batch)
     assert time.perf_counter() - started < 2.0  # it takes about 0.02 s
     assert batch.input_ids.shape == (1, 131_072) and np.array_equal(groups >= 0, batch.target_mask)
 

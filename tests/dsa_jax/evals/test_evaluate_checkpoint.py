@@ -7,7 +7,8 @@ from dsa_jax import save_pretrained
 from dsa_jax.config import Config, ConfigError, DataConfig, RecallConfig
 from dsa_jax.data.tokenizer import ByteTokenizer
 from dsa_jax.evals.checkpoint import evaluate_checkpoint
-from dsa_jax.run.directory import RunError, open_run
+from dsa_jax.run.directory import open_run
+from dsa_jax.run.files import RunError
 from tests.dsa_jax.model.small import built, small_config
 
 

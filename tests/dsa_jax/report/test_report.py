@@ -9,7 +9,7 @@ import pytest
 
 from dsa_jax.report import page, plots
 from dsa_jax.report.report import format_table, write_report
-from dsa_jax.run.directory import RunError
+from dsa_jax.run.files import RunError
 from dsa_jax.run.metrics import MetricsLog
 
 NAMES = ["dense", "sparse", "sparse, untrained indexer", "window of the same budget", "oracle top-k"]
@@ -114,7 +114,7 @@ def test_same_input_same_page(tmp_path):
 
 
 def test_without_matplotlib_all_tables_and_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, "matplotlib_available", lambda: False)
+    monkeypatch.setattr(page, "is_installed", lambda package: False)
     write_curves(tmp_path, last=50)
     write_report(tmp_path, make_report())
     html = (tmp_path / "report.html").read_text()
@@ -125,7 +125,7 @@ def test_without_matplotlib_all_tables_and_the_extra(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("has_plots", [True, False])
 def test_least_report(tmp_path, monkeypatch, has_plots):
-    monkeypatch.setattr(plots, "matplotlib_available", lambda: has_plots)
+    monkeypatch.setattr(page, "is_installed", lambda package: has_plots)
     row = {"name": "dense", "recall_accuracy": None, "text_loss": None, "coverage": None, "keys_per_query": None}
     write_report(tmp_path, {"name": "least", "rows": [row]})
     checker = check((tmp_path / "report.html").read_text())

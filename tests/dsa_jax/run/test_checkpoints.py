@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dsa_jax.run import checkpoints as checkpoint
-from dsa_jax.run.checkpoints import CheckpointError, CheckpointStore
+from dsa_jax.run import manifest
+from dsa_jax.run.checkpoints import CheckpointStore
+from dsa_jax.run.manifest import StageCheckpointError
 
 
 class Moments(NamedTuple):
@@ -97,8 +98,8 @@ def test_keeps_the_newest(store):
 
 def test_empty_store(tmp_path):
     with CheckpointStore(tmp_path / "absent", keep=1) as store:
-        assert store.latest_valid() is None and store.restore_latest({}) is None and store.steps() == []
-        with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        assert store.latest_valid() is None and store.steps() == []
+        with pytest.raises(StageCheckpointError, match="no complete checkpoint"):
             store.restore(5, {})
     with pytest.raises(ValueError, match="keep is 0"):
         CheckpointStore(tmp_path, keep=0)
@@ -133,9 +134,9 @@ def test_damaged_checkpoint_is_skipped_with_a_warning_and_can_be_replaced(tmp_pa
         save(store, 1, 2)
         damage(store)
     with CheckpointStore(tmp_path, keep=2) as store:
-        with pytest.raises(CheckpointError, match=r"damaged|no complete"):
+        with pytest.raises(StageCheckpointError, match=r"damaged|no complete"):
             store.restore(2, abstract(make_tree()))
-        restored = store.restore_latest(abstract(make_tree()))
+        restored = store.restore(store.latest_valid(), abstract(make_tree()))
         assert restored.step == 1 and bits(restored.tree) == bits(make_tree(1))
         assert str(tmp_path / "2") in caplog.text
         save(store, 2)
@@ -171,7 +172,7 @@ def test_reading_needs_none_of_the_files_outside_the_manifest(store):
     for path in list((store.directory / "1").iterdir()):
         if path.is_file() and path.name != "manifest.json":
             path.unlink()
-    assert bits(store.restore_latest(abstract(make_tree())).tree) == bits(make_tree(1))
+    assert bits(store.restore(store.latest_valid(), abstract(make_tree())).tree) == bits(make_tree(1))
 
 
 def test_saving_a_valid_step_again_leaves_it(store):
@@ -194,7 +195,10 @@ def file_size_limit(size):
 def test_full_disk_is_one_clear_error_and_earlier_checkpoints_stay(store, capfd):
     save(store, 1)
     noise = {"w": jax.random.normal(jax.random.key(0), (500_000,))}
-    with file_size_limit(100_000), pytest.raises(CheckpointError, match=r"cannot be written.*Earlier checkpoints are intact"):
+    with (
+        file_size_limit(100_000),
+        pytest.raises(StageCheckpointError, match=r"cannot be written.*Earlier checkpoints are intact"),
+    ):
         store.save(2, noise, {})
         store.wait()
     assert store.steps() == [1] and store.latest_valid() == 1
@@ -211,8 +215,8 @@ def test_crash_before_the_manifest_leaves_the_one_before(store, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "atomic_write_text", crash)
-        with pytest.raises(CheckpointError, match=r"2 cannot be written: .*No space left"):
+        patch.setattr(manifest, "atomic_write_text", crash)
+        with pytest.raises(StageCheckpointError, match=r"2 cannot be written: .*No space left"):
             save(store, 2)
     assert store.latest_valid() == 1
     save(store, 2)
@@ -223,7 +227,7 @@ def test_directory_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with CheckpointStore(tmp_path / "file" / "stage", keep=1) as store:
         assert store.latest_valid() is None
-        with pytest.raises(CheckpointError, match="Not a directory"):
+        with pytest.raises(StageCheckpointError, match="Not a directory"):
             store.save(1, make_tree(), {})
 
 
@@ -246,15 +250,15 @@ def test_misfit_names_path_and_both(store):
     for change, message in MISFITS.values():
         target = abstract(make_tree())
         change(target)
-        with pytest.raises(CheckpointError, match=message):
-            store.restore_latest(target)
+        with pytest.raises(StageCheckpointError, match=message):
+            store.restore(store.latest_valid(), target)
 
 
 def test_subset_reads_only_what_is_asked_for(store):
     save(store, 1)
     target = {"params": abstract(make_tree())["params"]}
     assert bits(store.restore(1, target, subset=True).tree) == bits({"params": make_tree(1)["params"]})
-    with pytest.raises(CheckpointError, match="optimizer/0/count is in the checkpoint but not expected"):
+    with pytest.raises(StageCheckpointError, match="optimizer/0/count is in the checkpoint but not expected"):
         store.restore(1, target)
 
 

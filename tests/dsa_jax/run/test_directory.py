@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 
 from dsa_jax.config import Config, to_dict
-from dsa_jax.run import directory as rundir
-from dsa_jax.run.directory import RunError, atomic_write_text, claimed, git_revision, open_run
+from dsa_jax.run import environment as run_environment
+from dsa_jax.run import files
+from dsa_jax.run.directory import open_run
+from dsa_jax.run.environment import git_revision
+from dsa_jax.run.files import RunError, atomic_write_text, claimed
 
 
 def test_new_run_writes_config_and_environment(tmp_path):
@@ -66,7 +69,7 @@ def test_what_changes_no_result_may_change(tmp_path, caplog):
 
 def test_one_process_at_a_time(tmp_path, caplog):
     with claimed(tmp_path / "run"):
-        code = f"from dsa_jax.run.directory import claimed\nwith claimed({str(tmp_path / 'run')!r}): pass"
+        code = f"from dsa_jax.run.files import claimed\nwith claimed({str(tmp_path / 'run')!r}): pass"
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert other.returncode and "RunError: another process is using workdir" in other.stderr
     with claimed(tmp_path / "run"):
@@ -90,7 +93,7 @@ def test_another_environment_is_appended_to_the_history(tmp_path, monkeypatch, c
     run = open_run(tmp_path, Config())
     run.update_environment(implementations={"index_topk": "xla"})
     old = run.environment()["versions"]
-    monkeypatch.setattr(rundir, "_version", lambda package: "9.9")
+    monkeypatch.setattr(run_environment, "_version", lambda package: "9.9")
     open_run(tmp_path, Config())
     environment = run.environment()
     assert environment["versions"]["jax"] == "9.9" and environment["implementations"] == {}
@@ -151,7 +154,7 @@ def test_atomic_write_leaves_the_old_content_when_it_fails(tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(rundir.os, "fsync", full)
+        patch.setattr(files.os, "fsync", full)
         with pytest.raises(RunError, match="No space left on device"):
             atomic_write_text(path, "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

@@ -1,11 +1,13 @@
 import json
 import math
+import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsa_jax.run.directory import RunError
+from dsa_jax.extras import MissingExtraError
+from dsa_jax.run.files import RunError
 from dsa_jax.run.metrics import MetricsLog, read_metrics
 
 STAGES = ("pretrain", "warmup", "sparse")
@@ -137,8 +139,8 @@ def test_tensorboard_events(tmp_path):
 
 
 def test_missing_tensorboard_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr("dsa_jax.run.metrics.tensorboard_available", lambda: False)
-    with pytest.raises(RunError, match=r"pip install 'dsa-jax\[tensorboard\]'"):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'dsa-jax\[tensorboard\]'"):
         MetricsLog(tmp_path / "metrics.jsonl", tensorboard=True)
 
 

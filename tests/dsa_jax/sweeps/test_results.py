@@ -8,7 +8,7 @@ import pytest
 from dsa_jax.sweeps.page import PAGE, SWEEPS, render_results
 from dsa_jax.sweeps.summary import format_markdown
 from dsa_jax.sweeps.sweep import Ablation
-from experiments.flags import load_config
+from experiments.recipes import load_config
 
 RESULTS = Path(__file__).parents[3] / "experiments" / "results"
 FILES = sorted((RESULTS / SWEEPS).glob("*.json"))

@@ -6,7 +6,7 @@ import pytest
 from dsa_jax.config import Config, ConfigError
 from dsa_jax.evals.parity import BEFORE
 from dsa_jax.params import is_indexer_path, nested_parameters, parameter_paths
-from dsa_jax.run.directory import RunError, claimed
+from dsa_jax.run.files import RunError, claimed
 from dsa_jax.sweeps import run as run_module
 from dsa_jax.sweeps.plot import plot_ablation
 from dsa_jax.sweeps.run import known_runs, run_ablation

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsa_jax import retrofit as retrofit_module
 from dsa_jax.config import ConfigError, InitConfig, to_dict
 from dsa_jax.data import TrainData
 from dsa_jax.model import build_model
 from dsa_jax.params import parameter_paths
 from dsa_jax.retrofit import retrofit
-from dsa_jax.run.directory import RunError
+from dsa_jax.run.files import RunError
 from dsa_jax.run.metrics import read_metrics
 from dsa_jax.train import loop
-from dsa_jax import retrofit as retrofit_module
 from dsa_jax.train.init import initial_params, load_run, resolve_run
 from dsa_jax.train.judge import Judge, NotFiniteError
 from tests.dsa_jax.train.tiny import tiny_config
