@@ -12,7 +12,7 @@ from dsa_jax.config import STAGES as STAGE_ORDER
 from dsa_jax.config import Config, ConfigError, StageConfig, to_dict
 from dsa_jax.data import EvalData, TrainData, make_eval_data, make_train_data
 from dsa_jax.evals.parity import evaluate_parity
-from dsa_jax.model import Transformer, build_model
+from dsa_jax.model import build_model
 from dsa_jax.model.attention.selection import DENSE
 from dsa_jax.parallel.check import check_layout
 from dsa_jax.parallel.placement import on_mesh, place
@@ -122,7 +122,7 @@ def _retrofit(config: Config, workdir: Path, tensorboard: bool) -> dict[str, Any
             return None
         if config.init.hf_dir:
             _export(run, config, params)
-        return evaluate_and_report(run, config, model, params, summaries, eval_data, stop)
+        return _evaluate_and_report(training, params, summaries, eval_data)
 
 
 def _sender(stop: StopRequest) -> str:
@@ -202,19 +202,14 @@ class _EvaluationStopped(Exception):
     """A signal came during evaluation."""
 
 
-def evaluate_and_report(
-    run: RunDirectory,
-    config: Config,
-    model: Transformer,
-    params: dict[str, Any],
-    summaries: dict[str, dict[str, Any]],
-    data: EvalData,
-    stop: StopRequest,
+def _evaluate_and_report(
+    training: Training, params: dict[str, Any], summaries: dict[str, dict[str, Any]], data: EvalData
 ) -> dict[str, Any] | None:
     """Evaluate the parity table, write report.json and report.html (in the first process), and return the report.
 
     On a stop request, of any process, the row in progress is finished and None returned.
     """
+    run, config, model, _, stop, _ = training
     started = time.perf_counter()
 
     def announce(row: dict[str, Any]) -> None:

@@ -31,12 +31,12 @@ def stdlib_documents(tokenizer: Tokenizer) -> Iterator[Int[np.ndarray, " N"]]:
 def user_documents(path: str, tokenizer: Tokenizer, *, column: str = "text") -> Iterator[Int[np.ndarray, " N"]]:
     """Documents of a `.txt`, `.jsonl` or `.npy` file, or of all such files below a directory, sorted by relative path.
 
-    A `.txt` file is one document; each line of a `.jsonl` file is an object whose `column` is one (blank lines are skipped); a
-    `.npy` file holds token ids, a document ending after each end-of-text id. Documents without a token are skipped, and so are
-    files of other kinds and hidden ones below a directory.
+    A `.txt` file is one document; in a `.jsonl` file each line is an object whose `column` is one; a `.npy` file holds token
+    ids, and a document ends after each end-of-text id. Empty documents, blank lines, and other or hidden files in a directory
+    are skipped.
 
     Raises:
-        ConfigError: for a path that is missing, unreadable, of an unknown kind, or whose content is not what its suffix says.
+        ConfigError: for a path that is missing, unreadable, of an unknown kind, or whose content does not match its suffix.
     """
     root = Path(path)
     if root.is_dir():

@@ -69,8 +69,8 @@ class JsonTokenizer:
     def __init__(self, path: str | Path) -> None:
         """Read the file `path`, or `path`/tokenizer.json.
 
-        A document ends with the eos_token of a tokenizer_config.json beside it, a token of a name that is known for it, or the
-        eos_token_id of a config.json beside it, in this order.
+        The end-of-text token is the eos_token of a tokenizer_config.json in the same directory, else a token of a known name,
+        else the eos_token_id of a config.json there.
 
         Raises:
             ConfigError: if the file is missing or unreadable, or no token is known to end a document.

@@ -77,7 +77,7 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px
 
 
 def render_page(report: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:
-    """The page of a report of plain JSON values (see `write_report`); `entries` are those of metrics.jsonl."""
+    """The HTML of a report of plain JSON values (see `write_report`); `entries` are those of metrics.jsonl."""
     has_plots = is_installed("matplotlib")
     rows = report["rows"]
     sections = [
@@ -104,7 +104,7 @@ def render_page(report: Mapping[str, Any], entries: Sequence[Mapping[str, Any]])
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """(key, title) of each column of the parity table: those of every table, and what was evaluated beside, tasks first.
+    """(key, title) of each column of the parity table: quality, one per evaluated task, keys read.
 
     A measure of quality that no row has, such as recall where only text was evaluated, gets no column.
     """
@@ -117,7 +117,7 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
 
 
 def with_tasks(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of the report as `columns_of` names its values: the accuracy of each task under the task's name."""
+    """A row of the report by the keys of `columns_of`: the accuracy of each task under the task's name."""
     return {**row, **{name: result["accuracy"] for name, result in (row.get("tasks") or {}).items()}}
 
 

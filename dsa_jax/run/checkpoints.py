@@ -48,8 +48,8 @@ class CheckpointStore:
 
     A tree is any pytree of JAX arrays, numpy arrays and Python numbers; its leaves are stored under their key path
     (`params/layers/attention/indexer/wq_b/kernel`), so a NamedTuple and a dict with the same names are the same checkpoint.
-    `save` returns once the arrays are copied; writing goes on in the background until `wait`, `close` or the next `save`, and
-    an error in it is raised there. Several processes write one checkpoint together, each its own part of every array, and must
+    `save` returns once the arrays are copied; they are written in the background until `wait`, `close` or the next `save`,
+    where an error is raised. Several processes write one checkpoint together, each its own part of every array, and must
     call the same methods in the same order; the first one judges, seals and removes.
     """
 

@@ -56,7 +56,7 @@ def draw_ablation(figure: Any, result: Mapping[str, Any]) -> None:
 
 
 def _content(result: Mapping[str, Any]) -> tuple[Answer | None, list[Answer], list[str], bool]:
-    """Dense attention, the variants, the quantities shown, and whether the variants lie on an axis."""
+    """Dense attention, the variants, the quantities shown, and whether the variants have places on an axis."""
     lines = answers(result)
     dense = next((line for line in lines if line.name == BEFORE.name), None)
     variants = [line for line in lines if line is not dense]

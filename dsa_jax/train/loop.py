@@ -47,15 +47,6 @@ class StageResult(NamedTuple):
     is_complete: bool
 
 
-def restore_state(
-    store: CheckpointStore, step: int, params: Any, stage: Stage, config: StageConfig
-) -> tuple[TrainState, dict[str, Any]]:
-    """The state saved at `step`, bit for bit, and its metadata. `params` gives the expected structure and shapes."""
-    abstract = with_shardings(jax.eval_shape(lambda p: init_state(p, stage, config), params))
-    restored = store.restore(step, abstract)
-    return restored.tree, restored.meta
-
-
 def run_stage(
     training: Training,
     stage: Stage,
@@ -87,10 +78,7 @@ def run_stage(
     config, data, stop = training.config, training.data, training.stop
     settings: StageConfig = getattr(config.train, stage.name)
     with CheckpointStore(training.run.checkpoint_dir(stage.name), keep=config.train.keep_checkpoints) as store:
-        if resume_step is None:
-            stage_run = _start(training, stage, store, params, summaries)
-        else:
-            stage_run = _resume(training, stage, store, params, resume_step)
+        stage_run = _StageRun(training, stage, store, params, resume_step, summaries)
         take_step = _make_step(training.model, stage, config)
         flops: dict[int, float | None] = {}  # of a step, by sequence length
         with stage_run.progress:
@@ -137,19 +125,39 @@ class _StageRun:
         training: Training,
         stage: Stage,
         store: CheckpointStore,
-        state: TrainState,
-        step: int,
+        params: dict[str, Any],
+        resume_step: int | None,
         summaries: dict[str, dict[str, Any]],
     ) -> None:
-        """The clock starts here."""
+        """Start or resume as `run_stage` describes; the clock starts here."""
         run, config, _, self.data, self.stop, self.metrics = training
-        self.stage, self.store, self.state, self.step, self.summaries = stage, store, state, step, summaries
+        self.stage, self.store, self.step, self.summaries = stage, store, resume_step or 0, summaries
         self.settings: StageConfig = getattr(config.train, stage.name)
-        self.before = summaries.get(stage.name, {})
+        if resume_step is None:
+            self.state = place(init_state(params, stage, self.settings))
+            self.metrics.truncate_after(STAGE_ORDER, stage.name, 0)
+        else:
+            self._resume(resume_step, params)
+        self.before = self.summaries.get(stage.name, {})
         self.first_batch = _first_batch(config, stage)
-        self.judge = Judge(run, stage, config, self.metrics, saved_step=step or None, final=self.before.get("final", {}))
-        self.progress = _make_progress(stage, self.settings, step)
+        self.judge = Judge(run, stage, config, self.metrics, saved_step=resume_step, final=self.before.get("final", {}))
+        self.progress = _make_progress(stage, self.settings, self.step)
         self.pending: _Pending | None = None
+
+    def _resume(self, step: int, params: dict[str, Any]) -> None:
+        """Restore the checkpoint of `step`; `params` gives its structure and shapes."""
+        abstract = with_shardings(jax.eval_shape(lambda p: init_state(p, self.stage, self.settings), params))
+        _, self.state, notes = self.store.restore(step, abstract)
+        self.summaries = notes["summaries"]
+        self.data.restore(notes.get("data"))
+        _LOG.info("stage %s continues at step %d of %d", self.stage.name, step, self.settings.steps)
+        self.metrics.truncate_after(STAGE_ORDER, self.stage.name, step)
+        n_logged = notes.get("n_logged")
+        if is_main() and n_logged is not None and self.metrics.n_steps != n_logged:
+            _LOG.warning(
+                "%s holds %d steps up to here, and %d were logged: the report's curves will lack the others",
+                *(self.metrics.path, self.metrics.n_steps, n_logged),
+            )
 
     def stops(self) -> bool:
         """Whether to stop before the next step: several processes stop together, by the vote that all have read."""
@@ -201,29 +209,6 @@ class _StageRun:
         return {"steps": self.step, **totals, "final": self.judge.final}
 
 
-def _start(
-    training: Training, stage: Stage, store: CheckpointStore, params: dict[str, Any], summaries: dict[str, dict[str, Any]]
-) -> _StageRun:
-    state = place(init_state(params, stage, getattr(training.config.train, stage.name)))
-    training.metrics.truncate_after(STAGE_ORDER, stage.name, 0)
-    return _StageRun(training, stage, store, state, 0, summaries)
-
-
-def _resume(training: Training, stage: Stage, store: CheckpointStore, params: dict[str, Any], step: int) -> _StageRun:
-    settings, metrics = getattr(training.config.train, stage.name), training.metrics
-    state, notes = restore_state(store, step, params, stage, settings)
-    training.data.restore(notes.get("data"))
-    _LOG.info("stage %s continues at step %d of %d", stage.name, step, settings.steps)
-    metrics.truncate_after(STAGE_ORDER, stage.name, step)
-    n_logged = notes.get("n_logged")
-    if is_main() and n_logged is not None and metrics.n_steps != n_logged:
-        _LOG.warning(
-            "%s holds %d steps up to here, and %d were logged: the report's curves will lack the others",
-            *(metrics.path, metrics.n_steps, n_logged),
-        )
-    return _StageRun(training, stage, store, state, step, notes["summaries"])
-
-
 def _make_step(
     model: Transformer, stage: Stage, config: Config
 ) -> Callable[[TrainState, Batch, bool], tuple[TrainState, dict[str, jax.Array]]]:
@@ -233,11 +218,15 @@ def _make_step(
 
 
 def _make_progress(stage: Stage, settings: StageConfig, step: int) -> Progress:
-    stream = None if is_main() else Discard()
     peaks = peaks_of(jax.devices()[0].device_kind)
-    peak_flops = peaks and peaks.flops * jax.device_count()
-    tokens_left = lambda done: settings.batch_size * sum(map(settings.seq_len_at, range(done, settings.steps)))
-    return Progress(stage.name, settings.steps, start_step=step, stream=stream, peak_flops=peak_flops, tokens_left=tokens_left)
+    return Progress(
+        stage.name,
+        settings.steps,
+        start_step=step,
+        stream=None if is_main() else Discard(),
+        peak_flops=peaks and peaks.flops * jax.device_count(),
+        tokens_left=lambda done: settings.batch_size * sum(map(settings.seq_len_at, range(done, settings.steps))),
+    )
 
 
 def _first_batch(config: Config, stage: Stage) -> int:

@@ -5,7 +5,7 @@ tells a model that trains on several which task it is. Recall's tokens are follo
 leading tokens, in the order of `dsa_jax.config.TASKS`: a checkpoint keeps its meaning whatever mixture it is trained on next,
 and all tasks together add seven tokens to a model that knows recall.
 
-A row is its leading token, a body in which the needles, assignments or words lie among fillers, a gap of fillers, and the
+A row is its leading token, a body with the needles, assignments or words among fillers, a gap of fillers, and the
 questions. The gap is an eighth of the row (rounded down): at the first question a window of w tokens in n layers reaches
 n (w - 1) tokens back, which is inside the gap, so such a window can only guess, unless n (w - 1) is more than the gap.
 """
