@@ -16,9 +16,9 @@ from dsa_jax.data.tokenizer import Tokenizer, token_dtype
 
 
 class Corpus(NamedTuple):
-    """Training and held-out split, and their provenance."""
+    """Training and held-out split, and their provenance; `train` is None where that is streamed."""
 
-    train: TokenStream
+    train: TokenStream | None
     held_out: TokenStream
     provenance: dict[str, Any]
 
@@ -41,11 +41,10 @@ class Corpus(NamedTuple):
         `sha256` covers the token ids of every document in order, before the split; `split_unit` is "piece" where documents
         had to be cut to fill both splits; `python` is there when the text is the standard library, which varies with it.
         """
-        return {
-            **self.provenance,
-            "n_documents": {"train": self.train.starts.size, "held_out": self.held_out.starts.size},
-            "n_tokens": {"train": self.train.tokens.size, "held_out": self.held_out.tokens.size},
-        }
+        splits = {"train": self.train, "held_out": self.held_out}
+        n_documents = {name: split.starts.size for name, split in splits.items() if split}
+        n_tokens = {name: split.tokens.size for name, split in splits.items() if split}
+        return {**self.provenance, "n_documents": n_documents, "n_tokens": n_tokens}
 
 
 def load_corpus(config: TextConfig, tokenizer: Tokenizer) -> Corpus:

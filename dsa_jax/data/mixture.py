@@ -17,7 +17,7 @@ from dsa_jax.config import ConfigError, DataConfig, EvalConfig
 from dsa_jax.data.batch import Batch, pad_to, stack_rows
 from dsa_jax.data.corpus import Corpus, load_corpus
 from dsa_jax.data.packing import TokenStream, epoch_order, pack_rows
-from dsa_jax.data.streamed import HeldOutText, StreamedCorpus, TextReader
+from dsa_jax.data.streamed import StreamedCorpus, TextReader
 from dsa_jax.data.tasks import Setting, get_task
 from dsa_jax.data.tasks.recall import RecallTask
 from dsa_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -133,7 +133,7 @@ class TrainData(_Mixture):
             self.text.require(state["sha256"])
 
     def _text_rows(self, step: int, n_rows: int, seq_len: int) -> Batch:
-        assert isinstance(self.text, Corpus)
+        assert isinstance(self.text, Corpus) and self.text.train
         stream = self.text.train
         _check_length(stream, seq_len, "training")
         available = stream.n_rows(seq_len)
@@ -146,7 +146,7 @@ class TrainData(_Mixture):
 class EvalData(_Mixture):
     """Fixed batches of held-out rows, which training never draws."""
 
-    text: Corpus | HeldOutText | None
+    text: Corpus | None
 
     @property
     def has_recall(self) -> bool:

@@ -8,13 +8,14 @@ the position is a few integers that depend on no batch size, row length or numbe
 import os
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt
 
 from dsa_jax.config import ConfigError, TextConfig
 from dsa_jax.data.batch import Batch, padding_rows, stack_rows
+from dsa_jax.data.corpus import Corpus
 from dsa_jax.data.packing import TokenStream, make_stream, pack_rows
 from dsa_jax.data.record_files import fingerprint, import_grain, open_records
 from dsa_jax.data.split import digest, is_held_out
@@ -22,18 +23,6 @@ from dsa_jax.data.tokenizer import Tokenizer, token_dtype
 
 _PREFETCHED = 64  # documents
 _HELD_OUT_SEED = 0  # of the order in which held-out documents are searched, the same in every run
-
-
-class HeldOutText(NamedTuple):
-    """Held-out documents in memory, and their provenance."""
-
-    held_out: TokenStream
-    provenance: dict[str, Any]
-
-    def describe(self) -> dict[str, Any]:
-        """Provenance, for result files; the sizes are those of the documents taken from the held-out split."""
-        n_documents, n_tokens = self.held_out.starts.size, self.held_out.tokens.size
-        return {**self.provenance, "n_documents": {"held_out": n_documents}, "n_tokens": {"held_out": n_tokens}}
 
 
 class StreamedCorpus:
@@ -70,7 +59,7 @@ class StreamedCorpus:
             "n_records": self.n_documents,
         }
 
-    def held_out(self) -> HeldOutText:
+    def held_out(self) -> Corpus:
         """The first held-out documents of a fixed order, until they have `held_out_tokens`.
 
         Raises:
@@ -87,7 +76,7 @@ class StreamedCorpus:
                     break
         if not found:
             raise self._no_document("held-out", "Raise")
-        return HeldOutText(make_stream(found), self.describe())
+        return Corpus(None, make_stream(found), self.describe())
 
     def training_documents(self, seed: int) -> Any:
         """`documents` of the training split.
