@@ -47,7 +47,7 @@ def recipe(preset="single", **attention):
 
 
 def test_the_rule_selects_and_trains_on_one_device_and_on_a_mesh_and_the_report_explains_it(toys, tmp_path):
-    alone, spread = retrofit(recipe(), tmp_path / "alone"), retrofit(recipe("fsdp2_tp2"), tmp_path / "spread")
+    alone, spread = retrofit(recipe(), tmp_path / "alone"), retrofit(recipe("fsdp4_tp2"), tmp_path / "spread")
     assert [row["name"] for row in alone["rows"]][-1] == rule.ROW.title
     for one, many in zip(alone["rows"], spread["rows"], strict=True):
         np.testing.assert_allclose(many["coverage"], one["coverage"], rtol=1e-5)
@@ -81,7 +81,7 @@ def test_a_checkpoint_of_the_family_is_loaded_trained_on_a_mesh_and_written_back
         batch = Batch(rows(ids[:, :-1]), rows(ids[:, 1:]), np.ones((4, 64), bool), np.ones((4, 64), np.int32))
         stage, losses = language_stage("sparse", "first"), []
         step = make_train_step(loaded.model, stage, config)
-        for preset in ("single", "fsdp2_tp2"):
+        for preset in ("single", "fsdp4_tp2"):
             with on_mesh(ParallelConfig(preset=preset)):
                 state = init_state(place(jax.tree.map(jnp.copy, loaded.params)), stage, config.train.sparse)
                 state, metrics = step(state, place_batch(batch))

@@ -14,7 +14,7 @@ from dsa_jax.checkpoints.hf.families import EXTRA_FIELD, FALLBACK_MODEL_TYPE, FA
 from dsa_jax.checkpoints.hf.index_rope import is_reordered
 from dsa_jax.checkpoints.hf.read_config import parse_config
 from dsa_jax.checkpoints.hf.rope_fields import write_rope
-from dsa_jax.config.attention import FULL, AttentionConfig, IndexerConfig, RopeConfig, unused_fields
+from dsa_jax.config.attention import FULL, WINDOW, AttentionConfig, IndexerConfig, RopeConfig, unused_fields
 from dsa_jax.config.fields import flatten, to_dict
 from dsa_jax.config.model import (
     FP8_BLOCKS,
@@ -252,6 +252,8 @@ def _canonical(config: ModelConfig) -> ModelConfig:
     """The same model with every field that it does not use at its default."""
     config = copy.deepcopy(config)
     plain, attention = AttentionConfig(), config.attention
+    if WINDOW not in attention.layer_types:
+        attention.window = plain.window
     for name in unused_fields(attention.kind):
         setattr(attention, name, getattr(plain, name))
     if set(attention.layer_types) <= ({"full"} if attention.indexer.enabled else {"full", "shared"}):

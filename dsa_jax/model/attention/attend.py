@@ -189,7 +189,7 @@ def choose_and_attend(
     everything = indexer_recall = None
     if dense is not None:
         # Where dense attention is only a target, no gradient may come back through it.
-        heads = jax.lax.stop_gradient(dense) if request.selects else dense
+        heads = Heads(*jax.lax.stop_gradient(dense[:3]), dense.d_v) if request.selects else dense
         settings: dict[str, Any] = {"d_v": heads.d_v, "implementation": implementations.dense_attention}
         everything = dense_attention(heads.q, heads.k, heads.v, visible, softmax_scale=softmax_scale, **settings)
     if not request.selects:

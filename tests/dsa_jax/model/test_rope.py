@@ -42,7 +42,7 @@ def test_a_ramp_that_ends_before_it_begins_is_as_published_code_has_it():
 
 
 def test_an_attention_factor_replaces_the_temperature_of_the_rotation():
-    assert rotary_magnitude(dataclasses.replace(V32, attention_factor=1.25)) == 1.25
+    assert rotary_magnitude(V32._replace(config=dataclasses.replace(V32.config, attention_factor=1.25))) == 1.25
 
 
 def test_yarn_without_mscale_all_dim_puts_the_temperature_on_the_rotation():

@@ -123,7 +123,7 @@ def test_yarn_magnitude(scaling, magnitude, tmp_path):
         ("deepseek_v32", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "expected mscale equal to mscale_all_dim"),
         ("glm_moe_dsa", {"indexer_types": ["full", "shared"]}, "indexer_types is ['full', 'shared']"),
         ("glm_moe_dsa", {"index_topk_pattern": "FX"}, "index_topk_pattern is 'FX'"),
-        ("glm_moe_dsa", {"indexer_types": ["shared", "full", "full"]}, "the first layer has no earlier one"),
+        ("glm_moe_dsa", {"indexer_types": ["shared", "full", "full"]}, "a 'shared' layer before the first 'full' one"),
         ("glm4_moe_lite", {"head_dim": 16}, "head_dim is 16; expected qk_rope_head_dim (8)"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 
 from dsa_jax.model.attention.cache import CACHE_DTYPES, CacheEntry, LayerCache, token_slots
 from dsa_jax.model.attention.visibility import causal_visibility
-from dsa_jax.model.outputs import AttentionRequest
+from dsa_jax.model.outputs import AttentionRequest, LayerContext
 from tests.dsa_jax.model.small import built
 
 # Relative error of one layer's attention output, by Frobenius norm, on equal inputs: e4m3 keeps three mantissa bits, so keys
@@ -35,10 +35,9 @@ def layer_output(kind, dtype, attention):
     def run(params, ids, cache):
         def stream(module, ids, cache):
             positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), ids.shape)
+            context = LayerContext(positions, causal_visibility(jnp.ones_like(ids)))
             x = module.embed(ids)
-            y, _, indices = module._extend_layers(
-                x, positions, causal_visibility(jnp.ones_like(ids)), cache, AttentionRequest(attention)
-            )
+            y, _, indices = module._extend_layers(x, context, cache, AttentionRequest(attention))
             return y - x, indices
 
         return model.apply({"params": params}, ids, cache, method=stream)
