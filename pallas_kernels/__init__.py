@@ -8,7 +8,7 @@ from pallas_kernels.block_topk.api import block_topk
 from pallas_kernels.block_topk.geometry import BlockGeometry
 from pallas_kernels.common.checks import checked
 from pallas_kernels.common.dispatch import IMPLEMENTATIONS, implementations_chosen, resolve_implementation, traced_platform
-from pallas_kernels.common.varying import vary_alike
+from pallas_kernels.common.mesh import vary_alike
 from pallas_kernels.dense_attention.api import DenseAttentionOutput, attention_topk, dense_attention
 from pallas_kernels.index_topk.api import index_scores, index_topk
 from pallas_kernels.index_topk.block_pooling import pool_blocks

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import IndexHeads, Visible
-from pallas_kernels.common.gpu_tiles import Options
 from pallas_kernels.index_topk import mosaic_gpu
 from pallas_kernels.index_topk import pallas_gpu as index_topk
 from pallas_kernels.index_topk import triton_gpu as selection_by_radix
@@ -17,9 +16,27 @@ from pallas_kernels.indexer_loss import pallas_gpu as indexer_loss
 from pallas_kernels.quantize import latent_row_bytes
 from pallas_kernels.sparse_attention import pallas_gpu as sparse_attention
 from pallas_kernels.sparse_attention import pallas_gpu_fp8 as sparse_attention_fp8
-from pallas_kernels.sparse_attention.shapes import DEEPSEEK_V32, LLAMA3_8B, AttentionShape
+from pallas_kernels.sparse_attention.pallas_gpu_tiles import Options
 
 SCALE = 0.125
+
+
+class AttentionShape(NamedTuple):
+    """Sizes of one call; `value_dim` None means the values are given as the leading `d_v` channels of the keys."""
+
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    groups: int
+    dim: int
+    value_dim: int | None
+    d_v: int | None
+    topk: int
+
+
+DEEPSEEK_V32 = AttentionShape(1, 4096, 4096, 128, 1, 576, None, 512, 2048)
+LLAMA3_8B = AttentionShape(1, 4096, 4096, 32, 8, 128, 128, None, 2048)
 
 
 class KernelCase(NamedTuple):
@@ -53,15 +70,15 @@ def cases() -> Iterator[KernelCase]:
     yield from _index_scores()
 
 
-def _bf16(*shape: int) -> jax.ShapeDtypeStruct:
+def _bf16(*shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
 
-def _f32(*shape: int) -> jax.ShapeDtypeStruct:
+def _f32(*shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _i32(*shape: int) -> jax.ShapeDtypeStruct:
+def _i32(*shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
@@ -137,7 +154,7 @@ def _indexer_kl(name: str, shape: AttentionShape) -> Iterator[KernelCase]:
 
         return jax.value_and_grad(loss, (0, 1, 2))(*arrays[:3])
 
-    most = max(*(x.size for x in arrays), indexer_loss.Settings.score_budget)
+    most = max(*(x.size for x in arrays), indexer_loss.KLSettings.score_budget)
     # The indexer's kernels do not depend on the attention's shape: their ordered sums are compiled once.
     for deterministic in (False, True) if shape.heads == 128 else (False,):
         kernels: tuple[str, ...] = ("head_sums_selected_probability", "head_sums_selected_scores", "index_gradients_selected")
@@ -171,11 +188,11 @@ def _index_scores() -> Iterator[KernelCase]:
             kernels = ("head_sums_visible_scores",), ("head_sums_visible_ranked_scores",)
             if dtype == jnp.bfloat16 and importlib.util.find_spec("jax_triton") is not None:
                 by_radix = functools.partial(selection_by_radix.index_topk, topk=2048, compute_capability=90, interpret=False)
-                yield KernelCase("index_topk, radix", name, by_radix, arrays[:2], kernels[1], index_topk.SCORE_BUDGET)
+                yield KernelCase("index_topk, radix", name, by_radix, arrays[:2], kernels[1], index_topk.KERNEL_SCORE_BUDGET)
             if jax.__version_info__ >= mosaic_gpu.LEAST_JAX:
                 yield from _mosaic(name, arrays)
             yield KernelCase("index_scores", name, scores, arrays, kernels[0], batch * queries * keys)
-            yield KernelCase("index_topk", name, selection, arrays, kernels[1], index_topk.SCORE_BUDGET)
+            yield KernelCase("index_topk", name, selection, arrays, kernels[1], index_topk.KERNEL_SCORE_BUDGET)
 
 
 def _mosaic(name: str, arrays: tuple[Any, ...]) -> Iterator[KernelCase]:
@@ -190,4 +207,4 @@ def _mosaic(name: str, arrays: tuple[Any, ...]) -> Iterator[KernelCase]:
     (batch, queries), keys = arrays[0].q.shape[:2], arrays[0].k.shape[1]
     most = batch * queries * keys
     yield KernelCase("index_scores, mosaic", name, scores, arrays, ("mosaic_scores",), most)
-    yield KernelCase("index_topk, mosaic", name, selection, arrays, ("mosaic_ranked_scores",), index_topk.SCORE_BUDGET)
+    yield KernelCase("index_topk, mosaic", name, selection, arrays, ("mosaic_ranked_scores",), index_topk.KERNEL_SCORE_BUDGET)

@@ -7,9 +7,8 @@ from pallas_kernels.block_topk import reference, xla
 from pallas_kernels.block_topk.geometry import BlockGeometry
 from pallas_kernels.common import checks as _checks
 from pallas_kernels.common import dispatch as _dispatch
-from pallas_kernels.common.explicit import split_like
+from pallas_kernels.common.mesh import split_like, vary_alike
 from pallas_kernels.common.numerics import clamped
-from pallas_kernels.common.varying import vary_alike
 from pallas_kernels.types import Visible
 
 _IMPLEMENTATIONS = {"reference": reference.block_topk, "xla": xla.block_topk}
@@ -80,7 +79,7 @@ def block_topk(
 
     Source: arXiv 2502.11089, equations 8 to 12 and section 4.1.
     """
-    run = _dispatch.choose("block_topk", implementation, _IMPLEMENTATIONS, platform=_dispatch.traced_platform())
+    run = _dispatch.choose_implementation("block_topk", implementation, _IMPLEMENTATIONS)
     visible = clamped(visible, n_keys)
     q, k_compressed, lse, visible = jax.lax.stop_gradient(vary_alike(q, k_compressed, lse, visible))
     return run(q, k_compressed, lse, visible, softmax_scale=float(softmax_scale), n_keys=n_keys, geometry=geometry)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from pallas_kernels.types import Visible
+from pallas_kernels.types import ForcedKeys, Visible
 
 
 class BlockGeometry(NamedTuple):
@@ -29,6 +29,16 @@ class BlockGeometry(NamedTuple):
     def n_blocks(self, n_keys: int) -> int:
         """Selection blocks that cover `n_keys` keys; the last may be ragged."""
         return -(-n_keys // self.select_block)
+
+    @property
+    def forced(self) -> ForcedKeys:
+        """The selection blocks that are always among the selected ones."""
+        return ForcedKeys(self.n_initial, self.n_local)
+
+    def visible_blocks(self, visible: Visible) -> Visible:
+        """The selection blocks that hold a visible key; `visible` with bounds within the keys."""
+        first, own = visible.start // self.select_block, (visible.end - 1) // self.select_block
+        return Visible(first, jnp.where(visible.some, own + 1, first))
 
     def compressed_range(self, visible: Visible) -> Visible:
         """The compressed keys that lie in each visible range as a whole, perhaps none."""

@@ -7,8 +7,8 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.block_topk.geometry import BlockGeometry
 from pallas_kernels.common.numerics import constant_lse, visible_mask
+from pallas_kernels.common.topk import canonical_topk, with_forced
 from pallas_kernels.dense_attention.reference import attention_logits
-from pallas_kernels.index_topk.reference import canonical_topk
 from pallas_kernels.types import Visible
 
 
@@ -29,14 +29,13 @@ def block_topk(
     probability = jnp.where(compressed_visible[:, :, None], jnp.exp(logits - lse[..., None]).sum(3), 0)
     overlaps = overlapping_steps(geometry, k_compressed.shape[1], geometry.n_blocks(n_keys))
     scores = jnp.einsum("btgn,nj->btgj", probability, overlaps, precision=jax.lax.Precision.HIGHEST)
-    block = jnp.arange(scores.shape[-1], dtype=jnp.int32)
-    start, end = visible.start[:, :, None, None], visible.end[:, :, None, None]
-    first, own = start // geometry.select_block, (end - 1) // geometry.select_block
-    forced = (block < first + geometry.n_initial) | (block > own - geometry.n_local)
-    competes = jnp.broadcast_to((block >= first) & (block <= own) & (start < end), scores.shape)
-    ranked = jnp.where(forced, jnp.inf, scores)
-    select = jax.vmap(lambda ranked, competes: canonical_topk(ranked, competes, geometry.topk), in_axes=2, out_axes=2)
-    return select(ranked, competes)
+    n_blocks = scores.shape[-1]
+
+    def select(blocks: Visible, topk: int) -> Int32[Array, "B T G C"]:
+        competes = visible_mask(blocks, n_blocks)
+        return jax.vmap(lambda scores: canonical_topk(scores, competes, topk), in_axes=2, out_axes=2)(scores)
+
+    return with_forced(geometry.visible_blocks(visible), geometry.forced, n_blocks, select, geometry.topk)
 
 
 def overlapping_steps(geometry: BlockGeometry, n_compressed: int, n_blocks: int) -> Float[np.ndarray, "N J"]:

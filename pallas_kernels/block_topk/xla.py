@@ -7,12 +7,12 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.block_topk.geometry import BlockGeometry
 from pallas_kernels.common.chunks import map_queries, rows_per_chunk
-from pallas_kernels.common.numerics import accumulation_dtype, constant_lse, dot, rank_scores, visible_mask
-from pallas_kernels.common.selection import canonical, largest_ascending
+from pallas_kernels.common.numerics import accumulation_dtype, constant_lse, dot, visible_mask
+from pallas_kernels.common.topk import canonical, largest_ascending, rank_scores, with_forced
 from pallas_kernels.dense_attention.xla import as_rows
 from pallas_kernels.types import Visible
 
-LOGIT_BUDGET = 2**20  # numbers in one chunk of logits: batch x heads x queries x compressed keys
+COMPRESSED_LOGIT_BUDGET = 2**20  # numbers in one chunk of logits: batch x heads x queries x compressed keys
 
 
 def block_topk(
@@ -39,10 +39,15 @@ def block_topk(
         mass = probability.reshape(batch, groups, q.shape[1], heads // groups, n_compressed).sum(3)
         compressed_visible = visible_mask(geometry.compressed_range(visible), n_compressed)
         scores = block_scores(jnp.where(compressed_visible[:, None], mass, 0), geometry, n_blocks)
-        chosen = largest_ascending(_ranked(scores, visible, geometry), min(geometry.topk, n_blocks))
-        return jnp.moveaxis(canonical(chosen, n_blocks, geometry.topk), 1, 2)
 
-    block_q = rows_per_chunk(LOGIT_BUDGET, batch * heads * max(n_compressed, 1), smallest=1)
+        def select(blocks: Visible, topk: int) -> Array:
+            ranked = jnp.where(visible_mask(blocks, n_blocks)[:, None], rank_scores(scores), -jnp.inf)
+            chosen = largest_ascending(ranked, min(topk, n_blocks))
+            return jnp.moveaxis(canonical(chosen, n_blocks, topk), 1, 2)
+
+        return with_forced(geometry.visible_blocks(visible), geometry.forced, n_blocks, select, geometry.topk)
+
+    block_q = rows_per_chunk(COMPRESSED_LOGIT_BUDGET, batch * heads * max(n_compressed, 1), smallest=1)
     return map_queries(step, (q, lse, visible), block_q)
 
 
@@ -59,13 +64,3 @@ def block_scores(mass: Float[Array, "*batch N"], geometry: BlockGeometry, n_bloc
     padded = jnp.pad(mass, pads)
     by_stride = sum((padded[..., n : n + n_strides] for n in range(1, per_key)), padded[..., :n_strides])
     return by_stride.reshape(*mass.shape[:-1], n_blocks, per_block).sum(-1)
-
-
-def _ranked(scores: Float[Array, "B G C J"], visible: Visible, geometry: BlockGeometry) -> Float[Array, "B G C J"]:
-    """+inf for blocks that are always taken, -inf for those that hold no visible key."""
-    block = jnp.arange(scores.shape[-1], dtype=jnp.int32)
-    start, end = visible.start[:, None, :, None], visible.end[:, None, :, None]
-    first, own = start // geometry.select_block, (end - 1) // geometry.select_block
-    forced = (block < first + geometry.n_initial) | (block > own - geometry.n_local)
-    competes = (block >= first) & (block <= own) & (start < end)
-    return jnp.where(competes, jnp.where(forced, jnp.inf, rank_scores(scores)), -jnp.inf)

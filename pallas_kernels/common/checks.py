@@ -17,6 +17,7 @@ from pallas_kernels.types import ForcedKeys, IndexHeads, Visible
 P = ParamSpec("P")
 R = TypeVar("R")
 
+ACTIVATIONS = ("relu", "none")
 _BUNDLES = (ForcedKeys, IndexHeads, Visible)
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -202,6 +203,12 @@ def check_forced(op: str, topk: int, forced: ForcedKeys) -> None:
             f"{op}: forced.first is {forced.first} and forced.last {forced.last} with topk {topk}; expected counts of zero or "
             "more that leave at least one key to the scores. Check indexer.forced_sink and indexer.forced_local in the config."
         )
+
+
+def check_activation(op: str, activation: Any) -> None:
+    """Raises ValueError for an unknown activation of the index scores."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}.")
 
 
 def check_topk_indices(op: str, topk_indices: Any, batch: int, length: int) -> None:

@@ -63,11 +63,11 @@ def resolve_implementation(op: str, implementation: str | None, available: Mappi
     return implementation
 
 
-def choose(
-    op: str, implementation: str | None, available: Mapping[str, Callable[..., Any]], *, platform: str
+def choose_implementation(
+    op: str, implementation: str | None, available: Mapping[str, Callable[..., Any]]
 ) -> Callable[..., Any]:
     """The function that `resolve_implementation` names; logs and records the choice the first time it is made."""
-    name = resolve_implementation(op, implementation, available, platform=platform)
+    name = resolve_implementation(op, implementation, available, platform=traced_platform())
     names = _chosen.setdefault(op, set())
     if name not in names:
         names.add(name)
@@ -75,9 +75,7 @@ def choose(
     return available[name]
 
 
-def same_bits(
-    op: str, run: Callable[..., Any], pallas: Callable[..., Any], deterministic: bool, *, platform: str
-) -> dict[str, bool]:
+def same_bits(op: str, run: Callable[..., Any], pallas: Callable[..., Any], deterministic: bool) -> dict[str, bool]:
     """Arguments that make `run` give the same bits every run if asked to; only "pallas" has, and needs, any.
 
     Raises:
@@ -85,12 +83,34 @@ def same_bits(
     """
     if run is pallas:
         return {"deterministic": deterministic}
-    if deterministic and platform == "gpu":
+    if deterministic and traced_platform() == "gpu":
         raise NotImplementedError(
             f"{op}: deterministic=True on a GPU needs the ordered sums of implementation='pallas'; XLA adds up gradients in "
             "no fixed order there. Pass implementation='pallas', or deterministic=False."
         )
     return {}
+
+
+def activation_option(
+    op: str,
+    activation: str,
+    run: Callable[..., Any],
+    portable: tuple[Callable[..., Any], ...],
+    implementation: str | None,
+) -> dict[str, str]:
+    """Keyword argument that gives `run` the activation; none for the ReLU, which every implementation has.
+
+    Raises:
+        NotImplementedError: when `run` is not one of those in `portable` and the activation is another.
+    """
+    if activation == "relu":
+        return {}
+    if run not in portable:
+        raise NotImplementedError(
+            f"{op}: implementation {implementation!r} has activation 'relu' only; got activation={activation!r}. Pass "
+            "implementation='xla' or 'reference' (attention.implementation in a config)."
+        )
+    return {"activation": activation}
 
 
 def implementations_chosen() -> dict[str, str]:

@@ -20,12 +20,13 @@ from pallas_kernels import tuning
 from pallas_kernels.common import gpu_tiles as tiling
 from pallas_kernels.common.gpu_tiles import LOG2_E, Problem, Refs
 from pallas_kernels.common.numerics import clamped, widen_fp8
+from pallas_kernels.common.topk import rank_scores
 from pallas_kernels.tuning.kernels import SHARED_BYTES
 from pallas_kernels.tuning.tiles import SMALLEST_SIDE, QueryTiles, Tiles
 from pallas_kernels.types import Visible
 
 Kind = Literal["scores", "ranked_scores", "probability"]
-"""`ranked_scores`: as the selection compares them, see `_numerics.rank_scores`."""
+"""`ranked_scores`: as the selection compares them, see `topk.rank_scores`."""
 
 
 def index_problem(q_index: Array, interpret: bool) -> Problem:
@@ -41,7 +42,7 @@ def attention_problem(q: Array, k: Array, softmax_scale: float, interpret: bool)
     )
 
 
-def default_tiles(problem: Problem, dtype: jnp.dtype) -> QueryTiles:
+def head_sum_tiles(problem: Problem, dtype: jnp.dtype) -> QueryTiles:
     """Block sizes for an H200: none spills registers when compiled for sm_90a; none has been timed."""
     block_h = max(SMALLEST_SIDE, min(64, pl.next_power_of_2(problem.heads_per_group)))
     row_bytes = tiling.padded_width(problem.key_columns) * dtype.itemsize
@@ -83,10 +84,7 @@ def _sum_of_heads(
 
 def finish(kind: Kind, total: Array) -> Array:
     """The sum of a visible key as `kind` wants it."""
-    if kind != "ranked_scores":
-        return total
-    lowest = float(jnp.finfo(jnp.float32).min)
-    return jnp.where(total == 0.0, 0.0, jnp.where(total >= lowest, total, lowest))
+    return rank_scores(total) if kind == "ranked_scores" else total
 
 
 def _visible_kernel(
@@ -114,7 +112,7 @@ def _visible_kernel(
             read = functools.partial(tiling.load_rows, refs["k"], position, offset=group * problem.dim, valid=exists)
             keys = [widen_fp8(read(piece)) for piece in problem.key_columns]
 
-            @each(count)
+            @tiling.each(count)
             def _(i: Array) -> None:
                 t = first_query + i
                 total = _sum_of_heads(refs, keys, problem, tiles, kind, group, t * problem.heads)
@@ -126,7 +124,7 @@ def _visible_kernel(
         over_queries(0, None)
         if problem.groups > 1:
 
-            @each(problem.groups - 1)
+            @tiling.each(problem.groups - 1)
             def _(i: Array) -> None:
                 # A further group adds to what this program has written; the interpreter knows no barriers.
                 if not problem.interpret:
@@ -136,20 +134,7 @@ def _visible_kernel(
     @pl.when(~is_seen)
     def _() -> None:
         nothing = jnp.full((tiles.block_k,), hidden_value(kind), jnp.float32)
-        each(count)(lambda i: store(first_query + i, nothing))
-
-
-def each(count: Array | int) -> Callable[[Callable[[Array], None]], None]:
-    """Decorator that runs a function of the step, for its effects, `count` times."""
-
-    def run(function: Callable[[Array], None]) -> None:
-        def body(i: Array, carry: tuple[()]) -> tuple[()]:
-            function(i)
-            return carry
-
-        lax.fori_loop(0, count, body, ())
-
-    return run
+        tiling.each(count)(lambda i: store(first_query + i, nothing))
 
 
 def head_sums_visible(
@@ -176,7 +161,7 @@ def head_sums_visible(
     name = f"head_sums_visible_{kind}"
     if tiles is None:
         call = tiling.call_shape(problem, k.dtype, queries=batch * n_queries, keys=n_keys)
-        tiles = tuning.choose(name, call, default_tiles(problem, widen_fp8(k[:0]).dtype))
+        tiles = tuning.choose_tiles(name, call, head_sum_tiles(problem, widen_fp8(k[:0]).dtype))
     refs = {
         "q": q.reshape(batch, n_queries * problem.heads, problem.dim),
         "k": k.reshape(batch, n_keys, problem.groups * problem.dim),
@@ -192,16 +177,11 @@ def head_sums_visible(
         tiles,
         (refs,),
         grid=(batch, pl.cdiv(n_queries, tiles.block_q), blocks),
-        in_specs=[{name: per_row(x) for name, x in refs.items()}],
-        out_specs=per_row(shape),
+        in_specs=[{name: tiling.per_row(x) for name, x in refs.items()}],
+        out_specs=tiling.per_row(shape),
         out_shape=shape,
         name=name,
     )
-
-
-def per_row(x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
-    """One batch row of [B, ...], B being the first axis of the grid."""
-    return pl.BlockSpec((None, *x.shape[1:]), lambda b, *_: (b,) + (0,) * (len(x.shape) - 1))
 
 
 def _selected_kernel(refs: Refs, out_ref: Any, *, problem: Problem, tiles: Tiles, kind: Kind) -> None:
@@ -242,8 +222,8 @@ def head_sums_selected(
     name = f"head_sums_selected_{kind}"
     if tiles is None:
         call = tiling.call_shape(problem, k.dtype, queries=q.shape[0], keys=k.shape[0], topk=indices.shape[1])
-        default = default_tiles(problem, k.dtype)
-        tiles = tuning.choose(name, call, Tiles(default.block_h, default.block_k, default.num_warps, default.num_stages))
+        default = head_sum_tiles(problem, k.dtype)
+        tiles = tuning.choose_tiles(name, call, Tiles(default.block_h, default.block_k, default.num_warps, default.num_stages))
     refs = {**tiling.common_inputs(q, k, None, indices, tiles), "coefficient": coefficient}
     shape = jax.ShapeDtypeStruct(refs["indices"].shape, jnp.float32)
     out = tiling.call(

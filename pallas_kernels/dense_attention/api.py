@@ -7,8 +7,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.common import checks as _checks
 from pallas_kernels.common import dispatch as _dispatch
-from pallas_kernels.common.explicit import split_like
-from pallas_kernels.common.varying import vary_alike
+from pallas_kernels.common.mesh import split_like, vary_alike
 from pallas_kernels.dense_attention import reference, xla
 from pallas_kernels.types import Visible
 
@@ -52,13 +51,13 @@ def dense_attention(
         implementation: see `pallas_kernels.IMPLEMENTATIONS`; None is the default of the device.
 
     Returns:
-        DenseAttentionOutput. A query that sees nothing: out 0, lse -inf, gradients 0. Keys that no query of their batch row
-        sees never matter, whatever they hold, NaN included; keys that some queries see must be finite.
+        DenseAttentionOutput. A query that sees nothing: out 0, lse -inf, gradients 0. Keys that no query of their batch row sees never matter, whatever they hold, NaN included; keys that some queries
+        see must be finite.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, or a known start > end.
     """
-    run = _dispatch.choose("dense_attention", implementation, _DENSE, platform=_dispatch.traced_platform())
+    run = _dispatch.choose_implementation("dense_attention", implementation, _DENSE)
     q, k, v, visible = vary_alike(q, k, v, visible)
     return DenseAttentionOutput(*run(q, k, v, visible, softmax_scale=float(softmax_scale), d_v=d_v))
 
@@ -99,6 +98,6 @@ def attention_topk(
     Raises:
         ValueError: shapes or dtypes that do not fit, topk below 1, or a known start > end.
     """
-    run = _dispatch.choose("attention_topk", implementation, _TOPK, platform=_dispatch.traced_platform())
+    run = _dispatch.choose_implementation("attention_topk", implementation, _TOPK)
     q, k, lse, visible = jax.lax.stop_gradient(vary_alike(q, k, lse, visible))
     return run(q, k, lse, visible, softmax_scale=float(softmax_scale), topk=topk)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.common.numerics import accumulation_dtype, constant_lse, softmax_and_lse, values_of, visible_mask
-from pallas_kernels.index_topk.reference import canonical_topk
+from pallas_kernels.common.topk import canonical_topk
 from pallas_kernels.types import Visible
 
 

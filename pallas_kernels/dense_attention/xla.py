@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.common.chunks import KeyWalk, add_to_chunk, key_walk, map_queries, rows_per_chunk, scan_queries, slice_chunk
 from pallas_kernels.common.numerics import accumulation_dtype, add_leading, clamped, constant_lse, dot, no_gradient, values_of
-from pallas_kernels.common.selection import all_visible, select_in_blocks
+from pallas_kernels.common.topk import all_visible, select_in_blocks
 from pallas_kernels.types import Visible
 
 LOGIT_BUDGET = 2**20  # numbers in one block of logits: batch x heads x queries x keys

@@ -8,10 +8,8 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.common import checks as _checks
 from pallas_kernels.common import dispatch as _dispatch
-from pallas_kernels.common.activation import activation_option, check_activation
-from pallas_kernels.common.explicit import split_like
-from pallas_kernels.common.forced import scored_range, with_forced
-from pallas_kernels.common.varying import vary_alike
+from pallas_kernels.common.mesh import split_like, vary_alike
+from pallas_kernels.common.topk import with_forced
 from pallas_kernels.index_topk import mosaic_gpu, pallas_gpu, reference, triton_gpu, xla
 from pallas_kernels.types import NO_FORCED_KEYS, ForcedKeys, IndexHeads, Visible
 
@@ -33,7 +31,7 @@ _TOPK: dict[str, Callable[..., Any]] = {
 def _check_scores(index, visible, k_scale, activation, **_):
     _checks.check_index("index_scores", index, k_scale, fp8=True)
     _checks.check_visible("index_scores", visible, *index.q.shape[:2])
-    check_activation("index_scores", activation)
+    _checks.check_activation("index_scores", activation)
 
 
 @_checks.checked(_check_scores)
@@ -69,9 +67,9 @@ def index_scores(
 
     Source: DeepSeek-V3.2-Exp report, section 1, equation 1. The activation "none" is ours.
     """
-    run = _dispatch.choose("index_scores", implementation, _SCORES, platform=_dispatch.traced_platform())
+    run = _dispatch.choose_implementation("index_scores", implementation, _SCORES)
     portable = reference.index_scores, xla.index_scores
-    options = activation_option("index_scores", activation, run, portable, implementation)
+    options = _dispatch.activation_option("index_scores", activation, run, portable, implementation)
     index, visible, k_scale = vary_alike(index, visible, k_scale)
     return run(index, visible, k_scale=k_scale, **options)
 
@@ -81,7 +79,7 @@ def _check_topk(index, visible, topk, forced, activation, k_scale, **_):
     _checks.check_topk("index_topk", topk)
     _checks.check_forced("index_topk", topk, forced)
     _checks.check_visible("index_topk", visible, *index.q.shape[:2])
-    check_activation("index_topk", activation)
+    _checks.check_activation("index_topk", activation)
 
 
 @_checks.checked(_check_topk)
@@ -120,12 +118,8 @@ def index_topk(
 
     Source: DeepSeek-V3.2-Exp report, section 1, equation 2. The order, the tie rule and the forced keys are ours.
     """
-    run = _dispatch.choose("index_topk", implementation, _TOPK, platform=_dispatch.traced_platform())
-    options = activation_option("index_topk", activation, run, (reference.index_topk, xla.index_topk), implementation)
+    run = _dispatch.choose_implementation("index_topk", implementation, _TOPK)
+    options = _dispatch.activation_option("index_topk", activation, run, (reference.index_topk, xla.index_topk), implementation)
     index, visible, k_scale = jax.lax.stop_gradient(vary_alike(index, visible, k_scale))
-    if not any(forced):
-        return run(index, visible, topk=topk, k_scale=k_scale, **options)
-    n_keys = index.k.shape[1]
-    scored = scored_range(visible, forced, n_keys)
-    chosen = run(index, scored, topk=topk - sum(forced), k_scale=k_scale, **options)
-    return with_forced(chosen, scored, visible, forced, n_keys)
+    select = lambda visible, topk: run(index, visible, topk=topk, k_scale=k_scale, **options)
+    return with_forced(visible, forced, index.k.shape[1], select, topk)

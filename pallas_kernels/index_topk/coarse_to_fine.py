@@ -7,23 +7,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from pallas_kernels.common import checks as _checks
-from pallas_kernels.common.activation import check_activation, weighted_sum
 from pallas_kernels.common.chunks import map_queries, rows_per_chunk
-from pallas_kernels.common.explicit import split_like
-from pallas_kernels.common.forced import scored_range, with_forced
-from pallas_kernels.common.numerics import accumulation_dtype, clamped, dot, rank_scores
-from pallas_kernels.common.selection import canonical, largest_ascending
-from pallas_kernels.common.varying import vary_alike
+from pallas_kernels.common.mesh import split_like, vary_alike
+from pallas_kernels.common.numerics import accumulation_dtype, clamped, dot, weighted_sum
+from pallas_kernels.common.topk import canonical, largest_ascending, rank_scores, with_forced
 from pallas_kernels.index_topk.api import index_topk
 from pallas_kernels.index_topk.block_pooling import check_pooling, pool_blocks
 from pallas_kernels.types import NO_FORCED_KEYS, ForcedKeys, IndexHeads, Visible
 
-GATHER_BUDGET = 2**22
+CANDIDATE_BUDGET = 2**22
 """Numbers of the candidates' index keys held at once: batch x queries x candidates x channels."""
 
 
 def _check(index, visible, topk, block_size, n_blocks, pooling, forced, activation, **_):
-    check_activation("index_topk_coarse_to_fine", activation)
+    _checks.check_activation("index_topk_coarse_to_fine", activation)
     check_pooling("index_topk_coarse_to_fine", pooling)
     _checks.check_index("index_topk_coarse_to_fine", index)
     _checks.check_topk("index_topk_coarse_to_fine", topk)
@@ -78,10 +75,9 @@ def index_topk_coarse_to_fine(
     n_keys = index.k.shape[1]
     rank: dict[str, Any] = {"activation": activation, "implementation": implementation}
     if any(forced):
-        scored = scored_range(visible, forced, n_keys)
         rank |= {"block_size": block_size, "n_blocks": n_blocks, "pooling": pooling}
-        chosen = index_topk_coarse_to_fine(index, scored, topk=topk - sum(forced), **rank)
-        return with_forced(chosen, scored, visible, forced, n_keys)
+        select = lambda visible, topk: index_topk_coarse_to_fine(index, visible, topk=topk, **rank)
+        return with_forced(visible, forced, n_keys, select, topk)
     if (n_blocks + 2) * block_size >= n_keys:
         return index_topk(index, visible, topk=topk, **rank)
     (q_index, k_index, weights), visible = jax.lax.stop_gradient(vary_alike(index, visible))
@@ -106,5 +102,5 @@ def index_topk_coarse_to_fine(
         found = jnp.take_along_axis(keys, jnp.minimum(place, n_candidates - 1), axis=-1)
         return canonical(jnp.where(place < n_candidates, found, n_keys), n_keys, topk)
 
-    block_q = rows_per_chunk(GATHER_BUDGET, len(q_index) * n_candidates * q_index.shape[-1], smallest=1)
+    block_q = rows_per_chunk(CANDIDATE_BUDGET, len(q_index) * n_candidates * q_index.shape[-1], smallest=1)
     return map_queries(step, (q_index, weights, chosen, start, end), block_q)

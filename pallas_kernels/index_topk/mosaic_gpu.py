@@ -23,7 +23,7 @@ MOST_COLUMNS = 256
 LEAST_JAX = (0, 11, 2)
 
 
-def default_tiles(queries: int, heads: int, dim: int, itemsize: int) -> WarpgroupTiles:
+def warpgroup_tiles(queries: int, heads: int, dim: int, itemsize: int) -> WarpgroupTiles:
     """Block sizes for an H200: none spills registers when compiled for sm_90a; none has been timed.
 
     A product of e4m3 should take about as long as weighing it, one of bfloat16 twice as long: four warpgroups share a step, or
@@ -94,7 +94,7 @@ def mosaic_scores(
     if tiles is None:
         problem = index_problem(index.q, bool(interpret))
         shape = tiling.call_shape(problem, index.q.dtype, queries=batch * queries, keys=n_keys)
-        tiles = tuning.choose(f"mosaic_{kind}", shape, default_tiles(queries, heads, dim, index.q.dtype.itemsize))
+        tiles = tuning.choose_tiles(f"mosaic_{kind}", shape, warpgroup_tiles(queries, heads, dim, index.q.dtype.itemsize))
     scale = jnp.ones(index.k.shape[:2], jnp.float32) if k_scale is None else k_scale
     visible = clamped(visible, n_keys)
     return mosaic_kernels.head_sums(*index, *visible, scale, kind=kind, tiles=tiles, interpret=bool(interpret))
@@ -117,7 +117,7 @@ def index_scores(
         interpret: True runs the kernel without a GPU; it takes a thread of XLA for each warpgroup, and with too few, as on a
             machine with two cores, waits forever: the environment variable NPROC sets their number. False compiles it for
             the device that is traced for, None only if that is a Hopper GPU.
-        tiles: block sizes; None takes those of the tuning table, or else `default_tiles`.
+        tiles: block sizes; None takes those of the tuning table, or else `warpgroup_tiles`.
 
     Raises:
         NotImplementedError: a jax, device, dtype, number of heads or of channels that the kernel does not cover.

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.common.chunks import pad_queries
 from pallas_kernels.common.index_scores import Kind, finish, hidden_value
-from pallas_kernels.common.varying import vary_over, varying_axes
+from pallas_kernels.common.mesh import vary_over, varying_axes
 from pallas_kernels.tuning.tiles import PROCESSORS, WGMMA_COLUMNS, WarpgroupTiles
 
 # Some of its names came after the oldest jax we support: what is read from it is not checked by type.

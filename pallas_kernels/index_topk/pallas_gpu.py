@@ -14,13 +14,12 @@ from pallas_kernels.common import index_scores as _head_sums
 from pallas_kernels.common.chunks import map_queries, rows_per_chunk
 from pallas_kernels.common.index_scores import Kind
 from pallas_kernels.common.numerics import clamped, no_gradient
-from pallas_kernels.common.selection import all_visible, canonical
-from pallas_kernels.common.threshold import COUNT_GROUPS, largest_by_threshold
+from pallas_kernels.common.topk import COUNT_GROUPS, all_visible, canonical, largest_by_threshold
 from pallas_kernels.index_topk import xla
 from pallas_kernels.tuning.tiles import AnyTiles, QueryTiles
 from pallas_kernels.types import IndexHeads, Visible
 
-SCORE_BUDGET = 2**26
+KERNEL_SCORE_BUDGET = 2**26
 """Scores of one chunk: batch x queries x keys. A quarter of a GiB; the search reads them about as often again."""
 
 Scores = Callable[..., Array]
@@ -98,7 +97,7 @@ def index_scores(
     Args:
         scores: computes them, as `kernel_scores` does.
         interpret: run the kernel without a GPU; None does so on CPU.
-        tiles: block sizes; None takes those of the tuning table, or else `_head_sums.default_tiles`.
+        tiles: block sizes; None takes those of the tuning table, or else `_head_sums.head_sum_tiles`.
 
     Raises:
         NotImplementedError: a dtype, device or number of channels that the kernel does not cover.
@@ -122,7 +121,7 @@ def index_topk(
     *,
     topk: int,
     k_scale: Float[Array, "B S"] | None = None,
-    score_budget: int = SCORE_BUDGET,
+    score_budget: int = KERNEL_SCORE_BUDGET,
     largest: Callable[[Array, int], Array] = largest_by_counting,
     scores: Scores = kernel_scores,
     interpret: bool | None = None,

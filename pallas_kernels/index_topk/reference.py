@@ -4,10 +4,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.common.activation import activate
-from pallas_kernels.common.numerics import accumulation_dtype, rank_scores, visible_mask, widen_fp8
+from pallas_kernels.common.numerics import accumulation_dtype, activate, visible_mask, widen_fp8
+from pallas_kernels.common.topk import canonical_topk
 from pallas_kernels.types import IndexHeads, Visible
 
 
@@ -32,17 +32,6 @@ def index_scores(
     if k_scale is not None:
         scores = scores * jnp.where(seen, k_scale, 0)[:, None].astype(dtype)
     return jnp.where(mask, scores, -jnp.inf)
-
-
-def canonical_topk(scores: Float[Array, "B T S"], visible: Bool[Array, "B T S"], topk: int) -> Int32[Array, "B T {topk}"]:
-    """The topk highest visible scores by a stable full sort, then ascending by position, then -1."""
-    n_keys = scores.shape[-1]
-    ranked = jnp.where(visible, rank_scores(scores), -jnp.inf)
-    order = jnp.argsort(ranked, axis=-1, stable=True, descending=True)[..., :topk].astype(jnp.int32)
-    chosen = jnp.take_along_axis(visible, order, axis=-1)
-    ascending = jnp.sort(jnp.where(chosen, order, n_keys), axis=-1)
-    indices = jnp.where(ascending < n_keys, ascending, -1)
-    return jnp.pad(indices, ((0, 0), (0, 0), (0, topk - indices.shape[-1])), constant_values=-1)
 
 
 def index_topk(

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import tuning
 from pallas_kernels.common.dispatch import traced_platform
-from pallas_kernels.common.varying import vary_over, varying_axes
+from pallas_kernels.common.mesh import vary_over, varying_axes
 from pallas_kernels.index_topk import pallas_gpu
 from pallas_kernels.tuning.tiles import ScanTiles
 from pallas_kernels.types import IndexHeads, Visible
@@ -56,7 +56,7 @@ def _largest_by_radix(
 
     batch, length, width = ranked.shape
     sizes = {"queries": batch * length, "keys": width, "topk": topk}
-    tiles = tuning.choose("radix_select", sizes, ScanTiles())
+    tiles = tuning.choose_tiles("radix_select", sizes, ScanTiles())
     capability = {} if compute_capability is None else {"compute_capability": compute_capability}
     positions = jax_triton.triton_call(
         ranked.reshape(batch * length, width),

@@ -7,15 +7,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.common.activation import weighted_sum
 from pallas_kernels.common.chunks import map_queries, rows_per_chunk, slice_chunk
-from pallas_kernels.common.numerics import accumulation_dtype, clamped, head_products, widen_fp8
-from pallas_kernels.common.selection import all_visible, select_in_blocks
+from pallas_kernels.common.numerics import accumulation_dtype, clamped, head_products, weighted_sum, widen_fp8
+from pallas_kernels.common.topk import all_visible, select_in_blocks
 from pallas_kernels.index_topk import reference
 from pallas_kernels.types import IndexHeads, Visible
 
 SCORE_BUDGET = 2**22  # numbers in one chunk's scores: batch x queries x keys
-BLOCK_K = 1024
+SCORE_BLOCK_K = 1024
 # Products of one block below which a block is made longer: few queries, as in decoding, take few long steps.
 BLOCK_BUDGET = 2**17
 
@@ -66,8 +65,8 @@ def index_topk(
         return all_visible(clamped(visible, n_keys), topk)
     batch, length, heads, _ = q.shape
     block_q = rows_per_chunk(SCORE_BUDGET, batch * n_keys)
-    blocks = max(1, min(BLOCK_BUDGET // (batch * min(block_q, length) * heads), n_keys) // BLOCK_K)
-    block_k = min(blocks * BLOCK_K, n_keys)
+    blocks = max(1, min(BLOCK_BUDGET // (batch * min(block_q, length) * heads), n_keys) // SCORE_BLOCK_K)
+    block_k = min(blocks * SCORE_BLOCK_K, n_keys)
 
     def step(chunk: tuple[Any, ...]) -> Array:
         q, weights, visible = chunk

@@ -7,9 +7,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.common import checks as _checks
 from pallas_kernels.common import dispatch as _dispatch
-from pallas_kernels.common.activation import activation_option, check_activation
-from pallas_kernels.common.explicit import split_like
-from pallas_kernels.common.varying import vary_over, varying_axes
+from pallas_kernels.common.mesh import split_like, vary_over, varying_axes
 from pallas_kernels.indexer_loss import pallas_gpu, reference, xla
 from pallas_kernels.types import IndexHeads, Visible
 
@@ -31,7 +29,7 @@ def _check_kl(index, visible, q, k, lse, softmax_scale, topk_indices, activation
     _checks.check_lse("indexer_kl", lse, q)
     _checks.check_visible("indexer_kl", visible, *index.q.shape[:2])
     _checks.check_scale("indexer_kl", softmax_scale)
-    check_activation("indexer_kl", activation)
+    _checks.check_activation("indexer_kl", activation)
     if topk_indices is not None:
         _checks.check_topk_indices("indexer_kl", topk_indices, *index.q.shape[:2])
 
@@ -86,10 +84,11 @@ def indexer_kl(
 
     Source: DeepSeek-V3.2-Exp report, section 2.1.
     """
-    platform = _dispatch.traced_platform()
-    run = _dispatch.choose("indexer_kl", implementation, _IMPLEMENTATIONS, platform=platform)
-    options: dict[str, Any] = _dispatch.same_bits("indexer_kl", run, pallas_gpu.indexer_kl, deterministic, platform=platform)
-    options |= activation_option("indexer_kl", activation, run, (reference.indexer_kl, xla.indexer_kl), implementation)
+    run = _dispatch.choose_implementation("indexer_kl", implementation, _IMPLEMENTATIONS)
+    options: dict[str, Any] = _dispatch.same_bits("indexer_kl", run, pallas_gpu.indexer_kl, deterministic)
+    options |= _dispatch.activation_option(
+        "indexer_kl", activation, run, (reference.indexer_kl, xla.indexer_kl), implementation
+    )
     own, target = (index, visible, topk_indices), (q, k, lse)
     target = jax.lax.stop_gradient(vary_over(varying_axes(own, target), target))
     # Where the heads of the target are split, the sum over them is the same on every device.

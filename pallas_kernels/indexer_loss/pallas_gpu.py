@@ -25,7 +25,7 @@ from pallas_kernels.types import IndexHeads, Visible
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class KLSettings:
     """The static half of a call; None takes the block sizes of the tuning table, or else the default ones.
 
     `head_axis` is a mesh axis that the attention's heads are split over; `score_budget` is the number of scores of one chunk,
@@ -63,7 +63,7 @@ def indexer_kl(
 
     Args:
         interpret: run the kernels without a GPU; None does so on CPU.
-        settings: other fields of `Settings`.
+        settings: other fields of `KLSettings`.
 
     Raises:
         NotImplementedError: a dtype, device, or number of heads or channels that the kernels do not cover.
@@ -72,7 +72,7 @@ def indexer_kl(
     tiling.check_dtypes("indexer_kl", "q and k", q, k)
     tiling.check_dtypes("indexer_kl", "index.weights and lse", index.weights, lse, allowed=("float32",))
     interpret = tiling.is_interpreted("indexer_kl") if interpret is None else interpret
-    static = Settings(float(softmax_scale), interpret, head_axis, keys_per_index_key, deterministic, **settings)
+    static = KLSettings(float(softmax_scale), interpret, head_axis, keys_per_index_key, deterministic, **settings)
     n_keys = k.shape[1]
     if 0 in (q.size, n_keys) or (topk_indices is not None and topk_indices.shape[2] == 0):
         return jnp.zeros(q.shape[:2], jnp.float32)
@@ -106,12 +106,12 @@ def _times(d_kl: Array, d_scores: Array) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _kl_over_selected(index: IndexHeads, q: Array, k: Array, lse: Array, indices: Array, static: Settings) -> Array:
+def _kl_over_selected(index: IndexHeads, q: Array, k: Array, lse: Array, indices: Array, static: KLSettings) -> Array:
     return _selected_forward(index, q, k, lse, indices, static)[0]
 
 
 def _selected_forward(
-    index: IndexHeads, q: Array, k: Array, lse: Array, indices: Array, static: Settings
+    index: IndexHeads, q: Array, k: Array, lse: Array, indices: Array, static: KLSettings
 ) -> tuple[Array, tuple[Any, ...]]:
     sums = functools.partial(_head_sums.head_sums_selected, indices=indices, tiles=static.sum_tiles)
     attention = _head_sums.attention_problem(q, k, static.softmax_scale, static.interpret)
@@ -122,7 +122,7 @@ def _selected_forward(
     return kl, (index, indices, d_scores)
 
 
-def _selected_backward(static: Settings, residuals: tuple[Any, ...], d_kl: Array) -> tuple[Any, ...]:
+def _selected_backward(static: KLSettings, residuals: tuple[Any, ...], d_kl: Array) -> tuple[Any, ...]:
     index, indices, d_scores = residuals
     d_q, d_k, d_weights = gradients.selected_gradients(
         index,
@@ -139,7 +139,7 @@ def _selected_backward(static: Settings, residuals: tuple[Any, ...], d_kl: Array
 _kl_over_selected.defvjp(_selected_forward, _selected_backward)
 
 
-def _visible_chunk(chunk: tuple[Any, ...], k_index: Array, k: Array, static: Settings) -> tuple[Array, Array]:
+def _visible_chunk(chunk: tuple[Any, ...], k_index: Array, k: Array, static: KLSettings) -> tuple[Array, Array]:
     """(KL, its gradient in the scores) of one chunk of queries."""
     q_index, weights, q, lse, visible = chunk
     n_keys = k.shape[1]
@@ -151,12 +151,12 @@ def _visible_chunk(chunk: tuple[Any, ...], k_index: Array, k: Array, static: Set
     return _kl_and_gradient(scores, mass, visible_mask(visible, n_keys))
 
 
-def _block_q(q: Array, k: Array, static: Settings) -> int:
+def _block_q(q: Array, k: Array, static: KLSettings) -> int:
     return rows_per_chunk(static.score_budget, k.shape[0] * k.shape[1], smallest=1, largest=q.shape[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _kl_over_visible(index: IndexHeads, visible: Visible, q: Array, k: Array, lse: Array, static: Settings) -> Array:
+def _kl_over_visible(index: IndexHeads, visible: Visible, q: Array, k: Array, lse: Array, static: KLSettings) -> Array:
     k_index = jnp.repeat(index.k, static.keys_per_index_key, axis=1)
     step = lambda chunk: _visible_chunk(chunk, k_index, k, static)[0]
     return map_queries(step, (index.q, index.weights, q, lse, visible), _block_q(q, k, static))
@@ -166,7 +166,7 @@ def _visible_forward(*arguments: Any) -> tuple[Array, tuple[Any, ...]]:
     return _kl_over_visible(*arguments), arguments[:-1]
 
 
-def _visible_backward(static: Settings, residuals: tuple[Any, ...], d_kl: Array) -> tuple[Any, ...]:
+def _visible_backward(static: KLSettings, residuals: tuple[Any, ...], d_kl: Array) -> tuple[Any, ...]:
     index, visible, q, k, lse = residuals
     k_index = jnp.repeat(index.k, static.keys_per_index_key, axis=1)
     problem = _head_sums.index_problem(index.q, static.interpret)

@@ -13,11 +13,10 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import tuning
+from pallas_kernels.common import gpu_sums as sums_by_key
 from pallas_kernels.common import gpu_tiles as tiling
 from pallas_kernels.common.chunks import rows_per_chunk, scan_queries
 from pallas_kernels.common.gpu_tiles import Problem, Refs
-from pallas_kernels.common.index_scores import per_row
-from pallas_kernels.sparse_attention import pallas_gpu_backward as backward
 from pallas_kernels.tuning.tiles import SMALLEST_SIDE, Tiles
 from pallas_kernels.types import IndexHeads, Visible
 
@@ -25,7 +24,7 @@ MOST_HEADS = 128
 """Index heads whose gradient one program holds."""
 
 
-def default_tiles(problem: Problem, dtype: jnp.dtype) -> Tiles:
+def index_gradient_tiles(problem: Problem, dtype: jnp.dtype) -> Tiles:
     """Block sizes for an H200: none spills registers when compiled for sm_90a; none has been timed.
 
     Raises:
@@ -40,9 +39,9 @@ def default_tiles(problem: Problem, dtype: jnp.dtype) -> Tiles:
     return Tiles(block_h, 32 if dtype.itemsize == 2 else 16, 8)
 
 
-def default_key_tiles(problem: Problem, dtype: jnp.dtype) -> Tiles:
-    """As `default_tiles`, for programs that hold keys: 64 of them make every product one of a warpgroup, in half precision."""
-    tiles = default_tiles(problem, dtype)
+def index_key_gradient_tiles(problem: Problem, dtype: jnp.dtype) -> Tiles:
+    """As `index_gradient_tiles`, for programs that hold keys: in half precision 64 of them make every matmul a warpgroup's."""
+    tiles = index_gradient_tiles(problem, dtype)
     is_small = dtype.itemsize == 2 and tiles.block_h <= 64 and tiling.padded_width(problem.key_columns) <= 128
     return dataclasses.replace(tiles, block_k=64, num_warps=4, num_stages=3) if is_small else tiles
 
@@ -79,7 +78,7 @@ def _selected_kernel(refs: Refs, *outputs: Any, problem: Problem, tiles: Tiles, 
         d_scores = refs["d_scores"][pl.ds(i * tiles.block_k, tiles.block_k)]
         d_products, new = _products_and_gradient(tile.keys, q, weights, d_scores, tile.valid, problem)
         if is_atomic:
-            rows = jnp.where(tile.valid, tile.rows, dk_ref.shape[0] - backward.SPARE_ROWS)
+            rows = jnp.where(tile.valid, tile.rows, dk_ref.shape[0] - sums_by_key.SPARE_ROWS)
         else:
             rows = first_slot + i * tiles.block_k + jnp.arange(tiles.block_k, dtype=jnp.int32)
         for piece, dk in zip(problem.key_columns, _add_products(_zeros(tiles.block_k, problem), d_products, q), strict=True):
@@ -124,7 +123,7 @@ def selected_gradients(
     q, k, weights = index
     if tiles is None:
         call = tiling.call_shape(problem, q.dtype, queries=q.shape[0], keys=k.shape[0], topk=indices.shape[1])
-        tiles = tuning.choose("index_gradients_selected", call, default_tiles(problem, q.dtype))
+        tiles = tuning.choose_tiles("index_gradients_selected", call, index_gradient_tiles(problem, q.dtype))
     width = tiling.padded_width(problem.key_columns)
 
     def run(arrays: Sequence[Array], total: Array | None) -> tuple[Array, Array, Array, Array]:
@@ -151,18 +150,18 @@ def selected_gradients(
 
     arrays = q, weights, indices, d_scores
     if not deterministic:
-        total = jnp.zeros_like(k, jnp.float32, (k.shape[0] + backward.SPARE_ROWS, width))
+        total = jnp.zeros_like(k, jnp.float32, (k.shape[0] + sums_by_key.SPARE_ROWS, width))
         dq, d_weights, total, _ = run(arrays, total)
-        return dq, backward.unpad([total], k.shape[0], problem)[0][:, 0], d_weights
+        return dq, sums_by_key.unpad([total], k.shape[0], problem)[0][:, 0], d_weights
 
     def step(total: Array, chunk: Sequence[Array]) -> tuple[Array, tuple[Array, Array]]:
         dq, d_weights, parts, slots = run([x[0] for x in chunk], None)
-        return backward.add_in_order([total], [parts], slots, problem)[0], (dq[None], d_weights[None])
+        return sums_by_key.add_in_order([total], [parts], slots, problem)[0], (dq[None], d_weights[None])
 
     block_q = rows_per_chunk(budget_bytes, 4 * indices.shape[1] * width, smallest=1, largest=q.shape[0])
     zeros = jnp.zeros_like(k, jnp.float32, (k.shape[0], width))
     total, (dq, d_weights) = scan_queries(step, zeros, tuple(x[None] for x in arrays), block_q)
-    return dq[0], backward.unpad([total], k.shape[0], problem)[0][:, 0], d_weights[0]
+    return dq[0], sums_by_key.unpad([total], k.shape[0], problem)[0][:, 0], d_weights[0]
 
 
 def _visible_query_kernel(refs: Refs, dq_ref: Any, d_weights_ref: Any, *, problem: Problem, tiles: Tiles) -> None:
@@ -234,7 +233,7 @@ def visible_gradients(
         if tiles is not None:
             return tiles
         call = tiling.call_shape(problem, q.dtype, queries=batch * n_queries, keys=n_keys)
-        return tuning.choose(f"index_gradients_visible_{side}", call, default)
+        return tuning.choose_tiles(f"index_gradients_visible_{side}", call, default)
 
     by_query = {"q": q, "weights": weights, "start": start[..., None], "end": end[..., None], "d_scores": d_scores}
     one_query = {
@@ -242,14 +241,14 @@ def visible_gradients(
         for name, x in by_query.items()
     }
     outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, weights)]
-    query_tiles = chosen("query", default_tiles(problem, q.dtype))
+    query_tiles = chosen("query", index_gradient_tiles(problem, q.dtype))
     dq, d_weights = tiling.call(
         functools.partial(_visible_query_kernel, problem=problem, tiles=query_tiles),
         problem,
         query_tiles,
         ({**by_query, "k": k},),
         grid=(batch, n_queries),
-        in_specs=[{**one_query, "k": per_row(k)}],
+        in_specs=[{**one_query, "k": tiling.per_row(k)}],
         out_specs=[one_query["q"], one_query["weights"]],
         out_shape=outputs,
         name="index_gradients_visible_query",
@@ -264,15 +263,15 @@ def visible_gradients(
         "low": jnp.where(visible.some, start, n_keys).min(1, keepdims=True),
         "high": jnp.where(visible.some, end, 0).max(1, keepdims=True),
     }
-    key_tiles = chosen("key", default_key_tiles(problem, q.dtype))
+    key_tiles = chosen("key", index_key_gradient_tiles(problem, q.dtype))
     dk = tiling.call(
         functools.partial(_visible_key_kernel, problem=problem, tiles=key_tiles, n_queries=n_queries),
         problem,
         key_tiles,
         (refs, total),
         grid=(batch, pl.cdiv(n_keys, key_tiles.block_k)),
-        in_specs=[{name: per_row(x) for name, x in refs.items()}, per_row(total)],
-        out_specs=per_row(total),
+        in_specs=[{name: tiling.per_row(x) for name, x in refs.items()}, tiling.per_row(total)],
+        out_specs=tiling.per_row(total),
         out_shape=jax.ShapeDtypeStruct(total.shape, total.dtype),
         input_output_aliases={len(refs): 0},
         name="index_gradients_visible_key",

@@ -8,9 +8,18 @@ import jax.numpy as jnp
 from jax.scipy.special import xlogy
 from jaxtyping import Array
 
-from pallas_kernels.common.activation import activate, times_slope, weighted_sum
 from pallas_kernels.common.chunks import map_queries, rows_per_chunk, scan_queries
-from pallas_kernels.common.numerics import accumulation_dtype, constant_lse, dot, no_gradient, softmax_and_lse, sum_over_axis
+from pallas_kernels.common.numerics import (
+    accumulation_dtype,
+    activate,
+    constant_lse,
+    dot,
+    no_gradient,
+    softmax_and_lse,
+    sum_over_axis,
+    times_slope,
+    weighted_sum,
+)
 from pallas_kernels.sparse_attention.xla import (
     CHUNKS_PER_STEP,
     GATHER_BUDGET,

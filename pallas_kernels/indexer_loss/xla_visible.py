@@ -9,14 +9,16 @@ from jax import lax
 from jax.scipy.special import xlogy
 from jaxtyping import Array
 
-from pallas_kernels.common.activation import activate, times_slope, weighted_sum
 from pallas_kernels.common.chunks import KeyWalk, add_to_chunk, key_walk, map_queries, rows_per_chunk, scan_queries, slice_chunk
 from pallas_kernels.common.numerics import (
     accumulation_dtype,
+    activate,
     head_products,
     head_products_transposed,
     no_gradient,
     sum_over_axis,
+    times_slope,
+    weighted_sum,
 )
 from pallas_kernels.dense_attention.xla import BLOCK_K, LOGIT_BUDGET, as_rows, probability_mass
 from pallas_kernels.types import IndexHeads, Visible

@@ -7,8 +7,7 @@ from jaxtyping import Array, Float, Int32, UInt8
 
 from pallas_kernels.common import checks as _checks
 from pallas_kernels.common import dispatch as _dispatch
-from pallas_kernels.common.explicit import split_like
-from pallas_kernels.common.varying import vary_alike
+from pallas_kernels.common.mesh import split_like, vary_alike
 from pallas_kernels.quantize.cache_layouts import latent_row_bytes
 from pallas_kernels.sparse_attention import pallas_gpu, pallas_gpu_fp8, reference, xla
 
@@ -53,8 +52,8 @@ def sparse_attention(
     """Softmax attention of query t over the keys topk_indices[t], the same ones for every head.
 
     `out[t, h] = sum_s softmax_s(softmax_scale * q[t, h] . k[s, g(h)]) v[s, g(h)]` with head h in group `h // (H / G)`.
-    Differentiable in q, k and v, through both outputs, once and in reverse mode ("reference": in any). Visibility is whatever
-    the selection says; no mask is added.
+    Differentiable in q, k and v, through both outputs, once and in reverse mode ("reference": in any). Visibility is
+    whatever the selection says; no mask is added.
 
     Args:
         v: None for latent attention: the values are the leading `d_v` channels of the keys (all of them when d_v is None).
@@ -75,9 +74,8 @@ def sparse_attention(
 
     Source: DeepSeek-V3.2-Exp report, section 1, MQA form of multi-head latent attention.
     """
-    platform = _dispatch.traced_platform()
-    run = _dispatch.choose("sparse_attention", implementation, _IMPLEMENTATIONS, platform=platform)
-    options = _dispatch.same_bits("sparse_attention", run, pallas_gpu.sparse_attention, deterministic, platform=platform)
+    run = _dispatch.choose_implementation("sparse_attention", implementation, _IMPLEMENTATIONS)
+    options = _dispatch.same_bits("sparse_attention", run, pallas_gpu.sparse_attention, deterministic)
     arrays = vary_alike(q, k, v, topk_indices)
     return SparseAttentionOutput(*run(*arrays, softmax_scale=float(softmax_scale), d_v=d_v, **options))
 
@@ -129,6 +127,6 @@ def sparse_attention_fp8(
         ValueError: shapes or dtypes that do not fit.
         NotImplementedError: what the implementation asked for does not cover.
     """
-    run = _dispatch.choose("sparse_attention_fp8", implementation, _FP8_IMPLEMENTATIONS, platform=_dispatch.traced_platform())
+    run = _dispatch.choose_implementation("sparse_attention_fp8", implementation, _FP8_IMPLEMENTATIONS)
     arrays = vary_alike(q, pool, slots)
     return SparseAttentionOutput(*run(*arrays, softmax_scale=float(softmax_scale), latent_dim=latent_dim))

@@ -18,9 +18,11 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.common import gpu_tiles as tiling
-from pallas_kernels.common.gpu_tiles import LOG2_E, Options, Problem, Refs, Tiles
+from pallas_kernels.common.gpu_tiles import LOG2_E, Problem, Refs, Tiles
 from pallas_kernels.common.numerics import values_of
 from pallas_kernels.sparse_attention import pallas_gpu_backward as backward
+from pallas_kernels.sparse_attention import pallas_gpu_tiles as block_sizes
+from pallas_kernels.sparse_attention.pallas_gpu_tiles import Options
 from pallas_kernels.sparse_attention.xla import join_batch, join_batch_indices
 from pallas_kernels.tuning.tiles import WGMMA_ROWS
 
@@ -57,7 +59,7 @@ def sparse_attention(
     )
     if options is None:
         sizes = {"queries": q.shape[0] * q.shape[1], "keys": k.shape[1], "topk": topk_indices.shape[2]}
-        options = tiling.chosen_options(problem, q.dtype, **sizes)
+        options = block_sizes.chosen_options(problem, q.dtype, **sizes)
     options = dataclasses.replace(options, deterministic=deterministic or options.deterministic)
     places = join_batch_indices(topk_indices, k.shape[1])[0]
     values = None if v is None else join_batch(v)[0]
@@ -177,7 +179,7 @@ def _attend_backward(
     # The gradient of a logit is p * (d_out . value - delta) * scale; the cotangent of lse adds p * d_lse.
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse
     arrays = backward.Saved(q, d_out.astype(q.dtype), lse, delta, indices)
-    tiles = functools.partial(tiling.gradient_tiles, options, problem, q.dtype)
+    tiles = functools.partial(block_sizes.gradient_tiles, options, problem, q.dtype)
     sizes = {"queries": q.shape[0], "keys": k.shape[0], "topk": indices.shape[1]}
     dq = backward.query_gradient(arrays, k, v, problem, tiles("d_query", **sizes))
     if options.deterministic:

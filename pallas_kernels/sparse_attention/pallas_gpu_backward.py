@@ -5,7 +5,6 @@ group are summed: by atomic addition, or in a fixed order through sorted contrib
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,14 +14,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array
 
-from pallas_kernels import tuning
+from pallas_kernels.common import gpu_sums as sums_by_key
 from pallas_kernels.common import gpu_tiles as tiling
 from pallas_kernels.common.chunks import rows_per_chunk, scan_queries
-from pallas_kernels.common.gpu_tiles import LOG2_E, Columns, Problem, Refs, Tiles
-from pallas_kernels.tuning.tiles import RowTiles
-
-# Rows after the last key: the first takes what absent keys would get.
-SPARE_ROWS = 8
+from pallas_kernels.common.gpu_tiles import LOG2_E, Problem, Refs, Tiles
 
 
 class Saved(NamedTuple):
@@ -111,11 +106,6 @@ def _tile_gradients(
     return tile, list(sums[:n_keys]), list(sums[n_keys:])
 
 
-def _outputs(problem: Problem, refs: Any) -> list[tuple[Any, tuple[Columns, ...]]]:
-    """Every gradient array with the pieces its rows are laid out by."""
-    return list(zip(refs, (problem.key_columns, problem.value_columns), strict=False))
-
-
 def _atomic_kernel(refs: Refs, *totals_and_outputs: Any, problem: Problem, tiles: Tiles) -> None:
     outputs = totals_and_outputs[len(totals_and_outputs) // 2 :]
     group, number = pl.program_id(1), pl.program_id(2)
@@ -123,8 +113,8 @@ def _atomic_kernel(refs: Refs, *totals_and_outputs: Any, problem: Problem, tiles
     @pl.when(number * tiles.block_k < refs["length"][0])
     def _() -> None:
         tile, *gradients = _tile_gradients(refs, problem, tiles, group, number)
-        rows = jnp.where(tile.valid, tile.rows, outputs[0].shape[0] - SPARE_ROWS)
-        for (ref, columns), sums in zip(_outputs(problem, outputs), gradients, strict=False):
+        rows = jnp.where(tile.valid, tile.rows, outputs[0].shape[0] - sums_by_key.SPARE_ROWS)
+        for (ref, columns), sums in zip(sums_by_key.with_columns(problem, outputs), gradients, strict=False):
             for piece, x in zip(columns, sums, strict=True):
                 offset = group * tiling.padded_width(columns)
                 plt.atomic_add(ref, tiling.full_address(rows, piece, offset), x)
@@ -138,7 +128,7 @@ def _contribution_kernel(refs: Refs, *outputs: Any, problem: Problem, tiles: Til
     def _() -> None:
         _, *gradients = _tile_gradients(refs, problem, tiles, group, number)
         rows = first_row + jnp.arange(tiles.block_k, dtype=jnp.int32)
-        for (ref, columns), sums in zip(_outputs(problem, outputs), gradients, strict=False):
+        for (ref, columns), sums in zip(sums_by_key.with_columns(problem, outputs), gradients, strict=False):
             for piece, x in zip(columns, sums, strict=True):
                 offset = group * tiling.padded_width(columns)
                 plt.store(ref.at[tiling.full_address(rows, piece, offset)], x)
@@ -150,22 +140,12 @@ def _widths(problem: Problem) -> list[int]:
     return [problem.groups * tiling.padded_width(pieces) for pieces in columns]
 
 
-def unpad(totals: Sequence[Array], n_keys: int, problem: Problem) -> tuple[Array, Array | None]:
-    """(dk, dv) [keys, groups, channels] out of rows laid out by pieces."""
-    parts = []
-    for total, columns in _outputs(problem, totals):
-        by_group = total[:n_keys].reshape(n_keys, problem.groups, -1)
-        pieces = [by_group[..., piece.place : piece.place + piece.width] for piece in columns]
-        parts.append(pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, -1))
-    return parts[0], None if problem.is_shared else parts[1]
-
-
 def key_gradients_atomic(
     arrays: Saved, k: Array, v: Array | None, problem: Problem, tiles: Tiles
 ) -> tuple[Array, Array | None]:
     """(dk, dv) in float32 by atomic addition: the order of the sums, and so their last bits, differ from run to run."""
     refs = _gradient_inputs(arrays, k, v, tiles)
-    zeros = [jnp.zeros_like(k, jnp.float32, (k.shape[0] + SPARE_ROWS, width)) for width in _widths(problem)]
+    zeros = [jnp.zeros_like(k, jnp.float32, (k.shape[0] + sums_by_key.SPARE_ROWS, width)) for width in _widths(problem)]
     totals = tiling.call(
         functools.partial(_atomic_kernel, problem=problem, tiles=tiles),
         problem,
@@ -178,74 +158,7 @@ def key_gradients_atomic(
         input_output_aliases={len(refs) + i: i for i in range(len(zeros))},
         name="sparse_attention_d_key",
     )
-    return unpad(totals, k.shape[0], problem)
-
-
-def _ordered_sum_kernel(
-    order_ref: Any,
-    starts_ref: Any,
-    parts_ref: Any,
-    total_ref: Any,
-    out_ref: Any,
-    *,
-    columns: tuple[Columns, ...],
-    block_rows: int,
-) -> None:
-    """out[key] = total[key] + its contributions in sorted order, `block_rows` at a time."""
-    key = pl.program_id(0)
-    start, end = starts_ref[key], starts_ref[key + 1]
-    offset = pl.program_id(1) * tiling.padded_width(columns)
-
-    @pl.when(start < end)
-    def _() -> None:
-        for piece in columns:
-
-            def body(i: Array, total: Array, piece: Columns = piece) -> Array:
-                slot = start + i * block_rows + jnp.arange(block_rows, dtype=jnp.int32)
-                valid = slot < end
-                rows = plt.load(order_ref.at[jnp.where(valid, slot, start)])
-                address = tiling.full_address(rows, piece, offset)
-                mask = jnp.broadcast_to(valid[:, None], address[0].shape)
-                return total + plt.load(parts_ref.at[address], mask=mask, other=0).sum(0)
-
-            place = offset + piece.place + jnp.arange(piece.size, dtype=jnp.int32)
-            address = jnp.full((piece.size,), key, jnp.int32), place
-            total = lax.fori_loop(0, pl.cdiv(end - start, block_rows), body, plt.load(total_ref.at[address]))
-            plt.store(out_ref.at[address], total)
-
-
-def _add_in_order(
-    total: Array, parts: Array, order: Array, starts: Array, columns: tuple[Columns, ...], problem: Problem
-) -> Array:
-    arguments = (order, starts, parts, total)
-    sizes = {"groups": problem.groups, "keys": starts.shape[0] - 1, "slots": parts.shape[0]}
-    width = sum(piece.width for piece in columns)
-    tiles = tuning.choose("sparse_attention_ordered_sum", {"width": width, **sizes}, RowTiles())
-    return tiling.call(
-        functools.partial(_ordered_sum_kernel, columns=columns, block_rows=tiles.block_rows),
-        problem,
-        tiles,
-        arguments,
-        grid=(starts.shape[0] - 1, problem.groups),
-        in_specs=[tiling.whole(x) for x in arguments],
-        out_specs=tiling.whole(total),
-        out_shape=jax.ShapeDtypeStruct(total.shape, total.dtype),
-        input_output_aliases={3: 0},
-        name="sparse_attention_ordered_sum",
-    )
-
-
-def add_in_order(totals: Sequence[Array], parts: Sequence[Array], indices: Array, problem: Problem) -> tuple[Array, ...]:
-    """Adds to every key the rows of `parts`, one per slot of `indices` [T, K], that its slots hold: sorted, so always alike."""
-    n_keys, keys = totals[0].shape[0], indices.reshape(-1)
-    keys, order = lax.sort(
-        (jnp.where(keys < 0, n_keys, keys), jnp.arange(keys.shape[0], dtype=jnp.int32)), num_keys=1, is_stable=True
-    )
-    starts = jnp.searchsorted(keys, jnp.arange(n_keys + 1, dtype=jnp.int32)).astype(jnp.int32)
-    return tuple(
-        _add_in_order(total, part, order, starts, columns, problem)
-        for (total, columns), part in zip(_outputs(problem, totals), parts, strict=True)
-    )
+    return sums_by_key.unpad(totals, k.shape[0], problem)
 
 
 def key_gradients_in_order(
@@ -275,10 +188,10 @@ def key_gradients_in_order(
             out_shape=shapes,
             name="sparse_attention_contributions",
         )
-        return add_in_order(totals, parts, refs["indices"], problem), ()
+        return sums_by_key.add_in_order(totals, parts, refs["indices"], problem), ()
 
     per_query = 4 * slots * sum(widths)
     block_q = rows_per_chunk(budget_bytes, per_query, smallest=1, largest=arrays.q.shape[0])
     zeros = tuple(jnp.zeros_like(k, jnp.float32, (n_keys, width)) for width in widths)
     totals, _ = scan_queries(step, zeros, jax.tree.map(lambda x: x[None], arrays), block_q)
-    return unpad(totals, n_keys, problem)
+    return sums_by_key.unpad(totals, n_keys, problem)

@@ -13,6 +13,7 @@ from pallas_kernels.common import gpu_tiles as tiling
 from pallas_kernels.common.gpu_tiles import Columns, KeyTile, Problem, Refs, Tiles
 from pallas_kernels.quantize.cache_layouts import TILE
 from pallas_kernels.sparse_attention import pallas_gpu
+from pallas_kernels.sparse_attention.pallas_gpu_tiles import default_splits
 from pallas_kernels.tuning.kernels import SHARED_BYTES
 from pallas_kernels.tuning.tiles import SMALLEST_SIDE, SplitTiles
 
@@ -32,7 +33,7 @@ def sparse_attention_fp8(
 
     Args:
         tiles, splits: block sizes and programs per query; None takes the table's or
-            `default_tiles`, and `pallas_gpu_tiles.default_splits`.
+            `fp8_forward_tiles`, and `pallas_gpu_tiles.default_splits`.
         interpret: run the kernel without a GPU; None does so on CPU.
 
     Raises:
@@ -54,8 +55,8 @@ def sparse_attention_fp8(
     )
     if tiles is None:
         shape = tiling.call_shape(problem, q.dtype, queries=batch * length, keys=pool.shape[0], topk=slots.shape[2])
-        tiles = tuning.choose("sparse_attention_fp8_forward", shape, default_tiles(problem, q.dtype))
-    splits = tiling.default_splits(problem, tiles, batch * length, slots.shape[2]) if splits is None else splits
+        tiles = tuning.choose_tiles("sparse_attention_fp8_forward", shape, fp8_forward_tiles(problem, q.dtype))
+    splits = default_splits(problem, tiles, batch * length, slots.shape[2]) if splits is None else splits
     slots = jnp.where((slots >= 0) & (slots < pool.shape[0]), slots, -1).reshape(batch * length, slots.shape[2])
     out, lse = pallas_gpu.forward(
         q.reshape(batch * length, heads, dim),
@@ -70,7 +71,7 @@ def sparse_attention_fp8(
     return out.reshape(batch, length, heads, latent_dim), lse.reshape(batch, length, heads)
 
 
-def default_tiles(problem: Problem, dtype: jnp.dtype) -> SplitTiles:
+def fp8_forward_tiles(problem: Problem, dtype: jnp.dtype) -> SplitTiles:
     """Block sizes for an H200: none spills registers when compiled for sm_90a; none has been timed."""
     most = max(SMALLEST_SIDE, min(64, 1 << (problem.heads - 1).bit_length()))
     block_h, block_k = (most, 32) if dtype.itemsize == 2 else (16, 16)
@@ -96,7 +97,7 @@ def _views(pool: UInt8[Array, "P bytes"]) -> dict[str, Array]:
 
 
 def _load_keys(refs: Refs, problem: Problem, group: Array | int, number: Array, block_k: int, *, dtype: jnp.dtype) -> KeyTile:
-    """As `pallas_gpu_tiles.load_keys`; a piece of the latent lies within one tile of channels that share a scale."""
+    """As `gpu_tiles.load_keys`; a piece of the latent lies within one tile of channels that share a scale."""
     rows, valid = tiling.load_slots(refs, number, block_k)
     n_values = len(problem.value_columns)
     n_tiles = -(-problem.width // TILE)

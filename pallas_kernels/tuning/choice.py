@@ -30,7 +30,7 @@ _record: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar("r
 _logged: set[tuple[str, AnyTiles]] = set()
 
 
-def choose(kernel: str, shape: Shape, default: T) -> T:
+def choose_tiles(kernel: str, shape: Shape, default: T) -> T:
     """Tiles for a call of `kernel`: of the table's nearest entry for the device that is traced for (`table.nearest`), else
     `default`.
 

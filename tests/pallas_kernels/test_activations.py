@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ops_helpers import IMPLEMENTATIONS, assert_close, clipped, normal, ranges
+from shapes import LossShape
 from test_index_topk import numpy_selection
 
 import pallas_kernels as pk
 from pallas_kernels import IndexHeads
-from pallas_kernels.indexer_loss.shapes import LossShape
 
 SHAPE = LossShape(batch=2, queries=37, keys=53, index_heads=3, index_dim=8, heads=4, groups=1, dim=6, topk=5)
 LONG = LossShape(batch=1, queries=30, keys=1100, index_heads=2, index_dim=4, heads=2, groups=1, dim=4, topk=7)

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ops_helpers import IMPLEMENTATIONS, assert_close, clipped, in_float64, normal, ranges
+from shapes import ATTENTION_SHAPES
 
 import pallas_kernels as pk
 from pallas_kernels import Visible
-from pallas_kernels.sparse_attention.shapes import TEST_SHAPES
 
 
 def inputs(shape, seed=0):
@@ -65,7 +65,7 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "kind"), CASES, ids=["-".join(case) for case in CASES])
 def test_matches_float64_with_gradients(name, kind):
-    shape, rng = TEST_SHAPES[name], np.random.default_rng(7)
+    shape, rng = ATTENTION_SHAPES[name], np.random.default_rng(7)
     q, k, v = inputs(shape)
     visible = ranges(kind, shape.batch, shape.queries, shape.keys)
     width = shape.value_dim or shape.d_v or shape.dim
@@ -81,7 +81,7 @@ def test_matches_float64_with_gradients(name, kind):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_keys_nobody_sees_and_empty_queries_may_hold_anything(implementation):
-    shape = TEST_SHAPES["grouped"]
+    shape = ATTENTION_SHAPES["grouped"]
     q, k, v = inputs(shape)
     visible = ranges("random", shape.batch, shape.queries, shape.keys, 5)
     visible = jax.tree.map(lambda x: jnp.clip(x, 4, 18), visible)
@@ -100,7 +100,7 @@ def test_keys_nobody_sees_and_empty_queries_may_hold_anything(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_future_keys_have_exactly_zero_gradient_and_bfloat16_stays_close(implementation):
-    shape = TEST_SHAPES["latent"]
+    shape = ATTENTION_SHAPES["latent"]
     q, k, _ = inputs(shape)
     visible = ranges("causal", shape.batch, shape.queries, shape.keys)
 
@@ -118,7 +118,7 @@ def test_future_keys_have_exactly_zero_gradient_and_bfloat16_stays_close(impleme
 
 
 def test_oracle_selects_the_keys_of_largest_summed_probability():
-    shape = TEST_SHAPES["grouped"]
+    shape = ATTENTION_SHAPES["grouped"]
     q, k, v = inputs(shape)
     visible = ranges("random", shape.batch, shape.queries, shape.keys)
     dense = in_float64(

@@ -4,11 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ops_helpers import IMPLEMENTATIONS, clipped, ranges
+from shapes import INDEX_SHAPES
 from test_index_topk import inputs
 
 import pallas_kernels as pk
 from pallas_kernels import ForcedKeys, IndexHeads, Visible
-from pallas_kernels.index_topk.shapes import TEST_SHAPES
 
 
 def written_out(scores, start, end, topk, sink, local):
@@ -25,7 +25,7 @@ def written_out(scores, start, end, topk, sink, local):
 
 @pytest.mark.parametrize("kind", ["causal", "random"])
 def test_forced_keys_and_the_best_of_the_rest(kind):
-    shape = TEST_SHAPES["odd_lengths"]
+    shape = INDEX_SHAPES["odd_lengths"]
     arrays, visible = inputs(shape), ranges(kind, shape.batch, shape.queries, shape.keys)
     start, end = clipped(visible, shape.keys)
     products = np.maximum(np.einsum("bthd,bsd->bths", *map(np.asarray, arrays[:2])), 0)
@@ -53,7 +53,7 @@ def test_coarse_to_fine_searches_the_blocks_between_the_forced_keys():
 
 @pytest.mark.parametrize("forced", [(-1, 0), (3, 2), (0, 5)])
 def test_counts_that_leave_nothing_to_the_scores_are_refused(forced):
-    arrays = inputs(TEST_SHAPES["one_query"])
+    arrays = inputs(INDEX_SHAPES["one_query"])
     options = {"visible": ranges("causal", 1, 1, 1), "topk": 5, "forced": ForcedKeys(*forced)}
     with pytest.raises(ValueError, match=rf"index_topk: forced\.first is {forced[0]} and forced\.last {forced[1]} with topk 5"):
         pk.index_topk(arrays, **options)

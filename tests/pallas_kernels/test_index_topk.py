@@ -9,12 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops_helpers import IMPLEMENTATIONS, RANGE_KINDS, assert_close, clipped, in_float64, normal, ranges, small_integers
+from shapes import INDEX_SHAPES
 
 import pallas_kernels as pk
 from pallas_kernels import IndexHeads, Visible
-from pallas_kernels.common.selection import largest_ascending
-from pallas_kernels.index_topk import reference
-from pallas_kernels.index_topk.shapes import TEST_SHAPES
+from pallas_kernels.common.topk import canonical_topk, largest_ascending, rank_scores
 
 
 def numpy_selection(scores, start, end, topk):
@@ -59,9 +58,9 @@ def test_literal_scores_and_selection(implementation):
 
 
 @pytest.mark.parametrize("kind", RANGE_KINDS)
-@pytest.mark.parametrize("name", TEST_SHAPES)
+@pytest.mark.parametrize("name", INDEX_SHAPES)
 def test_selection_is_exact(name, kind):
-    shape = TEST_SHAPES[name]
+    shape = INDEX_SHAPES[name]
     if name == "several_chunks_and_blocks" and kind in ("packed", "random"):
         kind = "causal"
     arrays, visible = inputs(shape), ranges(kind, shape.batch, shape.queries, shape.keys)
@@ -86,7 +85,7 @@ def test_bounds_as_far_out_as_int32_goes_are_clamped(topk, implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_scores_and_their_gradient_match_float64(implementation):
-    shape, rng = TEST_SHAPES["odd_lengths"], np.random.default_rng(1)
+    shape, rng = INDEX_SHAPES["odd_lengths"], np.random.default_rng(1)
     arrays, visible = inputs(shape, normal), ranges("random", shape.batch, shape.queries, shape.keys)
     cotangent = normal(rng, shape.batch, shape.queries, shape.keys)
 
@@ -106,7 +105,7 @@ def test_scores_and_their_gradient_match_float64(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_invisible_keys_never_matter(implementation):
-    shape = TEST_SHAPES["odd_lengths"]
+    shape = INDEX_SHAPES["odd_lengths"]
     q, k, w = inputs(shape)
     visible = jax.tree.map(lambda x: jnp.clip(x, 5, 40), ranges("random", 2, shape.queries, shape.keys))
     clean = jitted(IndexHeads(q, k, w), visible, topk=5, implementation=implementation)
@@ -117,7 +116,7 @@ def test_invisible_keys_never_matter(implementation):
 
 @pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "pallas"])
 def test_a_query_that_sees_nothing_may_hold_anything(implementation):
-    q, k, w = inputs(TEST_SHAPES["odd_lengths"])
+    q, k, w = inputs(INDEX_SHAPES["odd_lengths"])
     start = jnp.zeros(q.shape[:2], jnp.int32)
     end = jnp.full(q.shape[:2], k.shape[1], jnp.int32).at[:, 1].set(0)
 
@@ -151,7 +150,7 @@ def test_awkward_scores(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_selection_carries_no_gradient_and_is_deterministic(implementation):
-    shape = TEST_SHAPES["odd_lengths"]
+    shape = INDEX_SHAPES["odd_lengths"]
     arrays, visible = inputs(shape, normal), ranges("causal", 2, shape.queries, shape.keys)
 
     def loss(q):
@@ -165,7 +164,7 @@ def test_selection_carries_no_gradient_and_is_deterministic(implementation):
 
 
 def test_float64_and_bfloat16_inputs():
-    shape = TEST_SHAPES["odd_lengths"]
+    shape = INDEX_SHAPES["odd_lengths"]
     visible = ranges("causal", 2, shape.queries, shape.keys)
     arrays = inputs(shape)
     half = arrays._replace(q=arrays.q.astype(jnp.bfloat16), k=arrays.k.astype(jnp.bfloat16))
@@ -184,7 +183,7 @@ def test_reference_and_blocks_agree_on_any_scores(values, data):
     keep = data.draw(st.integers(0, 24))
     visible = jnp.arange(24)[None, None] < keep
     scores = jnp.asarray(values, jnp.float32)[None, None]
-    expected = reference.canonical_topk(scores, visible, 7)
-    ranked = jnp.where(visible, reference.rank_scores(scores), -jnp.inf)
+    expected = canonical_topk(scores, visible, 7)
+    ranked = jnp.where(visible, rank_scores(scores), -jnp.inf)
     ascending = largest_ascending(ranked, 7)
     np.testing.assert_array_equal(jnp.where(ascending < 24, ascending, -1), expected)

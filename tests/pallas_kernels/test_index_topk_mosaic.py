@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from lowering import lower_for_h200
 from ops_helpers import assert_close, in_float64, normal, ranges
+from shapes import IndexShape
 from test_index_topk import inputs
 
 import pallas_kernels as pk
 from pallas_kernels import IndexHeads, Visible
 from pallas_kernels.index_topk import mosaic_gpu, reference
-from pallas_kernels.index_topk.shapes import IndexShape
 from pallas_kernels.quantize import quantize_fp8
 from pallas_kernels.tuning import WarpgroupTiles
 
@@ -170,11 +170,11 @@ def test_it_is_never_the_default_and_does_not_run_here(op):
 
 def test_blocks_fit_in_shared_memory():
     for heads, dim, itemsize in ((64, 128, 2), (64, 128, 1), (256, 128, 1), (128, 128, 2), (256, 256, 2), (8, 32, 1)):
-        tiles = mosaic_gpu.default_tiles(4096, heads, dim, itemsize)
+        tiles = mosaic_gpu.warpgroup_tiles(4096, heads, dim, itemsize)
         rows = tiles.block_q * heads + tiles.num_stages * tiles.block_k
         assert rows * dim * itemsize + 4 * tiles.block_q * heads < 232448
-    assert mosaic_gpu.default_tiles(4096, 64, 128, 2) == WarpgroupTiles(8, 64, 2, 2)
+    assert mosaic_gpu.warpgroup_tiles(4096, 64, 128, 2) == WarpgroupTiles(8, 64, 2, 2)
     with pytest.raises(NotImplementedError, match="no room for 128 heads of 512 channels"):
-        mosaic_gpu.default_tiles(4096, 128, 512, 2)
-    assert mosaic_gpu.default_tiles(1, 64, 128, 2) == WarpgroupTiles(1, 64, 2, 4)
-    assert mosaic_gpu.default_tiles(5, 64, 128, 1) == WarpgroupTiles(4, 64, 4, 4)
+        mosaic_gpu.warpgroup_tiles(4096, 128, 512, 2)
+    assert mosaic_gpu.warpgroup_tiles(1, 64, 128, 2) == WarpgroupTiles(1, 64, 2, 4)
+    assert mosaic_gpu.warpgroup_tiles(5, 64, 128, 1) == WarpgroupTiles(4, 64, 4, 4)

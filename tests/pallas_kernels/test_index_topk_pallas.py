@@ -7,25 +7,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ops_helpers import RANGE_KINDS, assert_close, in_float64, normal, ranges, small_integers
+from shapes import INDEX_SHAPES, IndexShape
 from test_index_topk import inputs
 
 import pallas_kernels as pk
 from pallas_kernels import IndexHeads, Visible
 from pallas_kernels.index_topk import pallas_gpu, reference
-from pallas_kernels.index_topk.shapes import TEST_SHAPES, IndexShape
 from pallas_kernels.quantize import quantize_fp8
 from pallas_kernels.tuning import QueryTiles
 
 SMALL = QueryTiles(16, 32, block_q=8)
 SHAPES = {
-    **{name: shape for name, shape in TEST_SHAPES.items() if name != "several_chunks_and_blocks"},
+    **{name: shape for name, shape in INDEX_SHAPES.items() if name != "several_chunks_and_blocks"},
     "62_queries_several_blocks": IndexShape(1, 62, 213, 5, 24, 17),
     "213_queries": IndexShape(1, 213, 95, 20, 16, 8),
 }
 
 
 @functools.partial(jax.jit, static_argnames=("topk", "score_budget"))
-def selected(index, visible, *, topk, score_budget=pallas_gpu.SCORE_BUDGET):
+def selected(index, visible, *, topk, score_budget=pallas_gpu.KERNEL_SCORE_BUDGET):
     return pallas_gpu.index_topk(index, visible, topk=topk, score_budget=score_budget, tiles=SMALL)
 
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ops_helpers import IMPLEMENTATIONS, assert_close, clipped, in_float64, normal, ranges
+from shapes import LOSS_SHAPES
 from test_sparse_attention import selection
 
 import pallas_kernels as pk
 from pallas_kernels import IndexHeads, Visible
-from pallas_kernels.indexer_loss.shapes import TEST_SHAPES
 
 SCALE = 0.3
 
@@ -39,7 +39,7 @@ def run(implementation, sparse):
 
 
 def case(name, kind, sparse):
-    shape = TEST_SHAPES[name]
+    shape = LOSS_SHAPES[name]
     arrays, visible = inputs(shape), ranges(kind, shape.batch, shape.queries, shape.keys)
     indices = selection(shape)
     _, q, k = arrays
@@ -74,7 +74,7 @@ def test_literal_case(implementation, sparse):
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["visible", "selected"])
-@pytest.mark.parametrize("name", TEST_SHAPES)
+@pytest.mark.parametrize("name", LOSS_SHAPES)
 def test_matches_float64_with_gradients(name, sparse):
     kind = {"latent": "random", "grouped": "packed"}.get(name, "causal")
     _, arrays, visible = case(name, kind, sparse)

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ops_helpers import assert_close, clipped, in_float64, normal, ranges
+from shapes import LOSS_SHAPES, LossShape
 from test_indexer_kl import SCALE, case, inputs
 from test_indexer_kl import run as run_public
 
 import pallas_kernels as pk
 from pallas_kernels import IndexHeads
 from pallas_kernels.indexer_loss import pallas_gpu
-from pallas_kernels.indexer_loss.shapes import TEST_SHAPES, LossShape
 from pallas_kernels.tuning import QueryTiles, Tiles
 
 # Several tiles of keys, blocks of heads and queries, and chunks of queries even at test sizes.
@@ -152,7 +152,7 @@ def test_heads_split_over_a_mesh_axis_give_the_same():
 
 def test_without_queries_keys_or_slots_and_what_is_not_covered():
     for name in ("no_queries", "no_keys"):
-        shape = TEST_SHAPES[name]
+        shape = LOSS_SHAPES[name]
         (index, q, k), visible = inputs(shape), ranges("causal", 1, shape.queries, shape.keys)
         lse = jnp.zeros((1, shape.queries, shape.heads))
         kl = pk.indexer_kl(index, visible, q, k, lse, softmax_scale=SCALE, implementation="pallas")

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops_helpers import IMPLEMENTATIONS, assert_close, in_float64, normal, ranges
+from shapes import ATTENTION_SHAPES
 
 import pallas_kernels as pk
-from pallas_kernels.sparse_attention.shapes import TEST_SHAPES
 
 INVALID = (-1, -123456, np.iinfo(np.int32).min, np.iinfo(np.int32).max, 114514)
 
@@ -58,9 +58,9 @@ def test_literal_case(implementation):
     np.testing.assert_allclose(lse[0, :, 0], [np.log(4.0), -np.inf, 0.0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", TEST_SHAPES)
+@pytest.mark.parametrize("name", ATTENTION_SHAPES)
 def test_matches_float64_with_gradients(name):
-    shape, rng = TEST_SHAPES[name], np.random.default_rng(7)
+    shape, rng = ATTENTION_SHAPES[name], np.random.default_rng(7)
     (q, k, v), indices = inputs(shape), selection(shape)
     width = shape.value_dim or shape.d_v or shape.dim
     cotangents = normal(rng, *q.shape[:3], width), normal(rng, *q.shape[:3])
@@ -81,7 +81,7 @@ def test_matches_float64_with_gradients(name):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_unselected_keys_and_empty_queries_may_hold_anything(implementation):
-    shape = TEST_SHAPES["latent"]
+    shape = ATTENTION_SHAPES["latent"]
     (q, k, _), indices = inputs(shape), np.array(selection(shape))
     indices[(indices >= 0) & (indices < 10)] = -1  # keys 0 to 9 are selected by nobody
     indices, empty = jnp.asarray(indices), jnp.asarray(((indices < 0) | (indices >= shape.keys)).all(-1))
@@ -98,7 +98,7 @@ def test_unselected_keys_and_empty_queries_may_hold_anything(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16_and_float64(implementation):
-    shape = TEST_SHAPES["grouped"]
+    shape = ATTENTION_SHAPES["grouped"]
     (q, k, v), indices = inputs(shape), selection(shape)
     call = functools.partial(pk.sparse_attention, softmax_scale=0.3)
     half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
@@ -114,7 +114,7 @@ def test_bfloat16_and_float64(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_topk_of_whole_context_is_dense_attention_and_runs_are_bitwise_equal(implementation):
-    shape = TEST_SHAPES["latent"]
+    shape = ATTENTION_SHAPES["latent"]
     q, k, _ = inputs(shape)
     visible = ranges("random", shape.batch, shape.queries, shape.keys)
     position = jnp.arange(shape.keys, dtype=jnp.int32)
@@ -134,7 +134,7 @@ def test_topk_of_whole_context_is_dense_attention_and_runs_are_bitwise_equal(imp
 @settings(max_examples=8, deadline=None)
 @given(st.integers(0, 2**31 - 1))
 def test_order_of_the_selection_does_not_matter_and_halves_merge_by_lse(seed):
-    shape = TEST_SHAPES["grouped"]
+    shape = ATTENTION_SHAPES["grouped"]
     (q, k, v), indices = inputs(shape, seed), selection(shape, seed)
     call = jax.jit(functools.partial(pk.sparse_attention, softmax_scale=0.3, implementation="xla"))
     whole = call(q, k, v, indices)

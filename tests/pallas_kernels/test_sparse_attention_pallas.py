@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 from lowering import lower_for_h200
 from ops_helpers import assert_close, in_float64, normal
+from shapes import AttentionShape
 from test_sparse_attention import inputs, selection
 
 import pallas_kernels as pk
+from dsa_jax.benchmarks.kernel_cases import DEEPSEEK_V32, LLAMA3_8B
 from pallas_kernels.common import index_scores as _head_sums
-from pallas_kernels.common.gpu_tiles import Options, Problem, Tiles, cut_columns, default_options
+from pallas_kernels.common.gpu_tiles import Problem, Tiles, cut_columns
 from pallas_kernels.sparse_attention import pallas_gpu, pallas_gpu_fp8, reference
-from pallas_kernels.sparse_attention.shapes import DEEPSEEK_V32, LLAMA3_8B, AttentionShape
+from pallas_kernels.sparse_attention.pallas_gpu_tiles import Options, default_options
 
 SCALE = 0.3
 SMALL = Tiles(16, 16)
@@ -209,14 +211,14 @@ def test_wide_channels_get_smaller_tiles_or_a_clear_no():
 
     def heads(latent):
         problem = Problem(64, 1, latent + 64, latent, True, SCALE, False, piece=128)
-        return pallas_gpu_fp8.default_tiles(problem, jnp.dtype(jnp.bfloat16)).block_h
+        return pallas_gpu_fp8.fp8_forward_tiles(problem, jnp.dtype(jnp.bfloat16)).block_h
 
     assert (heads(512), heads(768), heads(1024)) == (64, 32, 16)
 
 
 def test_sums_over_heads_hold_as_many_as_shared_memory_does():
     def heads(dim, dtype=jnp.bfloat16):
-        return _head_sums.default_tiles(Problem(128, 1, dim, dim, True, SCALE, False), jnp.dtype(dtype)).block_h
+        return _head_sums.head_sum_tiles(Problem(128, 1, dim, dim, True, SCALE, False), jnp.dtype(dtype)).block_h
 
     assert (heads(576), heads(640), heads(576, jnp.float32), heads(128)) == (64, 32, 32, 64)
 

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ops_helpers import assert_close, in_float64, normal
+from shapes import AttentionShape
 from test_sparse_attention import inputs, selection
 
 import pallas_kernels as pk
-from pallas_kernels.common.gpu_tiles import Options, Problem, Tiles, default_options, default_splits
+from pallas_kernels.common.gpu_tiles import Problem, Tiles
 from pallas_kernels.quantize import latent_row_bytes, pack_latent_fp8, unpack_latent_fp8
 from pallas_kernels.sparse_attention import pallas_gpu, pallas_gpu_fp8, reference
-from pallas_kernels.sparse_attention.shapes import AttentionShape
+from pallas_kernels.sparse_attention.pallas_gpu_tiles import Options, default_options, default_splits
 
 SCALE = 0.3
 SMALL = Tiles(16, 16)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_kernels.common.threshold import largest_by_threshold
+from pallas_kernels.common.topk import largest_by_threshold
 
 WIDTH = 256
 TINY = float(np.finfo(np.float32).tiny)
