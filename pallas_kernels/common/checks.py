@@ -85,6 +85,12 @@ def check_vectors(op: str, **arrays: Any) -> None:
             raise ValueError(f"{op}: {name} has shape {list(array.shape)}; expected [..., channels], at least one.")
 
 
+def check_dtype(op: str, name: str, array: Any, expected: str, wider: str | None = None) -> None:
+    """Raises ValueError unless `array` has the expected dtype, or the `wider` one."""
+    if array.dtype.name not in (expected, wider):
+        raise ValueError(f"{op}: {name} has dtype {array.dtype}; expected {expected}. Cast with {name}.astype(jnp.{expected}).")
+
+
 def check_shape(op: str, name: str, array: Any, expected: tuple[int | None, ...], meaning: str) -> None:
     """Raises ValueError unless `array` has the expected shape; None matches any size, `meaning` names the axes."""
     fits = array.ndim == len(expected) and all(
@@ -104,10 +110,7 @@ def check_index(op: str, index: IndexHeads, k_scale: Any = None, *, fp8: bool = 
     check_array(op, **{"index.q": q, "index.k": k, "index.weights": weights})
     if not (fp8 and q.dtype == k.dtype == jnp.float8_e4m3fn):
         check_float(op, **{"index.q": q, "index.k": k})
-    if weights.dtype.name not in ("float32", "float64"):
-        raise ValueError(
-            f"{op}: index.weights has dtype {weights.dtype}; expected float32. Cast with index.weights.astype(jnp.float32)."
-        )
+    check_dtype(op, "index.weights", weights, "float32", "float64")
     check_shape(op, "index.q", q, (None,) * 4, "[B, T, index heads, index head dim]")
     batch, length, heads, dim = q.shape
     if 0 in (heads, dim):
@@ -147,6 +150,15 @@ def check_attention_arguments(op: str, q: Any, k: Any, v: Any = None, d_v: Any =
         )
 
 
+def check_sink(op: str, sink: Any, q: Any) -> None:
+    """Checks the logits without a value, one for each head of the queries, or None."""
+    if sink is None:
+        return
+    check_array(op, sink=sink)
+    check_dtype(op, "sink", sink, "float32", "float64")
+    check_shape(op, "sink", sink, q.shape[2:3], "[heads] of q")
+
+
 def check_lse(op: str, lse: Any, q: Any) -> None:
     """Checks the log-sum-exp of an attention against its queries."""
     check_float(op, lse=lse)
@@ -158,8 +170,7 @@ def check_visible(op: str, visible: Visible, batch: int, length: int) -> None:
     bounds = {"visible.start": visible.start, "visible.end": visible.end}
     check_array(op, **bounds)
     for name, bound in bounds.items():
-        if bound.dtype != jnp.int32:
-            raise ValueError(f"{op}: {name} has dtype {bound.dtype}; expected int32. Cast with {name}.astype(jnp.int32).")
+        check_dtype(op, name, bound, "int32")
         check_shape(op, name, bound, (batch, length), "[B, T]")
     if all(map(_is_known, visible)):
         start, end = map(np.asarray, visible)
@@ -214,10 +225,7 @@ def check_activation(op: str, activation: Any) -> None:
 def check_topk_indices(op: str, topk_indices: Any, batch: int, length: int) -> None:
     """Checks a selection: int32 [B, T, K]."""
     check_array(op, topk_indices=topk_indices)
-    if topk_indices.dtype != jnp.int32:
-        raise ValueError(
-            f"{op}: topk_indices has dtype {topk_indices.dtype}; expected int32. Cast with topk_indices.astype(jnp.int32)."
-        )
+    check_dtype(op, "topk_indices", topk_indices, "int32")
     check_shape(op, "topk_indices", topk_indices, (batch, length, None), "[B, T, selected keys]")
 
 

@@ -70,13 +70,31 @@ def softmax_and_lse(
     return weights / total[..., None], lse
 
 
+def with_sink(
+    out: Float[Array, "B T H V"], lse: Float[Array, "B T H"], sink: Float[Array, " H"] | None
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
+    """(out, lse) of the same attention with one more logit per head that has no value, in `out` and in `lse`.
+
+    lse' = logaddexp(lse, sink), out' = out * exp(lse - lse'); out' 0 and lse' = sink where lse is -inf. Differentiable in all.
+    """
+    if sink is None:
+        return out, lse
+    sink = sink.astype(lse.dtype)
+    some = lse > -jnp.inf
+    joint = jnp.logaddexp(jnp.where(some, lse, 0), sink)
+    share = jnp.exp(jnp.where(some, lse, 0) - joint)[..., None]
+    # The second mask stops a cotangent that is not finite where there is nothing to learn.
+    scaled = jnp.where(some[..., None], out.astype(share.dtype) * share, 0).astype(out.dtype)
+    return scaled, jnp.where(some, joint, sink)
+
+
 def dot(equation: str, *operands: Array, dtype: jnp.dtype) -> Array:
-    """Einsum that accumulates in `dtype`; float32 operands are multiplied in full float32 on every device."""
+    """Einsum that accumulates in `dtype`; float32 operands are never rounded to tf32."""
     return jnp.einsum(equation, *operands, precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
 
 
 def head_products(q: Float[Array, "B C H D"], k: Float[Array, "B Sb D"], dtype: jnp.dtype) -> Float[Array, "B C H Sb"]:
-    """q . k for all heads, as one matrix product per batch row: with two free axes XLA on CPU falls back to slow loops."""
+    """q . k for all heads, as one matmul per batch row: with two free axes XLA on CPU falls back to slow loops."""
     batch, length, heads, dim = q.shape
     rows = q.reshape(batch, length * heads, dim)
     return dot("brd,bsd->brs", rows, k, dtype=dtype).reshape(batch, length, heads, k.shape[1])

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.common import checks as _checks
 from pallas_kernels.common import dispatch as _dispatch
 from pallas_kernels.common.mesh import split_like, vary_alike
+from pallas_kernels.common.numerics import with_sink
 from pallas_kernels.dense_attention import reference, xla
 from pallas_kernels.types import Visible
 
@@ -22,10 +23,11 @@ class DenseAttentionOutput(NamedTuple):
     lse: Float[Array, "B T H"]
 
 
-def _check_dense(q, k, v, visible, softmax_scale, d_v, **_):
+def _check_dense(q, k, v, visible, softmax_scale, d_v, sink, **_):
     _checks.check_attention_arguments("dense_attention", q, k, v, d_v)
     _checks.check_visible("dense_attention", visible, *q.shape[:2])
     _checks.check_scale("dense_attention", softmax_scale)
+    _checks.check_sink("dense_attention", sink, q)
 
 
 @_checks.checked(_check_dense)
@@ -38,28 +40,32 @@ def dense_attention(
     *,
     softmax_scale: float,
     d_v: int | None = None,
+    sink: Float[Array, " H"] | None = None,
     implementation: str | None = None,
 ) -> DenseAttentionOutput:
     """Softmax attention of query t over all keys in its visible range.
 
     `out[t, h] = sum_s softmax_s(softmax_scale * q[t, h] . k[s, g(h)]) v[s, g(h)]` with head h in group `h // (H / G)`.
-    Differentiable in q, k and v, through both outputs, once and in reverse mode ("reference": in any).
+    Differentiable in q, k, v and sink, through both outputs, once and in reverse mode ("reference": in any).
 
     Args:
         v: None for latent attention: the values are the leading `d_v` channels of the keys (all of them when d_v is None).
         visible: query t sees keys [start, end); bounds outside [0, S] are clamped, start == end is empty.
+        sink: float32 [H], a logit without a value that takes part in every softmax of its head, in `lse`, too; None for none.
         implementation: see `pallas_kernels.IMPLEMENTATIONS`; None is the default of the device.
 
     Returns:
-        DenseAttentionOutput. A query that sees nothing: out 0, lse -inf, gradients 0. Keys that no query of their batch row sees never matter, whatever they hold, NaN included; keys that some queries
+        DenseAttentionOutput. A query that sees nothing: out 0, lse -inf (the sink where there is one), gradients of q, k and v
+        0. Keys that no query of their batch row sees never matter, whatever they hold, NaN included; keys that some queries
         see must be finite.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, or a known start > end.
     """
     run = _dispatch.choose_implementation("dense_attention", implementation, _DENSE)
-    q, k, v, visible = vary_alike(q, k, v, visible)
-    return DenseAttentionOutput(*run(q, k, v, visible, softmax_scale=float(softmax_scale), d_v=d_v))
+    q, k, v, visible, sink = vary_alike(q, k, v, visible, sink)
+    out, lse = run(q, k, v, visible, softmax_scale=float(softmax_scale), d_v=d_v)
+    return DenseAttentionOutput(*with_sink(out, lse, sink))
 
 
 def _check_topk(q, k, lse, visible, softmax_scale, topk, **_):

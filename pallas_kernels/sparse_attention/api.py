@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int32, UInt8
 from pallas_kernels.common import checks as _checks
 from pallas_kernels.common import dispatch as _dispatch
 from pallas_kernels.common.mesh import split_like, vary_alike
+from pallas_kernels.common.numerics import with_sink
 from pallas_kernels.quantize.cache_layouts import latent_row_bytes
 from pallas_kernels.sparse_attention import pallas_gpu, pallas_gpu_fp8, reference, xla
 
@@ -30,10 +31,11 @@ class SparseAttentionOutput(NamedTuple):
     lse: Float[Array, "B T H"]
 
 
-def _check_sparse(q, k, v, topk_indices, softmax_scale, d_v, **_):
+def _check_sparse(q, k, v, topk_indices, softmax_scale, d_v, sink, **_):
     _checks.check_attention_arguments("sparse_attention", q, k, v, d_v)
     _checks.check_topk_indices("sparse_attention", topk_indices, *q.shape[:2])
     _checks.check_scale("sparse_attention", softmax_scale)
+    _checks.check_sink("sparse_attention", sink, q)
 
 
 @_checks.checked(_check_sparse)
@@ -46,25 +48,28 @@ def sparse_attention(
     *,
     softmax_scale: float,
     d_v: int | None = None,
+    sink: Float[Array, " H"] | None = None,
     deterministic: bool = False,
     implementation: str | None = None,
 ) -> SparseAttentionOutput:
     """Softmax attention of query t over the keys topk_indices[t], the same ones for every head.
 
     `out[t, h] = sum_s softmax_s(softmax_scale * q[t, h] . k[s, g(h)]) v[s, g(h)]` with head h in group `h // (H / G)`.
-    Differentiable in q, k and v, through both outputs, once and in reverse mode ("reference": in any). Visibility is
+    Differentiable in q, k, v and sink, through both outputs, once and in reverse mode ("reference": in any). Visibility is
     whatever the selection says; no mask is added.
 
     Args:
         v: None for latent attention: the values are the leading `d_v` channels of the keys (all of them when d_v is None).
         topk_indices: any order; indices outside [0, S), such as -1, count as absent. A key listed twice counts twice.
+        sink: float32 [H], a logit without a value that takes part in every softmax of its head, in `lse`, too; None for none.
         deterministic: the same gradients, bit by bit, every run. On a GPU the gradients of k and v are otherwise added to
             memory in no fixed order; with it "pallas" sorts what each key gets, which costs a write and a read of the gradient
             of every selected key. Outputs, the gradient of q and everything on CPU have the same bits in any case.
         implementation: see `pallas_kernels.IMPLEMENTATIONS`; None is the default of the device.
 
     Returns:
-        SparseAttentionOutput. A query with no valid index: out 0, lse -inf, gradients 0. Keys that nobody selected never
+        SparseAttentionOutput. A query with no valid index: out 0, lse -inf (the sink where there is one), gradients of q, k and
+        v 0. Keys that nobody selected never
         matter, whatever they hold, NaN included.
 
     Raises:
@@ -76,8 +81,9 @@ def sparse_attention(
     """
     run = _dispatch.choose_implementation("sparse_attention", implementation, _IMPLEMENTATIONS)
     options = _dispatch.same_bits("sparse_attention", run, pallas_gpu.sparse_attention, deterministic)
-    arrays = vary_alike(q, k, v, topk_indices)
-    return SparseAttentionOutput(*run(*arrays, softmax_scale=float(softmax_scale), d_v=d_v, **options))
+    *arrays, sink = vary_alike(q, k, v, topk_indices, sink)
+    out, lse = run(*arrays, softmax_scale=float(softmax_scale), d_v=d_v, **options)
+    return SparseAttentionOutput(*with_sink(out, lse, sink))
 
 
 def _check_sparse_fp8(q, pool, slots, softmax_scale, latent_dim, **_):

@@ -124,6 +124,8 @@ WRONG = {
         {"forced": 1},
         r"forced is a int; .*Pass pallas_kernels.ForcedKeys\(first, last\)",
     ),
+    "sinks of other heads": ("sparse_attention", {"sink": jnp.zeros(2)}, r"sink has shape \[2\]; expected \[4\]"),
+    "half sinks": ("dense_attention", {"sink": jnp.zeros(4, jnp.bfloat16)}, "sink has dtype bfloat16; expected float32"),
     "infinite scale": ("dense_attention", {"softmax_scale": float("inf")}, "softmax_scale is inf; expected a finite number"),
     "no such implementation": (
         "index_topk",
