@@ -1,1 +1,1 @@
-"""Which blocks of keys hold most probability of attention to compressed keys: the selection of native sparse attention."""
+"""Block selection of native sparse attention: the blocks that hold most probability of attention to compressed keys."""

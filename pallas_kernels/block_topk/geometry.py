@@ -1,4 +1,4 @@
-"""Where the blocks of native sparse attention lie. All of them start at multiples of a fixed step, counted from key 0."""
+"""Blocks of native sparse attention; all start at multiples of a fixed step, counted from key 0."""
 
 from typing import NamedTuple
 

@@ -39,7 +39,7 @@ def block_topk(
 
 
 def overlapping_steps(geometry: BlockGeometry, n_compressed: int, n_blocks: int) -> Float[np.ndarray, "N J"]:
-    """How many strides of compressed key i lie in selection block j."""
+    """Strides of compressed key i that lie in selection block j."""
     place = np.arange(n_compressed)[:, None] + np.arange(geometry.compress_block // geometry.compress_stride)
     block = place * geometry.compress_stride // geometry.select_block
     return (block[:, :, None] == np.arange(n_blocks)).sum(1).astype(np.float32)

@@ -12,7 +12,7 @@ from pallas_kernels.common.topk import canonical, largest_ascending, rank_scores
 from pallas_kernels.dense_attention.xla import as_rows
 from pallas_kernels.types import Visible
 
-COMPRESSED_LOGIT_BUDGET = 2**20  # numbers in one chunk of logits: batch x heads x queries x compressed keys
+COMPRESSED_LOGIT_BUDGET = 2**20  # elements in one chunk of logits: batch x heads x queries x compressed keys
 
 
 def block_topk(

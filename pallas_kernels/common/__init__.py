@@ -1,1 +1,1 @@
-"""What the ops share: argument checks, dispatch, chunking, numerics, meshes, the tie rule, GPU tiles."""
+"""Shared by the ops: argument checks, dispatch, chunking, numerics, meshes, the tie rule, GPU tiles."""

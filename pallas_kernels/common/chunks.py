@@ -38,7 +38,7 @@ class KeyWalk(NamedTuple):
         return jnp.minimum(number * self.block_k, self.n_keys - self.block_k)
 
     def in_range(self, first: Array) -> Bool[Array, "B C Sb"]:
-        """Which of the `block_k` keys from `first` on each query sees."""
+        """True for those of the `block_k` keys from `first` on that a query sees."""
         position = first + jnp.arange(self.block_k, dtype=jnp.int32)
         return (position >= self.visible.start[..., None]) & (position < self.visible.end[..., None])
 
@@ -50,7 +50,7 @@ class KeyWalk(NamedTuple):
 
 
 def key_walk(visible: Visible, n_keys: int, block_k: int) -> KeyWalk:
-    """Which blocks hold a key that some query sees; `n_keys` must be positive."""
+    """The blocks that hold a key that some query sees; `n_keys` must be positive."""
     block_k = min(block_k, n_keys)
     visible = clamped(visible, n_keys)
     high = (jnp.where(visible.some, visible.end, 0).max() + block_k - 1) // block_k
@@ -111,7 +111,7 @@ def scan_queries(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, arrays
     padded = pad_queries(arrays, count * size)
 
     # Even where nothing is differentiated: in a scan over layers, JAX takes whatever depends on no data out of the layer, and
-    # would hold a copy of it for every chunk, which is several arrays of T x S numbers in a selection.
+    # would hold a copy of it for every chunk, which is several arrays of T x S elements in a selection.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def body(carry: Any, number: Array) -> tuple[Any, Any]:
         return step(carry, jax.tree.map(lambda x: slice_chunk(x, number * size, size), padded))
@@ -126,5 +126,5 @@ def scan_queries(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, arrays
 
 
 def rows_per_chunk(budget: int, per_query: int, smallest: int = 8, largest: int = 256) -> int:
-    """Queries per chunk so that `per_query` numbers for each stay within `budget`, within the given limits."""
+    """Queries per chunk so that `per_query` elements for each stay within `budget`, within the given limits."""
     return max(smallest, min(largest, budget // max(1, per_query)))

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: one argument, one default rule, logged once and recorded."""
+"""Choice of an op's implementation: one argument, one default rule, logged once and recorded."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

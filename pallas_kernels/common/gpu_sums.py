@@ -20,6 +20,14 @@ from pallas_kernels.tuning.tiles import RowTiles
 SPARE_ROWS = 8
 
 
+def add_or_store(ref: Any, address: tuple[Array, Array], x: Array, *, is_atomic: bool) -> None:
+    """Adds `x` to memory atomically, in no fixed order, or writes it."""
+    if is_atomic:
+        plt.atomic_add(ref, address, x)
+    else:
+        plt.store(ref.at[address], x)
+
+
 def with_columns(problem: Problem, refs: Any) -> list[tuple[Any, tuple[Columns, ...]]]:
     """Every gradient array with the pieces its rows are laid out by."""
     return list(zip(refs, (problem.key_columns, problem.value_columns), strict=False))

@@ -103,7 +103,7 @@ def padded_width(columns: Sequence[Columns]) -> int:
 
 
 def call_shape(problem: Problem, dtype: jnp.dtype, *, queries: int, keys: int, topk: int = 0) -> tuning.Shape:
-    """What the tuning table goes by; `queries` of all batch rows, `keys` of one."""
+    """Shape for the tuning table; `queries` of all batch rows, `keys` of one."""
     channels = {"dim": problem.dim, "width": problem.width, "shared": problem.is_shared}
     sizes = {"groups": problem.groups, "queries": queries, "keys": keys, "topk": topk}
     return {"dtype": dtype.name, "heads": problem.heads_per_group, **channels, **sizes}
@@ -206,7 +206,7 @@ def multiply(a: Array, b: Array, *, trans_a: bool = False, trans_b: bool = False
 def sum_of_products(a: Sequence[Array], b: Sequence[Array], scale: float = 1.0) -> Array:
     """scale * a @ b.T over all pieces.
 
-    Each product is scaled by itself: the compiler would start one from the sum of those before, and does a product that feeds
+    Each matmul is scaled by itself: otherwise Triton starts one from the sum of those before, and computes a matmul that feeds
     another in every warpgroup anew.
     """
     products = [multiply(x, y, trans_b=True) for x, y in zip(a, b, strict=True)]

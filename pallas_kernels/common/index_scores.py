@@ -1,7 +1,7 @@
 """Sums over heads of a function of q . k, in Pallas for NVIDIA GPUs (through Triton).
 
 Index scores are one such sum, `weights * relu(q . k)`; the attention probability of a key summed over heads, the indexer's
-target, is the other, `exp(scale * q . k - lse)`. Keys are the rows of every product and heads its columns, so that the sum over
+target, is the other, `exp(scale * q . k - lse)`. Keys are the rows of every matmul and heads its columns, so that the sum over
 heads stays in registers. Keys come as a contiguous block that a program keeps while it walks over queries, or by index.
 """
 
@@ -55,12 +55,12 @@ def head_sum_tiles(problem: Problem, dtype: jnp.dtype) -> QueryTiles:
 
 
 def hidden_value(kind: Kind) -> float:
-    """What a key outside a query's range gets."""
+    """Sum of a key outside a query's range."""
     return 0.0 if kind == "probability" else -jnp.inf
 
 
 def _terms(kind: Kind, keys: list[Array], q: list[Array], coefficient: Array, problem: Problem) -> Array:
-    """What every head adds to every key [keys, heads]; coefficient [heads]."""
+    """Terms of every head for every key [keys, heads]; coefficient [heads]."""
     if kind == "probability":
         logits = tiling.sum_of_products(keys, q, problem.softmax_scale * LOG2_E)
         return jnp.exp2(logits - coefficient[None] * LOG2_E)
@@ -148,7 +148,7 @@ def head_sums_visible(
     k_scale: Float[Array, "B S"] | None = None,
     tiles: QueryTiles | None = None,
 ) -> Float[Array, "B T P"]:
-    """Sums over heads for the visible keys of every query, T x S numbers: call it on chunks of queries.
+    """Sums over heads for the visible keys of every query, T x S elements: call it on chunks of queries.
 
     Args:
         coefficient: float32; the weight of a head (scores) or its log-sum-exp, +inf where it is -inf (probability).

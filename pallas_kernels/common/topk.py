@@ -21,7 +21,7 @@ from pallas_kernels.common.numerics import clamped
 from pallas_kernels.types import ForcedKeys, Visible
 
 THRESHOLD_WIDTH = 1024  # rows at least this long are selected by threshold, shorter ones by `lax.top_k`
-THRESHOLD_BUDGET = 2**19  # numbers searched together; they are read some twenty times and should stay in cache
+THRESHOLD_BUDGET = 2**19  # elements searched together; they are read some twenty times and should stay in cache
 WORD = 32
 COUNT_GROUPS = 64  # partial counts stay below 128, so that a pass can add them in eight bits
 

@@ -13,7 +13,7 @@ from pallas_kernels.common.numerics import accumulation_dtype, add_leading, clam
 from pallas_kernels.common.topk import all_visible, select_in_blocks
 from pallas_kernels.types import Visible
 
-LOGIT_BUDGET = 2**20  # numbers in one block of logits: batch x heads x queries x keys
+LOGIT_BUDGET = 2**20  # elements in one block of logits: batch x heads x queries x keys
 BLOCK_K = 512
 
 

@@ -46,7 +46,7 @@ def index_scores(
 ) -> Float[Array, "B T S"]:
     """Scores of the lightning indexer: how much query t wants key s.
 
-    `score[t, s] = k_scale[s] * sum_h weights[t, h] * relu(q[t, h] . k[s])`. The result holds T x S numbers: it is
+    `score[t, s] = k_scale[s] * sum_h weights[t, h] * relu(q[t, h] . k[s])`. The result holds T x S elements: it is
     meant for inspection and tests, `index_topk` never builds it.
 
     Args:

@@ -16,7 +16,7 @@ from pallas_kernels.index_topk.block_pooling import check_pooling, pool_blocks
 from pallas_kernels.types import NO_FORCED_KEYS, ForcedKeys, IndexHeads, Visible
 
 CANDIDATE_BUDGET = 2**22
-"""Numbers of the candidates' index keys held at once: batch x queries x candidates x channels."""
+"""Elements of the candidates' index keys held at once: batch x queries x candidates x channels."""
 
 
 def _check(index, visible, topk, block_size, n_blocks, pooling, forced, activation, **_):

@@ -1,4 +1,4 @@
-"""Index scores with Hopper's own products (wgmma) and copies (TMA), through Mosaic GPU: bf16, fp16 and e4m3 as it is."""
+"""Index scores with Hopper's own matmuls (wgmma) and copies (TMA), through Mosaic GPU: bf16, fp16 and e4m3 as it is."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ LEAST_JAX = (0, 11, 2)
 def warpgroup_tiles(queries: int, heads: int, dim: int, itemsize: int) -> WarpgroupTiles:
     """Block sizes for an H200: none spills registers when compiled for sm_90a; none has been timed.
 
-    A product of e4m3 should take about as long as weighing it, one of bfloat16 twice as long: four warpgroups share a step, or
+    A matmul of e4m3 should take about as long as weighing it, one of bfloat16 twice as long: four warpgroups share a step, or
     two, one multiplying while another weighs; with four, more than 64 weights for each would not fit in registers.
     As many queries as fit beside two stages of keys, up to 8, as each key is read once for all of them; then more stages.
 

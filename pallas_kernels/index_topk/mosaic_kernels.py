@@ -1,6 +1,6 @@
 """The kernel of the index scores in Mosaic GPU.
 
-A program keeps a few queries, all heads of each, and walks over a part of the keys. Keys are the rows of every product and
+A program keeps a few queries, all heads of each, and walks over a part of the keys. Keys are the rows of every matmul and
 (query, head) pairs its columns, so that the sum over heads stays in registers. One warpgroup copies keys, the others each take
 `rows` of every step: while one weighs and adds up, the tensor cores work for another.
 """
@@ -31,7 +31,7 @@ PROGRAMS = 4 * PROCESSORS
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The static half of a call; a product takes `group` queries, a program `tiles_per_program` of the `n_tiles` of keys."""
+    """The static half of a call; a matmul takes `group` queries, a program `tiles_per_program` of the `n_tiles` of keys."""
 
     tiles: WarpgroupTiles
     group: int
@@ -45,7 +45,7 @@ class Plan:
 
     @property
     def transforms(self) -> tuple[Any, ...]:
-        """How wgmma wants keys and queries to lie in shared memory."""
+        """Layout of keys and queries in shared memory that wgmma wants."""
         swizzle = plgpu.find_swizzle(8 * self.dim * self.dtype.itemsize)
         return plgpu.TilingTransform((8, swizzle // self.dtype.itemsize)), plgpu.SwizzleTransform(swizzle)
 
@@ -165,7 +165,7 @@ def head_sums(
     tiles: WarpgroupTiles,
     interpret: bool,
 ) -> Float[Array, "B T P"]:
-    """k_scale * sum_h weights * relu(q . k) for the keys in [start, end) of every query, T x S numbers.
+    """k_scale * sum_h weights * relu(q . k) for the keys in [start, end) of every query, T x S elements.
 
     Args:
         start, end: within [0, S].

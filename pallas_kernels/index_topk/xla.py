@@ -13,9 +13,9 @@ from pallas_kernels.common.topk import all_visible, select_in_blocks
 from pallas_kernels.index_topk import reference
 from pallas_kernels.types import IndexHeads, Visible
 
-SCORE_BUDGET = 2**22  # numbers in one chunk's scores: batch x queries x keys
+SCORE_BUDGET = 2**22  # elements in one chunk's scores: batch x queries x keys
 SCORE_BLOCK_K = 1024
-# Products of one block below which a block is made longer: few queries, as in decoding, take few long steps.
+# Dot products of one block below which a block is made longer: few queries, as in decoding, take few long steps.
 BLOCK_BUDGET = 2**17
 
 

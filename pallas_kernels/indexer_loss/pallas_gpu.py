@@ -1,7 +1,7 @@
 """The indexer's KL in Pallas for NVIDIA GPUs: kernels compute scores, target and gradients, XLA what lies between them.
 
-Over the selected keys everything between the kernels is T x topk numbers, once. Over the visible keys it is a chunk of queries
-x S numbers at a time, computed again in the backward.
+Over the selected keys everything between the kernels is T x topk elements, once. Over the visible keys it is a chunk of queries
+x S elements at a time, computed again in the backward.
 """
 
 import dataclasses

@@ -82,11 +82,7 @@ def _selected_kernel(refs: Refs, *outputs: Any, problem: Problem, tiles: Tiles, 
         else:
             rows = first_slot + i * tiles.block_k + jnp.arange(tiles.block_k, dtype=jnp.int32)
         for piece, dk in zip(problem.key_columns, _add_products(_zeros(tiles.block_k, problem), d_products, q), strict=True):
-            address = tiling.full_address(rows, piece)
-            if is_atomic:
-                plt.atomic_add(dk_ref, address, dk)
-            else:
-                plt.store(dk_ref.at[address], dk)
+            sums_by_key.add_or_store(dk_ref, tiling.full_address(rows, piece), dk, is_atomic=is_atomic)
         return d_weights + new, *_add_products(dq, d_products, tile.keys, trans_a=True)
 
     start = jnp.zeros((tiles.block_h,), jnp.float32), *_zeros(tiles.block_h, problem)

@@ -1,6 +1,6 @@
 """Rotation and fp8 quantisation of vectors, as the lightning indexer uses them on its queries and keys.
 
-These are elementwise or one small matrix product, so plain jnp is the only implementation.
+These are elementwise or one small matmul, so plain jnp is the only implementation.
 """
 
 from typing import NamedTuple

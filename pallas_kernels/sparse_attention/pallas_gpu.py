@@ -39,7 +39,7 @@ def sparse_attention(
     options: Options | None = None,
     interpret: bool | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
-    """(out, lse); differentiable in q, k and v. Products accumulate in float32.
+    """(out, lse); differentiable in q, k and v. Matmuls accumulate in float32.
 
     Args:
         deterministic: sets it in the options.
@@ -94,8 +94,8 @@ def _forward_kernel(
             nothing = jnp.full((tiles.block_h, tiles.block_k), hidden_zero, jnp.float32).astype(tile.values[0].dtype)
             return largest, jnp.ones_like(total), jnp.zeros_like(total), nothing
 
-        # Always taken. The compiler gives a product that reaches another one whole to every warpgroup, unless there is a branch
-        # between; a constant zero to skip with would take shared memory.
+        # This branch is always taken: without it Triton replicates the first matmul across warpgroups instead of splitting it.
+        # A constant zero to skip with would take shared memory.
         is_divided = tiles.num_warps > 4 and tiles.block_h >= WGMMA_ROWS
         new, decay, added, weights = lax.cond(i * tiles.block_k < length, weigh, skip) if is_divided else weigh()
         sums = [x * decay[:, None] + tiling.multiply(weights, value) for x, value in zip(sums, tile.values, strict=True)]

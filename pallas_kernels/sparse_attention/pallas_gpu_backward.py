@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 from jaxtyping import Array
 
 from pallas_kernels.common import gpu_sums as sums_by_key
@@ -106,32 +105,23 @@ def _tile_gradients(
     return tile, list(sums[:n_keys]), list(sums[n_keys:])
 
 
-def _atomic_kernel(refs: Refs, *totals_and_outputs: Any, problem: Problem, tiles: Tiles) -> None:
-    outputs = totals_and_outputs[len(totals_and_outputs) // 2 :]
-    group, number = pl.program_id(1), pl.program_id(2)
-
-    @pl.when(number * tiles.block_k < refs["length"][0])
-    def _() -> None:
-        tile, *gradients = _tile_gradients(refs, problem, tiles, group, number)
-        rows = jnp.where(tile.valid, tile.rows, outputs[0].shape[0] - sums_by_key.SPARE_ROWS)
-        for (ref, columns), sums in zip(sums_by_key.with_columns(problem, outputs), gradients, strict=False):
-            for piece, x in zip(columns, sums, strict=True):
-                offset = group * tiling.padded_width(columns)
-                plt.atomic_add(ref, tiling.full_address(rows, piece, offset), x)
-
-
-def _contribution_kernel(refs: Refs, *outputs: Any, problem: Problem, tiles: Tiles) -> None:
+def _key_kernel(refs: Refs, *outputs: Any, problem: Problem, tiles: Tiles, is_atomic: bool) -> None:
+    """One tile of keys: adds its gradients to the totals, or writes them as one row per slot."""
+    outputs = outputs[-1:] if problem.is_shared else outputs[-2:]
     group, number = pl.program_id(1), pl.program_id(2)
     first_row = (pl.program_id(0) * pl.num_programs(2) + number) * tiles.block_k
 
     @pl.when(number * tiles.block_k < refs["length"][0])
     def _() -> None:
-        _, *gradients = _tile_gradients(refs, problem, tiles, group, number)
-        rows = first_row + jnp.arange(tiles.block_k, dtype=jnp.int32)
+        tile, *gradients = _tile_gradients(refs, problem, tiles, group, number)
+        if is_atomic:
+            rows = jnp.where(tile.valid, tile.rows, outputs[0].shape[0] - sums_by_key.SPARE_ROWS)
+        else:
+            rows = first_row + jnp.arange(tiles.block_k, dtype=jnp.int32)
         for (ref, columns), sums in zip(sums_by_key.with_columns(problem, outputs), gradients, strict=False):
             for piece, x in zip(columns, sums, strict=True):
-                offset = group * tiling.padded_width(columns)
-                plt.store(ref.at[tiling.full_address(rows, piece, offset)], x)
+                address = tiling.full_address(rows, piece, group * tiling.padded_width(columns))
+                sums_by_key.add_or_store(ref, address, x, is_atomic=is_atomic)
 
 
 def _widths(problem: Problem) -> list[int]:
@@ -147,7 +137,7 @@ def key_gradients_atomic(
     refs = _gradient_inputs(arrays, k, v, tiles)
     zeros = [jnp.zeros_like(k, jnp.float32, (k.shape[0] + sums_by_key.SPARE_ROWS, width)) for width in _widths(problem)]
     totals = tiling.call(
-        functools.partial(_atomic_kernel, problem=problem, tiles=tiles),
+        functools.partial(_key_kernel, problem=problem, tiles=tiles, is_atomic=True),
         problem,
         tiles,
         (refs, *zeros),
@@ -178,7 +168,7 @@ def key_gradients_in_order(
         size = chunk.q.shape[0]
         shapes = [jax.ShapeDtypeStruct((size * slots, width), jnp.float32) for width in widths]
         parts = tiling.call(
-            functools.partial(_contribution_kernel, problem=problem, tiles=tiles),
+            functools.partial(_key_kernel, problem=problem, tiles=tiles, is_atomic=False),
             problem,
             tiles,
             (refs,),

@@ -29,7 +29,7 @@ def sparse_attention_fp8(
     splits: int | None = None,
     interpret: bool | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
-    """(out, lse); keys are dequantised to the dtype of q, products accumulate in float32.
+    """(out, lse); keys are dequantised to the dtype of q, matmuls accumulate in float32.
 
     Args:
         tiles, splits: block sizes and programs per query; None takes the table's or
@@ -84,7 +84,7 @@ def fp8_forward_tiles(problem: Problem, dtype: jnp.dtype) -> SplitTiles:
 
 
 def _views(pool: UInt8[Array, "P bytes"]) -> dict[str, Array]:
-    """The pool as fp8, float32 and bfloat16 numbers; on a GPU the three are the same memory."""
+    """The pool as fp8, float32 and bfloat16 arrays; on a GPU the three are the same memory."""
     rows, size = pool.shape
     tiling.check_offsets("sparse_attention_fp8", "the pool", pool)
 

@@ -13,10 +13,10 @@ from pallas_kernels.common.chunks import map_queries, rows_per_chunk, scan_queri
 from pallas_kernels.common.numerics import accumulation_dtype, add_leading, dot, softmax_and_lse, values_of
 from pallas_kernels.quantize.cache_layouts import unpack_latent_fp8
 
-# Numbers gathered per chunk: batch x queries x selected keys x channels. Half a MiB in float32, so that a chunk stays in
-# cache; one large query at a time also spares XLA's slow batched products on CPU.
+# Elements gathered per chunk: batch x queries x selected keys x channels. Half a MiB in float32, so that a chunk stays in
+# cache; one large query at a time also spares XLA's slow batched matmuls on CPU.
 GATHER_BUDGET = 2**17
-# Chunks that one step of the loop works on, independent of each other: XLA on CPU runs their small products side by side.
+# Chunks that one step of the loop works on, independent of each other: XLA on CPU runs their small matmuls side by side.
 CHUNKS_PER_STEP = 8
 
 
@@ -114,7 +114,7 @@ def per_query_dot(
     rows: Float[Array, "B C G M D"], keys: Float[Array, "B C K G D"], dtype: jnp.dtype
 ) -> Float[Array, "B C G M K"]:
     """rows . keys of each query and group."""
-    if rows.shape[:3] == (1, 1, 1):  # a batch of one runs at half the speed of a plain matrix product on CPU
+    if rows.shape[:3] == (1, 1, 1):  # a batch of one runs at half the speed of a plain matmul on CPU
         return dot("md,kd->mk", rows[0, 0, 0], keys[0, 0, :, 0], dtype=dtype)[None, None, None]
     return dot("bcgmd,bckgd->bcgmk", rows, keys, dtype=dtype)
 

@@ -16,7 +16,7 @@ T = TypeVar("T", bound=AnyTiles)
 
 
 class Choice(NamedTuple):
-    """What a kernel was traced with; `source` is "default", "table" or "trial", `default` what the rule alone gives."""
+    """Tiles that a kernel was traced with; `source` is "default", "table" or "trial", `default` what the rule alone gives."""
 
     kernel: str
     shape: Shape

@@ -18,7 +18,7 @@ FARTHEST = 4
 """An entry serves calls of which no size is more than so many times larger or smaller than its own."""
 
 MEASURED = {"seconds": float, "default_seconds": float, "command": str, "versions": dict}
-"""What an entry must say about the run that measured it, with the type of each."""
+"""Fields an entry must have about the run that measured it, with their types."""
 
 
 class TuningError(ValueError):
@@ -36,7 +36,7 @@ class Entry(NamedTuple):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What no other entry of a table may have."""
+        """Kernel, device and shape, unique within a table."""
         return self.kernel, self.device, tuple(sorted(self.shape.items()))
 
 

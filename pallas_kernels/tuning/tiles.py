@@ -1,10 +1,10 @@
-"""What one program of a kernel holds, and how it is compiled: one frozen dataclass per kind of kernel."""
+"""Block sizes, warps and stages of one program: a frozen dataclass per kind of kernel."""
 
 import dataclasses
 
 # Triton multiplies no matrix with a side below 16, and holds no array whose size is not a power of two.
 SMALLEST_SIDE = 16
-# Of Hopper's product of a warpgroup: its rows; and the columns that make it read no more from shared memory than it can.
+# Of a Hopper warpgroup matmul: its rows; and the columns that make it read no more from shared memory than it can.
 WGMMA_ROWS, WGMMA_COLUMNS = 64, 128
 # Of an H200.
 PROCESSORS = 132
@@ -12,7 +12,7 @@ PROCESSORS = 132
 
 @dataclasses.dataclass(frozen=True)
 class AnyTiles:
-    """What all have beside their blocks: `num_warps` of a program, or its warpgroups, four warps each, that compute;
+    """Base of all: beside their blocks they have `num_warps` of a program, or its warpgroups, four warps each, that compute;
     `num_stages` of loads that are in flight at a time."""
 
     def __post_init__(self) -> None:
