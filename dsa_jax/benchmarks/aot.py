@@ -100,7 +100,7 @@ def compile_case(case: KernelCase, sharding: SingleDeviceSharding) -> list[Compi
         old.unlink()
     arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), case.arrays)
     with captured_stderr() as log, use_abstract_mesh(MESH):
-        memory = jax.jit(case.function).lower(*arrays).compile().memory_analysis()
+        memory = jax.jit(case.function).lower(arrays).compile().memory_analysis()
     if memory is None:
         raise RuntimeError(f"{case.name}: the compiler gives no memory analysis; expected one for a GPU.")
     text = log.read_text(errors="replace")
@@ -136,7 +136,7 @@ def try_candidates(case: KernelCase, sharding: SingleDeviceSharding, limit: int)
     """Compiles a case with other block sizes, a kernel at a time: {kernel, shape, tiles, unfit}, `unfit` None where it fits."""
     arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), case.arrays)
     with tuning.recorded() as choices, use_abstract_mesh(MESH):
-        jax.eval_shape(case.function, *arrays)
+        jax.eval_shape(case.function, arrays)
     for choice in {choice.kernel: choice for choice in choices if choice.kernel in case.kernels}.values():
         for tiles in tuning.candidates(choice.kernel, choice.default, choice.shape, limit=limit)[1:]:
             jax.clear_caches()
