@@ -1,8 +1,8 @@
-"""Times one attention layer, sparse against dense, prefill and decode, in one process; and where the sparse time goes.
+"""Times one attention layer, sparse against dense, prefill and decode, in one process, and the parts of the sparse one.
 
 The layer is latent attention in its absorbed form: every head reads the same keys, whose leading channels are the values.
 Projections are left out, they are the same on both sides. Dense is timed in the same form: with the value width equal to
-the latent width, expanding keys and values per head would cost as many multiplications and more memory traffic.
+the latent width, expanding keys and values per head would cost as many FLOPs and more memory traffic.
 """
 
 from collections.abc import Callable, Sequence

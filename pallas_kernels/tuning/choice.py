@@ -16,7 +16,7 @@ T = TypeVar("T", bound=AnyTiles)
 
 
 class Choice(NamedTuple):
-    """What a kernel was traced with; `source` is "default", "table" or "trial", `default` what the rule alone gives."""
+    """The tiles of a traced kernel; `source` is "default", "table" or "trial", `default` the tiles of the rule alone."""
 
     kernel: str
     shape: Shape

@@ -23,7 +23,7 @@ from pallas_kernels.tuning.tiles import (
 )
 
 Shape = Mapping[str, int | str | bool]
-"""What a call is, by name: `dtype`; `heads` that share a key; `dim` and `width`, channels of keys and values; whether the
+"""Sizes of a call by name: `dtype`; `heads` that share a key; `dim` and `width`, channels of keys and values; whether the
 values are `shared` with the keys; `groups`; `queries` (of all batch rows); `keys` (of one); `topk`; `slots`, rows to add up."""
 
 # Of Hopper: bytes of shared memory and 32-bit registers that one program can have, per thread for the latter.
@@ -34,7 +34,7 @@ REGISTERS = 255
 class KernelSpec(NamedTuple):
     """A kernel: its tiles; the parts of a `Shape` that a tuned entry must share with a call, and those it may be near to.
 
-    `numbers(tiles, shape)` are the float32 sums that a program keeps, `loads` the numbers of one step that it reads in `dtype`,
+    `numbers(tiles, shape)` are the float32 sums that a program keeps, `loads` the elements of `dtype` that it reads in a step,
     `threads(tiles)` those that share the sums.
     """
 
@@ -142,7 +142,7 @@ def misfit(kernel: str, tiles: AnyTiles, shape: Shape) -> str | None:
 def candidates(kernel: str, default: AnyTiles, shape: Shape, *, limit: int | None = None) -> list[AnyTiles]:
     """Tiles of `kernel` to try at `shape`: `default` first, then those that may fit, the nearest to it first.
 
-    Powers of two, no block larger than what it cuts up, and nothing that `misfit` rules out. What remains may still spill or
+    Powers of two, no block larger than its axis, and nothing that `misfit` rules out. The rest may still spill or
     not compile: it has to be tried.
 
     Args:
@@ -161,7 +161,7 @@ def has_few_queries(shape: Shape) -> bool:
 
 
 def _values(name: str, shape: Shape) -> list[int]:
-    """What is tried of a field."""
+    """Values that are tried of a field."""
     if name == "num_warps":
         return [2, 4, 8]
     if name == "rows":

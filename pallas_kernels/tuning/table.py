@@ -18,11 +18,11 @@ FARTHEST = 4
 """An entry serves calls of which no size is more than so many times larger or smaller than its own."""
 
 MEASURED = {"seconds": float, "default_seconds": float, "command": str, "versions": dict}
-"""What an entry must say about the run that measured it, with the type of each."""
+"""Required fields on the run that measured an entry, with the type of each."""
 
 
 class TuningError(ValueError):
-    """A tuning table that does not say what it should; the message says which entry, what was expected and what to do."""
+    """An invalid tuning table; the message names the entry, the expectation and the remedy."""
 
 
 class Entry(NamedTuple):
@@ -36,7 +36,7 @@ class Entry(NamedTuple):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What no other entry of a table may have."""
+        """Unique among the entries of a table."""
         return self.kernel, self.device, tuple(sorted(self.shape.items()))
 
 

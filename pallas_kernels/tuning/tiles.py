@@ -1,10 +1,10 @@
-"""What one program of a kernel holds, and how it is compiled: one frozen dataclass per kind of kernel."""
+"""Block sizes, warps and stages of a kernel: one frozen dataclass per kind of kernel."""
 
 import dataclasses
 
-# Triton multiplies no matrix with a side below 16, and holds no array whose size is not a power of two.
+# Triton has no matmul with a side below 16, and no array whose size is not a power of two.
 SMALLEST_SIDE = 16
-# Of Hopper's product of a warpgroup: its rows; and the columns that make it read no more from shared memory than it can.
+# Of Hopper's wgmma: its rows; and the columns at which its reads of shared memory no longer limit it.
 WGMMA_ROWS, WGMMA_COLUMNS = 64, 128
 # Of an H200.
 PROCESSORS = 132
@@ -12,8 +12,8 @@ PROCESSORS = 132
 
 @dataclasses.dataclass(frozen=True)
 class AnyTiles:
-    """What all have beside their blocks: `num_warps` of a program, or its warpgroups, four warps each, that compute;
-    `num_stages` of loads that are in flight at a time."""
+    """Common base: beside their blocks all have `num_warps` of a program, or its computing warpgroups of four warps each, and
+    `num_stages` of loads in flight."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -76,7 +76,7 @@ class RowTiles(AnyTiles):
 
 @dataclasses.dataclass(frozen=True)
 class ScanTiles(AnyTiles):
-    """Numbers of a row that are read at a time."""
+    """Elements of a row that are read at a time."""
 
     block: int = 4096
     num_warps: int = 8
