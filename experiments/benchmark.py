@@ -13,7 +13,7 @@ from dsa_jax.benchmarks.op_shapes import OPS
 from experiments.flags import run_main
 from experiments.output import OutputFlag
 
-_OP = flags.DEFINE_enum("op", "layer", ["layer", "train_step", *OPS], "What to measure.")
+_OP = flags.DEFINE_enum("op", "layer", ["layer", "train_step", *OPS], "Op or benchmark to measure.")
 _LENGTHS = flags.DEFINE_list("lengths", [], "layer, train_step: sequence lengths in tokens; empty: the operation's own list.")
 _SHAPE = flags.DEFINE_list("shape", [], "Other ops: names of shapes; empty: laptop on CPU, all others on a GPU.")
 _IMPLEMENTATION = flags.DEFINE_list("implementation", [], "Other ops: implementations; empty: those of the platform.")

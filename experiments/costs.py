@@ -1,17 +1,16 @@
-r"""What sparse attention saves: dollars per million tokens by position, cache bytes per token, training FLOPs by length.
+r"""Savings of sparse attention: dollars per million tokens by position, cache bytes per token, training FLOPs by length.
 
     python -m experiments.costs
     python -m experiments.costs --config=configs/llama3_8b.py --dollars_per_hour=2.5 --output=runs/costs
     python -m experiments.costs --benchmark=FILE,FILE
 
 The default is DeepSeek-V3.2 on H800s at 2 dollars an hour, whose two curves are figure 3 of the V3.2-Exp report. The model is
-analytic, its speeds fitted to that figure (`dsa_jax.costs.model.H800_REPORT`); with other models it says what those speeds
-would give.
+analytic, its speeds fitted to that figure (`dsa_jax.costs.model.H800_REPORT`); other models are costed at the same speeds.
 
 With --benchmark nothing is modelled: the curves are those of attention alone, over the lengths measured, from the times that
 `experiments.benchmark --output` and `dsa_jax.benchmarks.gpu_check` wrote. The files must cover index_topk and
-dense_attention at two lengths each, sparse_attention and decode, in the model's geometry and on one device; what is missing
-is named.
+dense_attention at two lengths each, sparse_attention and decode, in the model's geometry and on one device; missing rows
+are named.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-r"""What a recipe needs, with nothing allocated: parameters, FLOPs, cache, bytes per device, sharding, compiled memory.
+r"""Needs of a recipe, with nothing allocated: parameters, FLOPs, cache, bytes per device, sharding, compiled memory.
 
     python -m experiments.dry_run --config=configs/h200x8_deepseek_v2_lite.py
     python -m experiments.dry_run --config=configs/h200x8_deepseek_v2_lite.py --compile              # emulated devices
@@ -25,7 +25,7 @@ _WEAK_SCALING = flags.DEFINE_list(
     "weak_scaling", [], "Presets to measure step by step, starting from one device; nothing else is printed."
 )
 _STEP = flags.DEFINE_enum(
-    "step", "", ["", "pretrain", "warmup", "sparse", "decode"], "What to compile; empty: the recipe's last stage."
+    "step", "", ["", "pretrain", "warmup", "sparse", "decode"], "Step to compile; empty: the recipe's last stage."
 )
 _ROWS = flags.DEFINE_integer("rows", 1, "decode: sequences.", lower_bound=1)
 _CONTEXT = flags.DEFINE_integer("context", 32768, "decode: tokens that the cache of a sequence holds.", lower_bound=1)

@@ -16,7 +16,7 @@ from absl import flags
 from dsa_jax.benchmarks.op_shapes import OPS
 from experiments.flags import run_main
 
-_OP = flags.DEFINE_enum("op", None, OPS, "Whose kernels to tune.", required=True)
+_OP = flags.DEFINE_enum("op", None, OPS, "Op whose kernels to tune.", required=True)
 _SHAPE = flags.DEFINE_list("shape", [], "Names of shapes; empty: all that are meant for a GPU.")
 _IMPLEMENTATION = flags.DEFINE_string(
     "implementation", "pallas", "pallas, pallas_ordered, triton or mosaic, where the op has it."

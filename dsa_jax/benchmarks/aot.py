@@ -5,8 +5,8 @@
     make aot AOT_ARGS="--candidates=runs/tune/unfit.jsonl decode"    # other block sizes, too: what experiments.tune may skip
 
 Exit status 1 when a kernel spills registers, asks for more shared memory than the device has, does not compile, or when the
-assembler makes its tensor core products (wgmma) wait for each other. What is compiled is not run: nothing here says how fast or
-how right a kernel is.
+assembler serializes its tensor core matmuls (wgmma). The kernels are compiled, not run: nothing here shows their speed or
+correctness.
 """
 
 import os
@@ -62,9 +62,9 @@ MOSAIC_SHARED = re.compile(r"dynamic_shared_memory_size %c(\d+)_i32")
 
 
 class Compiled(NamedTuple):
-    """What the compiler says about one kernel; `temporary_bytes` are those of the whole program it is in.
+    """The compiler's report on one kernel; `temporary_bytes` are those of the whole program it is in.
 
-    `is_serialized`: the assembler put a wait behind each of its wgmma products, which are meant to run back to back.
+    `is_serialized`: the assembler put a wait behind each of its wgmma instructions, which are meant to run back to back.
     """
 
     kernel: str
@@ -78,7 +78,7 @@ class Compiled(NamedTuple):
 
 @contextlib.contextmanager
 def captured_stderr() -> Iterator[Path]:
-    """Sends what the compiler writes to file descriptor 2 into a file."""
+    """Redirects the compiler's output on file descriptor 2 into a file."""
     path = Path(DUMP) / "stderr.txt"
     saved = os.dup(2)
     try:
@@ -100,7 +100,7 @@ def compile_case(case: KernelCase, sharding: SingleDeviceSharding) -> list[Compi
         old.unlink()
     arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), case.arrays)
     with captured_stderr() as log, use_abstract_mesh(MESH):
-        memory = jax.jit(case.function).lower(*arrays).compile().memory_analysis()
+        memory = jax.jit(case.function).lower(arrays).compile().memory_analysis()
     if memory is None:
         raise RuntimeError(f"{case.name}: the compiler gives no memory analysis; expected one for a GPU.")
     text = log.read_text(errors="replace")
@@ -136,7 +136,7 @@ def try_candidates(case: KernelCase, sharding: SingleDeviceSharding, limit: int)
     """Compiles a case with other block sizes, a kernel at a time: {kernel, shape, tiles, unfit}, `unfit` None where it fits."""
     arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), case.arrays)
     with tuning.recorded() as choices, use_abstract_mesh(MESH):
-        jax.eval_shape(case.function, *arrays)
+        jax.eval_shape(case.function, arrays)
     for choice in {choice.kernel: choice for choice in choices if choice.kernel in case.kernels}.values():
         for tiles in tuning.candidates(choice.kernel, choice.default, choice.shape, limit=limit)[1:]:
             jax.clear_caches()
@@ -147,14 +147,14 @@ def try_candidates(case: KernelCase, sharding: SingleDeviceSharding, limit: int)
                 if compiled[choice.kernel].spilled_bytes:
                     unfit = f"{compiled[choice.kernel].spilled_bytes} bytes spilled"
                 elif compiled[choice.kernel].is_serialized:
-                    unfit = "its wgmma products are serialized"
-            except Exception as error:  # a candidate that does not compile is what is looked for
+                    unfit = "its wgmma matmuls are serialized"
+            except Exception as error:  # candidates that do not compile are the purpose
                 unfit = str(error).splitlines()[0][:200]
             yield {"kernel": choice.kernel, "shape": choice.shape, "tiles": dataclasses.asdict(tiles), "unfit": unfit}
 
 
 def write_candidates(path: Path, words: list[str], limit: int) -> int:
-    """Adds what fits and what does not to a JSON Lines file, for `experiments.tune --unfit`; returns how many were tried."""
+    """Appends each candidate, and whether it fits, to a JSON Lines file for `experiments.tune --unfit`; returns how many."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tried = 0
     sharding = h200()
@@ -183,7 +183,7 @@ def h200() -> SingleDeviceSharding:
 
 
 def rows() -> Iterator[tuple[str, str, Callable[[], list[Compiled]]]]:
-    """(kernels, shape, what compiles them) of every case."""
+    """(kernels, shape, a function that compiles them) of every case."""
     sharding = h200()
     for case in cases():
         yield ", ".join(case.kernels), f"{case.name}: {case.shape}", functools.partial(compile_case, case, sharding)
@@ -233,7 +233,7 @@ def main(words: list[str]) -> int:
         start = time.monotonic()
         try:
             compiled = compile_kernels()
-        except Exception as error:  # the table goes on; what failed is in it
+        except Exception as error:  # the table goes on, with the failure in it
             failures += 1
             print(f"| {kernels} | {shape} | FAILED: {str(error).splitlines()[0][:160]} | | | | | |", flush=True)
             continue
@@ -246,7 +246,7 @@ def main(words: list[str]) -> int:
             numbers += " | " if row.temporary_bytes is None else f" | {row.temporary_bytes / 2**20:.1f}"
             print(f"| {name} | {shape} | {numbers} |", flush=True)
     print(
-        f"\n{failures} failures" if failures else "\nall kernels compile without a spill, and none has its products serialized"
+        f"\n{failures} failures" if failures else "\nall kernels compile without a spill, and none has its matmuls serialized"
     )
     return 1 if failures else 0
 
@@ -254,7 +254,7 @@ def main(words: list[str]) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="only cases whose kernels or name contain all of them")
-    parser.add_argument("--candidates", type=Path, help="compile other block sizes instead, and add what fits to this file")
+    parser.add_argument("--candidates", type=Path, help="compile other block sizes instead; append results to this file")
     parser.add_argument("--limit", type=int, default=24, help="candidates of each kernel")
     given = parser.parse_args()
     if given.candidates is not None:

@@ -1,14 +1,11 @@
-"""Times one attention layer, sparse against dense, prefill and decode, in one process; and where the sparse time goes.
+"""Times one attention layer, sparse against dense, prefill and decode, in one process, and the parts of the sparse one.
 
 The layer is latent attention in its absorbed form: every head reads the same keys, whose leading channels are the values.
 Projections are left out, they are the same on both sides. Dense is timed in the same form: with the value width equal to
-the latent width, expanding keys and values per head would cost as many multiplications and more memory traffic.
+the latent width, expanding keys and values per head would cost as many FLOPs and more memory traffic.
 """
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from dsa_jax.benchmarks.op_calls import index_heads, visible
-from pallas_kernels import dense_attention, index_topk, index_topk_coarse_to_fine, sparse_attention
+from dsa_jax.benchmarks import timing
+from dsa_jax.benchmarks.op_calls import Arrays, index_heads, make_call, visible
+from dsa_jax.costs.ops import OpShape
+from pallas_kernels import index_topk_coarse_to_fine
 from pallas_kernels.sparse_attention.xla import gather_rows, with_zero_row
 
 Row = dict[str, Any]
@@ -28,38 +27,19 @@ MAX_LOGIT_BYTES = 6 * 2**30
 # Keys per block where blocks are chosen first, of which a quarter of the keys are then scored one by one.
 COARSE_BLOCK = 128
 
-
-@dataclass(frozen=True)
-class LayerShape:
-    """Sizes of the layer; batch is 1 and the mask causal."""
-
-    n_heads: int = 32
-    latent_dim: int = 128  # also the width of the values
-    rope_dim: int = 32
-    n_index_heads: int = 8
-    index_head_dim: int = 32
-    topk: int = 512
-
-    @property
-    def key_dim(self) -> int:
-        """Channels of one key."""
-        return self.latent_dim + self.rope_dim
-
-    @property
-    def softmax_scale(self) -> float:
-        """Multiplier of q . k."""
-        return self.key_dim**-0.5
+LAYER = OpShape(1, 1, 512, heads=32, dim=128 + 32, d_v=128, index_heads=8, index_dim=32, dtype="float32")
+"""Sizes of the layer; queries and keys are as many as the context is long."""
 
 
 def run(
-    lengths: Sequence[int], repeats: int = 3, *, shape: LayerShape | None = None, report: Callable[[str], None] = print
+    lengths: Sequence[int], repeats: int = 3, *, shape: OpShape = LAYER, report: Callable[[str], None] = print
 ) -> list[Row]:
-    """Measures prefill of every length and decode of one token after it.
+    """Measures prefill of every length and decode of one token after it, with a causal mask.
 
     Args:
         lengths: context lengths, in tokens.
-        repeats: timed calls per measurement, after one that warms up; a first call of more than 20 seconds is the measurement.
-        shape: sizes of the layer; None is 32 heads, latent 128 + 32, indexer 8 x 32, topk 512.
+        repeats: timed calls per measurement, after some that warm up; a call of more than 20 seconds is the measurement.
+        shape: sizes of the layer, of which heads, channels and topk are read.
         report: receives one line per measurement, and the reason for each that is left out.
 
     Returns:
@@ -67,7 +47,6 @@ def run(
         the first from the last decile (of the extremes below ten repeats) over the median, `share_of` names the row that a part
         belongs to (None for whole layers). Rows of op "speedup" carry `ratio`, the better dense time over the sparse one.
     """
-    shape = shape or LayerShape()
     rows: list[Row] = []
     for length in lengths:
         arrays = _inputs(shape, length)
@@ -93,50 +72,46 @@ def format_table(rows: Sequence[Row]) -> str:
 _PER_QUERY = ("q", "q_index", "weights", "visible_start", "visible_end")
 
 
-def _inputs(shape: LayerShape, length: int) -> dict[str, Array]:
+def _inputs(shape: OpShape, length: int) -> Arrays:
     rng = np.random.default_rng(0)
 
     def normal(*size: int) -> Array:
         return jnp.asarray(rng.standard_normal(size, np.float32))
 
     return {
-        "q_index": normal(1, length, shape.n_index_heads, shape.index_head_dim),
-        "k_index": normal(1, length, shape.index_head_dim),
-        "weights": normal(1, length, shape.n_index_heads),
-        "q": normal(1, length, shape.n_heads, shape.key_dim),
-        "k": normal(1, length, 1, shape.key_dim),
+        "q_index": normal(1, length, shape.index_heads, shape.index_dim),
+        "k_index": normal(1, length, shape.index_dim),
+        "weights": normal(1, length, shape.index_heads),
+        "q": normal(1, length, shape.heads, shape.dim),
+        "k": normal(1, length, 1, shape.dim),
         "visible_start": jnp.zeros((1, length), jnp.int32),
         "visible_end": jnp.arange(1, length + 1, dtype=jnp.int32)[None],
     }
 
 
-def _phase(
-    phase: str, arrays: dict[str, Array], shape: LayerShape, length: int, repeats: int, report: Callable[[str], None]
-) -> list[Row]:
+def _phase(phase: str, arrays: Arrays, shape: OpShape, length: int, repeats: int, report: Callable[[str], None]) -> list[Row]:
     rows: list[Row] = []
 
-    def measure(op: str, implementation: str, call: Callable[..., Any], given: dict[str, Array], share_of: str | None) -> float:
-        seconds, spread = _time(call, given, repeats)
-        row = {"op": op, "phase": phase, "implementation": implementation, "length": length}
-        rows.append(row | {"seconds": seconds, "spread": spread, "share_of": share_of})
+    def measure(op: str, implementation: str, call: Callable[..., Any], given: Arrays, share_of: str | None) -> float:
+        timed = timing.measure(lambda given: call(**given), (given,), repeats=repeats, warm_seconds=0.0, chain_below=0.0)
+        row = {"op": op, "phase": phase, "implementation": implementation, "length": length, "share_of": share_of}
+        rows.append(row | {"seconds": timed.seconds, "spread": (timed.p90 - timed.p10) / timed.seconds})
         report(format_table(rows[-1:]).splitlines()[1])
-        return seconds
+        return timed.seconds
+
+    select_all, score = make_call("index_topk", shape, "xla"), make_call("index_topk", shape._replace(topk=1), "xla")
+    attend_selected, attend_all = (make_call(op, shape, "xla") for op in ("sparse_attention", "dense_attention"))
 
     def select(**given: Array) -> Array:
-        return index_topk(index_heads(given), visible(given), topk=shape.topk, implementation="xla")
+        return select_all(**given)["selection"]
 
     def select_by_blocks(**given: Array) -> Array:
         options: dict[str, Any] = {"block_size": COARSE_BLOCK, "n_blocks": max(1, length // (4 * COARSE_BLOCK) - 2)}
         options |= {"topk": shape.topk, "implementation": "xla"}
         return index_topk_coarse_to_fine(index_heads(given), visible(given), **options)
 
-    def score(**given: Array) -> Array:
-        return index_topk(index_heads(given), visible(given), topk=1, implementation="xla")
-
     def attend(q: Array, k: Array, topk_indices: Array, **_: Array) -> Array:
-        return sparse_attention(
-            q, k, None, topk_indices, softmax_scale=shape.softmax_scale, d_v=shape.latent_dim, implementation="xla"
-        ).out
+        return attend_selected(q, k, topk_indices)["out"]
 
     def gather(q: Array, k: Array, topk_indices: Array, **_: Array) -> Array:
         padded = with_zero_row(k)
@@ -149,14 +124,13 @@ def _phase(
     def sparse(**given: Array) -> Array:
         return attend(topk_indices=select(**given), **given)
 
-    def dense(q: Array, k: Array, **given: Array) -> Array:
-        options: dict[str, Any] = {"softmax_scale": shape.softmax_scale, "d_v": shape.latent_dim, "implementation": "xla"}
-        return dense_attention(q, k, None, visible(given), **options).out
+    def dense(**given: Array) -> Array:
+        return attend_all(**given)["out"]
 
     def library(q: Array, k: Array, **_: Array) -> Array:
         # It wants values as wide as keys; the rope channels of the result are dropped.
-        out = jax.nn.dot_product_attention(q, k, k, scale=shape.softmax_scale, is_causal=phase == "prefill")
-        return out[..., : shape.latent_dim]
+        out = jax.nn.dot_product_attention(q, k, k, scale=shape.dim**-0.5, is_causal=phase == "prefill")
+        return out[..., : shape.width]
 
     whole = measure("sparse layer", "xla", sparse, arrays, None)
     selected = arrays | {"topk_indices": jax.jit(select)(**arrays)}
@@ -169,7 +143,7 @@ def _phase(
     measure("gather, and its sum", "xla", gather, selected, "sparse layer")
     measure("gather and attend", "xla", attend, selected, "sparse layer")
     best = measure("dense layer", "xla", dense, arrays, None)
-    logit_bytes = 4 * shape.n_heads * arrays["q"].shape[1] * length
+    logit_bytes = 4 * shape.heads * arrays["q"].shape[1] * length
     if logit_bytes <= MAX_LOGIT_BYTES:
         best = min(best, measure("dense layer", "jax.nn.dot_product_attention", library, arrays, None))
     else:
@@ -180,21 +154,3 @@ def _phase(
     rows.append({"op": "speedup", "phase": phase, "implementation": "xla", "length": length, "ratio": best / whole})
     report(format_table(rows[-1:]).splitlines()[1])
     return rows
-
-
-def _time(call: Callable[..., Any], given: dict[str, Array], repeats: int) -> tuple[float, float]:
-    """(median seconds, spread) of `repeats` calls, compilation not counted."""
-    compiled = jax.jit(call).lower(**given).compile()
-
-    def once() -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(**given))
-        return time.perf_counter() - start
-
-    first = once()
-    if first > 20:
-        return first, 0.0
-    seconds = sorted(once() for _ in range(repeats))
-    tenth = len(seconds) // 10
-    median = statistics.median(seconds)
-    return median, (seconds[-1 - tenth] - seconds[tenth]) / median

@@ -40,7 +40,7 @@ Arrays = dict[str, Array]
 def make_inputs(op: str, shape: OpShape, seed: int = 0) -> Arrays:
     """Random arrays, made on the device, with logits of variance 1.
 
-    Those of `index_topk` are small whole numbers, whose scores are exact in any order. Keys and values of attention have a
+    Those of `index_topk` are small integers, whose scores are exact in any order. Keys and values of attention have a
     standard deviation of 0.1, which the absolute tolerance of its result belongs to.
     """
     s, dtype = shape, jnp.dtype(shape.dtype)
@@ -110,29 +110,24 @@ def visible(arrays: Arrays) -> Visible:
 
 def make_call(op: str, shape: OpShape, implementation: str) -> Callable[..., dict[str, Array]]:
     """A function of the arrays of `make_inputs`, by name, that returns the op's results by name."""
-    run, options = implementation.removesuffix("_ordered"), {}
-    if implementation.endswith("_ordered"):
-        options = {"deterministic": True}
-    scale = shape.dim**-0.5
+    run: dict[str, Any] = {"implementation": implementation.removesuffix("_ordered")}
+    scaled: dict[str, Any] = {"softmax_scale": shape.dim**-0.5, **run}
+    ordered: dict[str, Any] = {"deterministic": True} if implementation.endswith("_ordered") else {}
 
     def scores(k_scale: Array | None = None, **arrays: Array) -> dict[str, Array]:
-        return {"scores": index_scores(index_heads(arrays), visible(arrays), k_scale=k_scale, implementation=run)}
+        return {"scores": index_scores(index_heads(arrays), visible(arrays), k_scale=k_scale, **run)}
 
     def selection(k_scale: Array | None = None, **arrays: Array) -> dict[str, Array]:
-        options: dict[str, Any] = {"topk": shape.topk, "k_scale": k_scale, "implementation": run}
-        return {"selection": index_topk(index_heads(arrays), visible(arrays), **options)}
+        return {"selection": index_topk(index_heads(arrays), visible(arrays), topk=shape.topk, k_scale=k_scale, **run)}
 
     def attend(q: Array, k: Array, topk_indices: Array, v: Array | None = None) -> dict[str, Array]:
-        keywords = {"softmax_scale": scale, "d_v": shape.d_v, "implementation": run, **options}
-        return dict(sparse_attention(q, k, v, topk_indices, **keywords)._asdict())
+        return sparse_attention(q, k, v, topk_indices, d_v=shape.d_v, **scaled, **ordered)._asdict()
 
     def attend_to_all(q: Array, k: Array, v: Array | None = None, **arrays: Array) -> dict[str, Array]:
-        keywords: dict[str, Any] = {"softmax_scale": scale, "d_v": shape.d_v, "implementation": run}
-        return dict(dense_attention(q, k, v, visible(arrays), **keywords)._asdict())
+        return dense_attention(q, k, v, visible(arrays), d_v=shape.d_v, **scaled)._asdict()
 
     def attend_fp8(q: Array, pool: Array, topk_indices: Array) -> dict[str, Array]:
-        keywords = {"softmax_scale": scale, "latent_dim": shape.width, "implementation": run}
-        return dict(sparse_attention_fp8(q, pool, topk_indices, **keywords)._asdict())
+        return sparse_attention_fp8(q, pool, topk_indices, latent_dim=shape.width, **scaled)._asdict()
 
     def backward(d_out: Array, d_lse: Array, topk_indices: Array, **learned: Array) -> dict[str, Array]:
         _, pull = jax.vjp(lambda learned: attend(topk_indices=topk_indices, **learned), learned)
@@ -143,9 +138,8 @@ def make_call(op: str, shape: OpShape, implementation: str) -> Callable[..., dic
         learned: dict[str, Any] = {name: arrays.pop(name) for name in ("q_index", "k_index", "weights")}
 
         def kl(learned: dict[str, Any]) -> Array:
-            keywords: dict[str, Any] = {"softmax_scale": scale, "implementation": run, **options}
             indices = arrays.get("topk_indices")
-            return indexer_kl(index_heads(learned), visible(arrays), q, k, lse, topk_indices=indices, **keywords)
+            return indexer_kl(index_heads(learned), visible(arrays), q, k, lse, topk_indices=indices, **scaled, **ordered)
 
         value, pull = jax.vjp(kl, learned)
         (gradients,) = pull(d_kl)
@@ -166,7 +160,7 @@ def make_call(op: str, shape: OpShape, implementation: str) -> Callable[..., dic
 
 
 def timed_call(op: str, shape: OpShape, implementation: str, arrays: Arrays) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """What is timed, and its arguments: the whole call, but of `sparse_attention_backward` only what follows the forward."""
+    """The timed function and its arguments: the whole call, but of `sparse_attention_backward` the backward pass alone."""
     if op != "sparse_attention_backward":
         call = make_call(op, shape, implementation)
         return lambda given: call(**given), (arrays,)

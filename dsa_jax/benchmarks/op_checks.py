@@ -1,4 +1,4 @@
-"""Whether an op is right on this device: against its definition, which runs here too, in float32."""
+"""Correctness of an op on this device: against its reference, which runs here too, in float32."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ _FLOAT32 = 1e-5
 
 
 class CheckError(RuntimeError):
-    """An op is not what its definition says: the message says which result and by how much."""
+    """An op differs from its reference: the message says which result and by how much."""
 
 
 def check_reduced(op: str, shape: OpShape, implementation: str, *, small: bool = False) -> str:
@@ -30,10 +30,10 @@ def check_reduced(op: str, shape: OpShape, implementation: str, *, small: bool =
         small: at sizes for a kernel that is interpreted.
 
     Returns:
-        What was compared, in words.
+        The compared results, as text.
 
     Raises:
-        CheckError: for a result that is not the definition's.
+        CheckError: for a result that differs from the reference.
         NotImplementedError: where the implementation does not cover the call.
     """
     reduced = shape.reduced(5, 70, 24) if small else shape.reduced(64, 1100, 512)
@@ -43,7 +43,7 @@ def check_reduced(op: str, shape: OpShape, implementation: str, *, small: bool =
 def check_real(op: str, shape: OpShape, implementation: str, *, queries: int = 64) -> str:
     """As `check_reduced`, at the whole shape: all queries are computed, so many of them compared, and all keys' gradients."""
     arrays = make_inputs(op, shape, seed=2)
-    sample = np.unique(np.linspace(0, shape.queries - 1, min(queries, shape.queries)).astype(np.int32))
+    sample = _sample(shape, queries)
     chosen = jnp.zeros(shape.queries, bool).at[sample].set(True)
     for name in _COTANGENTS:
         if name in arrays:
@@ -72,15 +72,19 @@ def check_peer(op: str, shape: OpShape, name: str, results: Callable[[OpShape, A
         results: from shape and arrays to some or all of the op's results, by name.
 
     Raises:
-        CheckError: for a result that is not the definition's, or none at all.
+        CheckError: for a result that differs from the reference, or none at all.
     """
     reduced = shape.reduced(64, 1100, 512)
     arrays = make_inputs(op, reduced, seed=1)
     arrays = arrays if op == "dense_attention" else _hostile(arrays)
     _compare_results(op, reduced, name, results(reduced, arrays), arrays, None)
-    sample = np.unique(np.linspace(0, shape.queries - 1, min(64, shape.queries)).astype(np.int32))
     arrays = make_inputs(op, shape, seed=2)
-    return _compare_results(op, shape, name, results(shape, arrays), arrays, sample)
+    return _compare_results(op, shape, name, results(shape, arrays), arrays, _sample(shape))
+
+
+def _sample(shape: OpShape, queries: int = 64) -> np.ndarray:
+    """Positions of the queries that are compared, evenly spaced."""
+    return np.unique(np.linspace(0, shape.queries - 1, min(queries, shape.queries)).astype(np.int32))
 
 
 def _compare_results(
@@ -126,7 +130,7 @@ def _hostile(arrays: Arrays) -> Arrays:
 
 
 def _limits(op: str, name: str, dtype: str) -> tuple[float, float, float]:
-    """(absolute, relative to each number, cosine distance), each of which must hold, the first two as alternatives.
+    """(absolute, relative to each element, cosine distance), each of which must hold, the first two as alternatives.
 
     Source: the published tests of FlashMLA (attention), DeepGEMM (scores) and TileLang (gradients).
     """
@@ -155,7 +159,7 @@ def compare(what: str, got: np.ndarray, want: np.ndarray, absolute: float, relat
     for kind, test in (("nan", np.isnan), ("inf", np.isposinf), ("-inf", np.isneginf)):
         wrong = np.argwhere(test(got) != test(want))
         if len(wrong):
-            raise CheckError(f"{what}: {len(wrong)} numbers are {kind} in only one of both, the first at {tuple(wrong[0])}.")
+            raise CheckError(f"{what}: {len(wrong)} elements are {kind} in only one of both, the first at {tuple(wrong[0])}.")
     finite = np.isfinite(want)
     x, y = np.where(finite, got, 0), np.where(finite, want, 0)
     largest = 1.0 if relative else max(1.0, np.abs(y).max(initial=0))

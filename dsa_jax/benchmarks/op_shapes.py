@@ -1,4 +1,6 @@
-"""Named shapes of the op benchmarks: one that a laptop finishes in seconds, and those that the GPU kernels are meant for."""
+"""Named shapes of the benchmarked ops: one that a laptop finishes in seconds, and the real ones of the GPU kernels."""
+
+from typing import Any
 
 from dsa_jax.costs.ops import OpShape
 
@@ -14,12 +16,14 @@ OPS = (
     "indexer_kl_visible",
 )
 
-_LATENT = OpShape(4096, 32768, 2048, heads=128, dim=576, d_v=512, index_heads=64, index_dim=128)
-_GROUPED = _LATENT._replace(heads=32, groups=8, dim=128, value_dim=128, d_v=None)
+_INDEXER: dict[str, Any] = {"index_heads": 64, "index_dim": 128}
+# DeepSeek-V3.2 and Llama-3-8B.
+_LATENT = OpShape(4096, 32768, 2048, heads=128, groups=1, dim=576, d_v=512, **_INDEXER)
+_GROUPED = OpShape(4096, 32768, 2048, heads=32, groups=8, dim=128, value_dim=128, **_INDEXER)
 _POOL = _LATENT._replace(keys=8 * 32768)
 _EXPANDED = _LATENT._replace(groups=128, dim=192, value_dim=128, d_v=None)
 _LAPTOP = OpShape(512, 2048, 256, heads=8, dim=160, d_v=128, index_heads=8, index_dim=32, dtype="float32")
-_PREFILL = {
+PREFILL = {
     "128_heads": _LATENT,
     "64_heads": _LATENT._replace(heads=64),
     "16_heads": _LATENT._replace(heads=16),
@@ -42,11 +46,11 @@ SHAPES: dict[str, dict[str, OpShape]] = {
     "index_scores": _INDEX,
     "index_topk": _INDEX,
     "sparse_attention": {
-        **_PREFILL,
+        **PREFILL,
         "128_heads_local": _LATENT._replace(selection="local"),
         "128_heads_128k": _LATENT._replace(keys=131072),
     },
-    "sparse_attention_backward": _PREFILL,
+    "sparse_attention_backward": PREFILL,
     "decode": {**_DECODE, "batch_32_8_groups": _GROUPED._replace(queries=32, keys=_POOL.keys)},
     "decode_fp8": _DECODE,
     # Of latent attention: expanded per head in prefill, absorbed in decode.
@@ -56,8 +60,8 @@ SHAPES: dict[str, dict[str, OpShape]] = {
         "decode_32k": _LATENT._replace(batch=32, queries=1),
         "decode_128k": _LATENT._replace(batch=32, queries=1, keys=131072),
     },
-    "indexer_kl_selected": {name: _PREFILL[name] for name in ("128_heads", "64_heads", "32_heads_8_groups")},
-    "indexer_kl_visible": {name: _PREFILL[name] for name in ("128_heads", "64_heads", "32_heads_8_groups")},
+    "indexer_kl_selected": {name: PREFILL[name] for name in ("128_heads", "64_heads", "32_heads_8_groups")},
+    "indexer_kl_visible": {name: PREFILL[name] for name in ("128_heads", "64_heads", "32_heads_8_groups")},
 }
 SHAPES = {op: {"laptop": _LAPTOP, **shapes} for op, shapes in SHAPES.items()}
 SHAPES["decode"]["laptop"] = _LAPTOP._replace(queries=4)

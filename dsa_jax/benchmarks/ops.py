@@ -1,7 +1,7 @@
 """Checks an op at named shapes on this device, then times it; a wrong one gets no time."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,18 +43,17 @@ def run(
         NotImplementedError: a given implementation does not cover the call.
         CheckError: a result was wrong; nothing is returned, then.
     """
-    if op not in SHAPES:
-        raise ValueError(f"op is {op!r}; expected one of {', '.join(SHAPES)}.")
-    names = list(shapes) or default_shapes(op)
-    for kind, given, known in (("shape", names, SHAPES[op]), ("implementation", implementations, IMPLEMENTATIONS[op])):
-        unknown = [name for name in given if name not in known]
-        if unknown:
-            raise ValueError(f"{op}: {kind} is {unknown[0]!r}; expected one of {', '.join(known)}.")
+    require_known("op", [op], SHAPES)
+    on_gpu = jax.default_backend() == "gpu"
+    names = list(shapes) or [name for name in SHAPES[op] if (name != "laptop") == on_gpu]
+    on_device = [name for name in IMPLEMENTATIONS[op] if name != "reference"] if on_gpu else ["reference", "xla"]
+    require_known(f"{op}: shape", names, SHAPES[op])
+    require_known(f"{op}: implementation", implementations, IMPLEMENTATIONS[op])
     rows: list[Row] = []
     report(format_header())
     others = peers.of_op(op, report=report) if with_peers else []
     for name in names:
-        for implementation in implementations or default_implementations(op):
+        for implementation in implementations or on_device:
             try:
                 op_checks.check_reduced(op, SHAPES[op][name], implementation, small=small)
             except NotImplementedError as error:
@@ -74,17 +73,11 @@ def run(
     return rows
 
 
-def default_shapes(op: str) -> list[str]:
-    """The shapes that are measured on this device unless others are asked for."""
-    on_gpu = jax.default_backend() == "gpu"
-    return [name for name in SHAPES[op] if (name != "laptop") == on_gpu]
-
-
-def default_implementations(op: str) -> list[str]:
-    """The implementations that are measured on this device unless others are asked for."""
-    if jax.default_backend() == "gpu":
-        return [name for name in IMPLEMENTATIONS[op] if name != "reference"]
-    return ["reference", "xla"]
+def require_known(what: str, given: Sequence[str], known: Collection[str]) -> None:
+    """Raises ValueError for the first of `given` that is not in `known`; `what` it names, for the message."""
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise ValueError(f"{what} is {unknown[0]!r}; expected one of {', '.join(known) or 'none: this op has no kernels'}.")
 
 
 class Item(NamedTuple):
@@ -174,11 +167,7 @@ def _row(op: str, name: str, shape: OpShape, implementation: str, timed: timing.
         "implementation": implementation,
         "interpreted": implementation.startswith("pallas") and jax.default_backend() == "cpu",
         "device": device,
-        "seconds": timed.seconds,
-        "p10": timed.p10,
-        "p90": timed.p90,
-        "repeats": timed.repeats,
-        "timing": timed.method,
+        **timed._asdict(),
         "flops": needed.flops,
         "bytes": needed.bytes,
         "tflops_per_second": needed.flops / timed.seconds / 1e12,

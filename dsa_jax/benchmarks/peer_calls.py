@@ -1,7 +1,7 @@
 """Other libraries' kernels as our ops: arrays go over by dlpack, and results come back under our names and conventions.
 
-An adapter takes an op's shape and arrays (`op_calls.make_inputs`) and prepares a call: whatever the library wants laid out,
-padded or planned is done before, so that only the kernel is timed. What a kernel does not cover is a NotImplementedError.
+An adapter takes an op's shape and arrays (`op_calls.make_inputs`) and prepares a call: layout, padding and planning are done
+before, so that only the kernel is timed. A call that the kernel does not cover is a NotImplementedError.
 """
 
 import importlib
@@ -19,7 +19,7 @@ from dsa_jax.costs.ops import OpShape
 
 
 class PeerCall(NamedTuple):
-    """`run(*arguments)` is what is timed; `results` turns what it returns into some or all of the op's results by name."""
+    """`run(*arguments)` is timed; `results` turns its return value into some or all of the op's results by name."""
 
     run: Callable[..., Any]
     arguments: tuple[Any, ...]
@@ -39,7 +39,7 @@ class Peer(NamedTuple):
     uses_torch: bool = True
 
     def missing(self) -> str | None:
-        """What is not here of what it needs; None when it can run."""
+        """The requirement that is missing here; None when it can run."""
         if self.uses_torch and not _is_importable("torch"):
             return "torch"
         if not any(map(_is_importable, self.modules)):
@@ -81,7 +81,7 @@ def to_torch(x: Array, dtype: str | None = None) -> Any:
 
 
 def from_torch(tensor: Any, shape: Sequence[int]) -> Array:
-    """The numbers of a tensor, which may lie in memory with gaps, as an array of `shape`."""
+    """The elements of a tensor, which may be strided, as an array of `shape`."""
     torch = importlib.import_module("torch")
     torch.cuda.synchronize()
     return jnp.from_dlpack(torch.reshape(tensor, [-1])).reshape(shape)

@@ -14,7 +14,7 @@ from dsa_jax.costs.ops import OpShape
 
 
 def of_op(op: str, *, report: Callable[[str], None] = print, peers: Sequence[Peer] = PEERS) -> list[Peer]:
-    """The peers of `op` that can run here; one line names those that cannot, and what each lacks."""
+    """The peers of `op` that can run here; one line names those that cannot, with the missing requirement."""
     missing = {peer.name: peer.missing() for peer in peers if op in peer.ops}
     if any(missing.values()):
         lacks = ", ".join(f"{name} (lacks {what})" for name, what in missing.items() if what)
@@ -31,7 +31,7 @@ def run(
         name: of the shape, for the lines.
 
     Returns:
-        Its time; {"wrong": what} where it is not what our reference says, which is not timed; None where it could not run. The
+        Its time; {"wrong": message} where it differs from our reference, which is not timed; None where it could not run. The
         reason for either is reported.
     """
     who = f"{op}, {name}, {peer.label()}"

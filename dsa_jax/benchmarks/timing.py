@@ -16,7 +16,7 @@ LONG_SECONDS = 20.0
 
 
 class Timing(NamedTuple):
-    """Median and deciles in seconds, the number of repeats, and the method.
+    """Median and deciles in seconds, the number of repeats, and the method of `timing`.
 
     Deciles of fewer than ten repeats are the extremes.
     """
@@ -25,7 +25,7 @@ class Timing(NamedTuple):
     p10: float
     p90: float
     repeats: int
-    method: str
+    timing: str
 
 
 def measure(function: Callable[..., Any], arrays: Sequence[Any], **options: Any) -> Timing:

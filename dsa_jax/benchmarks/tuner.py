@@ -1,7 +1,7 @@
-"""Finds faster block sizes for the kernels of an op on the GPU at hand: each candidate is checked, then timed, then forgotten.
+"""Finds faster block sizes for the kernels of an op on the GPU at hand: each candidate is checked, then timed.
 
-Kernels are tuned one after the other, the others at the best found so far. What is timed is the whole op. Every candidate runs
-in a process of its own kind (`worker`): one that does not compile, spills over, crashes or hangs is skipped with its reason.
+Kernels are tuned one after the other, the others at the best found so far; the whole op is timed. Candidates run in another
+process (`worker`): one that does not compile, runs out of memory, crashes or hangs is skipped with its reason.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any
 
 from dsa_jax.benchmarks.op_calls import IMPLEMENTATIONS
 from dsa_jax.benchmarks.op_shapes import SHAPES
-from dsa_jax.benchmarks.ops import Item, perform
+from dsa_jax.benchmarks.ops import Item, perform, require_known
 from dsa_jax.benchmarks.worker import Worker
 from pallas_kernels import tuning
 from pallas_kernels.tuning import AnyTiles, Entry
@@ -103,7 +103,11 @@ def run(
         TuningError: the table that is there is wrong.
         RuntimeError: the op does not run with its default tiles.
     """
-    _check_names(op, shapes, implementation, kernels)
+    require_known("op", [op], SHAPES)
+    require_known("shape", shapes, SHAPES[op])
+    with_kernels = [name for name in IMPLEMENTATIONS[op] if name not in ("reference", "xla")]
+    require_known("implementation", [implementation], with_kernels)
+    require_known("kernel", kernels, tuning.KERNELS)
     old = tuning.read(table) if table.exists() else []
     worker = Worker(task, on_cpu=interpreted)
     try:
@@ -118,18 +122,6 @@ def run(
         return found
     finally:
         worker.stop()
-
-
-def _check_names(op: str, shapes: Sequence[str], implementation: str, kernels: Sequence[str]) -> None:
-    for kind, given, known in (
-        ("op", [op], SHAPES),
-        ("shape", shapes, SHAPES.get(op, {})),
-        ("implementation", [implementation], [x for x in IMPLEMENTATIONS.get(op, ()) if x not in ("reference", "xla")]),
-        ("kernel", kernels, tuning.KERNELS),
-    ):
-        unknown = [name for name in given if name not in known]
-        if unknown:
-            raise ValueError(f"{kind} is {unknown[0]!r}; expected one of {', '.join(known) or 'none: this op has no kernels'}.")
 
 
 @dataclasses.dataclass

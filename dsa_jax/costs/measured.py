@@ -108,27 +108,15 @@ def measured_tables(config: ModelConfig, rows: Sequence[Row], dollars_per_hour: 
     devices = sorted({row["device"] for row in rows})
     if len(devices) > 1:
         raise ConfigError(f"the benchmark rows are of {', '.join(devices)}; expected one device. Give its files only.")
-    parts = attention_parts(config)
-    chosen = {key: [_choose(rows, part, key[0]) for part in needed] for key, needed in parts.items()}
-    lacking = [
-        _describe_lack(rows, part, key)
-        for key, needed in parts.items()
-        for part, series in zip(needed, chosen[key], strict=True)
-        if series is None
-    ]
+    chosen = {key: [(part, _choose(rows, part, key[0])) for part in parts] for key, parts in attention_parts(config).items()}
+    lacking = [_describe_lack(rows, part, key) for key, pairs in chosen.items() for part, series in pairs if series is None]
     if lacking:
         raise ConfigError(
             "the benchmark rows do not make the curves:\n  " + "\n  ".join(dict.fromkeys(lacking)) + "\nMeasure them with "
             "python -m experiments.benchmark --op=OP --output=FILE; its shapes are in dsa_jax/benchmarks/op_shapes.py."
         )
-    used = [
-        (part, series)
-        for key, needed in parts.items()
-        for part, series in zip(needed, chosen[key], strict=True)
-        if series is not None
-    ]
-    first = max(series.lengths[0] for part, series in used if part.grows)
-    last = min(series.lengths[-1] for part, series in used if part.grows)
+    growing = [series.lengths for pairs in chosen.values() for part, series in pairs if part.grows and series is not None]
+    first, last = max(lengths[0] for lengths in growing), min(lengths[-1] for lengths in growing)
     if first >= last:
         raise ConfigError(
             f"no range of lengths is measured for every op: one starts at {first:,} keys, another ends at {last:,}. Measure "
@@ -139,7 +127,7 @@ def measured_tables(config: ModelConfig, rows: Sequence[Row], dollars_per_hour: 
 
     def dollars(key: tuple[str, str]) -> list[float]:
         total = np.zeros(len(positions))
-        for part, series in zip(parts[key], chosen[key], strict=True):
+        for part, series in chosen[key]:
             assert series is not None
             total += part.n_layers * np.interp(positions, series.lengths, series.seconds)
         return [float(x) for x in total * per_second]
@@ -152,8 +140,7 @@ def measured_tables(config: ModelConfig, rows: Sequence[Row], dollars_per_hour: 
         "measured": {
             "device": devices[0],
             "rows": {
-                f"{phase}, {attention}": [series._asdict() for series in chosen[phase, attention] if series is not None]
-                for phase, attention in parts
+                ", ".join(key): [series._asdict() for _, series in pairs if series is not None] for key, pairs in chosen.items()
             },
         },
     }

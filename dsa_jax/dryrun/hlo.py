@@ -24,7 +24,7 @@ _GROUP_AXIS = re.compile(r"'([^']+)'(?::\(\d+\)(\d+))?")
 class Computation(NamedTuple):
     """The lines of a computation, and how often one run of the program runs it.
 
-    What is in a loop counts as often as the loop is known to run (layers, chunks), once where that depends on the data.
+    The body of a loop counts as often as the loop is known to run (layers, chunks), once where that depends on the data.
     """
 
     lines: list[str]
@@ -141,7 +141,7 @@ def collectives(hlo: str) -> list[Collective]:
             if operation and group != 1:  # alone, nothing moves
                 kind = operation["kind"]
                 arrays = _arrays(operation["shape"], is_pair=bool(operation["start"]) and kind != "all-reduce")
-                # What is scattered was as large as the group before.
+                # The operand is as many times larger as the group has devices.
                 factor = max(group, 1) if kind == "reduce-scatter" else 1
                 key = kind, ", ".join(map(str, arrays)), group
                 found[key] += n

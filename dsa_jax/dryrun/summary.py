@@ -149,10 +149,9 @@ def _memory(summary: dict[str, Any], device_bytes: float) -> list[str]:
 
 
 _HOW = (
-    "  What is saved and what one layer holds are estimates: jax.vjp of one layer, traced, says what it keeps for its backward",
-    "  pass, under the recipe's model.remat (times layers) and without it (one layer). Results that the compiler fuses are",
-    "  counted; what an operation holds while it runs, and what a frozen layer computes on the way, is not. --compile or",
-    "  --target asks the compiler instead.",
+    "  Activations are estimates: the residuals that jax.vjp of one traced layer keeps for its backward pass, under the",
+    "  recipe's model.remat (times layers) and without it (one layer). Results that the compiler fuses are counted; the",
+    "  workspace of an operation, and temporaries of a frozen layer, are not. --compile or --target asks the compiler instead.",
 )
 
 

@@ -2,7 +2,23 @@
 
 from typing import NamedTuple
 
-from dsa_jax.benchmarks.kernel_cases import AttentionShape
+
+class AttentionShape(NamedTuple):
+    """Sizes of one call; `value_dim` None means the values are given as the leading `d_v` channels of the keys."""
+
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    groups: int
+    dim: int
+    value_dim: int | None
+    d_v: int | None
+    topk: int
+
+
+DEEPSEEK_V32 = AttentionShape(1, 4096, 4096, 128, 1, 576, None, 512, 2048)
+LLAMA3_8B = AttentionShape(1, 4096, 4096, 32, 8, 128, 128, None, 2048)
 
 
 class IndexShape(NamedTuple):

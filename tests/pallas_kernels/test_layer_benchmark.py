@@ -1,11 +1,12 @@
 """The layer benchmark at toy size: every row is there and its speedup is the ratio of the times it prints."""
 
-from dsa_jax.benchmarks.layer import LayerShape, format_table, run
+from dsa_jax.benchmarks.layer import format_table, run
+from dsa_jax.costs.ops import OpShape
 
 
 def test_rows_and_table():
     lines = []
-    shape = LayerShape(n_heads=2, latent_dim=8, rope_dim=4, n_index_heads=2, index_head_dim=4, topk=4)
+    shape = OpShape(1, 1, 4, heads=2, dim=12, d_v=8, index_heads=2, index_dim=4)
     rows = run([16], 1, shape=shape, report=lines.append)
     for phase in ("prefill", "decode"):
         mine = [row for row in rows if row["phase"] == phase]

@@ -15,11 +15,11 @@ from shapes import AttentionShape
 from test_sparse_attention import inputs, selection
 
 import pallas_kernels as pk
-from dsa_jax.benchmarks.kernel_cases import DEEPSEEK_V32, LLAMA3_8B
 from pallas_kernels.common import index_scores as _head_sums
 from pallas_kernels.common.gpu_tiles import Problem, Tiles, cut_columns
 from pallas_kernels.sparse_attention import pallas_gpu, pallas_gpu_fp8, reference
 from pallas_kernels.sparse_attention.pallas_gpu_tiles import Options, default_options
+from tests.pallas_kernels.shapes import DEEPSEEK_V32, LLAMA3_8B
 
 SCALE = 0.3
 SMALL = Tiles(16, 16)

@@ -74,4 +74,4 @@ def test_timing(below, method):
     timed = timing.measure(
         lambda given: given["x"] @ given["x"][given["index"]], (arrays,), repeats=4, warm_seconds=0.0, chain_below=below
     )
-    assert timed.method.startswith(method) and timed.repeats == 4 and timed.seconds > 0
+    assert timed.timing.startswith(method) and timed.repeats == 4 and timed.seconds > 0

@@ -187,14 +187,14 @@ def test_a_peer_that_goes_through_jax(monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *x, scale, implementation: attention(*x, scale=scale))
     timed = peers.run("dense_attention", "laptop", DENSE._replace(value_dim=16), cudnn, repeats=2)
     # Which of JAX's two ways depends on how busy the machine is.
-    assert timed.repeats == 2 and timed.method.startswith(("chain of", "block_until_ready"))
+    assert timed.repeats == 2 and timed.timing.startswith(("chain of", "block_until_ready"))
 
 
 def test_short_calls_share_two_events(monkeypatch):
     monkeypatch.setattr(Event, "elapsed_time", lambda self, end: 0.004 * (end.at - self.at))
     cuda = types.SimpleNamespace(Event=Event, synchronize=lambda: None)
     timed = ops.timing.measure_events(counted(lambda: None), cuda, repeats=3, warm_seconds=0.0)
-    assert timed.seconds == pytest.approx(4e-6) and timed.method == "CUDA events around 2000"
+    assert timed.seconds == pytest.approx(4e-6) and timed.timing == "CUDA events around 2000"
 
 
 @pytest.mark.usefixtures("torch")
