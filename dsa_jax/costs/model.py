@@ -102,7 +102,7 @@ def attention_work(
     config: ModelConfig,
     attention: str,
     form: str,
-    seen: float,
+    seen: float | int,
     kept: Callable[[int], float],
     flops: Callable[[HeadSizes], float] = lambda heads: heads.forward_flops,
 ) -> AttentionWork:
