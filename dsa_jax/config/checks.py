@@ -1,4 +1,4 @@
-"""What every part of the configuration checks with, and the error that all of them raise."""
+"""Checks that every part of the configuration shares, and the error that all of them raise."""
 
 import difflib
 from collections.abc import Iterable

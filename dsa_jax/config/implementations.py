@@ -32,11 +32,11 @@ AVAILABLE: dict[str, tuple[str, ...]] = {
     "indexer_kl": (*PORTABLE, "pallas"),
     "block_topk": PORTABLE,
 }
-"""What each op has, repeated here so that a setting can be checked before JAX is imported."""
+"""The implementations of each op, repeated here so that a setting can be checked before JAX is imported."""
 
 
 def parse_implementations(field: str, text: str) -> Implementations:
-    """What a setting says: "auto", one name for every op, or "sparse_attention=pallas,index_topk=triton".
+    """The implementation of each op by a setting: "auto", one name for all, or "sparse_attention=pallas,index_topk=triton".
 
     Ops that a list does not name run the default of the device.
 

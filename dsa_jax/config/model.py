@@ -87,7 +87,7 @@ class ModelConfig(Settings):
     bos_token_id: int = -1  # -1: none
     eos_token_ids: tuple[int, ...] = ()  # tokens that end a generated text
     param_dtype: str = "float32"
-    dtype: str = "float32"  # of activations and matrix products; float32 is never rounded to tf32
+    dtype: str = "float32"  # of activations and matmuls; float32 is never rounded to tf32
     weight_format: str = PLAIN  # plain | fp8_blocks (e4m3 kernels with block scales, but for head and router; for serving)
     scan_layers: bool = True  # False unrolls the layers over the same parameters
     remat: str = "none"  # none | full | dots: what the backward pass recomputes; top-k indices never are

@@ -86,7 +86,7 @@ class TextConfig:
 
 @dataclass
 class DataConfig:
-    """What a batch is made of: rows of the recall task, rows of other tasks, and rows of packed text."""
+    """The rows of a batch: of the recall task, of other tasks, and of packed text."""
 
     recall_fraction: float = 0.5  # share of the rows of a batch
     tasks: tuple[tuple[str, float], ...] = ()  # ((task, share of the rows of a batch), ...); what is left is text

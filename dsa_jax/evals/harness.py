@@ -33,7 +33,7 @@ DEFAULT_NEW_TOKENS = 256
 
 @runtime_checkable
 class Request(Protocol):
-    """What is read of a harness `Instance`."""
+    """The part of a harness `Instance` that is read."""
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -94,7 +94,7 @@ class HarnessScorer:
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: the begin-of-text token, or the end-of-text token where there is none."""
+        """The token before a text without context: begin-of-text, or end-of-text where there is none."""
         bos = self.pretrained.config.bos_token_id
         return bos if bos >= 0 else self.tokenizer.end_of_text_id
 

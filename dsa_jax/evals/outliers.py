@@ -1,6 +1,6 @@
 """Indexers with outlier channels, on which quantisation with and without the Hadamard rotation can be compared.
 
-What e4m3 does to a product q . k, and when the rotation helps, follows from its errors being relative. Channel by channel they
+The error of q . k in e4m3, and when the rotation helps, follow from e4m3's errors being relative. Channel by channel they
 add up to about eps * sqrt(sum_j q_j^2 k_j^2); rotated, every channel carries an equal share of both norms and the sum becomes
 eps * |q| |k| / sqrt(D). So the rotation helps against outliers that queries and keys have in the same channels, does nothing
 for channels that are all alike, and harms where one side is large in just the channels in which the other is small.

@@ -1,4 +1,4 @@
-"""The kernel of a matrix product: a plain array, or e4m3 values with a scale per block, widened right beside the product.
+"""The kernel of a matmul: a plain array, or e4m3 values with a scale per block, dequantised right beside the matmul.
 
 Layers are scanned and experts multiplied tile by tile, so that one layer's matrix, or one expert's, is wide at a time.
 """

@@ -1,11 +1,11 @@
-"""What float32 means in a matrix product."""
+"""Matmul precision."""
 
 import jax
 import jax.numpy as jnp
 
 
 def precision_of(dtype: jnp.dtype | type) -> jax.lax.Precision | None:
-    """For products of `dtype`: float32 is not rounded to tf32, as a GPU would unasked; half precision is left to the compiler.
+    """Of matmuls in `dtype`: float32 is not rounded to tf32, the default of a GPU; half precision is left to the compiler.
 
     Selections and routes that hang on a rounding would otherwise differ from those of a CPU, and of transformers.
     """

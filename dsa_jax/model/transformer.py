@@ -371,7 +371,7 @@ def run_stack(layer: Callable, state: Any, params: Any, n_layers: int, *, scan: 
 
 
 def rematerialised(layer: Callable, policy: str, *, in_scan: bool) -> Callable:
-    """`layer` with the backward pass recomputing by `policy`: "none", "full" (everything) or "dots" (all but matrix products).
+    """`layer` with the backward pass recomputing by `policy`: "none", "full" (everything) or "dots" (all but matmuls).
 
     The selected indices are saved by name under every policy: selecting twice would cost more than it saves.
     """

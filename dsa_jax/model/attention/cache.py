@@ -1,6 +1,6 @@
-"""What past tokens leave behind for later ones: pools of slots, contiguous or paged, in float or fp8.
+"""The KV cache: pools of slots, contiguous or paged, in float or fp8.
 
-The cache of a stack of layers is one array [n_layers, n_slots, ...] per thing that a token leaves there. Token p of row b lies
+The cache of a stack of layers is one array [n_layers, n_slots, ...] per entry of a token. Token p of row b lies
 in slot `block_table[b, p // page_size] * page_size + p % page_size` of every layer. A contiguous cache has no table: each row
 owns one page that holds all of it.
 """
@@ -29,9 +29,9 @@ INDEX_KEYS = "index_keys"
 
 
 class CacheEntry(NamedTuple):
-    """One thing that a token leaves in a layer.
+    """One array that a token leaves in a layer: a key, a value, a latent or an index key.
 
-    Fields: `shape` of its numbers; `latent_dim` None for vectors, which have one fp8 scale each, else the number of leading
+    Fields: `shape` of its elements; `latent_dim` None for vectors, which have one fp8 scale each, else the number of leading
     channels that form an MLA latent, the rest being its rotated channels.
     """
 
@@ -39,7 +39,7 @@ class CacheEntry(NamedTuple):
     latent_dim: int | None = None
 
     def storage(self, dtype: str) -> tuple[tuple[int, ...], Any]:
-        """Shape and dtype in which a token's numbers are kept.
+        """Shape and dtype in which a token's elements are stored.
 
         bfloat16 as its bits: XLA on CPU has no bfloat16 scatter and would widen a whole pool to write one token.
         """
@@ -73,9 +73,9 @@ class CacheEntry(NamedTuple):
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class CacheLayout:
-    """How the numbers are kept; static, a pytree without leaves.
+    """Storage of the entries; static, a pytree without leaves.
 
-    Fields: `dtype` one of `CACHE_DTYPES`; `page_size` tokens per page; `entries` what a token leaves in a layer of each stack.
+    Fields: `dtype` one of `CACHE_DTYPES`; `page_size` tokens per page; `entries` of a layer of each stack.
     """
 
     dtype: str

@@ -20,7 +20,7 @@ from dsa_jax.parallel.ambient import ROWS, axis_index, axis_size, per_device, sp
 from pallas_kernels.quantize import QuantizedBlocks
 
 EXCHANGE_BYTES = 2**28
-"""Room for what one piece of the tokens may bring to an owner."""
+"""Most bytes that one piece of the tokens may send to an owner."""
 
 
 class ExpertKernels(NamedTuple):
@@ -58,7 +58,7 @@ def _routed_sum(x: Array, experts: Array, weights: Array, kernels: ExpertKernels
     if n_pieces == 1:
         routed = _one_piece(*tokens, kernels)
     else:
-        # The gradients of the pieces add up in float32, whatever the dtype of the products; fp8 kernels have none.
+        # The gradients of the pieces add up in float32, whatever the dtype of the matmuls; fp8 kernels have none.
         is_summed = not isinstance(kernels.gate, QuantizedBlocks)
         wide = jax.tree.map(lambda kernel: kernel.astype(jnp.float32), kernels) if is_summed else kernels
 

@@ -1,7 +1,7 @@
-"""Matrix product of rows sorted by group, each group with a kernel of its own.
+"""Matmul of rows sorted by group, each group with a kernel of its own.
 
 `tiles` loops over row tiles; it is dropless and holds nothing beyond rows x dim. `ragged_dot` is XLA's, the choice on TPU. On
-CPU it is one to two orders of magnitude slower than the products it consists of. For GPUs XLA multiplies every row with every
+CPU it is one to two orders of magnitude slower than the matmuls it consists of. For GPUs XLA multiplies every row with every
 group and masks: compiled for an H200 (jax 0.11.2), 65536 rows of 2048 in 64 groups take 17 GB of temporaries forward and 58 GB
 with gradients, where `tiles` takes 0.5 and 0.8. How fast `tiles` is on a GPU has not been measured.
 """
