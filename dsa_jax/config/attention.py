@@ -274,9 +274,17 @@ class AttentionConfig(Settings):
         row = selection(attention)
         if row.by_indexer and not self.indexer.enabled:
             raise ConfigError(f"{name} is {attention!r} without an indexer. Set model.attention.indexer.enabled=True.")
-        following = {self.kind} if not self.layer_types else {*self.layer_types} & {*kinds()} or {self.kind}
-        if row.kind and following != {row.kind}:
-            raise ConfigError(f"{name} is {attention!r}, whose weights the model lacks. Set model.attention.kind={row.kind!r}.")
+        if row.kind and self.following_kinds != {row.kind}:
+            raise ConfigError(
+                f"{name} is {attention!r}, whose weights the model lacks in some layers. Set model.attention.kind={row.kind!r} "
+                "for all layers but dense ones and windows."
+            )
+
+    @property
+    def following_kinds(self) -> set[str]:
+        """Kinds of the layers that follow the mode."""
+        types = self.layer_types or (FULL,)
+        return {self.kind if each in ROLES else each for each in types if each not in (DENSE, WINDOW)}
 
 
 class AttentionLayer(NamedTuple):

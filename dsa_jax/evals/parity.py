@@ -218,7 +218,7 @@ def can_run(row: EvalRow, config: Config) -> bool:
     """
     attention = config.model.attention
     if kind := selection(row.attention).kind:
-        return {layer.kind for layer in config.model.layers()} == {kind}
+        return attention.following_kinds == {kind}
     if row.attention == DENSE or attention.indexer.enabled:
         return True
     trained = attention.mode, config.train.pretrain_attention, config.train.sparse_attention
