@@ -9,14 +9,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def start(name, *arguments, n_devices=1):
-    """The command as a running process that shares compiled programs with the tests, on `n_devices` emulated devices."""
+    """The command as a running process on `n_devices` emulated devices, where the tests' compiled programs are shared."""
     settings = {
         "PYTHONPATH": str(ROOT),
         "PYTHONIOENCODING": "utf-8",
         "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={n_devices}" if n_devices > 1 else "",
-        "JAX_COMPILATION_CACHE_DIR": os.environ["DSA_TEST_CACHE"],
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }
     return subprocess.Popen(
         [sys.executable, "-m", f"experiments.{name}", *arguments],
