@@ -26,6 +26,7 @@ def recipe(preset):
     return config
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_training_on_eight_devices_equals_one(tmp_path):
     alone, spread = tmp_path / "alone", tmp_path / "spread"
     retrofit(recipe("single"), alone)

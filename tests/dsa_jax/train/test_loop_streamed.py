@@ -18,6 +18,8 @@ from dsa_jax.train.init import load_run
 from dsa_jax.train.judge import Judge
 from tests.dsa_jax.train.tiny import tiny_config
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):

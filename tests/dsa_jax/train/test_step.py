@@ -52,10 +52,13 @@ def test_warmup_computes_no_logits():
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "warmup", "sparse"])
-@pytest.mark.parametrize("moe", [False, True], ids=["dense-mlp", "moe"])
-def test_accumulation_equals_the_large_batch(stage, moe):
-    """Unequal padding in the micro-batches, KL and balance loss included; SGD-like eps makes updates follow gradients."""
-    config = tiny_config("mla", moe=moe)
+@pytest.mark.parametrize(("kind", "moe"), [("gqa", False), ("mla", True)], ids=["gqa", "mla-moe"])
+def test_accumulation_equals_the_large_batch(stage, kind, moe):
+    """Unequal padding in the micro-batches, KL and balance loss included; SGD-like eps makes updates follow gradients.
+
+    The model with experts has a layer without them, too.
+    """
+    config = tiny_config(kind, moe=moe)
     settings = getattr(config.train, stage)
     settings.optimizer = dataclasses.replace(settings.optimizer, eps=1.0, clip_norm=0.0, warmup_steps=0, learning_rate=1.0)
     batch = padded_batch(config)
