@@ -2,11 +2,18 @@
 
 import json
 import signal
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import flags
 
+from dsa_jax import retrofit as retrofit_module
+from dsa_jax.run.directory import open_run
+from experiments.flags import ConfigFlag, run_main
+from experiments.recipes import load_config
 from tests.experiments.commands import finish, start
 
 RECIPE = """
@@ -72,10 +79,28 @@ WRONG = {
     "another-config": (["--config.seed=9", "--workdir={other}"], 1, "seed is 3 there and 9 here"),
     "workdir-is-a-file": (["--workdir={latin}"], 1, "is a file"),
 }
+OWN_PROCESS = ("topk-zero", "another-config")  # one for each exit status
+
+
+@pytest.fixture
+def in_this_process(monkeypatch, capsys):
+    """The command without the start of a process; returns exit status, standard output and standard error."""
+
+    def run(*arguments):
+        values = flags.FlagValues()
+        config = ConfigFlag(flag_values=values)
+        workdir = flags.DEFINE_string("workdir", "", "", flag_values=values)
+        start = lambda main, argv, flags_parser: sys.exit(main(flags_parser(argv, values)))
+        monkeypatch.setattr("experiments.flags.app.run", start)
+        with pytest.raises(SystemExit) as stopped:
+            run_main(lambda _: retrofit_module.retrofit(config.value, Path(workdir.value)), ["command", *arguments])
+        return stopped.value.code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_inputs_end_in_one_clear_line(recipe, tmp_path, name):
+def test_wrong_inputs_end_in_one_clear_line(recipe, tmp_path, in_this_process, name):
     arguments, status, message = WRONG[name]
     places = {"empty": tmp_path / "empty", "latin": tmp_path / "latin.txt", "floats": tmp_path / "floats.npy"}
     places["other"] = tmp_path / "other"
@@ -83,12 +108,9 @@ def test_wrong_inputs_end_in_one_clear_line(recipe, tmp_path, name):
     places["latin"].write_bytes(b"caf\xe9 " * 100)
     np.save(places["floats"], np.ones(100))
     if name == "another-config":
-        from dsa_jax.run.directory import open_run
-        from experiments.recipes import load_config
-
         open_run(places["other"], load_config(str(recipe))).checkpoint_dir("pretrain").joinpath("2").mkdir(parents=True)
-    process = retrofit(recipe, tmp_path / "run", *(argument.format(**places) for argument in arguments))
-    got, _, errors = finish(process)
+    given = [f"--config={recipe}", f"--workdir={tmp_path / 'run'}", *(argument.format(**places) for argument in arguments)]
+    got, _, errors = finish(start("retrofit", *given)) if name in OWN_PROCESS else in_this_process(*given)
     assert got == status, errors
     final = errors.strip().splitlines()[-1]
     assert final.startswith("error: ") and message in final, errors
