@@ -1,32 +1,67 @@
-# make quickstart | test | lint | parity | notebooks | aot | clean.  VENV and PYTHON choose another environment; PINS adds requirements, e.g. PINS="jax==0.11.2".
+# make quickstart | test | test-all | lint | parity | notebooks | aot | clean.  VENV and PYTHON choose another environment; PINS adds requirements, e.g. PINS="jax==0.11.2".
 VENV ?= .venv
 PYTHON ?= python3
+PYTHON312 ?= $(firstword $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.12*/bin/python) python3.12)
 PINS ?=
+VENV312 ?= .venv312
 PARITY_VENV ?= .venv-parity
 NOTEBOOKS_VENV ?= .venv-notebooks
 BIN := $(VENV)/bin
+WORKERS ?= 2
+PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: quickstart test lint parity notebooks aot gpu-check clean
+# What another version of Python or JAX can change, and all that runs on the second interpreter: arrays, programs, what is
+# compiled from them and saved, and each command once. The other tests (recipes, flags, data, metrics, tables, pages, costs)
+# run on the first alone, and so does the check of annotated types, which depends on neither version.
+VERSION_TESTS := tests/pallas_kernels \
+  $(addprefix tests/dsa_jax/,model parallel generation dryrun checkpoints/hf/test_parity_fixtures.py run/test_checkpoints.py) \
+  $(addprefix tests/dsa_jax/train/test_,step.py loss.py optimizer.py) \
+  $(addprefix tests/experiments/test_,generate.py dry_run_command.py retrofit_hf.py)
+
+# pip and pytest keep what they compile of Python, also where the environment asks that nobody does.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: quickstart test test-all test-rest test-slow test-versions environments lint parity notebooks aot gpu-check clean
 
 quickstart: $(VENV)/.has-plot
 	$(BIN)/python -m experiments.retrofit --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python $(PYTEST) -m "not slow"
+
+test-all: test test-rest
+
+# All that `make test` leaves out.
+test-rest: test-slow parity test-versions
+
+test-slow: $(VENV)/.has-test
+	$(BIN)/python $(PYTEST) -m slow
+
+HAS_312 = $(PYTHON312) -c "import sys; sys.exit(sys.version_info[:2] != (3, 12))" 2>/dev/null
+MAKE_312 = $(MAKE) $(VENV312)/.has-test VENV=$(VENV312) PYTHON=$(PYTHON312) PINS="jax==0.11.2"
+
+test-versions:
+	if ! $(HAS_312); then echo "no Python 3.12 found: the tests ran on $$($(PYTHON) --version) only"; exit; fi; \
+	$(MAKE_312) && $(VENV312)/bin/mypy && $(VENV312)/bin/python $(PYTEST) --jaxtyping-packages= $(VERSION_TESTS)
+
+# Of test-rest, so that they can be installed while tests run.
+environments: $(PARITY_VENV)/.has-parity
+	if $(HAS_312); then $(MAKE_312); fi
 
 lint: $(VENV)/.has-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Against the installed transformers; torch comes first and alone, or pip looks for a build of its own choice.
+# Against the installed transformers; torch comes first and alone, or pip looks for a build of its own choice. Few of their files
+# are ever imported, so that none is compiled before.
 parity: $(PARITY_VENV)/.has-parity
-	$(PARITY_VENV)/bin/python -m pytest -n 2 tests/parity
+	$(PARITY_VENV)/bin/python $(PYTEST) tests/parity
 
 $(PARITY_VENV)/.has-parity: setup.py pyproject.toml
 	test -x $(PARITY_VENV)/bin/python || $(PYTHON) -m venv $(PARITY_VENV)
-	$(PARITY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(PARITY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[parity,test]"
+	$(PARITY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile torch==2.13.0
+	$(PARITY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --editable ".[parity,test]"
 	touch $@
 
 # Runs every notebook from its source and writes its outputs; trained anew, in a directory for temporary files of its own.
@@ -40,7 +75,7 @@ $(VENV)/.has-%: setup.py pyproject.toml
 	touch $@
 
 # Compiles every GPU kernel for an H200, on a machine without one; needs Python 3.12 and 5 GB for its own environment.
-AOT_PYTHON ?= $(firstword $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.12*/bin/python) python3.12)
+AOT_PYTHON ?= $(PYTHON312)
 aot:
 	$(MAKE) .venv-aot/.has-aot VENV=.venv-aot PYTHON=$(AOT_PYTHON)
 	.venv-aot/bin/python -m dsa_jax.benchmarks.aot $(AOT_ARGS)
@@ -51,4 +86,4 @@ gpu-check:
 	$(GPU_PYTHON) -m dsa_jax.benchmarks.gpu_check --output=experiments/results/gpu_check.json
 
 clean:
-	rm -rf $(VENV) $(PARITY_VENV) $(NOTEBOOKS_VENV) .cache build *.egg-info
+	rm -rf $(VENV) $(VENV312) $(PARITY_VENV) $(NOTEBOOKS_VENV) .cache build *.egg-info

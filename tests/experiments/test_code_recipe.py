@@ -1,5 +1,7 @@
 """The recipes for one GPU, configs/h200_code_8k.py and its continuation, at the size for a CPU."""
 
+import pytest
+
 from dsa_jax.retrofit import retrofit
 from experiments.recipes import load_config
 from tests.dsa_jax.conftest import compile_quickly
@@ -7,6 +9,7 @@ from tests.dsa_jax.conftest import compile_quickly
 __all__ = ["compile_quickly"]  # two models and three stages each: most of the time is compilation
 
 
+@pytest.mark.slow
 def test_dense_extend_retrofit_evaluate(tmp_path):
     first, second = (load_config(f"configs/h200_code_{name}.py:small") for name in ("8k", "32k"))
     for config in (first, second):

@@ -106,6 +106,7 @@ def small(monkeypatch, results, kept):
     matplotlib.use("Agg")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_at_small_size(name, monkeypatch, capsys):
@@ -134,6 +135,7 @@ def test_runs_at_small_size(name, monkeypatch, capsys):
     plt.close("all")
 
 
+@pytest.mark.slow
 def test_small_model_is_kept_and_read_back(small, monkeypatch):
     """A second call trains nothing and gives the same numbers."""
     module = importlib.import_module("experiments.notebooks.small_model")
