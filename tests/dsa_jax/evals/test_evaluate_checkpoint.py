@@ -12,8 +12,8 @@ from dsa_jax.run.files import RunError
 from tests.dsa_jax.model.small import built, small_config
 
 
-def checkpoint(directory, vocab_size):
-    config = small_config("gqa", vocab_size=vocab_size, implementation="auto")
+def checkpoint(directory, vocab_size, **fields):
+    config = small_config("gqa", vocab_size=vocab_size, implementation="auto", **fields)
     save_pretrained(directory, config, built("gqa", vocab_size=vocab_size)[1])
     return directory
 
@@ -36,9 +36,9 @@ def test_tasks_of_the_command_line_are_evaluated_at_their_length(tmp_path):
 
 
 def test_text_is_no_longer_than_the_model_has_positions(tmp_path, caplog):
-    directory, asks = checkpoint(tmp_path, 282), recipe()
+    limit = 256
+    directory, asks = checkpoint(tmp_path, 282, max_positions=limit), recipe()
     asks.data, asks.eval.text_sequences, asks.eval.text_len = DataConfig(recall_fraction=0.0), 4, 8192
-    limit = small_config("gqa", vocab_size=282).max_positions
     _, table = evaluate_checkpoint(directory, asks, ("dense",))
     assert table.position_ends[-1] <= limit and f"eval.text_len is {limit} instead of 8192" in caplog.text
     with pytest.raises(ConfigError, match=rf"max_positions is {limit}; expected .*\(8192\): eval\.text_len is 8192\. Shorten"):

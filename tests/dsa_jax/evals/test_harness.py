@@ -10,7 +10,7 @@ from dsa_jax.checkpoints.pretrained import Pretrained
 from dsa_jax.config import ConfigError
 from dsa_jax.data import ByteTokenizer
 from dsa_jax.evals.harness import HarnessScorer, cut_at, lm_eval_model, rolling_windows
-from tests.dsa_jax.model.small import built, small_config
+from tests.dsa_jax.model.small import built, forward, small_config
 
 
 class Instance(NamedTuple):
@@ -32,7 +32,7 @@ def scorer(request, pretrained):
 def log_probs(pretrained, tokens, attention):
     """log p(tokens[i + 1] | tokens[:i + 1]) for every i, from one unpadded forward pass."""
     ids = np.asarray([tokens], np.int32)
-    logits = pretrained.model.apply({"params": pretrained.params}, ids, attention=attention).logits[0, :-1]
+    logits = forward(pretrained.model, pretrained.params, ids, attention=attention).logits[0, :-1]
     return np.asarray(jax.nn.log_softmax(logits))
 
 

@@ -1,5 +1,7 @@
 """Outlier channels, e4m3 and the Hadamard rotation: when it helps, when it does nothing, and when it harms."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,12 +32,16 @@ def params():
     return nested_parameters(drawn)
 
 
+@functools.cache
+def apply_indexer(**fields):
+    return jax.jit(Indexer(frozen(model_config(**fields)), HIDDEN).apply)
+
+
 def index_heads(params, **fields):
     """Queries, keys and weights of the only layer for normal hidden states."""
-    indexer = Indexer(frozen(model_config(**fields)), HIDDEN)
     mine = jax.tree.map(lambda leaf: leaf[0], params["dense_layers"]["attention"]["indexer"])
     x = jax.random.normal(jax.random.key(1), (1, T, HIDDEN))
-    return jax.jit(indexer.apply)({"params": mine}, x, x, jnp.arange(T)[None])
+    return apply_indexer(**fields)({"params": mine}, x, x, jnp.arange(T)[None])
 
 
 def score_error(params, **fields):

@@ -11,6 +11,7 @@ from dsa_jax.data.tasks import get_task
 from dsa_jax.evals.parity import Groups, evaluate_parity, evaluate_task, make_eval_step, with_fresh_indexer
 from dsa_jax.model import build_model, init_params
 from dsa_jax.params import is_indexer_path, parameter_paths
+from tests.dsa_jax.model.small import forward
 from tests.dsa_jax.train.tiny import tiny_config
 
 
@@ -29,7 +30,7 @@ def test_task_means_match_the_whole_logits(setting):
     result = evaluate_task(make_eval_step(model, "dense"), params, batches, 4)
     nll, hits = [], []
     for batch in batches:
-        logits = model.apply({"params": params}, batch.input_ids, segment_ids=batch.segment_ids, attention="dense").logits
+        logits = forward(model, params, batch.input_ids, batch.segment_ids, attention="dense").logits
         chosen = np.asarray(jax.nn.log_softmax(logits))[batch.target_mask]
         target = batch.targets[batch.target_mask]
         nll.append(-chosen[np.arange(len(target)), target])
@@ -52,7 +53,7 @@ def test_accuracy_by_group_counts_each_target_once(setting):
     result = evaluate_task(make_eval_step(model, "dense"), params, batches, 4, groups)
     hits, targets = np.zeros(3), np.zeros(3)
     for batch in batches:
-        logits = model.apply({"params": params}, batch.input_ids, segment_ids=batch.segment_ids, attention="dense").logits
+        logits = forward(model, params, batch.input_ids, batch.segment_ids, attention="dense").logits
         for row, t in zip(*np.nonzero(batch.target_mask), strict=True):
             group = batch.targets[row, t] - first_value
             targets[group] += 1
