@@ -8,8 +8,11 @@ from dsa_jax.generation import generate
 from dsa_jax.model import build_model, init_params
 from dsa_jax.run.checkpoints import CheckpointStore
 from dsa_jax.run.directory import open_run
+from tests.dsa_jax.conftest import compile_quickly
 from tests.dsa_jax.train.tiny import tiny_config
 from tests.experiments.commands import ROOT, finish, start
+
+__all__ = ["compile_quickly"]  # as the commands do
 
 PROMPT, NEW = "naïve: ", 12
 
