@@ -89,8 +89,8 @@ class ModelOutput(NamedTuple):
             indexer learns from the layers that share it, the mean over them and its own.
         topk_indices: int32 [n_layers, B, T, topk], canonical; a sharing layer repeats what it reuses.
         coverage: float32 [n_layers], mean over valid queries and heads of the dense attention probability held by the attended
-            keys; 1 for dense attention, and of "nsa" its selection branch alone.
-        keys_per_query: float32 [n_layers], mean number of keys attended to per valid query, over all branches of "nsa".
+            keys; 1 for dense attention; of a mode of one kind, as its file says.
+        keys_per_query: float32 [n_layers], mean number of keys attended to per valid query.
         moe: `MoEStatistics` stacked over the MoE layers; None in a model without any.
         indexer_recall: float32 [n_layers], where blocks were chosen ("coarse_to_fine", "blocks") and coverage measured: the
             share of the layer's own top-k keys that the selection holds, mean over valid queries; nan in a layer that shares.

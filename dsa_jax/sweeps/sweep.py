@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsa_jax.config import Config, ConfigError, IndexerConfig, ModelConfig, NSAConfig, StageConfig, to_dict
-from dsa_jax.config.attention import FULL, SHARED, base_kind
+from dsa_jax.config import AttentionConfig, Config, ConfigError, IndexerConfig, ModelConfig, StageConfig, to_dict
+from dsa_jax.config.attention import FULL, SHARED, base_kind, unused_fields
 from dsa_jax.config.checks import random_seed
 from dsa_jax.config.fields import flatten, set_field
 
@@ -141,7 +141,9 @@ def dense_part(config: Config) -> Config | None:
     dense = copy.deepcopy(config)
     dense.name = "dense"
     attention = dense.model.attention
-    attention.indexer, attention.nsa, attention.kind = IndexerConfig(), NSAConfig(), base_kind(attention.kind)
+    attention.indexer, attention.kind = IndexerConfig(), base_kind(attention.kind)
+    for name in unused_fields(attention.kind):
+        setattr(attention, name, getattr(AttentionConfig(), name))
     attention.layer_types = tuple(FULL if each == SHARED else each for each in attention.layer_types)
     if set(attention.layer_types) == {FULL}:
         attention.layer_types = ()

@@ -80,7 +80,7 @@ def load_pretrained(
         indexer: added to a checkpoint without one, with new parameters drawn from `seed`, which are logged. The mode stays
             dense unless `attention` says otherwise. A checkpoint that has indexers must have just these.
         layer_types: of `AttentionConfig`, with the indexer: which layers share one. Empty is as the checkpoint has them.
-        extended_by: attention whose kind extends the checkpoint's, such as "nsa"; its parameters are added likewise.
+        extended_by: attention whose kind extends the checkpoint's by a mode of its own; its parameters are added likewise.
         seed: the new parameters are those that `init_params` draws from `jax.random.key(seed)`.
         placement: from a parameter's path to its sharding.
         weight_format: "plain" dequantises fp8 weights to `dtype`. "fp8_blocks" keeps the kernels that DeepSeek publishes in

@@ -70,12 +70,10 @@ def test_an_indexer_learns_from_the_layer_that_shares_across_a_dense_one():
         (("dense", "dense"), 0, "no 'full' layer, so no layer has an indexer"),
         (("dense", "shared"), 0, "no 'full' layer"),
         (("shared", "full"), 0, "a 'shared' layer before the first 'full' one"),
-        (("full", "nsa"), 0, "mode is 'nsa', whose weights the model lacks in some layers"),
     ],
 )
 def test_layers_that_cannot_be_are_refused(layer_types, window, message):
     config = small_config()
     config.attention.layer_types, config.attention.window = layer_types, window
-    config.attention.mode = "nsa" if "nsa" in layer_types else "dense"
     with pytest.raises(ConfigError, match=message):
         config.validate()

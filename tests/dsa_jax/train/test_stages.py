@@ -1,27 +1,19 @@
 """Stages under other attentions than a retrofit's own: what learns, what is reported, what the checkpoint is marked as."""
 
-import copy
-import dataclasses
-import json
-
 import jax
 import numpy as np
 import pytest
 
-from dsa_jax.checkpoints.hf import CheckpointError, save_pretrained
-from dsa_jax.checkpoints.open import open_checkpoint
-from dsa_jax.config import ConfigError, NSAConfig, StageConfig
+from dsa_jax.config import ConfigError
 from dsa_jax.config.selections import is_by_indexer, selection, selections
 from dsa_jax.data import make_eval_data
-from dsa_jax.dryrun import summarize
 from dsa_jax.evals.parity import evaluate_parity
-from dsa_jax.generation import generate
 from dsa_jax.model import build_model, init_params
 from dsa_jax.model.attention.kinds import attention_kind, is_of_own_mode
 from dsa_jax.model.attention.selection import rule_of
 from dsa_jax.params import is_indexer_path, nested_parameters, parameter_paths
 from dsa_jax.retrofit import retrofit
-from dsa_jax.train.init import at_start_of_stage, initial_params, load_run, resolve_run
+from dsa_jax.train.init import load_run
 from dsa_jax.train.stages import stage_of
 from dsa_jax.train.step import init_state, make_train_step
 from tests.dsa_jax.train.tiny import padded_batch, tiny_config
@@ -35,22 +27,9 @@ def test_the_configuration_knows_the_modes_of_the_model():
             assert callable(rule_of(name).select)
 
 
-@pytest.mark.parametrize(
-    ("name", "attention"),
-    [
-        ("pretrain", "sparse"),
-        ("pretrain", "nsa"),
-        ("sparse", "dense"),
-        ("sparse", "window"),
-        ("sparse", "blocks"),
-        ("sparse", "oracle"),
-    ],
-)
-def test_a_stage_trains_under_the_attention_that_the_recipe_names(name, attention):
-    """One update moves what learns and nothing else; the indexer learns, by its KL, just where it chooses the keys."""
-    config = tiny_config()
+def assert_one_update_moves_what_learns(config, name, attention):
+    """And nothing else; the indexer learns, by its KL, just where it chooses the keys."""
     config.model.attention.implementation = "reference"
-    config.model.attention.kind, config.model.attention.nsa = "nsa", nsa()
     setattr(config.train, f"{name}_attention", attention)
     config.validate()
     model, stage = build_model(config.model), stage_of(config, name)
@@ -62,10 +41,24 @@ def test_a_stage_trains_under_the_attention_that_the_recipe_names(name, attentio
     state = init_state(params, stage, getattr(config.train, name))
     state, metrics = make_train_step(model, stage, config)(state, padded_batch(config))
     moved = {path for path, leaf in parameter_paths(state.params).items() if not np.array_equal(before[path], leaf)}
-    other = {is_indexer_path: not is_by_indexer(attention), is_of_own_mode: attention != "nsa"}
+    other = {is_indexer_path: not is_by_indexer(attention), is_of_own_mode: not selection(attention).kind}
     assert moved == {path for path in before if not any(rests and belongs(path) for belongs, rests in other.items())}
     assert ("kl" in metrics) == (is_by_indexer(attention))
     assert np.isfinite(metrics["loss"])
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [
+        ("pretrain", "sparse"),
+        ("sparse", "dense"),
+        ("sparse", "window"),
+        ("sparse", "blocks"),
+        ("sparse", "oracle"),
+    ],
+)
+def test_a_stage_trains_under_the_attention_that_the_recipe_names(name, attention):
+    assert_one_update_moves_what_learns(tiny_config(), name, attention)
 
 
 def test_a_model_without_an_indexer_trains_under_a_window_and_is_marked_so(tmp_path):
@@ -80,67 +73,6 @@ def test_a_model_without_an_indexer_trains_under_a_window_and_is_marked_so(tmp_p
     assert loaded.config.model.attention.mode == loaded.model.config.attention.mode == "window"
     data = make_eval_data(config.data, config.seed, config.model.vocab_size)
     assert evaluate_parity(loaded.model, loaded.params, data, loaded.config).rows == report["rows"]
-
-
-@pytest.fixture(scope="module")
-def turned(tmp_path_factory):
-    """(recipe, parameters of the dense run, directory of the run that went on from it under native sparse attention)."""
-    directory = tmp_path_factory.mktemp("nsa")
-    config = tiny_config(steps=2)
-    config.model.attention.qk_norm, config.model.attention.use_bias = True, True
-    config.model.attention.indexer.enabled, config.train.warmup.steps = False, 0
-    config.eval.rows = ("dense", "nsa")
-    dense = dataclasses.replace(config, train=dataclasses.replace(config.train, sparse=StageConfig()))
-    retrofit(dense, directory / "dense")
-    config.model.attention.kind, config.model.attention.nsa, config.train.sparse_attention = "nsa", nsa(), "nsa"
-    config.train.pretrain, config.init.checkpoint = StageConfig(), str(directory / "dense")
-    retrofit(config, directory / "nsa")
-    return config, load_run(directory / "dense").params, directory / "nsa"
-
-
-def test_a_dense_model_turns_to_native_sparse_attention(turned):
-    """Branches start as copies of the layer's own projections, everything else as it was."""
-    config, dense, directory = turned
-    config = copy.deepcopy(config)
-    started = parameter_paths(at_start_of_stage(initial_params(config, build_model(config.model)), config, "sparse"))
-    for path, leaf in parameter_paths(dense).items():
-        np.testing.assert_array_equal(started[path], leaf, err_msg=path)
-        folder, _, rest = path.rpartition("/attention/")
-        if rest.split("/")[0] in ("wk", "wv", "k_norm"):
-            for branch in ("compress", "window"):
-                np.testing.assert_array_equal(started[f"{folder}/attention/nsa/{branch}_{rest}"], leaf, err_msg=path)
-    report = json.loads((directory / "report.json").read_text())
-    assert [row["name"] for row in report["rows"]] == ["dense, before sparse training", "dense", "native sparse attention"]
-    assert load_run(directory).model.config.attention.mode == "nsa"
-
-
-def test_a_run_that_starts_from_native_sparse_attention_keeps_its_branches(turned, tmp_path):
-    config, _, directory = turned
-    config = copy.deepcopy(config)
-    config.init.checkpoint = str(directory)
-    with pytest.raises(ConfigError, match=r"model.attention.mode is 'dense', but .* init.checkpoint .* trained under 'nsa'"):
-        initial_params(config, build_model(config.model))
-    config = resolve_run(config, tmp_path)
-    assert config.model.attention.mode == "nsa"
-    again = at_start_of_stage(initial_params(config, build_model(config.model)), config, "sparse")
-    jax.tree.map(np.testing.assert_array_equal, again, load_run(directory).params)
-
-
-def test_what_native_sparse_attention_has_no_form_of_is_refused(turned, tmp_path):
-    config, _, directory = turned
-    pretrained = open_checkpoint(directory)
-    with pytest.raises(ConfigError, match="'nsa' cannot run over a cache"):
-        generate(pretrained, [[1, 2]], max_new_tokens=2)
-    with pytest.raises(CheckpointError, match="no published checkpoint format holds the weights of native sparse attention"):
-        save_pretrained(tmp_path / "hf", pretrained.config, pretrained.params)
-    summary = summarize(config)
-    trainable = summary["parameters"]["trainable"]
-    assert trainable["sparse"] == summary["parameters"]["total"] > trainable["pretrain"] > 0
-    assert summary["stages"]["sparse"]["activations"]["layer"] > 0
-
-
-def nsa():
-    return NSAConfig(compress_block=4, compress_stride=2, select_block=4, n_select_blocks=3, n_local_blocks=1, window=3)
 
 
 @pytest.mark.parametrize(

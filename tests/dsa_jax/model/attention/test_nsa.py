@@ -1,23 +1,37 @@
 """Native sparse attention: against its definition over whole arrays, causality, degenerate cases, and what refuses it."""
 
+import copy
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from dsa_jax.config import AttentionConfig, ConfigError, ModelConfig, NSAConfig
+from dsa_jax.checkpoints.hf import CheckpointError, save_pretrained
+from dsa_jax.checkpoints.open import open_checkpoint
+from dsa_jax.config import AttentionConfig, ConfigError, ModelConfig, NSAConfig, StageConfig
 from dsa_jax.config.fields import frozen
+from dsa_jax.dryrun import summarize
+from dsa_jax.generation import generate
 from dsa_jax.model import build_model, init_params
 from dsa_jax.model.attention.attend import Attention
 from dsa_jax.model.attention.kinds import is_of_own_mode
 from dsa_jax.model.attention.nsa import Branch, Compressor, NSABranches, attend_natively, block_geometry
 from dsa_jax.model.attention.visibility import causal_visibility
 from dsa_jax.model.outputs import AttentionRequest
+from dsa_jax.parallel.mesh import BATCH_AXES
+from dsa_jax.parallel.rules import parameter_spec
 from dsa_jax.params import nested_parameters, parameter_paths
-from tests.dsa_jax.model.small import built, forward, random_ids, small_config
+from dsa_jax.retrofit import retrofit
+from dsa_jax.train.init import at_start_of_stage, initial_params, load_run, resolve_run
+from tests.dsa_jax.model.small import VOCAB, built, forward, random_ids, small_config
+from tests.dsa_jax.parallel.meshes import mesh
+from tests.dsa_jax.train.test_stages import assert_one_update_moves_what_learns
+from tests.dsa_jax.train.tiny import tiny_config
 
 NSA = NSAConfig(
     compress_block=4, compress_stride=2, select_block=8, n_select_blocks=3, n_initial_blocks=1, n_local_blocks=1, window=5
@@ -210,3 +224,117 @@ def test_a_configuration_that_cannot_work_is_refused(fields, message):
     config.attention.kind, config.attention.nsa = "nsa", nsa_fields(**fields)
     with pytest.raises(ConfigError, match=message):
         config.validate()
+
+
+def test_a_stage_trains_the_branches_under_their_own_mode_only():
+    config = tiny_config()
+    config.model.attention.kind, config.model.attention.nsa = "nsa", stage_nsa()
+    assert_one_update_moves_what_learns(config, "pretrain", "nsa")
+
+
+def stage_nsa():
+    return NSAConfig(compress_block=4, compress_stride=2, select_block=4, n_select_blocks=3, n_local_blocks=1, window=3)
+
+
+@pytest.fixture(scope="module")
+def turned(tmp_path_factory):
+    """(recipe, parameters of the dense run, directory of the run that went on from it under native sparse attention)."""
+    directory = tmp_path_factory.mktemp("nsa")
+    config = tiny_config(steps=2)
+    config.model.attention.qk_norm, config.model.attention.use_bias = True, True
+    config.model.attention.indexer.enabled, config.train.warmup.steps = False, 0
+    config.eval.rows = ("dense", "nsa")
+    dense = dataclasses.replace(config, train=dataclasses.replace(config.train, sparse=StageConfig()))
+    retrofit(dense, directory / "dense")
+    config.model.attention.kind, config.model.attention.nsa, config.train.sparse_attention = "nsa", stage_nsa(), "nsa"
+    config.train.pretrain, config.init.checkpoint = StageConfig(), str(directory / "dense")
+    retrofit(config, directory / "nsa")
+    return config, load_run(directory / "dense").params, directory / "nsa"
+
+
+def test_a_dense_model_turns_to_native_sparse_attention(turned):
+    """Branches start as copies of the layer's own projections, everything else as it was."""
+    config, dense, directory = turned
+    config = copy.deepcopy(config)
+    started = parameter_paths(at_start_of_stage(initial_params(config, build_model(config.model)), config, "sparse"))
+    for path, leaf in parameter_paths(dense).items():
+        np.testing.assert_array_equal(started[path], leaf, err_msg=path)
+        folder, _, rest = path.rpartition("/attention/")
+        if rest.split("/")[0] in ("wk", "wv", "k_norm"):
+            for branch in ("compress", "window"):
+                np.testing.assert_array_equal(started[f"{folder}/attention/nsa/{branch}_{rest}"], leaf, err_msg=path)
+    report = json.loads((directory / "report.json").read_text())
+    assert [row["name"] for row in report["rows"]] == ["dense, before sparse training", "dense", "native sparse attention"]
+    assert load_run(directory).model.config.attention.mode == "nsa"
+
+
+def test_a_run_that_starts_from_native_sparse_attention_keeps_its_branches(turned, tmp_path):
+    config, _, directory = turned
+    config = copy.deepcopy(config)
+    config.init.checkpoint = str(directory)
+    with pytest.raises(ConfigError, match=r"model.attention.mode is 'dense', but .* init.checkpoint .* trained under 'nsa'"):
+        initial_params(config, build_model(config.model))
+    config = resolve_run(config, tmp_path)
+    assert config.model.attention.mode == "nsa"
+    again = at_start_of_stage(initial_params(config, build_model(config.model)), config, "sparse")
+    jax.tree.map(np.testing.assert_array_equal, again, load_run(directory).params)
+
+
+def test_what_native_sparse_attention_has_no_form_of_is_refused(turned, tmp_path):
+    config, _, directory = turned
+    pretrained = open_checkpoint(directory)
+    with pytest.raises(ConfigError, match="'nsa' cannot run over a cache"):
+        generate(pretrained, [[1, 2]], max_new_tokens=2)
+    with pytest.raises(CheckpointError, match="no published checkpoint format holds the weights of native sparse attention"):
+        save_pretrained(tmp_path / "hf", pretrained.config, pretrained.params)
+    summary = summarize(config)
+    trainable = summary["parameters"]["trainable"]
+    assert trainable["sparse"] == summary["parameters"]["total"] > trainable["pretrain"] > 0
+    assert summary["stages"]["sparse"]["activations"]["layer"] > 0
+
+
+def test_a_mode_that_layers_of_another_kind_cannot_answer_is_refused():
+    config = small_config()
+    config.attention.layer_types, config.attention.mode = ("full", "nsa"), "nsa"
+    with pytest.raises(ConfigError, match="mode is 'nsa', whose weights the model lacks in some layers"):
+        config.validate()
+
+
+BATCH, ROW = 8, 32
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def everything(model, params, input_ids, segment_ids):
+    def loss(params):
+        output = model.apply({"params": params}, input_ids, segment_ids=segment_ids, attention="nsa", return_coverage=True)
+        log_p = jax.nn.log_softmax(output.logits[:, :-1])
+        nll = -jnp.take_along_axis(log_p, input_ids[:, 1:, None], axis=-1).mean()
+        return nll, (nll, output.keys_per_query, output.coverage)
+
+    (_, results), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+    return results, gradients
+
+
+def batch():
+    rng = np.random.default_rng(1)
+    segment_ids = np.ones((BATCH, ROW), np.int32)
+    segment_ids[1, 10:], segment_ids[2, 20:], segment_ids[3] = 2, 0, 0
+    return jnp.asarray(rng.integers(0, VOCAB, (BATCH, ROW)), jnp.int32), jnp.asarray(segment_ids)
+
+
+def test_eight_devices_compute_what_one_does():
+    model, params = model_and_params()
+    expected, expected_gradients = jax.device_get(everything(model, params, *batch()))
+    on = mesh("fsdp2_tp2_cp2")
+    placed = nested_parameters(
+        {path: jax.device_put(leaf, NamedSharding(on, parameter_spec(path))) for path, leaf in parameter_paths(params).items()}
+    )
+    with jax.set_mesh(on):
+        tokens = jax.device_put(batch(), NamedSharding(on, PartitionSpec(BATCH_AXES)))
+        results, gradients = jax.device_get(everything(model, placed, *tokens))
+    for got, wanted in zip(results, expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5)
+    wanted = parameter_paths(expected_gradients)
+    for path, gradient in parameter_paths(gradients).items():
+        scale = np.abs(wanted[path]).max()
+        np.testing.assert_allclose(gradient, wanted[path], rtol=1e-5, atol=1e-5 * scale + 1e-12, err_msg=path)
