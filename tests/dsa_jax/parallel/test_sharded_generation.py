@@ -67,4 +67,4 @@ def test_keys_and_values_of_heads_stay_where_they_were_computed(dtype):
         assert split == (name != "index_keys"), name
     exchanged = re.findall(r"= \w+\[([\d,]*)\]\S* (?:all-\w+|collective-permute|reduce-scatter)\(", program.as_text())
     sizes = [math.prod(map(int, filter(None, shape.split(",")))) for shape in exchanged]
-    assert sizes and max(sizes) <= 2 * model.hidden_dim  # the outputs of two rows, never a cache
+    assert sizes and max(sizes) <= 2 * model.config.hidden_dim  # the outputs of two rows, never a cache

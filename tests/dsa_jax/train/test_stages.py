@@ -81,7 +81,6 @@ def test_a_model_without_an_indexer_trains_under_a_window_and_is_marked_so(tmp_p
         ("pretrain_attention", "sprase", "train.pretrain_attention is 'sprase'; expected one of dense"),
         ("pretrain_attention", "sparse", "train.pretrain_attention is 'sparse' without an indexer"),
         ("sparse_attention", "blocks", "train.sparse_attention is 'blocks' without an indexer"),
-        ("sparse_attention", "nsa", "train.sparse_attention is 'nsa', whose weights the model lacks"),
         ("sparse_attention", "window", "train.warmup.steps is positive, but the model has no indexer"),
     ],
 )

@@ -294,6 +294,10 @@ def test_what_native_sparse_attention_has_no_form_of_is_refused(turned, tmp_path
 
 
 def test_a_mode_that_layers_of_another_kind_cannot_answer_is_refused():
+    recipe = tiny_config()
+    recipe.train.sparse_attention = "nsa"
+    with pytest.raises(ConfigError, match="sparse_attention is 'nsa', whose weights the model lacks"):
+        recipe.validate()
     config = small_config()
     config.attention.layer_types, config.attention.mode = ("full", "nsa"), "nsa"
     with pytest.raises(ConfigError, match="mode is 'nsa', whose weights the model lacks in some layers"):
