@@ -1,6 +1,6 @@
 """Settings as nested dataclasses: a recipe, the model in it, and how they are read, checked and written."""
 
-from dsa_jax.config.attention import AttentionConfig, IndexerConfig, RopeConfig
+from dsa_jax.config.attention import AttentionConfig, IndexerConfig, NSAConfig, RopeConfig
 from dsa_jax.config.checks import ConfigError
 from dsa_jax.config.fields import from_dict, to_dict
 from dsa_jax.config.model import LayerSpec, ModelConfig, MoEConfig
@@ -35,6 +35,7 @@ __all__ = [
     "LayerSpec",
     "MoEConfig",
     "ModelConfig",
+    "NSAConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "RecallConfig",

@@ -117,6 +117,37 @@ UNPUBLISHED = ("activation", "head_weights", "forced_sink", "forced_local")
 """Fields of `IndexerConfig` for ablations that DeepSeek and GLM checkpoints know only at their defaults."""
 
 
+@dataclass(unsafe_hash=True)
+class NSAConfig(Settings):
+    """Native sparse attention (arXiv 2502.11089, section 4.1): compressed blocks, selected blocks and a window, gated."""
+
+    compress_block: int = 32  # keys that become one compressed key (l in the paper)
+    compress_stride: int = 16  # keys from one compressed key to the next (d)
+    select_block: int = 64  # keys of a block that is read as a whole (l')
+    n_select_blocks: int = 16  # blocks that a query reads (n), the forced ones among them
+    n_initial_blocks: int = 1  # first blocks that every query reads
+    n_local_blocks: int = 2  # blocks up to the query's own that it always reads
+    window: int = 512  # last keys that the window branch reads
+
+    def validate(self) -> None:
+        for name in ("compress_block", "compress_stride", "select_block", "n_select_blocks", "window"):
+            positive(f"model.attention.nsa.{name}", getattr(self, name))
+        for name in ("compress_block", "select_block"):
+            if getattr(self, name) % self.compress_stride:
+                raise ConfigError(
+                    f"model.attention.nsa.{name} is {getattr(self, name)}; expected a multiple of compress_stride "
+                    f"({self.compress_stride})."
+                )
+        for name in ("n_initial_blocks", "n_local_blocks"):
+            not_negative(f"model.attention.nsa.{name}", getattr(self, name))
+        forced = self.n_initial_blocks + self.n_local_blocks
+        if self.n_select_blocks < forced:
+            raise ConfigError(
+                f"model.attention.nsa.n_select_blocks is {self.n_select_blocks}; expected at least the {forced} blocks that "
+                "n_initial_blocks and n_local_blocks force."
+            )
+
+
 class KindFields(NamedTuple):
     """The part of an attention kind that the config needs to know.
 
@@ -136,7 +167,7 @@ class KindFields(NamedTuple):
 class AttentionConfig(Settings):
     """The attention of all layers: their kind, what each layer does, the indexer."""
 
-    kind: str = "gqa"  # {kinds}: grouped-query or multi-head latent attention
+    kind: str = "gqa"  # {kinds}: grouped-query, multi-head latent, or native sparse attention (grouped-query with branches)
     mode: str = "dense"  # the attention that the checkpoint was trained under, one of {selections}
     layer_types: tuple[
         str, ...
@@ -158,12 +189,15 @@ class AttentionConfig(Settings):
     implementation: str = AUTO  # auto | reference | xla | by op: sparse_attention=pallas,index_topk=triton,indexer_kl=pallas
     rope: RopeConfig = field(default_factory=RopeConfig)
     indexer: IndexerConfig = field(default_factory=IndexerConfig)
+    nsa: NSAConfig = field(default_factory=NSAConfig)  # kind nsa
 
     @staticmethod
     def upgraded(values: Mapping[str, Any]) -> Mapping[str, Any]:
         """The fields of a run or an export that an earlier version wrote, by their names of today."""
         named = copy.deepcopy(dict(values))
-        indexer = named.get("indexer", {})
+        nsa, indexer = named.get("nsa", {}), named.get("indexer", {})
+        if isinstance(nsa, dict) and nsa.pop("enabled", False):
+            named["kind"] = "nsa"
         if isinstance(indexer, dict):
             if types := indexer.pop("layer_types", ()):
                 named.setdefault("layer_types", types)
@@ -282,11 +316,17 @@ def _check_mla(attention: AttentionConfig) -> None:
         )
 
 
+def _check_nsa(attention: AttentionConfig) -> None:
+    _check_gqa(attention)
+    attention.nsa.validate()
+
+
 _GQA_FIELDS = ("n_kv_heads", "head_dim", "qk_norm", "use_bias", "use_out_bias")
 _MLA_FIELDS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "latent_norm_eps")
 GQA = KindFields("gqa", _GQA_FIELDS, lambda attention: attention.head_dim, _check_gqa)
 MLA = KindFields("mla", _MLA_FIELDS, lambda attention: attention.qk_rope_head_dim, _check_mla)
-_KINDS: dict[str, KindFields] = {kind.name: kind for kind in (GQA, MLA)}
+NSA = KindFields("nsa", (*_GQA_FIELDS, "nsa"), lambda attention: attention.head_dim, _check_nsa, base=GQA.name)
+_KINDS: dict[str, KindFields] = {kind.name: kind for kind in (GQA, MLA, NSA)}
 
 
 def kinds() -> tuple[str, ...]:

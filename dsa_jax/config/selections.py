@@ -65,6 +65,12 @@ _SELECTIONS: dict[str, Selection] = {
             by_indexer=True,
         ),
         Selection("oracle", "oracle top-k", "the top-k keys by true attention mass; the best any indexer could do"),
+        Selection(
+            "nsa",
+            "native sparse attention",
+            "compressed blocks, selected blocks and a window, gated; keys read are those of all three",
+            kind="nsa",
+        ),
     )
 }
 UNTRAINED = EvalRow(

@@ -9,10 +9,11 @@ from dsa_jax.model.attention.base import INDEXER, MODEL, AttentionKind, Paramete
 from dsa_jax.model.attention.gqa import GQA_KIND
 from dsa_jax.model.attention.indexer import INDEXER_PARAMETERS
 from dsa_jax.model.attention.mla import MLA_KIND
+from dsa_jax.model.attention.nsa import NSA_KIND
 from dsa_jax.params import BLOCK_SCALES
 
 _FOLDER = "/attention/"
-_KINDS: dict[str, AttentionKind] = {kind.name: kind for kind in (GQA_KIND, MLA_KIND)}
+_KINDS: dict[str, AttentionKind] = {kind.name: kind for kind in (GQA_KIND, MLA_KIND, NSA_KIND)}
 
 
 def attention_kind(name: str) -> AttentionKind:
