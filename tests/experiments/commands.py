@@ -28,7 +28,7 @@ def start(name, *arguments, n_devices=1):
     )
 
 
-def finish(process, *, timeout=300):
+def finish(process, *, timeout=1500):
     """Wait for the process; its exit status, standard output and standard error."""
     try:
         output, errors = process.communicate(timeout=timeout)

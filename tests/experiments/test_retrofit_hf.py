@@ -47,7 +47,7 @@ SETTINGS = {
 
 def command(name, *arguments):
     """Run `python -m experiments.NAME`; returns what it printed."""
-    status, output, errors = finish(start(name, *arguments), timeout=400)
+    status, output, errors = finish(start(name, *arguments), timeout=1500)
     assert status == 0, errors
     return output
 

@@ -50,7 +50,7 @@ def interpreted(directory, calls):
     paths = {name: str(directory / f"{name}.npz") for name in calls}
     environment = os.environ | {"PYTHONPATH": str(root)}
     command = [sys.executable, str(root / "tests/pallas_kernels/interpret_mosaic.py"), *paths.values()]
-    subprocess.run(command, check=True, timeout=300, env=environment, cwd=root)
+    subprocess.run(command, check=True, timeout=1500, env=environment, cwd=root)
     return {name: np.load(path + ".npy") for name, path in paths.items()}
 
 

@@ -37,7 +37,7 @@ def interpreted(rows, topk, block, directory):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", PROGRAM, str(path), str(topk), str(block)]
     root = Path(__file__).parents[2]
-    subprocess.run(command, check=True, cwd=root, env=environment, timeout=300)
+    subprocess.run(command, check=True, cwd=root, env=environment, timeout=1500)
     return np.load(path)
 
 

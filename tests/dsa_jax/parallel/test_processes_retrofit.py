@@ -22,7 +22,7 @@ from dsa_jax.train.init import load_run
 ROOT = Path(__file__).parents[3]
 MAIN = Path(__file__).with_name("process_main.py")
 RECIPE = Path(__file__).with_name("process_recipe.py")
-SECONDS = 240
+SECONDS = 1200
 UNFINISHED_PROGRAM = "ignore:Error reading persistent compilation cache entry:UserWarning"
 """One process reads the program that the other is still writing, and compiles it itself."""
 
