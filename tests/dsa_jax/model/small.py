@@ -22,9 +22,8 @@ def small_config(kind="gqa", *, moe=False, topk=5, layer_types=(), implementatio
     further indexer fields and values.
     """
     indexer = IndexerConfig(enabled=kind != "none", n_heads=2, head_dim=16, rope_dim=8, topk=topk)
-    attention = AttentionConfig(
-        n_heads=4, n_kv_heads=2, head_dim=16, implementation=implementation, indexer=indexer, layer_types=layer_types, window=6
-    )
+    attention = AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=16, implementation=implementation, indexer=indexer)
+    attention.layer_types, attention.window = layer_types, 6 if "window" in layer_types else 0
     if kind == "gqa_qwen":
         attention.qk_norm, attention.use_bias, attention.use_out_bias = True, True, True
         attention.rope = RopeConfig(scaling="llama3", factor=8.0, original_max_positions=16)
