@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dsa_jax.config import Config, ConfigError, DataConfig, ModelConfig
+from dsa_jax.config import AttentionConfig, Config, ConfigError, DataConfig, ModelConfig, from_dict
 
 
 def changed(path, value):
@@ -50,3 +50,11 @@ def test_a_misspelt_field_of_a_recipe_is_named():
         ConfigError, match=r"train\.warmup\.stps is set, which is no field of StageConfig\. Did you mean 'steps'"
     ):
         config.validate()
+
+
+def test_settings_that_an_earlier_version_wrote_are_read_by_their_names_of_today():
+    indexer = {"enabled": True, "layer_types": ["full", "shared"], "detach_input": True}
+    read = from_dict(AttentionConfig, {"kind": "gqa", "nsa": {"enabled": True, "window": 7}, "indexer": indexer})
+    assert (read.kind, read.nsa.window, read.layer_types) == ("nsa", 7, ("full", "shared"))
+    with pytest.raises(ConfigError, match="detach_input is False, which is no setting any more"):
+        from_dict(AttentionConfig, {"indexer": {"detach_input": False}})
