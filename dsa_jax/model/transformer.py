@@ -95,7 +95,7 @@ class Transformer(nn.Module):
                 segment_ids that are not whole numbers of one shape [B, T]; for arrays split over Explicit axes of a mesh.
             NotImplementedError: for the selection of native sparse attention.
         """
-        request = AttentionRequest(attention or self.config.attention.mode, indexer_loss, return_coverage)
+        request = AttentionRequest(self._mode(attention), indexer_loss, return_coverage)
         check_request(self.config, request, return_topk_indices=return_topk_indices)
         input_ids = at_least_32_bits(input_ids)
         check_auto_axes(input_ids, self.layer_params)
@@ -193,7 +193,7 @@ class Transformer(nn.Module):
                 Explicit axes of a mesh.
             NotImplementedError: for native sparse attention.
         """
-        request = AttentionRequest(attention or self.config.attention.mode)
+        request = AttentionRequest(self._mode(attention))
         check_request(self.config, request, return_topk_indices=return_topk_indices, cached=True)
         if request.by_indexer and not any(INDEX_KEYS in pools for pools in cache.pools.values()):
             raise ValueError(
@@ -312,6 +312,9 @@ class Transformer(nn.Module):
             x, carried, new_pools[stack.name] = state
             collected.append(indices)
         return x, new_pools, None if collected[0] is None else jnp.concatenate(collected)
+
+    def _mode(self, attention: str | None) -> str:
+        return self.config.attention.mode if attention is None else attention
 
     def _first_topk(self, shape: tuple[int, ...], request: AttentionRequest) -> Int[Array, "B T K"] | None:
         """The first value of the previous selection that the loop over the layers carries; None where no layer shares one."""

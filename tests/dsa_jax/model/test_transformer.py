@@ -255,6 +255,7 @@ def test_a_token_outside_the_vocabulary_is_nan_and_not_another_token():
     ("kind", "arguments", "message"),
     [
         ("gqa", {"attention": "sprase"}, "attention is 'sprase'; expected one of dense, sparse, coarse_to_fine, window"),
+        ("gqa", {"attention": ""}, "attention is ''; expected one of dense"),
         ("gqa", {"indexer_loss": "kl"}, "indexer_loss is 'kl'; expected None, 'dense' or 'sparse'"),
         ("gqa", {"attention": "dense", "indexer_loss": "sparse"}, "'dense', which selects no keys; expected indexer_loss"),
         ("gqa", {"attention": "dense", "return_topk_indices": True}, "return_topk_indices is True with attention 'dense'"),
