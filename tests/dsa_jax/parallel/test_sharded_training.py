@@ -36,7 +36,9 @@ def test_training_on_eight_devices_equals_one(tmp_path):
     for one, many in zip(expected, found, strict=True):
         for name in ("loss", "kl", "grad_norm"):
             if name in one:
-                np.testing.assert_allclose(many[name], one[name], rtol=1e-4, err_msg=f"{one['stage']} {one['step']} {name}")
+                # Of the KL, a difference of logarithms, only the last bits of these are left where it is near 0.
+                where = f"{one['stage']} {one['step']} {name}"
+                np.testing.assert_allclose(many[name], one[name], rtol=1e-4, atol=1e-7, err_msg=where)
     one, many = (parameter_paths(jax.device_get(load_run(path).params)) for path in (alone, spread))
     for path, value in one.items():
         np.testing.assert_allclose(many[path], value, atol=2e-4, err_msg=path)
