@@ -9,11 +9,12 @@ HF = ["tokenizers>=0.23"]
 PLOT = ["matplotlib>=3.10"]
 DATA = ["grain>=0.2.18,<0.3", "pyarrow>=21"]
 # Exactly this torch: its CPU build is small, and the fixtures were made with it.
+GGUF = ["gguf>=0.17"]
 PARITY = ["transformers>=5.23", "torch==2.13.0"]
 LINT = ["ruff>=0.17", "mypy>=2.4"]
 # Compiles the GPU kernels for an H200 without one (make aot). Pinned: what spills depends on the compiler's version.
 AOT = ["jax==0.11.2", "jax-cuda13-plugin[with-cuda]==0.11.2", "jax-cuda13-pjrt==0.11.2", "jax-triton==0.3.1", "triton==3.6.0"]
-TEST = ["pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6.170", "beartype>=0.22", *HF, *PLOT, *DATA, *LINT]
+TEST = ["pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6.170", "beartype>=0.22", *HF, *GGUF, *PLOT, *DATA, *LINT]
 
 VERSION = re.search(r'__version__ = "(.*)"', Path(__file__).with_name("dsa_jax").joinpath("__init__.py").read_text())[1]
 
@@ -45,6 +46,7 @@ setup(
         "hf": HF,
         "plot": PLOT,
         "data": DATA,
+        "real": [*GGUF, *HF, *PLOT],
         "tensorboard": ["tensorboardX>=2.6.5"],
         "notebooks": ["jupytext>=1.19", "nbclient>=0.10", "ipykernel", *PLOT],
         "parity": PARITY,

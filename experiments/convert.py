@@ -1,7 +1,8 @@
-r"""A run's newest checkpoint as a Hugging Face directory, and a Hugging Face directory as a run.
+r"""A run's newest checkpoint, or a GGUF file, as a Hugging Face directory, and a Hugging Face directory as a run.
 
 python -m experiments.convert --checkpoint=runs/quickstart --to_hf=exported
 python -m experiments.convert --checkpoint=exported --to_run=runs/imported
+python -m experiments.convert --checkpoint=SmolLM2-135M-Instruct.Q4_1.gguf --to_hf=smollm2
 python -m experiments.convert --checkpoint=exported --to_hf=exported_fp8 --weight_format=fp8_blocks
 
 No accelerator is used: the model must fit into host memory.
@@ -12,7 +13,9 @@ from absl import flags
 from dsa_jax.config import ConfigError
 from experiments.flags import run_main
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory or Hugging Face directory to read.", required=True)
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Run directory, Hugging Face directory or GGUF file to read.", required=True
+)
 _TO_HF = flags.DEFINE_string("to_hf", "", "Hugging Face directory to write.")
 _WEIGHT_FORMAT = flags.DEFINE_enum(
     "weight_format", "plain", ["plain", "fp8_blocks"], "--to_hf: plain, or e4m3 with block scales, as DeepSeek publishes."

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+from dsa_jax.checkpoints.gguf import write_hf_directory
 from dsa_jax.checkpoints.hf import load_pretrained, save_pretrained
 from dsa_jax.checkpoints.hf.tokenizer_files import has_tokenizer_files
 from dsa_jax.checkpoints.open import is_hf_directory, open_checkpoint
-from dsa_jax.config import Config, DataConfig, TextConfig
+from dsa_jax.config import Config, ConfigError, DataConfig, TextConfig
 from dsa_jax.config.model import PLAIN
 from dsa_jax.config.selections import DENSE
 from dsa_jax.data.tokenizer import NO_TOKENIZER, ByteTokenizer, Tokenizer
@@ -18,7 +19,7 @@ def to_hf(source: Path, target: Path, *, weight_format: str = PLAIN) -> str:
     """Write the newest parameters of `source` as a Hugging Face checkpoint; returns a line to print.
 
     Args:
-        source: a run directory or a Hugging Face one.
+        source: a run directory, a Hugging Face one, or a GGUF file of a Llama model.
         target: Hugging Face directory to write.
         weight_format: of the weights written; "fp8_blocks" quantises a Hugging Face checkpoint, or keeps it in fp8.
 
@@ -26,6 +27,10 @@ def to_hf(source: Path, target: Path, *, weight_format: str = PLAIN) -> str:
         ConfigError: for a run with a `weight_format` other than plain.
         RunError, CheckpointError: where `source` cannot be read or `target` cannot be written.
     """
+    if source.is_file():
+        if weight_format != PLAIN:
+            raise ConfigError(f"--weight_format is {weight_format}, but {source} is a GGUF file, which is written plain.")
+        return write_hf_directory(source, target)
     loaded = open_checkpoint(source, weight_format=weight_format)
     tokenizer: Tokenizer | Path | None = loaded.tokenizer
     if is_hf_directory(source) and not isinstance(tokenizer, ByteTokenizer) and has_tokenizer_files(source):
