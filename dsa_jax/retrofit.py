@@ -11,6 +11,7 @@ from dsa_jax.checkpoints.hf import CheckpointError
 from dsa_jax.config import STAGES as STAGE_ORDER
 from dsa_jax.config import Config, ConfigError, StageConfig, to_dict
 from dsa_jax.config.selections import DENSE
+from dsa_jax.costs.comparison import dense_and_sparse
 from dsa_jax.data import EvalData, TrainData, make_eval_data, make_train_data
 from dsa_jax.evals.parity import evaluate_parity
 from dsa_jax.model import build_model
@@ -18,7 +19,7 @@ from dsa_jax.model.attention.kinds import kinds_of
 from dsa_jax.parallel.check import check_layout
 from dsa_jax.parallel.placement import on_mesh, place
 from dsa_jax.params import count_parameters, is_indexer_path, split_parameters
-from dsa_jax.report.report import format_table, write_report
+from dsa_jax.report.report import format_table, format_verdict, write_report
 from dsa_jax.run.checkpoints import latest_position
 from dsa_jax.run.directory import RunDirectory, open_run
 from dsa_jax.run.environment import source_fingerprint
@@ -81,6 +82,7 @@ def _stages(config: Config) -> dict[str, StageConfig]:
 def _shown(report: dict[str, Any], workdir: Path) -> dict[str, Any]:
     if is_main():
         print(format_table(report["rows"]))
+        print(format_verdict(report))
         print(f"report: {workdir / 'report.html'}")
     return report
 
@@ -164,6 +166,15 @@ def _remarks(config: Config) -> list[str]:
             f"model.param_dtype is bfloat16, in which an update below 1/512 of a weight is lost, as most are at a learning "
             f"rate of {min(rates):g}; float32 keeps them, with model.dtype=bfloat16 for the speed"
         )
+    if (trained := stages.get("sparse")) and (costs := dense_and_sparse(config.model, trained.longest)):
+        dense, sparse = costs["dense_flops"][0], costs["sparse_flops"][0]
+        if sparse > dense:
+            start = costs["pays_from"]
+            where = f"from {start} tokens on it costs less" if start else f"so it does up to {costs['lengths'][-1]} tokens"
+            remarks.append(
+                f"sparse attention costs more than dense at train.sparse.seq_len {trained.longest}: {sparse / 1e9:.2f} GFLOP a "
+                f"token instead of {dense / 1e9:.2f}; {where}. A smaller model.attention.indexer (n_heads, head_dim) costs less"
+            )
     return remarks
 
 
@@ -230,6 +241,7 @@ def _evaluate_and_report(
         "stages": summaries | {"evaluate": {"seconds": time.perf_counter() - started}},
         "coverage_by_layer": table.coverage_by_layer,
         "loss_by_position": {"positions": table.position_ends, **table.loss_by_position},
+        "costs": dense_and_sparse(config.model, config.eval.text_len),
         "corpus": data.describe(),
         "config": to_dict(config),
         "environment": run.environment(),

@@ -9,12 +9,15 @@ from typing import Any
 from dsa_jax.checkpoints.hf import load_pretrained, read_model_config, save_pretrained
 from dsa_jax.checkpoints.hf.tokenizer_files import has_tokenizer_files, tokenizer_name
 from dsa_jax.config import Config, ConfigError, ModelConfig, to_dict
-from dsa_jax.config.attention import extended
+from dsa_jax.config.attention import FULL, extended
 from dsa_jax.config.fields import flatten
+from dsa_jax.config.selections import DENSE
 from dsa_jax.data import load_tokenizer
 from dsa_jax.data.tokenizer import Tokenizer
 from dsa_jax.model import Transformer
+from dsa_jax.model.attention.indexer_scale import divided_by_gain
 from dsa_jax.parallel.placement import current_mesh
+from dsa_jax.params import is_indexer_path, nested_parameters, parameter_paths
 from dsa_jax.run.processes import gather_to_main, on_main
 
 _LOG = logging.getLogger(__name__)
@@ -42,6 +45,8 @@ def resolve_checkpoint(config: Config) -> Config:
         theirs = read_model_config(config.init.hf_dir)
         if theirs.attention.indexer.enabled and config.model.attention.indexer != theirs.attention.indexer:
             _LOG.info("%s has indexers of its own: model.attention.indexer is taken from there", config.init.hf_dir)
+        if config.init.dense_layers:
+            config.model.attention.layer_types = _first_dense(config, theirs)
         config.model = _merged(config.model, theirs)
     if config.data.text.tokenizer == CHECKPOINT_TOKENIZER:
         if not config.init.hf_dir:
@@ -61,6 +66,18 @@ def resolve_checkpoint(config: Config) -> Config:
             "Set data.text.tokenizer=checkpoint (and data.recall_fraction=0 where that leaves no token ids to recall)."
         )
     return config
+
+
+def _first_dense(config: Config, theirs: ModelConfig) -> tuple[str, ...]:
+    """Roles of the layers where the first `init.dense_layers` stay dense."""
+    n, given = config.init.dense_layers, config.model.attention.layer_types
+    roles = (DENSE,) * n + (FULL,) * (theirs.n_layers - n)
+    if theirs.attention.indexer.enabled or given not in ((), roles) or n >= theirs.n_layers:
+        raise ConfigError(
+            f"init.dense_layers is {n}; expected fewer than the {theirs.n_layers} layers of {config.init.hf_dir}, a checkpoint "
+            "without indexers, and no model.attention.layer_types beside it. Name every layer there, or leave it out."
+        )
+    return roles
 
 
 def _merged(ours: ModelConfig, theirs: ModelConfig) -> ModelConfig:
@@ -87,7 +104,8 @@ def _merged(ours: ModelConfig, theirs: ModelConfig) -> ModelConfig:
 def checkpoint_params(config: Config) -> dict[str, Any]:
     """The weights of `init.hf_dir` for the resolved `config`, each sharded over the current mesh as it is read.
 
-    Indexers that the checkpoint lacks, and parameters by which the attention kind extends it, are initialised from `seed`.
+    Indexers that the checkpoint lacks, and parameters by which the attention kind extends it, are initialised from `seed`;
+    indexers then are scaled as `init.scale_new_indexers` says.
     """
     indexer = config.model.attention.indexer
     loaded = load_pretrained(
@@ -99,7 +117,13 @@ def checkpoint_params(config: Config) -> dict[str, Any]:
         seed=config.seed,
         mesh=current_mesh(),
     )
-    return loaded.params
+    if (
+        not (config.init.scale_new_indexers and indexer.enabled)
+        or read_model_config(config.init.hf_dir).attention.indexer.enabled
+    ):
+        return loaded.params
+    leaves = parameter_paths(loaded.params)
+    return nested_parameters(divided_by_gain(leaves, [path for path in leaves if is_indexer_path(path)]))
 
 
 def load_for_evaluation(config: Config) -> tuple[Config, Transformer, dict[str, Any]]:

@@ -25,6 +25,17 @@ TASKS = (
     "frequent_words",
 )
 """Synthetic tasks. The place of a name decides the id of its leading token, so new ones are added at the end."""
+TEXT_TASKS = (
+    "needle",
+    "needle_multikey",
+    "needle_multivalue",
+    "needle_multiquery",
+    "text_variables",
+    "text_common_words",
+    "text_frequent_words",
+    "text_quote",
+)
+"""Tasks in plain words among held-out text, for models that know language. The place of a name is part of its rows' seed."""
 _AXIS_OF = {"dp": "data", "fsdp": "fsdp", "ep": "expert", "tp": "tensor", "cp": "context"}
 
 
@@ -135,6 +146,8 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0  # on matrices only
     clip_norm: float = 1.0  # global gradient norm; 0: no clipping
+    indexer_learning_rate: float = 0.0  # of indexers, which then are clipped and decayed apart; 0: as all other parameters
+    indexer_weight_decay: float = 0.0  # with indexer_learning_rate: on the matrices of indexers
 
     def validate(self, prefix: str) -> None:
         one_of(f"{prefix}.name", self.name, ("adamw", "muon"))
@@ -142,7 +155,13 @@ class OptimizerConfig:
         positive(f"{prefix}.learning_rate", self.learning_rate)
         not_negative(f"{prefix}.warmup_steps", self.warmup_steps)
         not_negative(f"{prefix}.clip_norm", self.clip_norm)
-        not_negative(f"{prefix}.weight_decay", self.weight_decay)
+        for name in ("weight_decay", "indexer_learning_rate", "indexer_weight_decay"):
+            not_negative(f"{prefix}.{name}", getattr(self, name))
+        if self.indexer_weight_decay and not self.indexer_learning_rate:
+            raise ConfigError(
+                f"{prefix}.indexer_weight_decay is {self.indexer_weight_decay} without {prefix}.indexer_learning_rate; "
+                "expected both or neither."
+            )
         positive(f"{prefix}.eps", self.eps)
         for name in ("final_fraction", "b1", "b2"):
             fraction(f"{prefix}.{name}", getattr(self, name))
@@ -236,6 +255,9 @@ class EvalConfig:
     tasks: tuple[str, ...] = ()  # synthetic tasks, a column each; they need not be in data.tasks
     task_len: int = 256
     task_sequences: int = 128  # of each task
+    text_tasks: tuple[str, ...] = ()  # tasks in plain words among held-out text, a column each
+    text_task_lens: tuple[int, ...] = (512,)  # tokens of their rows; every task is evaluated at each length
+    text_task_sequences: int = 32  # rows of each text task at each length
     batch_size: int = 16
     rows: tuple[str, ...] = ("dense", "sparse", "untrained", "window", "oracle")  # of {eval_rows}
     position_buckets: int = 8
@@ -243,12 +265,21 @@ class EvalConfig:
     def validate(self) -> None:
         for name in ("recall_len", "text_len", "task_len", "task_sequences", "batch_size", "position_buckets"):
             positive(f"eval.{name}", getattr(self, name))
+        positive("eval.text_task_sequences", self.text_task_sequences)
+        for length in self.text_task_lens:
+            positive("eval.text_task_lens", length)
+        if self.text_tasks and not self.text_task_lens:
+            raise ConfigError(
+                "eval.text_task_lens is empty, and eval.text_tasks is not; expected a length, such as (512, 2048)."
+            )
         for name in ("recall_sequences", "text_sequences"):
             not_negative(f"eval.{name}", getattr(self, name))
-        for task in self.tasks:
-            one_of("eval.tasks", task, TASKS)
-        if len(set(self.tasks)) != len(self.tasks):
-            raise ConfigError(f"eval.tasks names {', '.join(self.tasks)}; expected each task once.")
+        for name, known in (("tasks", TASKS), ("text_tasks", TEXT_TASKS)):
+            tasks = getattr(self, name)
+            for task in tasks:
+                one_of(f"eval.{name}", task, known)
+            if len(set(tasks)) != len(tasks):
+                raise ConfigError(f"eval.{name} names {', '.join(tasks)}; expected each task once.")
         for row in self.rows:
             one_of("eval.rows", row, tuple(eval_rows()))
 
@@ -260,6 +291,8 @@ class InitConfig:
     checkpoint: str = ""  # a run directory; its parameters are taken, an indexer it lacks is initialised
     stage: str = ""  # of that run: pretrain, warmup or sparse; empty: the furthest that it has
     hf_dir: str = ""  # a Hugging Face checkpoint directory; it also decides the model, to which the recipe adds an indexer
+    dense_layers: int = 0  # first layers of hf_dir that stay dense and get no indexer
+    scale_new_indexers: bool = True  # divide a new indexer's initial weights by the rms of its layer's input-norm gain
 
     def validate(self) -> None:
         if self.checkpoint and self.hf_dir:
@@ -268,6 +301,12 @@ class InitConfig:
             )
         if self.stage:
             one_of("init.stage", self.stage, STAGES)
+        not_negative("init.dense_layers", self.dense_layers)
+        if self.dense_layers and not self.hf_dir:
+            raise ConfigError(
+                f"init.dense_layers is {self.dense_layers} without init.hf_dir; expected 0. Name every layer in "
+                "model.attention.layer_types."
+            )
         if self.stage and not self.checkpoint:
             raise ConfigError(f"init.stage is {self.stage!r} without init.checkpoint. Give the run that has the stage.")
 
@@ -350,6 +389,8 @@ class Config:
         used = {"recall": self.eval.recall_sequences, "text": self.eval.text_sequences, "task": self.eval.tasks}
         lengths = {f"train.{name}.seq_len": stage.longest for name, stage in stages.items()}
         lengths |= {f"eval.{name}_len": getattr(self.eval, f"{name}_len") for name, is_used in used.items() if is_used}
+        if self.eval.text_tasks:
+            lengths["eval.text_task_lens"] = max(self.eval.text_task_lens)
         longest, limit = max(lengths.values(), default=0), self.model.max_positions
         if longest > limit:
             too_long = ", ".join(f"{name} is {length}" for name, length in lengths.items() if length > limit)

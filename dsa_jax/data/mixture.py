@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dsa_jax.config import TASKS as TASK_NAMES
+from dsa_jax.config import TEXT_TASKS as TEXT_TASK_NAMES
 from dsa_jax.config import ConfigError, DataConfig, EvalConfig
 from dsa_jax.data.batch import Batch, pad_to, stack_rows
 from dsa_jax.data.corpus import Corpus, load_corpus
@@ -20,10 +21,11 @@ from dsa_jax.data.packing import TokenStream, epoch_order, pack_rows
 from dsa_jax.data.streamed import StreamedCorpus, TextReader
 from dsa_jax.data.tasks import Setting, get_task
 from dsa_jax.data.tasks.recall import RecallTask
+from dsa_jax.data.text_tasks import TextRows, get_text_task, make_haystack, stack_text_rows
 from dsa_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 # First word of the entropy of each random stream: no two streams share one.
-_TRAIN_RECALL, _TRAIN_TEXT, _EVAL_RECALL, _TRAIN_TASK, _EVAL_TASK = 1, 2, 3, 4, 5
+_TRAIN_RECALL, _TRAIN_TEXT, _EVAL_RECALL, _TRAIN_TASK, _EVAL_TASK, _EVAL_TEXT_TASK = 1, 2, 3, 4, 5, 6
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,31 @@ class EvalData(_Mixture):
             for first in range(0, n_sequences, batch_size)
         )
 
+    def text_task_batches(self, name: str, n_sequences: int, seq_len: int, batch_size: int) -> Iterator[TextRows]:
+        """`n_sequences` rows of a text task in the held-out text; row i depends on the seed, i and `seq_len` only.
+
+        Padding rows, which have no answer, fill the last batch.
+
+        Raises:
+            ConfigError: at once, for an unknown task, a length at which it cannot be made, or data without text.
+        """
+        task, place = get_text_task(name), TEXT_TASK_NAMES.index(name)
+        if self.text is None:
+            raise ConfigError(
+                f"eval.text_tasks has {name}, which needs text, and recall and data.tasks take all rows. Lower their shares."
+            )
+        haystack = make_haystack(self.text.held_out, self.tokenizer)
+
+        def draw(i: int) -> TextRows:
+            rng = np.random.default_rng((_EVAL_TEXT_TASK, self.seed, i, place, seq_len))
+            return task.rows(self.tokenizer, haystack, rng, n_rows=1, seq_len=seq_len)
+
+        draw(0)  # raises here, not at the first batch
+        return (
+            stack_text_rows([draw(i) for i in range(first, min(first + batch_size, n_sequences))], batch_size)
+            for first in range(0, n_sequences, batch_size)
+        )
+
     def text_batches(self, n_sequences: int, seq_len: int, batch_size: int) -> Iterator[Batch]:
         """`n_sequences` rows at even distances in the held-out text, or all of its rows where it has fewer.
 
@@ -224,10 +251,10 @@ class EvalData(_Mixture):
         """
         wants_recall = self.has_recall and settings.recall_sequences
         wants_text = self.has_text and settings.text_sequences
-        if not (wants_recall or wants_text or settings.tasks):
+        if not (wants_recall or wants_text or settings.tasks or settings.text_tasks):
             raise ConfigError(
                 "nothing to evaluate: expected a positive eval.recall_sequences (with data.recall_fraction above 0) or "
-                "eval.text_sequences (with text in the data), or a task in eval.tasks."
+                "eval.text_sequences (with text in the data), or a task in eval.tasks or eval.text_tasks."
             )
         if wants_recall:
             self.recall_batches(settings.recall_sequences, settings.recall_len, settings.batch_size)
@@ -235,6 +262,9 @@ class EvalData(_Mixture):
             self.text_batches(settings.text_sequences, settings.text_len, settings.batch_size)
         for name in settings.tasks:
             self.task_batches(name, settings.task_sequences, settings.task_len, settings.batch_size)
+        for name in settings.text_tasks:
+            for length in settings.text_task_lens:
+                self.text_task_batches(name, settings.text_task_sequences, length, settings.batch_size)
 
 
 _Side = TypeVar("_Side", TrainData, EvalData)

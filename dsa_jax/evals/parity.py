@@ -1,61 +1,27 @@
 """The parity table: the same weights under dense attention, under the indexer's selection and under the baselines."""
 
+import functools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dsa_jax.config import Config, EvalConfig
 from dsa_jax.config.selections import BEFORE, DENSE, EvalRow, eval_rows, is_by_indexer, selection
 from dsa_jax.data import Batch, EvalData
 from dsa_jax.data.tasks import get_task
+from dsa_jax.data.text_tasks import TextRows, get_text_task
+from dsa_jax.evals.task import Groups, Params, TaskResult, difference, evaluate_task, make_eval_step
 from dsa_jax.model import Transformer, init_params
-from dsa_jax.parallel.placement import place, place_batch, replicate
+from dsa_jax.parallel.placement import place
 from dsa_jax.params import is_indexer_path, merge_parameters, split_parameters
-from dsa_jax.train.loss import forward_with_loss
 
 _LOG = logging.getLogger(__name__)
-
-Params = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """Means over the evaluated positions of one task.
-
-    Attributes:
-        loss: nats per target.
-        accuracy: share of targets that argmax over the vocabulary hits.
-        coverage: per layer, the share of dense attention mass that the attended keys hold, over queries and heads.
-        keys_per_query: keys attended, mean over queries and layers.
-        indexer_recall: share of the indexer's top-k keys that a selection of blocks holds, mean over queries and layers with an
-            indexer; None for other selections.
-        loss_by_position: nats per target in equal buckets of positions; nan where a bucket has no target.
-        accuracy_by_group: share of the targets of each group that argmax hits; nan for an empty group, empty without groups.
-        n_targets: positions that counted.
-        n_queries: queries that coverage and keys_per_query are means over.
-    """
-
-    loss: float
-    accuracy: float
-    coverage: list[float]
-    keys_per_query: float
-    indexer_recall: float | None
-    loss_by_position: list[float]
-    accuracy_by_group: list[float]
-    n_targets: int
-    n_queries: int
-
-
-class Groups(NamedTuple):
-    """How the targets of a task are told apart."""
-
-    of: Callable[[Batch], np.ndarray]  # [B, T], 0 to n - 1 at each target
-    n: int
+RECALL, TEXT = "recall", "text"
+_MEANS = ("accuracy", "loss", "coverage", "keys_per_query")
 
 
 @dataclass
@@ -66,64 +32,6 @@ class Parity:
     coverage_by_layer: dict[str, list[float]] = field(default_factory=dict)
     loss_by_position: dict[str, list[float]] = field(default_factory=dict)
     position_ends: list[int] = field(default_factory=list)
-
-
-def make_eval_step(model: Transformer, attention: str) -> Callable[[Params, Batch], dict[str, jax.Array]]:
-    """A jitted `(params, batch) -> sums`: nll and targets by position, coverage and keys by layer; and the hits [B, T]."""
-
-    def eval_step(params: Params, batch: Batch) -> dict[str, jax.Array]:
-        output, per_token = forward_with_loss(model, params, batch, attention=attention, return_coverage=True)
-        queries = jnp.sum(jnp.asarray(batch.segment_ids) > 0)
-        assert output.coverage is not None
-        sums = {
-            "nll": per_token.nll.sum(0),
-            "hits": per_token.correct,
-            "targets": jnp.sum(jnp.asarray(batch.target_mask), axis=0),
-            "coverage": output.coverage * queries,
-            "keys": output.keys_per_query * queries,
-            "queries": queries,
-        }
-        if output.indexer_recall is not None:
-            sums["indexer_recall"] = jnp.nanmean(output.indexer_recall) * queries
-        return replicate(sums)
-
-    return jax.jit(eval_step)
-
-
-def evaluate_task(
-    step: Callable[[Params, Batch], dict[str, jax.Array]],
-    params: Params,
-    batches: Iterable[Batch],
-    n_buckets: int,
-    groups: Groups | None = None,
-) -> TaskResult:
-    """Run `step` over the batches and reduce its sums to means."""
-    total: dict[str, np.ndarray] = {}
-    hits_and_targets = np.zeros((2, groups.n if groups else 0))
-    n_hits = 0.0
-    for batch in batches:
-        results = jax.device_get(step(params, place_batch(batch)))
-        hits = results.pop("hits")[batch.target_mask]
-        n_hits += float(hits.sum())
-        if groups:
-            group = groups.of(batch)[batch.target_mask]
-            hits_and_targets += [np.bincount(group, weights, groups.n) for weights in (hits, np.ones(len(group)))]
-        for name, value in results.items():
-            total[name] = total.get(name, 0) + np.asarray(value, np.float64)
-    buckets = np.array_split(np.arange(len(total["nll"])), min(n_buckets, len(total["nll"])))
-    mean = lambda sums, counts: float(sums / counts) if counts else float("nan")
-    n_targets, n_queries = total["targets"].sum(), total["queries"]
-    return TaskResult(
-        loss=mean(total["nll"].sum(), n_targets),
-        accuracy=mean(n_hits, n_targets),
-        coverage=[mean(x, n_queries) for x in total["coverage"]],
-        keys_per_query=mean(total["keys"].mean(), n_queries),
-        indexer_recall=mean(total["indexer_recall"], n_queries) if "indexer_recall" in total else None,
-        loss_by_position=[mean(total["nll"][b].sum(), total["targets"][b].sum()) for b in buckets],
-        accuracy_by_group=[mean(hits, targets) for hits, targets in hits_and_targets.T],
-        n_targets=int(n_targets),
-        n_queries=int(n_queries),
-    )
 
 
 def with_fresh_indexer(params: Params, fresh: Params) -> Params:
@@ -147,8 +55,10 @@ def evaluate_parity(
     Every row runs the same weights but `dense, before sparse training`, which runs `params_before` where given: it tells what
     the extra training itself changed. `sparse, untrained indexer` has freshly initialised indexer weights (seed + 1).
     `coverage` and `keys_per_query` are means over the queries of all evaluated sequences: recall, text and tasks; so is
-    `indexer_recall`, in rows that select blocks. A row's `tasks` has an entry for each synthetic task of `config.eval`, with
-    its accuracy also by depth, hops or rank.
+    `indexer_recall`, in rows that select blocks. A row's `tasks` has an entry for each synthetic and text task of
+    `config.eval`, with its accuracy also by depth, hops or rank, and by length. `text_loss_difference`, and `difference` of a
+    text task, are means of the row minus `dense` on the same rows and answers with their standard error; they are there in
+    the rows after `dense`.
 
     Args:
         model: the transformer.
@@ -179,36 +89,62 @@ def evaluate_parity(
             own = with_fresh_indexer(params, place(draw(jax.random.key(config.seed + 1))))
         jobs.append((row, own))
     steps: dict[str, Callable[[Params, Batch], dict[str, jax.Array]]] = {}
+    dense: dict[str, TaskResult] = {}
     for row, own in jobs:
         step = steps.setdefault(row.attention, make_eval_step(model, row.attention))
-        recall = text = None
-        if data.has_recall and settings.recall_sequences:
-            batches = data.recall_batches(settings.recall_sequences, settings.recall_len, settings.batch_size)
-            recall = evaluate_task(step, own, batches, settings.position_buckets)
-        if data.has_text and settings.text_sequences:
-            batches = data.text_batches(settings.text_sequences, settings.text_len, settings.batch_size)
-            text = evaluate_task(step, own, batches, settings.position_buckets)
-            table.loss_by_position[row.title] = text.loss_by_position
-        tasks = {name: _evaluate_synthetic(step, own, data, name, settings) for name in settings.tasks}
-        done = [task for task in (recall, text, *tasks.values()) if task is not None]
+        results = {name: evaluate() for name, evaluate in _tasks(step, own, data, settings).items()}
+        if row.attention == DENSE and own is params:
+            dense = results
+        done = list(results.values())
         coverage = _weighted([np.asarray(t.coverage) for t in done], done)
         table.coverage_by_layer[row.title] = coverage.tolist()
-        table.rows.append(
-            {
-                "name": row.title,
-                "recall_accuracy": recall.accuracy if recall else None,
-                "text_loss": text.loss if text else None,
-                "coverage": float(coverage.mean()),
-                "keys_per_query": float(_weighted([np.asarray(t.keys_per_query) for t in done], done)),
-                "tasks": {name: _summarise(name, result) for name, result in tasks.items()},
-            }
-        )
+        entry = {
+            "name": row.title,
+            "recall_accuracy": results[RECALL].accuracy if RECALL in results else None,
+            "text_loss": results[TEXT].loss if TEXT in results else None,
+            "coverage": float(coverage.mean()),
+            "keys_per_query": float(_weighted([np.asarray(t.keys_per_query) for t in done], done)),
+            "tasks": _summaries(results, dense, settings),
+        }
+        if TEXT in results:
+            table.loss_by_position[row.title] = results[TEXT].loss_by_position
+            if dense and results is not dense:
+                entry["text_loss_difference"] = difference(results[TEXT].row_losses, dense[TEXT].row_losses)._asdict()
         kept = [t.indexer_recall for t in done if t.indexer_recall is not None]
         if kept:
-            table.rows[-1]["indexer_recall"] = float(_weighted([np.asarray(x) for x in kept], done))
+            entry["indexer_recall"] = float(_weighted([np.asarray(x) for x in kept], done))
+        table.rows.append(entry)
         if on_row is not None:
-            on_row(table.rows[-1])
+            on_row(entry)
     return table
+
+
+def _tasks(
+    step: Callable[[Params, Batch], dict[str, jax.Array]], params: Params, data: EvalData, settings: EvalConfig
+) -> dict[str, Callable[[], TaskResult]]:
+    """Everything that a row is evaluated on, by name; a text task by its name and length, "needle@512"."""
+
+    def run(batches: Iterable[Batch | TextRows], groups: Groups | None = None) -> Callable[[], TaskResult]:
+        return lambda: evaluate_task(step, params, batches, settings.position_buckets, groups)
+
+    tasks = {}
+    if data.has_recall and settings.recall_sequences:
+        tasks[RECALL] = run(data.recall_batches(settings.recall_sequences, settings.recall_len, settings.batch_size))
+    if data.has_text and settings.text_sequences:
+        tasks[TEXT] = run(data.text_batches(settings.text_sequences, settings.text_len, settings.batch_size))
+    for name in settings.tasks:
+        task = get_task(name)
+        groups = Groups(functools.partial(task.groups, data.setting), task.n_groups(data.setting))
+        tasks[name] = run(data.task_batches(name, settings.task_sequences, settings.task_len, settings.batch_size), groups)
+    for name in settings.text_tasks:
+        for length in settings.text_task_lens:
+            rows = data.text_task_batches(name, settings.text_task_sequences, length, settings.batch_size)
+            tasks[_at(name, length)] = run(rows)
+    return tasks
+
+
+def _at(name: str, length: int) -> str:
+    return f"{name}@{length}"
 
 
 def can_run(row: EvalRow, config: Config) -> bool:
@@ -225,22 +161,31 @@ def can_run(row: EvalRow, config: Config) -> bool:
     return row.attention in trained and not is_by_indexer(row.attention)
 
 
-def _evaluate_synthetic(
-    step: Callable[[Params, Batch], dict[str, jax.Array]], params: Params, data: EvalData, name: str, settings: EvalConfig
-) -> TaskResult:
-    task = get_task(name)
-    groups = Groups(lambda batch: task.groups(data.setting, batch), task.n_groups(data.setting))
-    batches = data.task_batches(name, settings.task_sequences, settings.task_len, settings.batch_size)
-    return evaluate_task(step, params, batches, settings.position_buckets, groups)
+def _summaries(
+    results: Mapping[str, TaskResult], dense: Mapping[str, TaskResult], settings: EvalConfig
+) -> dict[str, dict[str, Any]]:
+    """Report entries of the tasks of a row: means over all lengths, and for text tasks each length by itself."""
+    entries = {name: _summary(results[name], get_task(name).grouping) for name in settings.tasks}
+    for name in settings.text_tasks:
+        grouping = get_text_task(name).grouping
+        by_length = {}
+        for length in settings.text_task_lens:
+            result = results[_at(name, length)]
+            by_length[str(length)] = _summary(result, grouping)
+            if dense and results is not dense:
+                by_length[str(length)]["difference"] = difference(result.hits, dense[_at(name, length)].hits)._asdict()
+        means = {key: float(np.mean([entry[key] for entry in by_length.values()])) for key in _MEANS}
+        entries[name] = means | {"by_length": by_length}
+    return entries
 
 
-def _summarise(name: str, result: TaskResult) -> dict[str, Any]:
+def _summary(result: TaskResult, grouping: str) -> dict[str, Any]:
     return {
         "accuracy": result.accuracy,
         "loss": result.loss,
         "coverage": float(np.mean(result.coverage)),
         "keys_per_query": result.keys_per_query,
-        f"by_{get_task(name).grouping}": result.accuracy_by_group,
+        f"by_{grouping}": result.accuracy_by_group,
     }
 
 

@@ -9,8 +9,10 @@ from dsa_jax.config import STAGES
 from dsa_jax.config.fields import flatten
 from dsa_jax.config.selections import row_meaning
 from dsa_jax.data.tasks import SYNTHETIC_TASKS
+from dsa_jax.data.text_tasks import TEXT_TASKS
 from dsa_jax.extras import is_installed
 from dsa_jax.report import plots
+from dsa_jax.report.verdict import verdict
 
 COLUMNS = (
     ("name", "row"),
@@ -28,6 +30,7 @@ _COLUMN_MEANINGS = (
     ("keys/query", "keys read per query, mean over queries and layers"),
     ("index recall", "share of the indexer's top-k keys that a selection by blocks holds"),
 )
+_SUMMARIES = {name: task.summary for name, task in (SYNTHETIC_TASKS | TEXT_TASKS).items()}
 _INSTALL_HINT = "Plots need matplotlib. Install it with: pip install 'dsa-jax[plot]'"
 _CSS = """
 :root { color-scheme: light dark; --ink: #1d2127; --soft: #5c6570; --line: #d9dde3; --page: #ffffff; --card: #f6f7f9; }
@@ -70,6 +73,8 @@ def render_page(report: Mapping[str, Any], entries: Sequence[Mapping[str, Any]])
     rows = report["rows"]
     sections = [
         _parity(rows, has_plots),
+        _by_length(rows),
+        _costs(report.get("costs")),
         _by_group(rows),
         _by_place(report, "coverage_by_layer", has_plots),
         _by_place(report, "loss_by_position", has_plots),
@@ -85,7 +90,7 @@ def render_page(report: Mapping[str, Any], entries: Sequence[Mapping[str, Any]])
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{name}: dense and sparse attention compared</title>\n<style>{_CSS}</style>\n</head>\n<body>\n"
-        f"<h1>{name}: what does sparse attention cost in quality?</h1>\n<p>{escape(_verdict(rows))}</p>\n{hint}"
+        f"<h1>{name}: what does sparse attention cost in quality?</h1>\n{_verdict(report)}{hint}"
         + "\n".join(section for section in sections if section)
         + "\n</body>\n</html>\n"
     )
@@ -116,30 +121,58 @@ def format_cell(column: str, value: Any) -> str:
     return f"{value:.1f}" if column == "keys_per_query" else f"{value:.3f}"
 
 
-def _verdict(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One sentence comparing the rows `dense` and `sparse`."""
-    by_name = {row["name"]: row for row in rows}
-    if not {"dense", "sparse"} <= by_name.keys():
-        return "The rows dense and sparse were not both evaluated; the table shows what was."
-    dense, sparse = by_name["dense"], by_name["sparse"]
-    parts = []
-    if sparse.get("keys_per_query") and dense.get("keys_per_query"):
-        parts.append(f"reads {sparse['keys_per_query']:.1f} keys per query instead of {dense['keys_per_query']:.1f}")
-    if sparse.get("recall_accuracy") is not None and dense.get("recall_accuracy") is not None:
-        parts.append(f"recalls {sparse['recall_accuracy']:.1%} of the records instead of {dense['recall_accuracy']:.1%}")
-    if sparse.get("text_loss") is not None and dense.get("text_loss") is not None:
-        parts.append(f"changes the loss on text by {sparse['text_loss'] - dense['text_loss']:+.3f} nats per token")
-    return f"On the same weights, sparse attention {_listed(parts)}." if parts else "Nothing was measured for dense and sparse."
+def _verdict(report: Mapping[str, Any]) -> str:
+    """What the report says first: the sentences of the verdict, doubts set apart."""
+    quality, savings, doubts = verdict(report)
+    first = "".join(f"<p>{escape(sentence)}</p>\n" for sentence in (quality, savings) if sentence)
+    return first + "".join(f'<p class="hint">Doubtful: {escape(doubt)}</p>\n' for doubt in doubts)
+
+
+def _costs(costs: Mapping[str, Any] | None) -> str:
+    """FLOPs and cache bytes of a token by length."""
+    if not costs:
+        return ""
+    by_length = zip(costs["lengths"], costs["dense_flops"], costs["sparse_flops"], strict=True)
+    cells = [[f"{length:,}", f"{d / 1e9:.3f}", f"{s / 1e9:.3f}", f"{s / d - 1:+.0%}"] for length, d, s in by_length]
+    header = ["tokens in the sequence", "dense, GFLOP per token", "sparse, GFLOP per token", "change"]
+    caption = "Forward pass of one token, on average over the sequence, by formula"
+    cache = (
+        f"A token takes {costs['dense_cache_bytes'] / 1024:.1f} KiB of KV cache in bfloat16, with its index keys "
+        f"{costs['sparse_cache_bytes'] / 1024:.1f} KiB."
+    )
+    return f"<h2>What does a token cost?</h2>\n{_table(caption, header, cells)}<p>{cache}</p>"
+
+
+def _by_length(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The accuracy of each text task by length, and what it loses to dense, one table each."""
+    tables = []
+    for name, task in TEXT_TASKS.items():
+        results = {row["name"]: row["tasks"][name]["by_length"] for row in rows if name in (row.get("tasks") or {})}
+        if results:
+            lengths = list(next(iter(results.values())))
+            cells = [[row, *(_against_dense(entries[length]) for length in lengths)] for row, entries in results.items()]
+            header = ["row", *(f"{length} tokens" for length in lengths)]
+            tables.append(_table(f"{name}: share of {task.summary}", header, cells))
+    note = "In brackets the difference to dense and its standard error."
+    return f"<h2>What is found in longer texts?</h2>\n<p>{note}</p>{''.join(tables)}" if tables else ""
+
+
+def _against_dense(entry: Mapping[str, Any]) -> str:
+    difference = entry.get("difference") or {}
+    mean, error = difference.get("mean"), difference.get("standard_error")
+    if mean is None:
+        return format_cell("accuracy", entry["accuracy"])
+    return f"{format_cell('accuracy', entry['accuracy'])} ({mean:+.3f}{'' if error is None else f' ± {error:.3f}'})"
 
 
 def _parity(rows: Sequence[Mapping[str, Any]], has_plots: bool) -> str:
     columns, rows = columns_of(rows), [with_tasks(row) for row in rows]
     cells = [[row["name"], *(format_cell(column, row.get(column)) for column, _ in columns[1:])] for row in rows]
     table = _table("Parity table, on held-out data", [title for _, title in columns], cells)
-    tasks = [name for name, _ in columns if name in SYNTHETIC_TASKS]
+    tasks = [name for name, _ in columns if name in _SUMMARIES]
     titles = {title for _, title in columns}
     column_meanings = [(title, meaning) for title, meaning in _COLUMN_MEANINGS if title in titles]
-    column_meanings += [(name, f"share of {SYNTHETIC_TASKS[name].summary}") for name in tasks]
+    column_meanings += [(name, f"share of {_SUMMARIES[name]}") for name in tasks]
     meanings = [(row["name"], row_meaning(row["name"])) for row in rows]
     figures = ""
     if has_plots:
@@ -148,7 +181,7 @@ def _parity(rows: Sequence[Mapping[str, Any]], has_plots: bool) -> str:
         figures = _figure(recall, "Recall accuracy by row", "How much is recalled? Longer is better.", rows, "recall_accuracy")
         figures += _figure(text, "Text loss by row", "How well is text predicted? Shorter is better.", rows, "text_loss")
         for name in tasks:
-            bars = plots.parity_bars(rows, name, f"{name} (share of {SYNTHETIC_TASKS[name].summary})", upper=1.0)
+            bars = plots.parity_bars(rows, name, f"{name} (share of {_SUMMARIES[name]})", upper=1.0)
             figures += _figure(bars, f"Accuracy on {name} by row", "How much is answered? Longer is better.", rows, name)
     return (
         f"<h2>How close is sparse to dense?</h2>\n{table}\n<details open><summary>What the rows and columns mean</summary>"
@@ -283,10 +316,6 @@ def _definitions(pairs: Sequence[tuple[str, str]]) -> str:
     return (
         f"<dl>{''.join(f'<dt>{escape(term)}</dt><dd>{escape(meaning)}</dd>' for term, meaning in pairs)}</dl>" if pairs else ""
     )
-
-
-def _listed(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def _count(value: Any) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsa_jax.report.page import columns_of, format_cell, render_page, with_tasks
+from dsa_jax.report.verdict import verdict
 from dsa_jax.run.files import atomic_write_text
 from dsa_jax.run.metrics import read_metrics
 
@@ -22,7 +23,8 @@ def write_report(run_dir: str | os.PathLike[str], report: Mapping[str, Any]) -> 
             `keys_per_query`, None where not measured, and optionally `tasks` (by name `accuracy`, `loss` and a list of
             accuracies `by_depth`, `by_hops` or `by_rank`); and, each optional, `stages` (by stage `steps`, `seconds`,
             `compile_seconds`, `tokens`, `final`), `coverage_by_layer` (by row), `loss_by_position` (`positions`, the upper end
-            of each bucket, and losses by row), `config`, `environment`, `corpus`. NaN and infinities become null.
+            of each bucket, and losses by row), `costs` (see `dsa_jax.costs.comparison`), `config`, `environment`, `corpus`. NaN
+            and infinities become null.
 
     Raises:
         RunError: when a file cannot be written.
@@ -47,6 +49,11 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
         )
         for line in lines
     )
+
+
+def format_verdict(report: Mapping[str, Any]) -> str:
+    """The sentences of the verdict, one per line, as report.html has them."""
+    return "\n".join(verdict(to_plain(report)).lines())
 
 
 def to_plain(value: Any) -> Any:

@@ -13,6 +13,7 @@ from dsa_jax.config import Config, ConfigError
 from dsa_jax.config.selections import selection
 from dsa_jax.data.tokenizer import NO_TOKENIZER
 from dsa_jax.model import Transformer, abstract_params, build_model, init_params
+from dsa_jax.model.attention.indexer_scale import divided_by_gain
 from dsa_jax.model.attention.kinds import is_optional, kinds_of
 from dsa_jax.model.stacks import layer_stacks, restacked
 from dsa_jax.parallel.placement import current_mesh, with_shardings
@@ -144,7 +145,8 @@ def initial_params(config: Config, model: Transformer, *, abstract: bool = False
         )
     new = [path for path in target if path not in have]
     _LOG.info("parameters of stage %s taken from %s; newly initialised: %s", loaded.stage, source, ", ".join(new) or "none")
-    return nested_parameters({path: have[path].astype(target[path].dtype) if path in have else target[path] for path in target})
+    taken = {path: have[path].astype(target[path].dtype) if path in have else target[path] for path in target}
+    return nested_parameters(divided_by_gain(taken, new) if config.init.scale_new_indexers else taken)
 
 
 def at_start_of_stage(params: Params, config: Config, name: str) -> Params:

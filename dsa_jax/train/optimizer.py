@@ -1,12 +1,13 @@
 """Optimizers and learning-rate schedules of a stage."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import optax
 
 from dsa_jax.config import OptimizerConfig
-from dsa_jax.params import nested_parameters, parameter_paths
+from dsa_jax.params import is_indexer_path, nested_parameters, parameter_paths
 
 MATRICES = ("kernel", "embedding")
 
@@ -49,8 +50,22 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
     """Build the gradient transformation of a stage for a nested parameter dict.
 
     Weight decay acts on matrices only. Muon (`optax.contrib.muon`, RMS matched to AdamW as in arXiv 2502.16982) orthogonalises
-    hidden matrices and leaves the embedding, the head, norms and biases to AdamW.
+    hidden matrices and leaves the embedding, the head, norms and biases to AdamW. With `indexer_learning_rate` the indexers
+    are updated, and their gradient norm is clipped, apart from the rest: Adam divides out any weight on their loss, and one
+    bound on both norms would let either stop the other.
     """
+    if not config.indexer_learning_rate:
+        return _update(config, total_steps)
+    of_indexers = dataclasses.replace(
+        config, learning_rate=config.indexer_learning_rate, weight_decay=config.indexer_weight_decay
+    )
+    groups = {"model": _update(config, total_steps), "indexer": _update(of_indexers, total_steps)}
+    label = lambda path, _: "indexer" if is_indexer_path(path) else "model"
+    return optax.partition(groups, lambda params: _by_path(params, label))
+
+
+def _update(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+    """Clipping and the optimizer of one group of parameters."""
     schedule = learning_rate_schedule(config, total_steps)
     decay_mask = lambda params: _by_path(params, lambda path, _: _is_matrix(path))
     update = optax.adamw(

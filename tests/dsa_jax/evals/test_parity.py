@@ -8,7 +8,8 @@ import pytest
 from dsa_jax.config import TASKS, TaskConfig
 from dsa_jax.data import Batch, make_eval_data
 from dsa_jax.data.tasks import get_task
-from dsa_jax.evals.parity import Groups, evaluate_parity, evaluate_task, make_eval_step, with_fresh_indexer
+from dsa_jax.evals.parity import evaluate_parity, with_fresh_indexer
+from dsa_jax.evals.task import Groups, evaluate_task, make_eval_step
 from dsa_jax.model import build_model, init_params
 from dsa_jax.params import is_indexer_path, parameter_paths
 from tests.dsa_jax.model.small import forward
