@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from dsa_jax.config import OptimizerConfig
+from dsa_jax.config import ConfigError, OptimizerConfig
 from dsa_jax.train.optimizer import learning_rate_schedule, make_optimizer
 
 PARAMS = {
@@ -76,3 +76,37 @@ def test_clipping_bounds_the_gradient_before_the_update():
         ).max()
     )
     assert size(0.01) < 0.01 * size(0.0)
+
+
+WITH_INDEXER = PARAMS | {
+    "attention": {"indexer": {"wk": {"kernel": jnp.ones((3, 4, 5))}, "k_norm": {"scale": jnp.ones((3, 4))}}}
+}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_indexers_have_a_rate_a_decay_and_a_bound_of_their_own(name):
+    """Each group moves as it would alone; the large gradient of the other does not shrink it."""
+    config = OptimizerConfig(name=name, learning_rate=0.01, warmup_steps=0, schedule="constant", clip_norm=1.0, eps=1e-2)
+    config.indexer_learning_rate, config.indexer_weight_decay = 0.2, 0.3
+    grads = jax.tree.map(lambda p: 1e-3 * jax.random.normal(jax.random.key(2), p.shape), WITH_INDEXER)
+    grads["layers"] = jax.tree.map(lambda g: 1e6 * g, grads["layers"])
+    together, _ = moved_once(config, grads, WITH_INDEXER)
+    indexer = {"attention": WITH_INDEXER["attention"]}
+    own = OptimizerConfig(name=name, learning_rate=0.2, warmup_steps=0, schedule="constant", weight_decay=0.3, eps=1e-2)
+    alone, _ = moved_once(own, {"attention": grads["attention"]}, indexer)
+    jax.tree.map(np.testing.assert_array_equal, together["attention"], alone["attention"])
+    rest = {key: value for key, value in grads.items() if key != "attention"}
+    plain = OptimizerConfig(name=name, learning_rate=0.01, warmup_steps=0, schedule="constant", eps=1e-2)
+    without, _ = moved_once(plain, rest, PARAMS)
+    for key in rest:
+        jax.tree.map(np.testing.assert_array_equal, together[key], without[key])
+
+
+def moved_once(config, grads, params):
+    optimizer = make_optimizer(config, 10)
+    return optimizer.update(grads, optimizer.init(params), params)
+
+
+def test_a_decay_of_indexers_without_their_rate_is_refused():
+    with pytest.raises(ConfigError, match="indexer_weight_decay is 0.1 without"):
+        OptimizerConfig(indexer_weight_decay=0.1).validate("train.sparse.optimizer")

@@ -1,0 +1,90 @@
+"""Indexers attached to a checkpoint: their initial scale, and layers that get none."""
+
+import numpy as np
+import pytest
+
+from dsa_jax import load_pretrained, save_pretrained
+from dsa_jax.checkpoints.from_hf import checkpoint_params, resolve_checkpoint
+from dsa_jax.config import Config, ConfigError, DataConfig, IndexerConfig
+from dsa_jax.params import is_indexer_path, parameter_paths
+from tests.dsa_jax.checkpoints.hf.tiny import HIDDEN, LAYERS, config_of, tensors_of, write_checkpoint
+
+GAINS = (0.1, 1.0, 4.0)
+
+
+def source(directory, case):
+    content = config_of(case)
+    tensors = tensors_of(content)
+    for layer, gain in enumerate(GAINS):
+        tensors[f"model.layers.{layer}.input_layernorm.weight"] = np.linspace(0.5, 1.5, HIDDEN, dtype=np.float32) * gain
+    return write_checkpoint(directory, content, tensors)
+
+
+def recipe(directory, **init):
+    config = Config(data=DataConfig(recall_fraction=0.0))
+    config.data.text.tokenizer = "bytes"
+    config.init.hf_dir = str(directory)
+    for name, value in init.items():
+        setattr(config.init, name, value)
+    config.model.attention.indexer = IndexerConfig(enabled=True, n_heads=2, head_dim=16, rope_dim=8, topk=5)
+    return resolve_checkpoint(config)
+
+
+def indexers(config):
+    """Indexer parameters by what follows `indexer/`, all layers stacked."""
+    stacks = {}
+    for path, leaf in parameter_paths(checkpoint_params(config)).items():
+        if is_indexer_path(path):
+            stacks.setdefault(path.split("indexer/")[1], []).append(np.asarray(leaf))
+    return {name: np.concatenate(leaves) for name, leaves in stacks.items()}
+
+
+@pytest.mark.parametrize(("case", "scaled"), [("llama", ("weights_proj", "wq_b")), ("deepseek_v2", ("weights_proj",))])
+def test_a_new_indexer_is_divided_by_the_gain_of_its_layer(tmp_path, case, scaled):
+    directory = source(tmp_path, case)
+    with_gain, plain = indexers(recipe(directory)), indexers(recipe(directory, scale_new_indexers=False))
+    rms = np.array(GAINS)[:, None, None] * np.sqrt(np.mean(np.linspace(0.5, 1.5, HIDDEN) ** 2))
+    assert len(plain["wk/kernel"]) == LAYERS == len(GAINS)
+    for name, value in plain.items():
+        divided = name.split("/")[0] in scaled
+        np.testing.assert_allclose(with_gain[name], value / rms if divided else value, rtol=1e-5, err_msg=name)
+
+
+def test_an_indexer_that_the_checkpoint_has_is_left_as_it_is(tmp_path):
+    directory = source(tmp_path, "deepseek_v32")
+    loaded = parameter_paths(load_pretrained(directory).params)
+    for path, leaf in parameter_paths(checkpoint_params(recipe(directory))).items():
+        np.testing.assert_array_equal(leaf, loaded[path], err_msg=path)
+
+
+def test_first_layers_stay_dense_through_an_export(tmp_path):
+    config = recipe(source(tmp_path / "source", "llama"), dense_layers=1)
+    assert config.model.attention.layer_types == ("dense", "full", "full")
+    params = checkpoint_params(config)
+    assert sum(len(leaf) for path, leaf in parameter_paths(params).items() if path.endswith("indexer/wk/kernel")) == LAYERS - 1
+    config.model.attention.mode = "sparse"
+    save_pretrained(tmp_path / "out", config.model, params)
+    again = load_pretrained(tmp_path / "out")
+    assert again.config.attention.layer_types == ("dense", "full", "full")
+    ids = np.arange(24, dtype=np.int32)[None] % 40
+    output = again.model.apply({"params": again.params}, ids, return_coverage=True, attention="sparse")
+    np.testing.assert_allclose(
+        output.keys_per_query, [12.5, (15 + 5 * 19) / 24 - 5 / 24, (15 + 5 * 19) / 24 - 5 / 24], atol=0.3
+    )
+    assert output.coverage[0] == pytest.approx(1.0) and max(output.coverage[1:]) < 0.999
+
+
+@pytest.mark.parametrize(
+    ("case", "init", "message"),
+    [
+        ("llama", {"dense_layers": 3}, "expected fewer than the 3 layers"),
+        ("deepseek_v32", {"dense_layers": 1}, "a checkpoint without indexers"),
+    ],
+)
+def test_dense_layers_that_cannot_be_are_refused(tmp_path, case, init, message):
+    with pytest.raises(ConfigError, match=message):
+        recipe(source(tmp_path, case), **init)
+    config = Config()
+    config.init.dense_layers = 2
+    with pytest.raises(ConfigError, match=r"init.dense_layers is 2 without init.hf_dir"):
+        config.validate()
