@@ -108,5 +108,5 @@ def moved_once(config, grads, params):
 
 
 def test_a_decay_of_indexers_without_their_rate_is_refused():
-    with pytest.raises(ConfigError, match="indexer_weight_decay is 0.1 without"):
+    with pytest.raises(ConfigError, match=r"indexer_weight_decay is 0\.1 without"):
         OptimizerConfig(indexer_weight_decay=0.1).validate("train.sparse.optimizer")
