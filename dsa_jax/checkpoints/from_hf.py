@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsa_jax.checkpoints.hf import load_pretrained, read_model_config, save_pretrained
+from dsa_jax.checkpoints.hf.locate import locate_checkpoint
 from dsa_jax.checkpoints.hf.tokenizer_files import has_tokenizer_files, tokenizer_name
 from dsa_jax.config import Config, ConfigError, ModelConfig, to_dict
 from dsa_jax.config.attention import FULL, extended
@@ -28,7 +29,7 @@ CHECKPOINT_TOKENIZER = "checkpoint"
 
 
 def resolve_checkpoint(config: Config) -> Config:
-    """`config` with the model and tokenizer of `init.hf_dir`; the same config where it is not set.
+    """`config` with the model and tokenizer of `init.hf_dir`, and that as a directory; the same config where it is not set.
 
     The model is the checkpoint's. From the recipe come `model.param_dtype`, `dtype`, `weight_format`, `scan_layers`, `remat`,
     `attention.implementation`, an attention kind that extends the checkpoint's, the experts' balance settings and, where
@@ -42,6 +43,7 @@ def resolve_checkpoint(config: Config) -> Config:
     """
     config = copy.deepcopy(config)
     if config.init.hf_dir:
+        config.init.hf_dir = str(on_main(lambda: locate_checkpoint(config.init.hf_dir)))
         theirs = read_model_config(config.init.hf_dir)
         if theirs.attention.indexer.enabled and config.model.attention.indexer != theirs.attention.indexer:
             _LOG.info("%s has indexers of its own: model.attention.indexer is taken from there", config.init.hf_dir)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from dsa_jax.checkpoints.hf import load_pretrained
+from dsa_jax.checkpoints.hf.locate import locate_checkpoint
 from dsa_jax.checkpoints.pretrained import Pretrained
 from dsa_jax.config import ConfigError
 from dsa_jax.config.model import PLAIN
@@ -25,6 +26,8 @@ def is_hf_directory(directory: str | Path) -> bool:
 def open_checkpoint(directory: str | Path, *, weight_format: str = PLAIN) -> Pretrained:
     """The newest parameters of a run directory, or a Hugging Face checkpoint, with the tokenizer they were trained with.
 
+    Instead of a directory, `ORG/NAME` names a checkpoint on the Hugging Face hub (`locate_checkpoint`).
+
     On a mesh (`parallel.placement.on_mesh`) the parameters are sharded by the rules. `weight_format` is that of
     `load_pretrained`; a run has plain weights.
 
@@ -33,6 +36,7 @@ def open_checkpoint(directory: str | Path, *, weight_format: str = PLAIN) -> Pre
         RunError: when `directory` is neither, or a run without a usable checkpoint.
         CheckpointError: when it is a Hugging Face directory that cannot be read.
     """
+    directory = locate_checkpoint(directory)
     if is_hf_directory(directory):
         return load_pretrained(directory, mesh=current_mesh(), weight_format=weight_format)
     if weight_format != PLAIN:

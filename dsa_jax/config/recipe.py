@@ -290,7 +290,7 @@ class InitConfig:
 
     checkpoint: str = ""  # a run directory; its parameters are taken, an indexer it lacks is initialised
     stage: str = ""  # of that run: pretrain, warmup or sparse; empty: the furthest that it has
-    hf_dir: str = ""  # a Hugging Face checkpoint directory; it also decides the model, to which the recipe adds an indexer
+    hf_dir: str = ""  # a Hugging Face directory, or ORG/NAME on the hub; it decides the model, which gets the recipe's indexer
     dense_layers: int = 0  # first layers of hf_dir that stay dense and get no indexer
     scale_new_indexers: bool = True  # divide a new indexer's initial weights by the rms of its layer's input-norm gain
 

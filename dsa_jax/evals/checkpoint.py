@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dsa_jax.checkpoints.from_hf import load_for_evaluation, resolve_checkpoint
 from dsa_jax.checkpoints.hf import read_model_config
+from dsa_jax.checkpoints.hf.locate import locate_checkpoint
 from dsa_jax.checkpoints.open import is_hf_directory
 from dsa_jax.config import Config, ConfigError, TrainConfig
 from dsa_jax.config.selections import eval_rows
@@ -49,6 +50,7 @@ def evaluate_checkpoint(
             overrides, the layout does not fit the model, the evaluation or the devices, or the model lacks a task's tokens.
         RunError, CheckpointError: when the directory cannot be used.
     """
+    directory = on_main(lambda: locate_checkpoint(directory))
     is_hf = on_main(lambda: is_hf_directory(directory))
     own = copy.deepcopy(config)
     if is_hf:
