@@ -55,7 +55,10 @@ def main(argv: list[str]) -> None:
         loaded = open_checkpoint(_CHECKPOINT.value, weight_format=_WEIGHT_FORMAT.value)
     tokenizer = loaded.tokenizer
     if tokenizer is None:
-        raise ConfigError(f"{_CHECKPOINT.value} has no tokenizer; expected a tokenizer.json there, and the extra hf installed.")
+        raise ConfigError(
+            f"{_CHECKPOINT.value} has no tokenizer that can be read; expected a tokenizer.json there, and the extra hf "
+            "installed. A warning above says what is wrong with one that is there."
+        )
     prompts = [tokenizer.encode_prompt(text).tolist() for text in texts]
     streams = [TextStream(tokenizer, prompt) for prompt in prompts]
     written = list(texts)
@@ -76,8 +79,6 @@ def main(argv: list[str]) -> None:
         top_p=_TOP_P.value,
         attention=_ATTENTION.value or None,
         seed=_SEED.value,
-        # A run trained here ends its documents with the tokenizer's own token.
-        stop_tokens=loaded.config.eos_token_ids or (tokenizer.end_of_text_id,),
         cache_dtype=_CACHE_DTYPE.value or None,
         page_size=_PAGE_SIZE.value or None,
         prefill_chunk=_PREFILL_CHUNK.value,

@@ -73,14 +73,15 @@ def generate(
     """Continue every prompt, all rows together.
 
     Args:
-        pretrained: model and parameters; the tokenizer is not used. With parameters on a mesh the model runs there.
+        pretrained: model and parameters; of its tokenizer only the end-of-text token is used. With parameters on a mesh the
+            model runs there.
         prompts: token ids; lengths may differ. An empty prompt starts from the model's `bos_token_id`.
         max_new_tokens: per row; 0 gives empty continuations.
         temperature: 0 takes the most probable token (ties to the lower id), else the logits are divided by it.
         top_p: draw from the smallest set of tokens that holds at least this probability.
         attention: "dense", "sparse", ...; None is as the checkpoint was trained.
         seed: of the draws. Row i draws from (seed, i, step), independent of the other rows.
-        stop_tokens: ids that end a row; None is the model's `eos_token_ids`.
+        stop_tokens: ids that end a row; None is `pretrained.stop_tokens`.
         cache_dtype: "float32", "bfloat16" or "fp8"; None is the dtype of the activations.
         page_size: tokens per page of a paged KV cache, in which a row has only the pages it needs; None is contiguous.
         prefill_chunk: prompt tokens processed at a time; bounds the memory of prefill.
@@ -102,7 +103,7 @@ def generate(
         raise ConfigError(f"on_token is {on_token!r}; expected a function of (row, token).")
     if page_size is not None:
         page_size = _whole("page_size", page_size)
-    stop = config.eos_token_ids if stop_tokens is None else _stop_tokens(stop_tokens)
+    stop = pretrained.stop_tokens if stop_tokens is None else _stop_tokens(stop_tokens)
     temperature, top_p = _number("temperature", temperature), _number("top_p", top_p)
     rows = _checked_prompts(prompts, config, max_new_tokens)
     _check_numbers(temperature, top_p, seed, prefill_chunk)

@@ -8,6 +8,7 @@ import pytest
 
 import dsa_jax.generation.programs as programs
 from dsa_jax.checkpoints.pretrained import Pretrained
+from dsa_jax.data import ByteTokenizer
 from dsa_jax.generation import generate
 from dsa_jax.generation.api import _checked_prompts, _number, _stop_tokens, _whole
 from tests.dsa_jax.model.small import VOCAB, built, forward, small_config
@@ -119,6 +120,10 @@ def test_the_models_own_stop_and_start_tokens_are_the_default():
     result = generate(loaded, [PROMPTS[0], [], PROMPTS[1][:1]], max_new_tokens=NEW, attention="sparse")
     assert result.token_ids[0] == by_full_passes("gqa", "sparse")[0][:3]
     assert result.token_ids[1] == result.token_ids[2]
+    tokenizer = ByteTokenizer()
+    tokenizer.end_of_text_id = by_full_passes("gqa", "sparse")[0][1]
+    result = generate(loaded._replace(tokenizer=tokenizer), [PROMPTS[0], [], [8]], max_new_tokens=NEW, attention="sparse")
+    assert result.token_ids[0] == by_full_passes("gqa", "sparse")[0][:2]
 
 
 def test_no_new_tokens_asked_for():
