@@ -22,6 +22,7 @@ _PROMPT_FILE = flags.DEFINE_string("prompt_file", "", "UTF-8 file that holds one
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens to write at most.", lower_bound=0)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the most probable token; higher is more varied.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the most probable tokens that hold this probability together.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from this many of the most probable tokens; 0: all.", lower_bound=0)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
 _ATTENTION = flags.DEFINE_string("attention", "", f"{', '.join(common_selections())}; empty: as it was trained.")
 _CACHE_DTYPE = flags.DEFINE_string("cache_dtype", "", "float32, bfloat16 or fp8; empty: as the model computes.")
@@ -55,7 +56,10 @@ def main(argv: list[str]) -> None:
         loaded = open_checkpoint(_CHECKPOINT.value, weight_format=_WEIGHT_FORMAT.value)
     tokenizer = loaded.tokenizer
     if tokenizer is None:
-        raise ConfigError(f"{_CHECKPOINT.value} has no tokenizer; expected a tokenizer.json there, and the extra hf installed.")
+        raise ConfigError(
+            f"{_CHECKPOINT.value} has no tokenizer that can be read; expected a tokenizer.json there, and the extra hf "
+            "installed. A warning above says what is wrong with one that is there."
+        )
     prompts = [tokenizer.encode_prompt(text).tolist() for text in texts]
     streams = [TextStream(tokenizer, prompt) for prompt in prompts]
     written = list(texts)
@@ -74,10 +78,9 @@ def main(argv: list[str]) -> None:
         max_new_tokens=_MAX_NEW_TOKENS.value,
         temperature=_TEMPERATURE.value,
         top_p=_TOP_P.value,
+        top_k=_TOP_K.value,
         attention=_ATTENTION.value or None,
         seed=_SEED.value,
-        # A run trained here ends its documents with the tokenizer's own token.
-        stop_tokens=loaded.config.eos_token_ids or (tokenizer.end_of_text_id,),
         cache_dtype=_CACHE_DTYPE.value or None,
         page_size=_PAGE_SIZE.value or None,
         prefill_chunk=_PREFILL_CHUNK.value,

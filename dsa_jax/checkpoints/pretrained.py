@@ -14,3 +14,9 @@ class Pretrained(NamedTuple):
     model: Transformer
     params: dict[str, Any]
     tokenizer: Tokenizer | None
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Ids that end a generated text: the model's `eos_token_ids` and the end-of-text that closes documents."""
+        ours = () if self.tokenizer is None else (self.tokenizer.end_of_text_id,)
+        return tuple(dict.fromkeys((*self.config.eos_token_ids, *ours)))

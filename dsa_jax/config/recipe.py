@@ -78,6 +78,7 @@ class TextConfig:
     column: str = "text"  # where .jsonl and .parquet files hold the text
     open_documents: int = 16  # grain: documents that rows are cut from in turn, so that a batch holds several
     held_out_tokens: int = 2**20  # grain: what evaluation draws from; finding them reads 1 / held_out_fraction as many
+    control_tokens: bool = False  # whether text that spells a control token, such as <|endoftext|>, becomes it, as in prompts
 
     def validate(self) -> None:
         one_of("data.text.source", self.source, ("memory", "grain"))

@@ -1,6 +1,6 @@
 """Documents of a corpus as arrays of token ids, from the standard library's source or the user's own files.
 
-Every document ends in the tokenizer's end-of-text id. Nothing is ever unpickled.
+Every document begins as the tokenizer begins a text and ends in its end-of-text id. Nothing is ever unpickled.
 """
 
 import json
@@ -91,7 +91,7 @@ def unpaired_surrogate(text: str) -> str:
 
 def _text_document(text: str, tokenizer: Tokenizer) -> Iterator[Int[np.ndarray, " N"]]:
     if text:
-        yield np.append(tokenizer.encode(text), tokenizer.end_of_text_id)
+        yield np.append(tokenizer.encode_prompt(text), tokenizer.end_of_text_id)
 
 
 def _jsonl_documents(file: Path, tokenizer: Tokenizer, column: str) -> Iterator[Int[np.ndarray, " N"]]:

@@ -292,7 +292,7 @@ def make_eval_data(config: DataConfig, seed: int, vocab_size: int) -> EvalData:
 def _load(kind: type[_Side], config: DataConfig, seed: int, vocab_size: int, take: Callable[[StreamedCorpus], Any]) -> _Side:
     """The data of one side; `take` takes that side of a streamed corpus."""
     config.validate()
-    tokenizer = load_tokenizer(config.text.tokenizer)
+    tokenizer = load_tokenizer(config.text.tokenizer, control_tokens=config.text.control_tokens)
     task = RecallTask.from_config(config.recall, tokenizer.vocab_size)
     setting = Setting(task, config.task)
     parts = {f"of tokenizer {tokenizer.name!r}": tokenizer.vocab_size}

@@ -42,7 +42,7 @@ class StreamedCorpus:
         def tokens(place: int, text: str) -> tuple[int, UInt[np.ndarray, " N"]]:
             if not text:
                 return place, np.zeros(0, self._dtype)
-            ids = np.append(self._tokenizer.encode(text), self._tokenizer.end_of_text_id).astype(self._dtype)
+            ids = np.append(self._tokenizer.encode_prompt(text), self._tokenizer.end_of_text_id).astype(self._dtype)
             return place, ids if is_held_out(digest(ids), self.config.held_out_fraction) == held_out else ids[:0]
 
         return self.records.ordered(seed).map_with_index(tokens)

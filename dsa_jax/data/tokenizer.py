@@ -1,6 +1,7 @@
 """Text to token ids and back: UTF-8 bytes, or a Hugging Face `tokenizer.json`."""
 
-import json
+import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -9,7 +10,10 @@ import numpy as np
 from jaxtyping import Int
 
 from dsa_jax.config import ConfigError
+from dsa_jax.data.tokenizer_settings import TokenizerSettings, read_settings
 from dsa_jax.extras import import_extra
+
+_LOG = logging.getLogger(__name__)
 
 # End-of-text tokens of published tokenizers, most specific first.
 _DEEPSEEK_END = "<\N{FULLWIDTH VERTICAL LINE}end\u2581of\u2581sentence\N{FULLWIDTH VERTICAL LINE}>"
@@ -27,15 +31,18 @@ class Tokenizer(Protocol):
     end_of_text_id: int  # closes every document
 
     def encode(self, text: str) -> Int[np.ndarray, " N"]:
-        """Token ids of `text`, without special tokens."""
+        """Token ids of `text`, with nothing before or after."""
         ...
 
     def encode_prompt(self, text: str) -> Int[np.ndarray, " N"]:
-        """Token ids of `text` after the tokenizer's prefix, such as a begin-of-text token."""
+        """Token ids of `text` as every text begins, prompt or document: after begin-of-text, or what else is the prefix.
+
+        A text that has the prefix already gets no second one.
+        """
         ...
 
-    def decode(self, ids: Sequence[int] | Int[np.ndarray, " N"]) -> str:
-        """Text of `ids`."""
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, " N"], *, control_tokens: bool = False) -> str:
+        """Text of `ids`; control tokens become nothing, or are spelled out."""
         ...
 
 
@@ -54,8 +61,9 @@ class ByteTokenizer:
         """The UTF-8 bytes of `text`: there is no prefix."""
         return self.encode(text)
 
-    def decode(self, ids: Sequence[int] | Int[np.ndarray, " N"]) -> str:
-        """Text of `ids`; the end of a document becomes nothing, invalid UTF-8 and ids that are no byte become U+FFFD."""
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, " N"], *, control_tokens: bool = False) -> str:
+        """Text of `ids`; the end of a document, which has no spelling, becomes nothing, invalid UTF-8 and other ids U+FFFD."""
+        del control_tokens
         pieces = (
             bytes((token,)) if 0 <= token < 256 else b"" if token == self.end_of_text_id else _REPLACEMENT
             for token in np.asarray(ids, np.int64).tolist()
@@ -64,62 +72,93 @@ class ByteTokenizer:
 
 
 class JsonTokenizer:
-    """A `tokenizer.json`, read by the optional `tokenizers` package."""
+    """A `tokenizer.json`, read by the optional `tokenizers` package, with the tokens that files beside it add."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, control_tokens: bool = True) -> None:
         """Read the file `path`, or `path`/tokenizer.json.
 
-        The end-of-text token is the eos_token of a tokenizer_config.json in the same directory, else a token of a known name,
-        else the eos_token_id of a config.json there.
+        Tokens of `added_tokens_decoder`, added_tokens.json and the lists of special tokens belong to it, as in transformers.
+        The end-of-text token is the eos_token of tokenizer_config.json or special_tokens_map.json, else a token of a known
+        name, else the eos_token_id of a config.json there. A text begins with what the post-processor puts before it, and with
+        the bos_token before that where tokenizer_config.json sets `add_bos_token` and the post-processor adds none.
+
+        Truncation, padding and dropout of merges, settings of somebody's training, are ignored.
+
+        Args:
+            path: the file or its directory.
+            control_tokens: whether text that spells a special token, such as `<|endoftext|>`, becomes it.
 
         Raises:
-            ConfigError: if the file is missing or unreadable, or no token is known to end a document.
+            ConfigError: if a file is missing or unreadable, the eos_token, or a bos_token to be added, is none of the tokens,
+                or no token is known to end a document.
             MissingExtraError: if the `tokenizers` package is not installed, with the command that installs it.
         """
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise ConfigError(f"data.text.tokenizer is {str(path)!r}; expected 'bytes' or the path of a tokenizer.json.")
         tokenizers = import_extra("tokenizers", extra="hf", purpose=str(file))
+        settings = read_settings(file.parent)
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the package raises bare Exception
             raise ConfigError(f"{file} is not a tokenizer.json: {error}") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        if hasattr(self._tokenizer.model, "dropout"):
+            self._tokenizer.model.dropout = None
+        _declare(self._tokenizer, tokenizers.AddedToken, settings, file)
+        self._tokenizer.encode_special_tokens = not control_tokens
         self.file = file
-        ids = self._tokenizer.get_vocab(with_added_tokens=True)
         self.name = file.name if file.name != "tokenizer.json" else f"{file.resolve().parent.name}/tokenizer.json"
-        self.vocab_size = max(ids.values(), default=-1) + 1
-        names = [*_configured_end_of_text(file.with_name("tokenizer_config.json")), *END_OF_TEXT_NAMES]
-        known = [ids[name] for name in names if name in ids]
-        known += _model_end_ids(file.with_name("config.json"))
-        if not known:
-            raise ConfigError(
-                f"{file} has no token that ends a document; expected one of {', '.join(END_OF_TEXT_NAMES)} or an eos_token in "
-                "a tokenizer_config.json beside it."
-            )
-        self.end_of_text_id = int(known[0])
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        self._control = {id: each.content for id, each in self._tokenizer.get_added_tokens_decoder().items() if each.special}
+        self.end_of_text_id = _end_of_text(ids, settings, file)
+        self._begin = _begin_of_text(self._tokenizer, ids, settings, file)
+        is_spelled = not control_tokens and all(token in self._control for token in self._begin)
+        self._spelled_begin = "".join(self._control[token] for token in self._begin) if is_spelled else ""
+        # Control tokens for which the model has no embedding, such as a padding token that was added later, are never used.
+        used = {self.end_of_text_id, *self._begin}
+        limit = math.inf if settings.vocab_size is None else settings.vocab_size
+        counted = (id for id in ids.values() if id < limit or id not in self._control or id in used)
+        self.vocab_size = max(counted, default=-1) + 1
 
     def encode(self, text: str) -> Int[np.ndarray, " N"]:
-        """Token ids of `text`, without special tokens."""
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        """Token ids of `text`, with nothing before or after.
+
+        Raises:
+            ConfigError: for text that spells a control token beyond the vocabulary of the model beside the tokenizer.
+        """
+        ids = np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        if ids.size and ids.max() >= self.vocab_size:
+            token = int(ids.max())
+            raise ConfigError(
+                f"a text holds {self._control[token]!r}, token {token} of {self.file}, for which the model beside it has no "
+                f"embedding; expected tokens below {self.vocab_size}. Take it out of the text."
+            )
+        return ids
 
     def encode_prompt(self, text: str) -> Int[np.ndarray, " N"]:
-        """Token ids of `text` after the prefix of the file's post-processor; its suffix is left out."""
-        # The mask marks added tokens; without any text, prefix and suffix would look alike.
-        encoding = self._tokenizer.encode(text or "a", add_special_tokens=True)
-        added = np.append(np.asarray(encoding.special_tokens_mask, np.int32), 0)
-        before = encoding.ids[: int(np.argmin(added))]
-        return np.concatenate([np.asarray(before, np.int32), self.encode(text)])
+        """Token ids of `text` as a text begins: after begin-of-text, where the tokenizer has one and `text` does not.
 
-    def decode(self, ids: Sequence[int] | Int[np.ndarray, " N"]) -> str:
-        """Text of `ids`; special tokens become nothing, ids beyond the vocabulary become U+FFFD."""
+        Where control tokens are not read, a begin-of-text that is spelled at the very start still counts as it.
+        """
+        begin = np.asarray(self._begin, np.int32)
+        ids = self.encode(text.removeprefix(self._spelled_begin))
+        return ids if np.array_equal(ids[: begin.size], begin) else np.concatenate([begin, ids])
+
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, " N"], *, control_tokens: bool = False) -> str:
+        """Text of `ids`; control tokens become nothing unless `control_tokens`, ids beyond the vocabulary U+FFFD."""
         text, known = [], []
         for token in np.asarray(ids, np.int64).tolist():
             if 0 <= token < self.vocab_size:
                 known.append(token)
             else:
-                text += [self._tokenizer.decode(known, skip_special_tokens=True), "\N{REPLACEMENT CHARACTER}"]
+                text += [self._decode(known, control_tokens), "\N{REPLACEMENT CHARACTER}"]
                 known = []
-        return "".join([*text, self._tokenizer.decode(known, skip_special_tokens=True)])
+        return "".join([*text, self._decode(known, control_tokens)])
+
+    def _decode(self, ids: list[int], control_tokens: bool) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=not control_tokens)
 
 
 def token_dtype(tokenizer: Tokenizer) -> type[np.unsignedinteger[Any]]:
@@ -127,8 +166,12 @@ def token_dtype(tokenizer: Tokenizer) -> type[np.unsignedinteger[Any]]:
     return np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
 
 
-def load_tokenizer(name: str) -> Tokenizer:
+def load_tokenizer(name: str, *, control_tokens: bool = True) -> Tokenizer:
     """The tokenizer that `data.text.tokenizer` names: `bytes`, or the path of a tokenizer.json or its directory.
+
+    Args:
+        name: the value of `data.text.tokenizer`.
+        control_tokens: whether text that spells a control token becomes it: `data.text.control_tokens` for a corpus.
 
     Raises:
         ConfigError: for "none", which marks weights that came without one, and where there is no usable file.
@@ -138,26 +181,73 @@ def load_tokenizer(name: str) -> Tokenizer:
             "data.text.tokenizer is 'none': the weights came without a tokenizer, so no text can be read. Name one: 'bytes', "
             "or the path of a tokenizer.json."
         )
-    return ByteTokenizer() if name == "bytes" else JsonTokenizer(name)
+    return ByteTokenizer() if name == "bytes" else JsonTokenizer(name, control_tokens=control_tokens)
 
 
-def _configured_end_of_text(file: Path) -> list[str]:
-    """The `eos_token` of a tokenizer_config.json, written there as a string or as an object with `content`."""
-    if not file.is_file():
-        return []
+def _declare(tokenizer: Any, added_token: Any, settings: TokenizerSettings, file: Path) -> None:
+    """Add the tokens of `settings` to a tokenizer of the `tokenizers` package, and register begin and end of text as special.
+
+    A token that the model has no embedding for is left out, and so is one whose id the tokenizer cannot give it.
+    """
+    present = tokenizer.get_added_tokens_decoder()
+    # The id that the package gives to the next new token.
+    free = max(tokenizer.get_vocab_size(with_added_tokens=False), max(present, default=-1) + 1)
+    added = []
+    for content, stated, flags in settings.declared:
+        token, given = added_token(content, **flags), tokenizer.token_to_id(content)
+        if given is None and stated in (None, free):
+            if settings.vocab_size is None or free < settings.vocab_size:
+                added.append(token)
+                free += 1
+        elif given is None:
+            _LOG.warning("%s: %r is left out: its id would be %d, not %d as a file beside says", file, content, free, stated)
+        else:
+            if stated not in (None, given):
+                _LOG.warning("%s: %r has id %d, not %d as a file beside says", file, content, given, stated)
+            added += [token] if present.get(given) != token else []
+    tokenizer.add_tokens(added)
+    special = {each.content for each in tokenizer.get_added_tokens_decoder().values() if each.special}
+    bounds = [settings.roles[role] for role in ("bos_token", "eos_token") if role in settings.roles]
+    tokenizer.add_special_tokens([text for text in bounds if text not in special and tokenizer.token_to_id(text) is not None])
+
+
+def _end_of_text(ids: dict[str, int], settings: TokenizerSettings, file: Path) -> int:
+    stated = settings.roles.get("eos_token")
+    if stated is not None:
+        if stated not in ids:
+            raise ConfigError(
+                f"the eos_token beside {file} is {stated!r}, which is none of its tokens; expected one of them. Name that in "
+                "tokenizer_config.json, or give this one an id in its added_tokens_decoder."
+            )
+        return ids[stated]
+    known = [ids[name] for name in END_OF_TEXT_NAMES if name in ids] + settings.end_ids
+    if not known:
+        raise ConfigError(
+            f"{file} has no token that ends a document; expected one of {', '.join(END_OF_TEXT_NAMES)} or an eos_token in a "
+            "tokenizer_config.json beside it."
+        )
+    return known[0]
+
+
+def _begin_of_text(tokenizer: Any, ids: dict[str, int], settings: TokenizerSettings, file: Path) -> list[int]:
+    """The token ids with which a text begins."""
+    # The mask marks added tokens; without any text, prefix and suffix would look alike.
+    encoding = tokenizer.encode(next((text for text in ("a", *ids) if _is_text(tokenizer, text)), ""), add_special_tokens=True)
+    before = encoding.ids[: [*encoding.special_tokens_mask, 0].index(0)]
+    if not settings.add_bos:
+        return before
+    stated = settings.roles.get("bos_token")
+    if stated not in ids:
+        raise ConfigError(
+            f"add_bos_token is true in the tokenizer_config.json beside {file}, but its bos_token is {stated!r}; expected one "
+            "of the tokens. Name that, or set add_bos_token to false."
+        )
+    return before if ids[stated] in before else [ids[stated], *before]
+
+
+def _is_text(tokenizer: Any, text: str) -> bool:
+    """Whether `text` has tokens; the package raises a bare Exception for what a tokenizer without an unknown token lacks."""
     try:
-        token = json.loads(file.read_text(encoding="utf-8")).get("eos_token")
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{file} is not a JSON object: {error}") from error
-    if isinstance(token, dict):
-        token = token.get("content")
-    return [token] if isinstance(token, str) else []
-
-
-def _model_end_ids(file: Path) -> list[int]:
-    """`eos_token_id` of a model's config.json; empty where that cannot be read, which its own reader reports."""
-    try:
-        ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError):
-        return []
-    return [token for token in (ids if isinstance(ids, list) else [ids]) if type(token) is int]
+        return bool(tokenizer.encode(text, add_special_tokens=False).ids)
+    except Exception:
+        return False

@@ -18,8 +18,10 @@ import numpy as np
 from dsa_jax.checkpoints.pretrained import Pretrained
 from dsa_jax.config import ConfigError
 from dsa_jax.data import Batch
+from dsa_jax.evals.harness_settings import GenerationSettings, read_generation_settings
 from dsa_jax.extras import MissingExtraError
 from dsa_jax.generation import generate
+from dsa_jax.generation.text import TextUntil
 from dsa_jax.train.loss import forward_with_loss
 
 _LOG = logging.getLogger(__name__)
@@ -28,7 +30,7 @@ SHORTEST_BUCKET = 64
 """Rows are padded to this many tokens or the next power of two, so that few lengths are compiled."""
 
 DEFAULT_NEW_TOKENS = 256
-"""Length of a generation whose request does not say `max_gen_toks`."""
+"""Length of a generation whose request says neither `max_gen_toks` nor `max_length`."""
 
 
 @runtime_checkable
@@ -65,7 +67,7 @@ class HarnessScorer:
         attention: str | None = None,
         batch_size: int = 8,
         max_length: int | None = None,
-        add_bos: bool = False,
+        add_bos: bool | None = None,
     ) -> None:
         """Score with `pretrained`.
 
@@ -75,28 +77,34 @@ class HarnessScorer:
             batch_size: rows per forward pass.
             max_length: longest row in tokens, context and continuation together; longer ones lose their beginning. None: the
                 model's `max_positions`.
-            add_bos: start every context with the model's `bos_token_id`, as its tokenizer would for plain text.
+            add_bos: whether a text starts with begin-of-text, which no text gets twice. None: as the tokenizer starts a text.
+                True: with the model's `bos_token_id` where the tokenizer adds none.
 
         Raises:
-            ConfigError: without a tokenizer, or with `add_bos` and no `bos_token_id`.
+            ConfigError: without a tokenizer, or with `add_bos` True and no begin-of-text.
         """
         if pretrained.tokenizer is None:
             raise ConfigError("the checkpoint has no tokenizer; expected a tokenizer.json beside its weights.")
-        if add_bos and pretrained.config.bos_token_id < 0:
-            raise ConfigError("add_bos is True, but the checkpoint names no bos_token_id. Pass add_bos=False.")
         self.pretrained = pretrained
         self.tokenizer = pretrained.tokenizer
+        bos, begin = pretrained.config.bos_token_id, self.tokenizer.encode_prompt("").tolist()
+        self._begin = begin or ([bos] if bos >= 0 else [])
+        if add_bos and not self._begin:
+            raise ConfigError("add_bos is True, but the checkpoint names no bos_token_id. Pass add_bos=False.")
         self.attention = attention
         self.rows_per_batch = batch_size
         self.longest = max_length or pretrained.config.max_positions
-        self.add_bos = add_bos
+        self.adds_begin = bool(begin) if add_bos is None else add_bos
         self._step = _make_score_step(pretrained, attention)
 
     @property
     def prefix_token_id(self) -> int:
         """The token before a text without context: begin-of-text, or end-of-text where there is none."""
-        bos = self.pretrained.config.bos_token_id
-        return bos if bos >= 0 else self.tokenizer.end_of_text_id
+        return self._prefix[-1]
+
+    @property
+    def _prefix(self) -> list[int]:
+        return self._begin or [self.tokenizer.end_of_text_id]
 
     def loglikelihood(self, requests: Sequence[Request], disable_tqdm: bool = False) -> list[Scored]:
         """log p(continuation | context) of each request `(context, continuation)`."""
@@ -106,26 +114,33 @@ class HarnessScorer:
     def loglikelihood_rolling(self, requests: Sequence[Request], disable_tqdm: bool = False) -> list[float]:
         """log p(text) of each request `(text,)`; every token is scored once, in windows of at most `max_length`."""
         del disable_tqdm
-        windows = [rolling_windows(self._encode(r.args[0]), self.prefix_token_id, self.longest) for r in requests]
+        windows = [rolling_windows(self._encode(r.args[0]), self._prefix, self.longest) for r in requests]
         scores = iter(self.score([window for text in windows for window in text]))
         return [float(sum(next(scores).loglikelihood for _ in text)) for text in windows]
 
     def generate_until(self, requests: Sequence[Request], disable_tqdm: bool = False) -> list[str]:
         """Text of each request `(context, settings)` up to the first of `settings["until"]`, which is left out.
 
-        Settings read: `until`, `max_gen_toks`, `do_sample`, `temperature`, `top_p`; greedy unless `do_sample` is true or a
-        positive temperature is given.
+        Settings read: those of `harness_settings`; greedy unless a positive temperature is given and `do_sample` is not false.
+        With `max_length`, a limit for context and continuation together, there is no other limit by default.
 
         Raises:
-            ValueError: for a setting that is not known here.
+            ValueError: for a setting that is not known or cannot be followed here, or a context that leaves no room.
         """
         del disable_tqdm
         results = [""] * len(requests)
-        for settings, places in _by_settings(requests):
-            for start in range(0, len(places), self.rows_per_batch):
-                chosen = places[start : start + self.rows_per_batch]
-                for place, text in zip(chosen, self._generate([requests[i].args[0] for i in chosen], settings), strict=True):
-                    results[place] = text
+        for asked, places in _by_settings(requests):
+            settings = read_generation_settings(asked)
+            by_limit: dict[int, list[tuple[int, list[int]]]] = {}
+            for place in places:
+                limit, prompt = self._fitted(self._context(requests[place].args[0]) or self._prefix, settings)
+                by_limit.setdefault(limit, []).append((place, prompt))
+            for limit, rows in by_limit.items():
+                for start in range(0, len(rows), self.rows_per_batch):
+                    chosen = rows[start : start + self.rows_per_batch]
+                    texts = self._generate([prompt for _, prompt in chosen], limit, settings)
+                    for (place, _), text in zip(chosen, texts, strict=True):
+                        results[place] = text
         return results
 
     def score(self, windows: Sequence[Window]) -> list[Scored]:
@@ -142,53 +157,60 @@ class HarnessScorer:
         return [result for result in results if result is not None]
 
     def _encode(self, text: str) -> list[int]:
-        return [int(token) for token in self.tokenizer.encode(text)]
+        """Token ids of `text` without begin-of-text, also where it spells one."""
+        tokens = self.tokenizer.encode(text).tolist()
+        return tokens[len(self._begin) :] if self._begin and tokens[: len(self._begin)] == self._begin else tokens
 
     def _context(self, text: str) -> list[int]:
-        tokens = self._encode(text)
-        return [self.pretrained.config.bos_token_id, *tokens] if self.add_bos else tokens
+        """Token ids of `text` as a text begins."""
+        if self.adds_begin:
+            return [*self._begin, *self._encode(text)]
+        return self.tokenizer.encode(text).tolist()
 
     def _pair(self, context: str, continuation: str) -> Window:
         # A space at the end of the context belongs to the first word after it, as tokenizers write it.
         stripped = context.rstrip()
         continuation = context[len(stripped) :] + continuation
-        before = self._context(stripped) if stripped else []
-        whole = self._context(stripped + continuation) if stripped else self._encode(continuation)
-        scored = whole[len(before) :]
+        before = self._context(stripped) if stripped else self._prefix
+        scored = self._context(stripped + continuation)[len(before) :] if stripped else self._encode(continuation)
         if not scored:
             raise ValueError(f"the continuation {continuation!r} adds no token to its context; expected some text to score.")
-        before = before or [self.prefix_token_id]
         if len(scored) > self.longest:
             raise ValueError(
                 f"a continuation has {len(scored)} tokens, more than max_length ({self.longest}). Raise max_length."
             )
         return Window([*before, *scored][-(self.longest + 1) :], len(scored))
 
-    def _generate(self, contexts: Sequence[str], settings: dict[str, Any]) -> list[str]:
-        known = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
-        if unknown := sorted(set(settings) - known):
-            raise ValueError(f"generation settings {', '.join(unknown)} are not known; expected {', '.join(sorted(known))}.")
-        until = settings.get("until") or []
-        until = [until] if isinstance(until, str) else list(until)
-        new_tokens = int(settings.get("max_gen_toks", DEFAULT_NEW_TOKENS))
-        temperature = float(settings.get("temperature") or 0.0)
-        if not settings.get("do_sample", temperature > 0.0):
-            temperature = 0.0
-        room = self.longest - new_tokens
+    def _fitted(self, prompt: list[int], settings: GenerationSettings) -> tuple[int, list[int]]:
+        """(number of new tokens, the end of `prompt` that leaves room for them)."""
+        if settings.max_length is None:
+            new_tokens = DEFAULT_NEW_TOKENS if settings.new_tokens is None else settings.new_tokens
+            if not 0 <= new_tokens < self.longest:
+                raise ValueError(f"max_gen_toks is {new_tokens}; expected from 0 to less than max_length ({self.longest}).")
+            return new_tokens, prompt[new_tokens - self.longest :]
+        prompt = prompt[1 - self.longest :] if self.longest > 1 else prompt[-1:]
+        room = min(settings.max_length, self.longest) - len(prompt)
         if room < 1:
-            raise ValueError(f"max_gen_toks is {new_tokens}; expected less than max_length ({self.longest}).")
-        prompts = [(self._context(text) or [self.prefix_token_id])[-room:] for text in contexts]
-        output = generate(
+            raise ValueError(
+                f"the generation setting max_length is {settings.max_length}, but a context has {len(prompt)} tokens; expected "
+                "more, since it counts context and continuation together. Set max_gen_toks instead."
+            )
+        return room if settings.new_tokens is None else min(room, settings.new_tokens), prompt
+
+    def _generate(self, prompts: list[list[int]], new_tokens: int, settings: GenerationSettings) -> list[str]:
+        texts = [TextUntil(self.tokenizer, settings.until) for _ in prompts]
+        generate(
             self.pretrained,
             prompts,
             max_new_tokens=new_tokens,
-            temperature=temperature,
-            top_p=float(settings.get("top_p", 1.0)),
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            seed=settings.seed,
             attention=self.attention,
-            # A run trained here ends its documents with the tokenizer's own token.
-            stop_tokens=self.pretrained.config.eos_token_ids or (self.tokenizer.end_of_text_id,),
+            on_token=lambda row, token: texts[row].add(token),
         )
-        return [cut_at(self.tokenizer.decode(tokens), until) for tokens in output.token_ids]
+        return [text.finish() for text in texts]
 
 
 def lm_eval_model(pretrained: Pretrained, **options: Any) -> Any:
@@ -212,23 +234,18 @@ def lm_eval_model(pretrained: Pretrained, **options: Any) -> Any:
     return HarnessModel()
 
 
-def rolling_windows(tokens: Sequence[int], prefix: int, longest: int) -> list[Window]:
+def rolling_windows(tokens: Sequence[int], prefix: Sequence[int], longest: int) -> list[Window]:
     """Windows that score every token once, each with as much context as `longest` scored and read positions allow.
 
     The first is led by `prefix`; the last, when it is short, reads earlier tokens again as context.
     """
-    padded = [prefix, *tokens]
+    padded = [*prefix, *tokens]
     windows = []
     for start in range(0, len(tokens), longest):
         end = min(start + longest, len(tokens))
-        windows.append(Window(padded[max(0, end - longest) : end + 1], end - start))
+        last = len(prefix) + end
+        windows.append(Window(padded[max(0, last - longest - 1) : last], end - start))
     return windows
-
-
-def cut_at(text: str, until: Sequence[str]) -> str:
-    """`text` before the first occurrence of any of `until`; empty strings in it count for nothing."""
-    ends = [place for stop in until if stop and (place := text.find(stop)) >= 0]
-    return text[: min(ends)] if ends else text
 
 
 def _by_settings(requests: Sequence[Request]) -> Iterator[tuple[dict[str, Any], list[int]]]:

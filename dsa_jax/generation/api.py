@@ -62,29 +62,32 @@ def generate(
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    top_k: int = 0,
     attention: str | None = None,
     seed: int = 0,
     stop_tokens: Sequence[int] | None = None,
     cache_dtype: str | None = None,
     page_size: int | None = None,
     prefill_chunk: int = 512,
-    on_token: Callable[[int, int], None] | None = None,
+    on_token: Callable[[int, int], object] | None = None,
 ) -> GenerateOutput:
     """Continue every prompt, all rows together.
 
     Args:
-        pretrained: model and parameters; the tokenizer is not used. With parameters on a mesh the model runs there.
+        pretrained: model and parameters; of its tokenizer only the end-of-text token is used. With parameters on a mesh the
+            model runs there.
         prompts: token ids; lengths may differ. An empty prompt starts from the model's `bos_token_id`.
         max_new_tokens: per row; 0 gives empty continuations.
         temperature: 0 takes the most probable token (ties to the lower id), else the logits are divided by it.
         top_p: draw from the smallest set of tokens that holds at least this probability.
+        top_k: draw from this many of the most probable tokens, before `top_p`; 0 for no limit.
         attention: "dense", "sparse", ...; None is as the checkpoint was trained.
         seed: of the draws. Row i draws from (seed, i, step), independent of the other rows.
-        stop_tokens: ids that end a row; None is the model's `eos_token_ids`.
+        stop_tokens: ids that end a row; None is `pretrained.stop_tokens`.
         cache_dtype: "float32", "bfloat16" or "fp8"; None is the dtype of the activations.
         page_size: tokens per page of a paged KV cache, in which a row has only the pages it needs; None is contiguous.
         prefill_chunk: prompt tokens processed at a time; bounds the memory of prefill.
-        on_token: called with (row, token) as soon as a token is known.
+        on_token: called with (row, token) as soon as a token is known; the row ends with it where True is returned.
 
     Raises:
         ConfigError: (a ValueError) for arguments that do not fit the model or make no sense.
@@ -96,16 +99,18 @@ def generate(
         check_request(model.config, request, cached=True)
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(str(error)) from error
-    max_new_tokens, seed = _whole("max_new_tokens", max_new_tokens), _whole("seed", seed)
+    max_new_tokens, seed, top_k = (
+        _whole(name, value) for name, value in (("max_new_tokens", max_new_tokens), ("seed", seed), ("top_k", top_k))
+    )
     prefill_chunk = _whole("prefill_chunk", prefill_chunk)
     if on_token is not None and not callable(on_token):
         raise ConfigError(f"on_token is {on_token!r}; expected a function of (row, token).")
     if page_size is not None:
         page_size = _whole("page_size", page_size)
-    stop = config.eos_token_ids if stop_tokens is None else _stop_tokens(stop_tokens)
+    stop = pretrained.stop_tokens if stop_tokens is None else _stop_tokens(stop_tokens)
     temperature, top_p = _number("temperature", temperature), _number("top_p", top_p)
     rows = _checked_prompts(prompts, config, max_new_tokens)
-    _check_numbers(temperature, top_p, seed, prefill_chunk)
+    _check_numbers(temperature, top_p, top_k, seed, prefill_chunk)
     if max_new_tokens == 0:
         return GenerateOutput([[] for _ in rows], Timings())
 
@@ -114,7 +119,7 @@ def generate(
     needs = [len(row) + max_new_tokens - 1 for row in rows]
     cache = _new_cache(model, needs, cache_dtype, page_size, with_index_keys=request.by_indexer)
     state = State(cache, jnp.zeros(len(rows), jnp.int32), jnp.ones(len(rows), bool), jnp.zeros((), jnp.int32))
-    mode = Mode(request.attention, samples=temperature > 0.0, nucleus=top_p < 1.0)
+    mode = Mode(request.attention, samples=temperature > 0.0, nucleus=top_p < 1.0, top_k=top_k if temperature > 0.0 else 0)
 
     sharding = jax.tree.leaves(params)[0].sharding
     mesh: Any = sharding.mesh if isinstance(sharding, jax.sharding.NamedSharding) else None
@@ -151,7 +156,7 @@ def generate(
 class _Record:
     """The new tokens of each row so far, and the rows that have not ended."""
 
-    def __init__(self, n_rows: int, stop: frozenset[int], on_token: Callable[[int, int], None] | None) -> None:
+    def __init__(self, n_rows: int, stop: frozenset[int], on_token: Callable[[int, int], object] | None) -> None:
         self.tokens: list[list[int]] = [[] for _ in range(n_rows)]
         self.open_rows = list(range(n_rows))
         self._stop = stop
@@ -159,12 +164,13 @@ class _Record:
 
     def add(self, tokens: np.ndarray) -> None:
         """Take the next token of every open row."""
-        for row in self.open_rows:
-            token = int(tokens[row])
-            self.tokens[row].append(token)
-            if self._on_token is not None:
-                self._on_token(row, token)
-        self.open_rows = [row for row in self.open_rows if self.tokens[row][-1] not in self._stop]
+        self.open_rows = [row for row in self.open_rows if not self._take(row, int(tokens[row]))]
+
+    def _take(self, row: int, token: int) -> bool:
+        """Take the next token of a row; whether the row ends with it."""
+        self.tokens[row].append(token)
+        is_ended = self._on_token is not None and self._on_token(row, token) is True
+        return is_ended or token in self._stop
 
 
 def _whole(name: str, value: Any) -> int:
@@ -196,7 +202,9 @@ def _checked_prompts(prompts: Any, config: ModelConfig, max_new_tokens: int) -> 
     if not isinstance(prompts, Sequence | np.ndarray | jax.Array):
         raise ConfigError(f"prompts is a {type(prompts).__name__}; expected a list of lists of token ids.")
     if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
-        raise ConfigError("prompts hold text; expected lists of token ids. Encode them with pretrained.tokenizer.encode.")
+        raise ConfigError(
+            "prompts hold text; expected lists of token ids. Encode them with pretrained.tokenizer.encode_prompt."
+        )
     if len(prompts) == 0:
         raise ConfigError("prompts is empty; expected at least one list of token ids.")
     if max_new_tokens < 0:
@@ -216,8 +224,8 @@ def _checked_prompts(prompts: Any, config: ModelConfig, max_new_tokens: int) -> 
         wrong = ids[(ids < 0) | (ids >= config.vocab_size)]
         if wrong.size:
             raise ConfigError(
-                f"prompts[{i}] holds token id {wrong[0]}; expected ids from 0 to {config.vocab_size - 1}. Check that the "
-                "tokenizer belongs to the model."
+                f"prompts[{i}] holds token id {wrong[0]}; expected ids from 0 to {config.vocab_size - 1}, which the model has "
+                "embeddings for. Encode the text with pretrained.tokenizer.encode_prompt."
             )
         if len(ids) + max_new_tokens > config.max_positions:
             raise ConfigError(
@@ -228,11 +236,13 @@ def _checked_prompts(prompts: Any, config: ModelConfig, max_new_tokens: int) -> 
     return rows
 
 
-def _check_numbers(temperature: float, top_p: float, seed: int, prefill_chunk: int) -> None:
+def _check_numbers(temperature: float, top_p: float, top_k: int, seed: int, prefill_chunk: int) -> None:
     if not 0.0 <= temperature <= float(np.finfo(np.float32).max):
         raise ConfigError(f"temperature is {temperature}; expected 0 (greedy) or a positive number, finite in float32.")
     if not 0.0 < top_p <= 1.0:
         raise ConfigError(f"top_p is {top_p}; expected a probability above 0 and at most 1 (no limit).")
+    if top_k < 0:
+        raise ConfigError(f"top_k is {top_k}; expected a number of tokens, or 0 (no limit).")
     if not 0 <= seed < 2**32:
         raise ConfigError(f"seed is {seed}; expected a whole number from 0 to 2**32 - 1.")
     if prefill_chunk < 1:

@@ -27,11 +27,12 @@ KEPT_PROGRAMS = 32
 
 @dataclass(frozen=True)
 class Mode:
-    """Static options of the programs: attention, sampling or greedy, nucleus or not."""
+    """Static options of the programs: attention, sampling or greedy, nucleus or not, most tokens to draw from (0: all)."""
 
     attention: str
     samples: bool
     nucleus: bool
+    top_k: int = 0
 
 
 class State(NamedTuple):
@@ -83,7 +84,8 @@ def prefill(
     result: Any = model.apply({"params": params}, input_ids, n_new, state.cache, attention=mode.attention, method="extend")
     if mode.samples:
         keys = row_keys(sampling.seed, state.step, len(n_new))
-        following = sample_token(result.logits, keys, sampling.temperature, sampling.top_p if mode.nucleus else None)
+        top_p = sampling.top_p if mode.nucleus else None
+        following = sample_token(result.logits, keys, sampling.temperature, top_p, mode.top_k)
     else:
         following = greedy_token(result.logits)
     return state._replace(cache=result.cache, tokens=jnp.where(n_new > 0, following, state.tokens))

@@ -21,18 +21,23 @@ def sample_token(
     keys: Key[Array, " B"],
     temperature: Float[Array, ""],
     top_p: Float[Array, ""] | None,
+    top_k: int = 0,
 ) -> Int[Array, " B"]:
-    """One draw per row from softmax(logits / temperature), within the nucleus where `top_p` is given.
+    """One draw per row from softmax(logits / temperature), among the `top_k` largest, within the nucleus of these.
 
     Args:
         logits: float32.
         keys: one per row.
         temperature: above 0.
         top_p: probability mass of the nucleus, in (0, 1]; None for no limit.
+        top_k: number of tokens, ties to the lower id; 0 for no limit.
     """
     # Greedy in the limit: neither a temperature of 0 in float32 nor an overflowing quotient may give NaN.
     temperature = jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny)
     scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
+    if 0 < top_k < logits.shape[-1]:
+        _, largest = jax.lax.top_k(scaled, top_k)
+        scaled = jnp.where(_mask(scaled.shape, largest, True), scaled, -jnp.inf)
     if top_p is not None:
         scaled = jnp.where(nucleus(jax.nn.softmax(scaled, axis=-1), top_p), scaled, -jnp.inf)
     return jax.vmap(jax.random.categorical)(keys, scaled).astype(jnp.int32)
@@ -49,5 +54,9 @@ def nucleus(probability: Float[Array, "B V"], top_p: Float[Array, ""]) -> Bool[A
     before = jnp.concatenate([jnp.zeros_like(upto[:, :1]), upto[:, :-1]], axis=-1)
     # Always the first one, even where a tiny top_p is 0 in float32.
     kept = (before < top_p).at[:, 0].set(True)
-    rows = jnp.arange(len(probability))[:, None]
-    return jnp.zeros(probability.shape, bool).at[rows, order].set(kept, unique_indices=True)
+    return _mask(probability.shape, order, kept)
+
+
+def _mask(shape: tuple[int, ...], tokens: Int[Array, "B N"], values: Bool[Array, "B N"] | bool) -> Bool[Array, "B V"]:
+    """False, but `values` at the `tokens` of each row."""
+    return jnp.zeros(shape, bool).at[jnp.arange(shape[0])[:, None], tokens].set(values, unique_indices=True)

@@ -52,7 +52,7 @@ def read_model_config(directory: str | Path) -> ModelConfig:
         config.param_dtype = config.dtype = _stored_dtype(directory, content)
     generation = directory / "generation_config.json"
     if generation.is_file() and (stop := _token_ids(Fields(generation, read_json(generation), {}))):
-        config.eos_token_ids = stop
+        config.eos_token_ids = tuple(dict.fromkeys((*config.eos_token_ids, *stop)))
     return config
 
 

@@ -1,5 +1,6 @@
 """Saving a Hugging Face checkpoint: one tensor in memory at a time, and the directory complete or unchanged."""
 
+import dataclasses
 import errno
 import functools
 import glob
@@ -22,7 +23,14 @@ from dsa_jax.checkpoints.hf.families import FAMILIES, Family
 from dsa_jax.checkpoints.hf.index_rope import is_reordered, to_stored
 from dsa_jax.checkpoints.hf.names import pieces, tensor_name
 from dsa_jax.checkpoints.hf.safetensors_file import TensorToWrite, write_file
-from dsa_jax.checkpoints.hf.tokenizer_files import BYTES_FIELD, TOKENIZER_FILES, copy_tokenizer_files, has_tokenizer_files
+from dsa_jax.checkpoints.hf.tokenizer_files import (
+    BYTES_FIELD,
+    TOKENIZER_FILES,
+    end_tokens,
+    has_tokenizer_files,
+    stated_end_tokens,
+    tokenizer_files,
+)
 from dsa_jax.checkpoints.hf.weights import INDEX_FILE, SINGLE_FILE, read_json
 from dsa_jax.checkpoints.hf.write_config import Layout, choose_layout
 from dsa_jax.config.model import FP8_BLOCKS, ModelConfig
@@ -60,7 +68,8 @@ def save_pretrained(
         directory: new, empty, or a checkpoint, which is replaced once the new one is complete.
         config: the model.
         params: its parameters, of the shapes and types that `init_params` gives.
-        tokenizer: one of ours, or the path of a directory or of the file of a tokenizer; its files are copied.
+        tokenizer: one of ours, or the path of a directory or of the file of a tokenizer; its files are copied, and its end
+            tokens are written beside the model's own.
         shard_bytes: most bytes of tensors in one file, unless a single tensor has more.
 
     Raises:
@@ -72,6 +81,11 @@ def save_pretrained(
         raise ValueError(f"shard_bytes is {shard_bytes!r}; expected a positive number of bytes, such as 5 * 2**30.")
     leaves = _checked_leaves(config, params)
     _check_target(target)
+    source = _tokenizer_source(tokenizer)
+    carried = tokenizer_files(source) if source else {}
+    config = _with_end_tokens(
+        config, [tokenizer.end_of_text_id] if isinstance(tokenizer, ByteTokenizer) else end_tokens(carried)
+    )
     layout = choose_layout(config)
     if is_reordered(config, layout.model_type):
         leaves = {path: to_stored(config, path, leaf) for path, leaf in leaves.items()}
@@ -86,8 +100,8 @@ def save_pretrained(
         temporary.mkdir(parents=True)
         try:
             _write_weights(temporary, tensors, shard_bytes)
-            source = _tokenizer_source(tokenizer)
-            carried = copy_tokenizer_files(source, temporary) if source else []
+            for name, file in carried.items():
+                shutil.copyfile(file, temporary / name)
             _state_end_tokens(temporary / "generation_config.json", config)
             _write_json(temporary / "config.json", content)
             _sync(temporary)
@@ -218,15 +232,19 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
         os.fsync(stream.fileno())
 
 
+def _with_end_tokens(config: ModelConfig, ends: list[int]) -> ModelConfig:
+    """The model with the end tokens of its tokenizer beside its own, as generation here stops at all of them."""
+    ours = dict.fromkeys((*config.eos_token_ids, *(token for token in ends if 0 <= token < config.vocab_size)))
+    return dataclasses.replace(config, eos_token_ids=tuple(ours))
+
+
 def _state_end_tokens(file: Path, config: ModelConfig) -> None:
-    """Let the generation settings that came with a tokenizer name the model's end tokens, since readers prefer these."""
+    """Let the generation settings that came with a tokenizer name all end tokens, since other readers prefer these."""
     if not file.is_file():
         return
-    settings = read_json(file)
-    stated, ours = settings.pop("eos_token_id", None), list(config.eos_token_ids)
-    if ours in (stated, [stated]) or (stated is None and not ours):
-        return
-    _write_json(file, settings | ({"eos_token_id": ours} if ours else {}))
+    settings, ours = read_json(file), list(config.eos_token_ids)
+    if ours and set(stated_end_tokens(settings)) != set(ours):
+        _write_json(file, settings | {"eos_token_id": ours})
 
 
 def _tokenizer_source(tokenizer: Tokenizer | str | Path | None) -> Path | None:

@@ -1,7 +1,6 @@
 """The tokenizer of a checkpoint directory: reading it, and copying its files to another one."""
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ _LOG = logging.getLogger(__name__)
 BYTES_FIELD = "dsa_tokenizer"
 """Field of config.json that says "bytes" where the tokenizer is UTF-8, which needs no file."""
 
+SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "tokenizer.json", *SETTINGS_FILES, "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja",
+    "chat_template.json", "generation_config.json",
 )  # fmt: skip
 
 
@@ -24,7 +24,7 @@ def load_checkpoint_tokenizer(directory: Path, content: dict[str, Any], vocab_si
     """The tokenizer of a checkpoint; None where it has none that can be read, which is logged.
 
     Raises:
-        CheckpointError: when it has more tokens than the model.
+        CheckpointError: when it gives text ids that the model has no embedding for.
     """
     tokenizer: Tokenizer
     if (directory / "tokenizer.json").is_file():
@@ -40,10 +40,12 @@ def load_checkpoint_tokenizer(directory: Path, content: dict[str, Any], vocab_si
     else:
         _LOG.info("%s brings no tokenizer.json: token ids only", directory)
         return None
-    if tokenizer.vocab_size > vocab_size:
+    last = tokenizer.vocab_size - 1
+    if last >= vocab_size:
         raise CheckpointError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, vocab_size of config.json is {vocab_size}; "
-            "expected at most that many tokens. The tokenizer is that of another model."
+            f"{directory}: the tokenizer has {last + 1} tokens, vocab_size of config.json is {vocab_size}, so the model has no "
+            f"embedding for token {last}, {tokenizer.decode([last], control_tokens=True)!r}; expected ids below {vocab_size}. "
+            "Remove the tokens beyond from the tokenizer's files, or take the weights that were resized for them."
         )
     return tokenizer
 
@@ -56,23 +58,39 @@ def tokenizer_name(directory: str | Path) -> str:
 
 
 def has_tokenizer_files(directory: str | Path) -> bool:
-    """Whether a directory holds anything that `copy_tokenizer_files` copies."""
+    """Whether a directory holds anything of `tokenizer_files`."""
     return any((Path(directory) / name).is_file() for name in TOKENIZER_FILES)
 
 
-def copy_tokenizer_files(source: Path, target: Path) -> list[str]:
-    """Copy a tokenizer to the directory `target`; returns the names of the copies.
+def tokenizer_files(source: Path) -> dict[str, Path]:
+    """The files of a tokenizer, by the names that they have in a checkpoint.
 
     Args:
-        source: a directory, whose tokenizer files and generation settings are copied; or the file of a tokenizer, which
-            becomes tokenizer.json, with the tokenizer_config.json beside it.
+        source: a directory, with its tokenizer files and generation settings; or the file of a tokenizer, which becomes
+            tokenizer.json, with the files beside it that declare tokens and roles.
     """
     if source.is_dir() or source.name in TOKENIZER_FILES:
         folder = source if source.is_dir() else source.parent
         files = {name: folder / name for name in TOKENIZER_FILES}
     else:
-        files = {TOKENIZER_FILES[0]: source, TOKENIZER_FILES[1]: source.with_name(TOKENIZER_FILES[1])}
-    copied = [name for name, file in files.items() if file.is_file()]
-    for name in copied:
-        shutil.copyfile(files[name], target / name)
-    return copied
+        files = {"tokenizer.json": source} | {name: source.with_name(name) for name in SETTINGS_FILES}
+    return {name: file for name, file in files.items() if file.is_file()}
+
+
+def end_tokens(files: dict[str, Path]) -> list[int]:
+    """Ids that end a text by the files of a tokenizer: its end-of-text, and those of its generation settings."""
+    ends: list[int] = []
+    if "tokenizer.json" in files:
+        try:
+            ends.append(JsonTokenizer(files["tokenizer.json"]).end_of_text_id)
+        except (ImportError, ConfigError) as error:
+            _LOG.warning("the end-of-text token is not known: %s", error)
+    if "generation_config.json" in files:
+        ends += stated_end_tokens(read_json(files["generation_config.json"]))
+    return ends
+
+
+def stated_end_tokens(settings: dict[str, Any]) -> list[int]:
+    """The `eos_token_id` of a generation_config.json as a list."""
+    stated = settings.get("eos_token_id")
+    return [token for token in (stated if isinstance(stated, list) else [stated]) if type(token) is int]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from dsa_jax.checkpoints.pretrained import Pretrained
 from dsa_jax.config import ConfigError
 from dsa_jax.data import ByteTokenizer
-from dsa_jax.evals.harness import HarnessScorer, cut_at, lm_eval_model, rolling_windows
+from dsa_jax.evals.harness import HarnessScorer, lm_eval_model, rolling_windows
 from tests.dsa_jax.model.small import built, forward, small_config
 
 
@@ -72,10 +72,10 @@ def test_rolling_loglikelihood_scores_every_token_once(pretrained):
     np.testing.assert_allclose(scorer.loglikelihood_rolling([Instance((text,))]), [total], rtol=1e-4)
 
 
-@given(n_tokens=st.integers(0, 40), longest=st.integers(1, 12))
-def test_rolling_windows_cover_the_text(n_tokens, longest):
+@given(n_tokens=st.integers(0, 40), n_prefix=st.integers(1, 2), longest=st.integers(1, 12))
+def test_rolling_windows_cover_the_text(n_tokens, n_prefix, longest):
     tokens = list(range(1, n_tokens + 1))
-    windows = rolling_windows(tokens, 0, longest)
+    windows = rolling_windows(tokens, [0] * n_prefix, longest)
     assert [token for window in windows for token in window.tokens[-window.n_scored :]] == tokens
     assert all(len(window.tokens) <= longest + 1 and window.n_scored < len(window.tokens) for window in windows)
 
@@ -108,11 +108,6 @@ def test_generation_ends_where_a_document_does(pretrained):
     scorer = HarnessScorer(pretrained._replace(tokenizer=tokenizer), attention="dense", batch_size=1)
     (text,) = scorer.generate_until([Instance(("abc", {"until": [], "max_gen_toks": 6}))])
     assert text == tokenizer.decode([ended])
-
-
-def test_cut_at_takes_the_earliest_stop():
-    assert cut_at("one\ntwo. three", [".", "\n", ""]) == "one"
-    assert cut_at("one", []) == "one"
 
 
 def test_missing_parts_are_named(pretrained):

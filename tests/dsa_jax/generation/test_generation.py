@@ -8,6 +8,7 @@ import pytest
 
 import dsa_jax.generation.programs as programs
 from dsa_jax.checkpoints.pretrained import Pretrained
+from dsa_jax.data import ByteTokenizer
 from dsa_jax.generation import generate
 from dsa_jax.generation.api import _checked_prompts, _number, _stop_tokens, _whole
 from tests.dsa_jax.model.small import VOCAB, built, forward, small_config
@@ -113,12 +114,36 @@ def test_the_loop_ends_when_all_rows_have():
     assert first.timings.decode_tokens_per_second == 0.0 and first.timings.prefill_tokens_per_second > 0.0
 
 
+def test_a_row_ends_where_the_caller_says_so():
+    plain = by_full_passes("gqa", "sparse")
+    ends = {0: 1, 1: 3, 2: 2}
+    heard = [0, 0, 0]
+
+    def on_token(row, token):
+        heard[row] += 1
+        return heard[row] == ends[row]
+
+    result = generate(pretrained("gqa"), PROMPTS, max_new_tokens=NEW, attention="sparse", on_token=on_token)
+    assert result.token_ids == [plain[row][: ends[row]] for row in range(3)] and result.timings.decode_steps == 2
+    with_text = generate(pretrained("gqa"), PROMPTS, max_new_tokens=NEW, attention="sparse", on_token=lambda *_: "text")
+    assert with_text.token_ids == plain
+
+
+def test_the_most_probable_token_alone_is_the_greedy_text():
+    assert sampled(PROMPTS, top_k=1, attention="sparse").token_ids == by_full_passes("mla", "sparse")
+    assert sampled(PROMPTS, top_k=VOCAB).token_ids == sampled(PROMPTS).token_ids
+
+
 def test_the_models_own_stop_and_start_tokens_are_the_default():
     stop = by_full_passes("gqa", "sparse")[0][2]
     loaded = pretrained("gqa", eos_token_ids=(stop,), bos_token_id=PROMPTS[1][0])
     result = generate(loaded, [PROMPTS[0], [], PROMPTS[1][:1]], max_new_tokens=NEW, attention="sparse")
     assert result.token_ids[0] == by_full_passes("gqa", "sparse")[0][:3]
     assert result.token_ids[1] == result.token_ids[2]
+    tokenizer = ByteTokenizer()
+    tokenizer.end_of_text_id = by_full_passes("gqa", "sparse")[0][1]
+    result = generate(loaded._replace(tokenizer=tokenizer), [PROMPTS[0], [], [8]], max_new_tokens=NEW, attention="sparse")
+    assert result.token_ids[0] == by_full_passes("gqa", "sparse")[0][:2]
 
 
 def test_no_new_tokens_asked_for():
@@ -140,6 +165,7 @@ WRONG = {
     "no-mode": ({"attention": ""}, "attention is ''; expected one of dense, sparse"),
     "no-mass": ({"top_p": 0.0}, r"top_p is 0.0"),
     "too-much-mass": ({"top_p": 1.5}, r"top_p is 1.5"),
+    "fewer-than-none": ({"top_k": -1}, "top_k is -1"),
     "seed": ({"seed": -1}, "seed is -1"),
     "stop-token": ({"stop_tokens": [2**40]}, "stop_tokens holds 1099511627776; expected token ids"),
     "chunk": ({"prefill_chunk": 0}, "prefill_chunk is 0"),

@@ -39,13 +39,17 @@ def test_draws_follow_the_tempered_distribution_inside_the_nucleus():
     logits = jnp.broadcast_to(jnp.log(PROBABILITY[0]), (n, 4))
     keys = row_keys(number(7, jnp.uint32), number(0, jnp.int32), n)
 
-    def shares(temperature, top_p):
-        drawn = sample_token(logits, keys, number(temperature), None if top_p is None else number(top_p))
+    def shares(temperature, top_p, top_k=0):
+        drawn = sample_token(logits, keys, number(temperature), None if top_p is None else number(top_p), top_k)
         return np.bincount(drawn, minlength=4) / n
 
     # 0.03 is four standard deviations of a share of one half.
     np.testing.assert_allclose(shares(1.0, None), PROBABILITY[0], atol=0.03)
     np.testing.assert_allclose(shares(1.0, 0.75), [0, 2 / 3, 1 / 3, 0], atol=0.03)
+    np.testing.assert_allclose(shares(1.0, None, 3), [1 / 7, 4 / 7, 2 / 7, 0], atol=0.03)  # of 0 and 3 the lower
+    np.testing.assert_allclose(shares(1.0, 0.6, 2), [0, 1, 0, 0])  # two thirds of what is left
+    np.testing.assert_allclose(shares(1.0, 0.7, 2), [0, 2 / 3, 1 / 3, 0], atol=0.03)
+    np.testing.assert_allclose(shares(1.0, None, 9), PROBABILITY[0], atol=0.03)
     squared = PROBABILITY[0] ** 2
     np.testing.assert_allclose(shares(0.5, None), squared / squared.sum(), atol=0.03)
 

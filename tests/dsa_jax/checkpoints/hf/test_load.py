@@ -319,8 +319,19 @@ def test_the_tokenizer_comes_along_and_must_fit(tmp_path, caplog):
         assert end is None or tokenizer.end_of_text_id == end
     assert tokenizer is None and "no token that ends a document" in caplog.text
     (directory / "tokenizer.json").write_text(json.dumps(word_tokenizer(VOCAB + 1)))
-    with pytest.raises(CheckpointError, match=f"tokenizer has {VOCAB + 1} tokens, vocab_size of config.json is {VOCAB}"):
+    named = rf"tokenizer has {VOCAB + 1} tokens, vocab_size of config.json is {VOCAB}, .* token {VOCAB}, '<\|endoftext\|>'"
+    with pytest.raises(CheckpointError, match=named):
         load_pretrained(directory)
+
+
+def test_a_padding_token_beyond_the_vocabulary_is_no_reason_to_refuse(tmp_path):
+    directory = write_checkpoint(tmp_path, config_of("llama"))
+    pad = {"id": VOCAB, "content": "[PAD]", "special": True} | dict.fromkeys(
+        ("single_word", "lstrip", "rstrip", "normalized"), False
+    )
+    (directory / "tokenizer.json").write_text(json.dumps(word_tokenizer(VOCAB) | {"added_tokens": [pad]}))
+    loaded = load_pretrained(directory)
+    assert loaded.tokenizer.vocab_size == VOCAB and loaded.stop_tokens == (2, 3, VOCAB - 1)
 
 
 def word_tokenizer(n_words):

@@ -10,10 +10,11 @@ from dsa_jax.checkpoints.hf import CheckpointError, read_model_config
 from tests.dsa_jax.checkpoints.hf.tiny import LAYERS, config_of, write_checkpoint
 
 
-def test_generation_config_decides_what_ends_a_text(tmp_path):
+@pytest.mark.parametrize(("stated", "ends"), [([5, 6], (2, 3, 5, 6)), (3, (2, 3)), (None, (2, 3))], ids=str)
+def test_generation_config_adds_to_what_ends_a_text(tmp_path, stated, ends):
     directory = write_checkpoint(tmp_path, config_of("llama"))
-    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
-    assert read_model_config(directory).eos_token_ids == (5, 6)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": stated}))
+    assert read_model_config(directory).eos_token_ids == ends
 
 
 @pytest.mark.parametrize(

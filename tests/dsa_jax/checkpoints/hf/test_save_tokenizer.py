@@ -84,17 +84,39 @@ class OtherTokenizer:
         return "?" * len(ids)
 
 
-def test_the_models_own_end_tokens_go_with_the_files_of_a_tokenizer(saved):
+def test_all_end_tokens_are_written(saved):
+    """Those of the model, of the generation settings and of the tokenizer, to both files: generation here stops at each."""
     target, loaded = saved
-    folder = target.parent / "words"
-    folder.mkdir()
-    word_tokenizer(folder)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "top_k": 3}))
-    for ends in ((5,), (5, 6), ()):
+    folder = word_tokenizer(target.parent / "words")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 7, "top_k": 3}))
+    for ends, expected in (((5,), [5, 2, 7]), ((7, 6), [7, 6, 2]), ((), [2, 7])):
         loaded.config.eos_token_ids = ends
         save_pretrained(target, loaded.config, loaded.params, tokenizer=folder)
-        assert load_pretrained(target).config.eos_token_ids == ends
-        assert json.loads((target / "generation_config.json").read_text())["top_k"] == 3
+        written = json.loads((target / "generation_config.json").read_text())
+        assert written == {"eos_token_id": expected, "top_k": 3} and config_json(target)["eos_token_id"] == expected
+        assert load_pretrained(target).config.eos_token_ids == load_pretrained(target).stop_tokens == tuple(expected)
+        assert loaded.config.eos_token_ids == ends
+
+
+def test_the_end_token_of_a_tokenizer_without_generation_settings_is_written(tmp_path):
+    config = ModelConfig(vocab_size=257, hidden_dim=32, mlp_dim=40, n_layers=1, attention=gqa())
+    save_pretrained(tmp_path, config, drawn(config), tokenizer=ByteTokenizer())
+    assert config_json(tmp_path)["eos_token_id"] == 256
+    config.eos_token_ids = (2,)
+    save_pretrained(tmp_path, config, drawn(config), tokenizer=JsonTokenizer(word_tokenizer(tmp_path.with_name("words"))))
+    assert config_json(tmp_path)["eos_token_id"] == 2
+
+
+def test_the_files_that_declare_tokens_come_along(saved):
+    target, loaded = saved
+    folder = word_tokenizer(target.parent / "declared")
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<end>"}))
+    (folder / "added_tokens.json").write_text(json.dumps({"<end>": 3}))
+    (folder / "tokenizer.json").rename(folder / "mine.json")
+    save_pretrained(target, loaded.config, loaded.params, tokenizer=folder / "mine.json")
+    again = load_pretrained(target)
+    assert again.tokenizer.encode("w1 <end>").tolist() == [1, 3] and 3 in again.config.eos_token_ids
 
 
 def test_a_tokenizer_must_be_one(saved):
