@@ -11,7 +11,7 @@ from dsa_jax.checkpoints.hf import CheckpointError
 from dsa_jax.config import STAGES as STAGE_ORDER
 from dsa_jax.config import Config, ConfigError, StageConfig, to_dict
 from dsa_jax.config.selections import DENSE
-from dsa_jax.data import EvalData, TrainData, make_eval_data, make_train_data
+from dsa_jax.data import EvalData, TrainData, make_data
 from dsa_jax.evals.parity import evaluate_parity
 from dsa_jax.model import build_model
 from dsa_jax.model.attention.kinds import kinds_of
@@ -86,8 +86,7 @@ def _shown(report: dict[str, Any], workdir: Path) -> dict[str, Any]:
 
 
 def _retrofit(config: Config, workdir: Path, tensorboard: bool) -> dict[str, Any] | None:
-    train_data = make_train_data(config.data, config.seed, config.model.vocab_size)
-    eval_data = make_eval_data(config.data, config.seed, config.model.vocab_size)
+    train_data, eval_data = make_data(config.data, config.seed, config.model.vocab_size)
     check_lengths(config, train_data, eval_data)
     run = RunDirectory(workdir, resumed=on_main(lambda: open_run(workdir, config).resumed))
     model = build_model(config.model)

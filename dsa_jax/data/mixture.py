@@ -237,11 +237,8 @@ class EvalData(_Mixture):
             self.task_batches(name, settings.task_sequences, settings.task_len, settings.batch_size)
 
 
-_Side = TypeVar("_Side", TrainData, EvalData)
-
-
-def make_train_data(config: DataConfig, seed: int, vocab_size: int) -> TrainData:
-    """Load the training side of the mixture; a corpus only if it has text.
+def make_data(config: DataConfig, seed: int, vocab_size: int) -> tuple[TrainData, EvalData]:
+    """Load both sides of the mixture, which share one corpus; a corpus only if it has text.
 
     Args:
         config: the mixture.
@@ -251,16 +248,32 @@ def make_train_data(config: DataConfig, seed: int, vocab_size: int) -> TrainData
     Raises:
         ConfigError: if the model's vocabulary is too small for the data, and whatever loading the corpus raises.
     """
-    return _load(TrainData, config, seed, vocab_size, lambda corpus: TextReader(corpus, seed))
+    fields = _load(config, seed, vocab_size)
+    return _train_side(fields), _eval_side(fields)
+
+
+def make_train_data(config: DataConfig, seed: int, vocab_size: int) -> TrainData:
+    """The training side of `make_data` alone, with the same arguments and errors."""
+    return _train_side(_load(config, seed, vocab_size))
 
 
 def make_eval_data(config: DataConfig, seed: int, vocab_size: int) -> EvalData:
-    """The evaluation counterpart of `make_train_data`, with the same arguments and errors."""
-    return _load(EvalData, config, seed, vocab_size, StreamedCorpus.held_out)
+    """The evaluation side of `make_data` alone, with the same arguments and errors."""
+    return _eval_side(_load(config, seed, vocab_size))
 
 
-def _load(kind: type[_Side], config: DataConfig, seed: int, vocab_size: int, take: Callable[[StreamedCorpus], Any]) -> _Side:
-    """The data of one side; `take` takes that side of a streamed corpus."""
+def _train_side(fields: dict[str, Any]) -> TrainData:
+    text = fields["text"]
+    return TrainData(**fields | {"text": TextReader(text, fields["seed"]) if isinstance(text, StreamedCorpus) else text})
+
+
+def _eval_side(fields: dict[str, Any]) -> EvalData:
+    text = fields["text"]
+    return EvalData(**fields | {"text": text.held_out() if isinstance(text, StreamedCorpus) else text})
+
+
+def _load(config: DataConfig, seed: int, vocab_size: int) -> dict[str, Any]:
+    """The fields of both sides; `text` is a Corpus, a StreamedCorpus or None."""
     config.validate()
     tokenizer = load_tokenizer(config.text.tokenizer)
     task = RecallTask.from_config(config.recall, tokenizer.vocab_size)
@@ -280,17 +293,17 @@ def _load(kind: type[_Side], config: DataConfig, seed: int, vocab_size: int, tak
     text: Any = None
     if config.text_fraction:
         is_streamed = config.text.source == "grain"
-        text = take(StreamedCorpus(config.text, tokenizer)) if is_streamed else load_corpus(config.text, tokenizer)
-    return kind(
-        seed=seed,
-        vocab_size=needed,
-        model_vocab_size=vocab_size,
-        recall_fraction=float(config.recall_fraction),
-        tasks=config.tasks,
-        setting=setting,
-        tokenizer=tokenizer,
-        text=text,
-    )
+        text = StreamedCorpus(config.text, tokenizer) if is_streamed else load_corpus(config.text, tokenizer)
+    return {
+        "seed": seed,
+        "vocab_size": needed,
+        "model_vocab_size": vocab_size,
+        "recall_fraction": float(config.recall_fraction),
+        "tasks": config.tasks,
+        "setting": setting,
+        "tokenizer": tokenizer,
+        "text": text,
+    }
 
 
 def _no_row(what: str, share: float, batch_size: int) -> ConfigError:

@@ -1,7 +1,10 @@
 """Text to token ids and back: UTF-8 bytes, or a Hugging Face `tokenizer.json`."""
 
+import hashlib
 import json
+import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,6 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from dsa_jax.config import ConfigError
+from dsa_jax.data.line_ends import safe_cuts
 from dsa_jax.extras import import_extra
 
 # End-of-text tokens of published tokenizers, most specific first.
@@ -101,6 +105,30 @@ class JsonTokenizer:
     def encode(self, text: str) -> Int[np.ndarray, " N"]:
         """Token ids of `text`, without special tokens."""
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_pieces(self, pieces: Sequence[str]) -> list[Int[np.ndarray, " _"]]:
+        """Token ids of each piece of a text by itself, without special tokens, on all cores."""
+        # Unlike encode_batch it computes no offsets, which take most of its memory.
+        encodings = self._tokenizer.encode_batch_fast(list(pieces), add_special_tokens=False)
+        return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+
+    @cached_property
+    def cuts(self) -> re.Pattern[str] | None:
+        """Places at which a text may be cut, the ids of the pieces being those of the whole; None where none is certain."""
+        return safe_cuts(json.loads(self._tokenizer.to_str()))
+
+    @cached_property
+    def opening(self) -> Int[np.ndarray, " N"]:
+        """What `encode` puts before the ids of the text itself, such as a begin-of-text token."""
+        ids = self.encode("a")
+        return ids[: ids.size - self.encode_pieces(["a"])[0].size]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all that decides the ids that `encode_pieces` gives."""
+        version = import_extra("tokenizers", extra="hf", purpose=str(self.file)).__version__
+        settings = f"{version} {self._tokenizer.encode_special_tokens}\n{self._tokenizer.to_str()}"
+        return hashlib.sha256(settings.encode()).hexdigest()
 
     def encode_prompt(self, text: str) -> Int[np.ndarray, " N"]:
         """Token ids of `text` after the prefix of the file's post-processor; its suffix is left out."""
