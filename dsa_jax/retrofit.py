@@ -70,7 +70,18 @@ def _finished(config: Config, workdir: Path) -> dict[str, Any] | None:
     if report is None or (exports and not on_main((workdir / "hf" / "config.json").exists)):
         return None
     last = next(((name, stage.steps) for name, stage in reversed(_stages(config).items())), None)
-    return report if latest_position(run, config) == last else None
+    if latest_position(run, config) != last:
+        return None
+    if on_main(run.config).data.text.path != config.data.text.path:
+        _require_text(report, config)
+    return report
+
+
+def _require_text(report: dict[str, Any], config: Config) -> None:
+    """Check that the text of `config`, which lies elsewhere than that of `report`, has the same content."""
+    text = make_data(config.data, config.seed, config.model.vocab_size)[1].text
+    if text is not None:
+        text.require((report["corpus"]["text"] or {}).get("sha256"))
 
 
 def _stages(config: Config) -> dict[str, StageConfig]:

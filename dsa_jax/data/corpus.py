@@ -24,8 +24,8 @@ class Corpus(NamedTuple):
     held_out: TokenStream
     provenance: dict[str, Any]
 
-    def require(self, sha256: str) -> None:
-        """Check that this is the text of that `sha256`: other text splits differently and is read in another order.
+    def require(self, sha256: str | None) -> None:
+        """Check that this is the text of that `sha256`, wherever it lies; other text splits differently, in another order.
 
         Raises:
             ConfigError: where it is not.
@@ -33,8 +33,8 @@ class Corpus(NamedTuple):
         if sha256 != self.provenance["sha256"]:
             raise ConfigError(
                 f"the text of {self.provenance['source']} is not the text that the run was trained on so far (data.text.path): "
-                "what is held out now may have been trained on. Expected the same files and tokenizer, and of python-stdlib "
-                "the same version of Python. Restore them, or start another run."
+                "what is held out now may have been trained on. Expected files of the same content, wherever they lie, the "
+                "same tokenizer, and of python-stdlib the same version of Python. Name them, or start another run."
             )
 
     def describe(self) -> dict[str, Any]:

@@ -6,9 +6,10 @@ The vocabulary holds the text tokenizer's ids first, the recall task's after the
 whatever the mixture is, so a checkpoint keeps its meaning when the mixture changes.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,8 @@ from dsa_jax.data.streamed import StreamedCorpus, TextReader
 from dsa_jax.data.tasks import Setting, get_task
 from dsa_jax.data.tasks.recall import RecallTask
 from dsa_jax.data.tokenizer import Tokenizer, load_tokenizer
+
+_LOG = logging.getLogger(__name__)
 
 # First word of the entropy of each random stream: no two streams share one.
 _TRAIN_RECALL, _TRAIN_TEXT, _EVAL_RECALL, _TRAIN_TASK, _EVAL_TASK = 1, 2, 3, 4, 5
@@ -129,8 +132,11 @@ class TrainData(_Mixture):
                     "the checkpoint holds no position in the text; expected one, since data.text.source is 'grain'."
                 )
             self.text.restore(state)
-        elif isinstance(self.text, Corpus) and state is not None:
-            self.text.require(state["sha256"])
+        elif isinstance(self.text, Corpus):
+            if state is None:
+                _LOG.warning("the checkpoint does not say what text it was trained on: that it is this one is not checked")
+            else:
+                self.text.require(state["sha256"])
 
     def _text_rows(self, step: int, n_rows: int, seq_len: int) -> Batch:
         assert isinstance(self.text, Corpus) and self.text.train
