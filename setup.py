@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 
 HF = ["tokenizers>=0.23"]
 PLOT = ["matplotlib>=3.10"]
-DATA = ["grain>=0.2.18,<0.3", "pyarrow>=21"]
+DATA = ["grain>=0.2.18,<0.3", "pyarrow>=21", "zstandard>=0.23"]
 # Exactly this torch: its CPU build is small, and the fixtures were made with it.
 GGUF = ["gguf>=0.17"]
 PARITY = ["transformers>=5.23", "torch==2.13.0"]

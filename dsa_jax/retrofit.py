@@ -12,7 +12,7 @@ from dsa_jax.config import STAGES as STAGE_ORDER
 from dsa_jax.config import Config, ConfigError, StageConfig, to_dict
 from dsa_jax.config.selections import DENSE
 from dsa_jax.costs.comparison import dense_and_sparse
-from dsa_jax.data import EvalData, TrainData, make_eval_data, make_train_data
+from dsa_jax.data import EvalData, TrainData, make_data
 from dsa_jax.evals.parity import evaluate_parity
 from dsa_jax.model import build_model
 from dsa_jax.model.attention.kinds import kinds_of
@@ -71,7 +71,18 @@ def _finished(config: Config, workdir: Path) -> dict[str, Any] | None:
     if report is None or (exports and not on_main((workdir / "hf" / "config.json").exists)):
         return None
     last = next(((name, stage.steps) for name, stage in reversed(_stages(config).items())), None)
-    return report if latest_position(run, config) == last else None
+    if latest_position(run, config) != last:
+        return None
+    if on_main(run.config).data.text.path != config.data.text.path:
+        _require_text(report, config)
+    return report
+
+
+def _require_text(report: dict[str, Any], config: Config) -> None:
+    """Check that the text of `config`, which lies elsewhere than that of `report`, has the same content."""
+    text = make_data(config.data, config.seed, config.model.vocab_size)[1].text
+    if text is not None:
+        text.require((report["corpus"]["text"] or {}).get("sha256"))
 
 
 def _stages(config: Config) -> dict[str, StageConfig]:
@@ -88,8 +99,7 @@ def _shown(report: dict[str, Any], workdir: Path) -> dict[str, Any]:
 
 
 def _retrofit(config: Config, workdir: Path, tensorboard: bool) -> dict[str, Any] | None:
-    train_data = make_train_data(config.data, config.seed, config.model.vocab_size)
-    eval_data = make_eval_data(config.data, config.seed, config.model.vocab_size)
+    train_data, eval_data = make_data(config.data, config.seed, config.model.vocab_size)
     check_lengths(config, train_data, eval_data)
     run = RunDirectory(workdir, resumed=on_main(lambda: open_run(workdir, config).resumed))
     model = build_model(config.model)

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     from dsa_jax.generation.text import TextStream
     from dsa_jax.parallel.placement import on_mesh
 
-    texts = [*_PROMPT.value, *([_read(Path(_PROMPT_FILE.value))] if _PROMPT_FILE.value else [])]
+    texts = [*_PROMPT.value, *([_read(Path(_PROMPT_FILE.value).expanduser())] if _PROMPT_FILE.value else [])]
     if not texts:
         raise ConfigError("there is nothing to continue. Give --prompt=TEXT or --prompt_file=FILE.")
     for text in texts:
@@ -103,10 +103,12 @@ def main(argv: list[str]) -> None:
 
 
 def _read(path: Path) -> str:
+    from dsa_jax.data.regular_files import read_text
+
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompt_file: cannot read {path} as UTF-8 text: {error}") from error
+        return read_text(path)
+    except ConfigError as error:
+        raise ConfigError(f"--prompt_file: {error}") from error
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
+
 COMPILED = Path(__file__).parents[1] / ".cache" / "compiled"
 MAX_AGE, MAX_BYTES = 14 * 24 * 3600, 2**30
 
@@ -53,3 +55,11 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # once for all the processes of a run
         drop_unused(COMPILED)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def token_cache(tmp_path_factory):
+    """No token ids of earlier runs, and none left in the user's own cache; commands that tests start inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSA_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

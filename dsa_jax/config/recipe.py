@@ -70,7 +70,7 @@ class TaskConfig:
 class TextConfig:
     """A text corpus. Documents go to the held-out split by a hash of their content."""
 
-    path: str = ""  # .txt, .jsonl, .npy or a directory of them; empty: the Python standard library's own source
+    path: str = ""  # .txt, .md, .jsonl, .npy, a directory or pattern of them; empty: the Python standard library's source
     tokenizer: str = "bytes"  # bytes | checkpoint (that of init.hf_dir) | none | path of a tokenizer.json (extra `hf`)
     held_out_fraction: float = 0.1
     max_tokens: int = 0  # 0: no limit

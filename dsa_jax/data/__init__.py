@@ -2,7 +2,7 @@
 
 from dsa_jax.data.batch import Batch
 from dsa_jax.data.corpus import Corpus, load_corpus
-from dsa_jax.data.mixture import EvalData, TrainData, make_eval_data, make_train_data
+from dsa_jax.data.mixture import EvalData, TrainData, make_data, make_eval_data, make_train_data
 from dsa_jax.data.tasks.recall import RecallTask, recall_rows
 from dsa_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer
 
@@ -17,6 +17,7 @@ __all__ = [
     "TrainData",
     "load_corpus",
     "load_tokenizer",
+    "make_data",
     "make_eval_data",
     "make_train_data",
     "recall_rows",

@@ -10,8 +10,10 @@ from jaxtyping import Int, UInt
 
 from dsa_jax.config import ConfigError, TextConfig
 from dsa_jax.data.documents import stdlib_documents, user_documents
+from dsa_jax.data.encoding import encode_documents
 from dsa_jax.data.packing import TokenStream, make_stream
 from dsa_jax.data.split import digest, split_documents
+from dsa_jax.data.token_cache import default_cache
 from dsa_jax.data.tokenizer import Tokenizer, token_dtype
 
 
@@ -22,8 +24,8 @@ class Corpus(NamedTuple):
     held_out: TokenStream
     provenance: dict[str, Any]
 
-    def require(self, sha256: str) -> None:
-        """Check that this is the text of that `sha256`: other text splits differently and is read in another order.
+    def require(self, sha256: str | None) -> None:
+        """Check that this is the text of that `sha256`, wherever it lies; other text splits differently, in another order.
 
         Raises:
             ConfigError: where it is not.
@@ -31,8 +33,8 @@ class Corpus(NamedTuple):
         if sha256 != self.provenance["sha256"]:
             raise ConfigError(
                 f"the text of {self.provenance['source']} is not the text that the run was trained on so far (data.text.path): "
-                "what is held out now may have been trained on. Expected the same files and tokenizer, and of python-stdlib "
-                "the same version of Python. Restore them, or start another run."
+                "what is held out now may have been trained on. Expected files of the same content, wherever they lie, the "
+                "same tokenizer, and of python-stdlib the same version of Python. Name them, or start another run."
             )
 
     def describe(self) -> dict[str, Any]:
@@ -48,9 +50,10 @@ class Corpus(NamedTuple):
 
 
 def load_corpus(config: TextConfig, tokenizer: Tokenizer) -> Corpus:
-    """Read, tokenize and split the corpus that `config` names; the same files give the same arrays.
+    """Read, tokenize and split the corpus that `config` names; the same files give the same arrays, wherever they lie.
 
-    Token ids are held in memory, in two bytes each where the vocabulary allows it.
+    Token ids are held in memory, in two bytes each where the vocabulary allows it. Those of a tokenizer.json are kept in
+    `token_cache.default_cache`, so that the same text is tokenized once.
 
     Args:
         config: an empty `path` means the source of the running Python's standard library; `max_tokens` keeps that many tokens
@@ -60,10 +63,10 @@ def load_corpus(config: TextConfig, tokenizer: Tokenizer) -> Corpus:
     Raises:
         ConfigError: for a corpus without text, and whatever `documents.user_documents` refuses.
     """
-    documents = user_documents(config.path, tokenizer, column=config.column) if config.path else stdlib_documents(tokenizer)
-    kept = [
-        document.astype(token_dtype(tokenizer)) for document in _limited(documents, config.max_tokens, tokenizer.end_of_text_id)
-    ]
+    documents = user_documents(config.path, tokenizer, column=config.column) if config.path else stdlib_documents()
+    encoded = encode_documents(tokenizer, documents, cache=default_cache(), max_tokens=config.max_tokens)
+    limited = _limited(encoded, config.max_tokens, tokenizer.end_of_text_id)
+    kept = [document.astype(token_dtype(tokenizer)) for document in limited]
     if not kept:
         limit = f" within data.text.max_tokens ({config.max_tokens})" if config.max_tokens else ""
         raise ConfigError(

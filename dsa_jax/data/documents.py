@@ -1,6 +1,6 @@
-"""Documents of a corpus as arrays of token ids, from the standard library's source or the user's own files.
+"""Documents of a corpus, from the standard library's source or the user's own files: as text, or as token ids.
 
-Every document begins as the tokenizer begins a text and ends in its end-of-text id. Nothing is ever unpickled.
+Nothing is ever unpickled, and no text file is held whole.
 """
 
 import json
@@ -8,79 +8,79 @@ import os
 import re
 import sysconfig
 from collections.abc import Iterator
+from io import BufferedIOBase
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt
 
 from dsa_jax.config import ConfigError
+from dsa_jax.data.found_files import find_files
+from dsa_jax.data.regular_files import COMPRESSED, decoded, opened, reads_zstd, special_kind, text_blocks
 from dsa_jax.data.tokenizer import Tokenizer
 
-SUFFIXES = (".txt", ".jsonl", ".npy")
+TEXT = (".txt", ".md")
+KINDS = (*TEXT, ".jsonl", ".npy")
+EXPECTED = ".txt, .md, .jsonl (each perhaps .gz or .zst) or .npy"
 # Tests, large vendored trees and installed packages.
 STDLIB_LEFT_OUT = frozenset({"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages"})
 
+Document = Iterator[str] | Int[np.ndarray, " _"] | UInt[np.ndarray, " _"]
+"""The blocks of a text, to be read before the next document is taken; or token ids, which end in the end-of-text id."""
 
-def stdlib_documents(tokenizer: Tokenizer) -> Iterator[Int[np.ndarray, " N"]]:
+
+def stdlib_documents() -> Iterator[Document]:
     """The Python standard library's own source, one document per `.py` file, sorted by relative path."""
     root = Path(sysconfig.get_path("stdlib"))
-    for file in files_below(root, (".py",), STDLIB_LEFT_OUT):
-        yield from _text_document(_decode(_read(file), file, 0), tokenizer)
+    found: list[Path] = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in STDLIB_LEFT_OUT and not name.startswith(".")]
+        found += [Path(folder, name) for name in names if name.endswith(".py") and not name.startswith(".")]
+    for file in sorted(found, key=lambda file: file.relative_to(root).as_posix()):
+        with opened(file) as stream:
+            yield text_blocks(stream, file)
 
 
-def user_documents(path: str, tokenizer: Tokenizer, *, column: str = "text") -> Iterator[Int[np.ndarray, " N"]]:
-    """Documents of a `.txt`, `.jsonl` or `.npy` file, or of all such files below a directory, sorted by relative path.
+def user_documents(path: str, tokenizer: Tokenizer, *, column: str = "text") -> Iterator[Document]:
+    """Documents of the files that `path` names, by `found_files.find_files`.
 
-    A `.txt` file is one document; in a `.jsonl` file each line is an object whose `column` is one; a `.npy` file holds token
-    ids, and a document ends after each end-of-text id. Empty documents, blank lines, and other or hidden files in a directory
-    are skipped.
+    A `.txt` or `.md` file is one document; in a `.jsonl` file each line is an object whose `column` is one, null an empty one;
+    a `.npy` file holds token ids, and a document ends after each end-of-text id. Text may be compressed (`.gz`, and `.zst`
+    where a package reads it). The case of a suffix does not matter. Other files in a directory are left out.
 
     Raises:
         ConfigError: for a path that is missing, unreadable, of an unknown kind, or whose content does not match its suffix.
+        MissingExtraError: for a path that is a .zst file where no package reads one.
     """
-    root = Path(path)
-    if root.is_dir():
-        files = files_below(root, SUFFIXES, frozenset())
-        if not files:
-            raise ConfigError(f"data.text.path is {path!r}, a directory without a {', '.join(SUFFIXES)} file.")
-    elif root.is_file():
-        files = [root]
-    else:
-        raise ConfigError(f"data.text.path is {path!r}, which does not exist. Expected a file or a directory.")
+    files = find_files(path, _refusal)
+    if not files:
+        raise ConfigError(f"data.text.path is {path!r}, where no file is {EXPECTED}.")
     for file in files:
-        if file.suffix == ".txt":
-            yield from _text_document(_decode(_read(file), file, 0), tokenizer)
-        elif file.suffix == ".jsonl":
-            yield from _jsonl_documents(file, tokenizer, column)
-        elif file.suffix == ".npy":
+        kind = _kind(file.name)
+        if not kind:
+            raise ConfigError(f"{file} has suffix {file.suffix!r}; expected {EXPECTED}, or a directory.")
+        if kind == ".npy":
             yield from _token_documents(file, tokenizer)
-        else:
-            raise ConfigError(f"{file} has suffix {file.suffix!r}; expected one of {', '.join(SUFFIXES)}, or a directory.")
+            continue
+        with opened(file) as stream:
+            if kind == ".jsonl":
+                yield from _jsonl_documents(stream, file, column)
+            else:
+                yield text_blocks(stream, file)
 
 
-def files_below(root: Path, suffixes: tuple[str, ...], left_out: frozenset[str]) -> list[Path]:
-    """Files below `root` with one of `suffixes`, by relative path; neither hidden ones nor folders `left_out`."""
-    found: list[Path] = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in left_out and not name.startswith(".")]
-        found += [Path(folder, name) for name in names if name.endswith(suffixes) and not name.startswith(".")]
-    return sorted(found, key=lambda file: file.relative_to(root).as_posix())
+def _kind(name: str) -> str:
+    """One of `KINDS`, or "" for a file of another name."""
+    path = Path(name.lower())
+    inner = Path(path.stem) if path.suffix in COMPRESSED else path
+    return inner.suffix if inner.suffix in KINDS and not (inner is not path and inner.suffix == ".npy") else ""
 
 
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror}.") from error
-
-
-def _decode(content: bytes, file: Path, first_byte: int) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{file} is not UTF-8: {error.reason} at byte {first_byte + error.start}. Convert it, or remove it from the corpus."
-        ) from error
+def _refusal(name: str) -> str:
+    """Why a file in a directory is not read; "" where it is."""
+    if not _kind(name):
+        return f"{Path(name).suffix.lower() or 'suffixless'} files"
+    return "" if not name.lower().endswith(".zst") or reads_zstd() else ".zst files, which need `pip install zstandard`,"
 
 
 def unpaired_surrogate(text: str) -> str:
@@ -89,35 +89,32 @@ def unpaired_surrogate(text: str) -> str:
     return found[0] if found else ""
 
 
-def _text_document(text: str, tokenizer: Tokenizer) -> Iterator[Int[np.ndarray, " N"]]:
-    if text:
-        yield np.append(tokenizer.encode_prompt(text), tokenizer.end_of_text_id)
-
-
-def _jsonl_documents(file: Path, tokenizer: Tokenizer, column: str) -> Iterator[Int[np.ndarray, " N"]]:
+def _jsonl_documents(stream: BufferedIOBase, file: Path, column: str) -> Iterator[Document]:
     first_byte = 0
-    for number, line in enumerate(_read(file).split(b"\n"), start=1):
-        text = _decode(line, file, first_byte)
-        first_byte += len(line) + 1
+    for number, line in enumerate(stream, start=1):
+        text = decoded(line, file, first_byte)
+        first_byte += len(line)
         if not text.strip():
             continue
         try:
             record = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{file}, line {number} is not JSON: {error}. Expected one object per line.") from error
-        if not isinstance(record, dict) or not isinstance(record.get(column), str):
+        if not isinstance(record, dict) or not isinstance(record.get(column, 0), str | None):
             raise ConfigError(
                 f'{file}, line {number} has no "{column}" string; expected an object such as {{"{column}": "..."}}. '
                 "data.text.column names the field that holds the text."
             )
-        if half := unpaired_surrogate(record[column]):
+        if half := unpaired_surrogate(record[column] or ""):
             raise ConfigError(
                 f"{file}, line {number} holds {half!r}, half of a surrogate pair, which is no character. Repair or remove it."
             )
-        yield from _text_document(record[column], tokenizer)
+        yield iter([record[column] or ""])
 
 
-def _token_documents(file: Path, tokenizer: Tokenizer) -> Iterator[Int[np.ndarray, " N"]]:
+def _token_documents(file: Path, tokenizer: Tokenizer) -> Iterator[Document]:
+    if kind := special_kind(file):
+        raise ConfigError(f"{file} is a {kind}; expected a regular file.")
     # open_memmap never unpickles: it refuses object arrays and files that are not .npy.
     try:
         ids = np.lib.format.open_memmap(file, mode="r")

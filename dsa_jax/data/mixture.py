@@ -6,9 +6,10 @@ The vocabulary holds the text tokenizer's ids first, the recall task's after the
 whatever the mixture is, so a checkpoint keeps its meaning when the mixture changes.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,8 @@ from dsa_jax.data.tasks import Setting, get_task
 from dsa_jax.data.tasks.recall import RecallTask
 from dsa_jax.data.text_tasks import TextRows, get_text_task, make_haystack, stack_text_rows
 from dsa_jax.data.tokenizer import Tokenizer, load_tokenizer
+
+_LOG = logging.getLogger(__name__)
 
 # First word of the entropy of each random stream: no two streams share one.
 _TRAIN_RECALL, _TRAIN_TEXT, _EVAL_RECALL, _TRAIN_TASK, _EVAL_TASK, _EVAL_TEXT_TASK = 1, 2, 3, 4, 5, 6
@@ -131,8 +134,11 @@ class TrainData(_Mixture):
                     "the checkpoint holds no position in the text; expected one, since data.text.source is 'grain'."
                 )
             self.text.restore(state)
-        elif isinstance(self.text, Corpus) and state is not None:
-            self.text.require(state["sha256"])
+        elif isinstance(self.text, Corpus):
+            if state is None:
+                _LOG.warning("the checkpoint does not say what text it was trained on: that it is this one is not checked")
+            else:
+                self.text.require(state["sha256"])
 
     def _text_rows(self, step: int, n_rows: int, seq_len: int) -> Batch:
         assert isinstance(self.text, Corpus) and self.text.train
@@ -267,11 +273,8 @@ class EvalData(_Mixture):
                 self.text_task_batches(name, settings.text_task_sequences, length, settings.batch_size)
 
 
-_Side = TypeVar("_Side", TrainData, EvalData)
-
-
-def make_train_data(config: DataConfig, seed: int, vocab_size: int) -> TrainData:
-    """Load the training side of the mixture; a corpus only if it has text.
+def make_data(config: DataConfig, seed: int, vocab_size: int) -> tuple[TrainData, EvalData]:
+    """Load both sides of the mixture, which share one corpus; a corpus only if it has text.
 
     Args:
         config: the mixture.
@@ -281,16 +284,32 @@ def make_train_data(config: DataConfig, seed: int, vocab_size: int) -> TrainData
     Raises:
         ConfigError: if the model's vocabulary is too small for the data, and whatever loading the corpus raises.
     """
-    return _load(TrainData, config, seed, vocab_size, lambda corpus: TextReader(corpus, seed))
+    fields = _load(config, seed, vocab_size)
+    return _train_side(fields), _eval_side(fields)
+
+
+def make_train_data(config: DataConfig, seed: int, vocab_size: int) -> TrainData:
+    """The training side of `make_data` alone, with the same arguments and errors."""
+    return _train_side(_load(config, seed, vocab_size))
 
 
 def make_eval_data(config: DataConfig, seed: int, vocab_size: int) -> EvalData:
-    """The evaluation counterpart of `make_train_data`, with the same arguments and errors."""
-    return _load(EvalData, config, seed, vocab_size, StreamedCorpus.held_out)
+    """The evaluation side of `make_data` alone, with the same arguments and errors."""
+    return _eval_side(_load(config, seed, vocab_size))
 
 
-def _load(kind: type[_Side], config: DataConfig, seed: int, vocab_size: int, take: Callable[[StreamedCorpus], Any]) -> _Side:
-    """The data of one side; `take` takes that side of a streamed corpus."""
+def _train_side(fields: dict[str, Any]) -> TrainData:
+    text = fields["text"]
+    return TrainData(**fields | {"text": TextReader(text, fields["seed"]) if isinstance(text, StreamedCorpus) else text})
+
+
+def _eval_side(fields: dict[str, Any]) -> EvalData:
+    text = fields["text"]
+    return EvalData(**fields | {"text": text.held_out() if isinstance(text, StreamedCorpus) else text})
+
+
+def _load(config: DataConfig, seed: int, vocab_size: int) -> dict[str, Any]:
+    """The fields of both sides; `text` is a Corpus, a StreamedCorpus or None."""
     config.validate()
     tokenizer = load_tokenizer(config.text.tokenizer, control_tokens=config.text.control_tokens)
     task = RecallTask.from_config(config.recall, tokenizer.vocab_size)
@@ -310,17 +329,17 @@ def _load(kind: type[_Side], config: DataConfig, seed: int, vocab_size: int, tak
     text: Any = None
     if config.text_fraction:
         is_streamed = config.text.source == "grain"
-        text = take(StreamedCorpus(config.text, tokenizer)) if is_streamed else load_corpus(config.text, tokenizer)
-    return kind(
-        seed=seed,
-        vocab_size=needed,
-        model_vocab_size=vocab_size,
-        recall_fraction=float(config.recall_fraction),
-        tasks=config.tasks,
-        setting=setting,
-        tokenizer=tokenizer,
-        text=text,
-    )
+        text = StreamedCorpus(config.text, tokenizer) if is_streamed else load_corpus(config.text, tokenizer)
+    return {
+        "seed": seed,
+        "vocab_size": needed,
+        "model_vocab_size": vocab_size,
+        "recall_fraction": float(config.recall_fraction),
+        "tasks": config.tasks,
+        "setting": setting,
+        "tokenizer": tokenizer,
+        "text": text,
+    }
 
 
 def _no_row(what: str, share: float, batch_size: int) -> ConfigError:

@@ -4,8 +4,8 @@ Both kinds of file have the same interface: the number of documents, and an endl
 Grain reads and shuffles .array_record files, and prefetches both kinds.
 """
 
-import glob
 import hashlib
+import re
 import sys
 import threading
 from collections import OrderedDict
@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from dsa_jax.config import ConfigError
-from dsa_jax.data.documents import files_below
+from dsa_jax.data.found_files import find_files
 from dsa_jax.extras import import_extra
 
 KINDS = (".array_record", ".parquet")
@@ -71,17 +71,11 @@ def fingerprint(records: RecordFiles) -> str:
 
 
 def _find(path: str) -> list[Path]:
-    root = Path(path)
-    if root.is_dir():
-        files = files_below(root, KINDS, frozenset())
-        if not files:
-            raise ConfigError(f"data.text.path is {path!r}, a directory without a {' or '.join(KINDS)} file.")
-        return files
-    files = [root] if root.is_file() else sorted(Path(name) for name in glob.glob(path, recursive=True))
+    files = find_files(path, lambda name: "" if name.endswith(KINDS) else f"{Path(name).suffix or 'suffixless'} files")
     if not files:
-        raise ConfigError(f"data.text.path is {path!r}, which does not exist. Expected a file, a directory or a glob pattern.")
+        raise ConfigError(f"data.text.path is {path!r}, a directory without a {' or '.join(KINDS)} file.")
     for file in files:
-        if not file.is_file() or file.suffix not in KINDS:
+        if file.suffix not in KINDS:
             raise ConfigError(
                 f"{file} is no {' or '.join(KINDS)} file; expected one, since data.text.source is 'grain'. Use "
                 "data.text.source=memory for other files."
@@ -220,7 +214,7 @@ class ParquetFiles:
                     f"{file} has no column {self._column!r} but {', '.join(schema.names)}. Name the text in data.text.column."
                 )
             kind = str(schema.field(self._column).type)
-            if kind not in ("string", "large_string"):
+            if not re.fullmatch(r"(dictionary<values=)?(string|large_string|string_view)(,.*>)?", kind):
                 raise ConfigError(f"{file} has a column {self._column!r} of {kind}; expected string. See data.text.column.")
             first = 0
             for i in range(metadata.num_row_groups):

@@ -16,6 +16,7 @@ from jaxtyping import UInt
 from dsa_jax.config import ConfigError, TextConfig
 from dsa_jax.data.batch import Batch, padding_rows, stack_rows
 from dsa_jax.data.corpus import Corpus
+from dsa_jax.data.encoding import encode_document
 from dsa_jax.data.packing import TokenStream, make_stream, pack_rows
 from dsa_jax.data.record_files import fingerprint, import_grain, open_records
 from dsa_jax.data.split import digest, is_held_out
@@ -40,9 +41,9 @@ class StreamedCorpus:
         """An endless `grain.MapDataset` of (place in the order, token ids), without ids for a document of the other split."""
 
         def tokens(place: int, text: str) -> tuple[int, UInt[np.ndarray, " N"]]:
-            if not text:
-                return place, np.zeros(0, self._dtype)
-            ids = np.append(self._tokenizer.encode_prompt(text), self._tokenizer.end_of_text_id).astype(self._dtype)
+            ids = encode_document(self._tokenizer, text).astype(self._dtype)
+            if not ids.size:
+                return place, ids
             return place, ids if is_held_out(digest(ids), self.config.held_out_fraction) == held_out else ids[:0]
 
         return self.records.ordered(seed).map_with_index(tokens)

@@ -1,8 +1,12 @@
 """Text to token ids and back: UTF-8 bytes, or a Hugging Face `tokenizer.json`."""
 
+import hashlib
+import json
 import logging
 import math
+import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,6 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from dsa_jax.config import ConfigError
+from dsa_jax.data.line_ends import safe_cuts
 from dsa_jax.data.tokenizer_settings import TokenizerSettings, read_settings
 from dsa_jax.extras import import_extra
 
@@ -128,23 +133,52 @@ class JsonTokenizer:
         Raises:
             ConfigError: for text that spells a control token beyond the vocabulary of the model beside the tokenizer.
         """
-        ids = np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
-        if ids.size and ids.max() >= self.vocab_size:
-            token = int(ids.max())
+        return self._checked(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_pieces(self, pieces: Sequence[str]) -> list[Int[np.ndarray, " _"]]:
+        """Token ids of each piece of a text by itself, on all cores; raises as `encode` does."""
+        # Unlike encode_batch it computes no offsets, which take most of its memory.
+        encodings = self._tokenizer.encode_batch_fast(list(pieces), add_special_tokens=False)
+        return [self._checked(encoding.ids) for encoding in encodings]
+
+    def _checked(self, ids: Sequence[int]) -> Int[np.ndarray, " N"]:
+        tokens = np.asarray(ids, np.int32)
+        if tokens.size and tokens.max() >= self.vocab_size:
+            token = int(tokens.max())
             raise ConfigError(
                 f"a text holds {self._control[token]!r}, token {token} of {self.file}, for which the model beside it has no "
                 f"embedding; expected tokens below {self.vocab_size}. Take it out of the text."
             )
-        return ids
+        return tokens
+
+    @cached_property
+    def cuts(self) -> re.Pattern[str] | None:
+        """Places at which a text may be cut, the ids of the pieces being those of the whole; None where none is certain."""
+        return safe_cuts(json.loads(self._tokenizer.to_str()))
+
+    @property
+    def opening(self) -> Int[np.ndarray, " _"]:
+        """The ids that every text begins with, such as a begin-of-text token; none where there is no such."""
+        return np.asarray(self._begin, np.int32)
+
+    def without_opening(self, text: str) -> str:
+        """`text` without a begin-of-text that it spells, where control tokens that are spelled out are not read."""
+        return text.removeprefix(self._spelled_begin)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all that decides the ids that `encode_pieces` gives."""
+        version = import_extra("tokenizers", extra="hf", purpose=str(self.file)).__version__
+        settings = f"{version} {self._tokenizer.encode_special_tokens}\n{self._tokenizer.to_str()}"
+        return hashlib.sha256(settings.encode()).hexdigest()
 
     def encode_prompt(self, text: str) -> Int[np.ndarray, " N"]:
         """Token ids of `text` as a text begins: after begin-of-text, where the tokenizer has one and `text` does not.
 
         Where control tokens are not read, a begin-of-text that is spelled at the very start still counts as it.
         """
-        begin = np.asarray(self._begin, np.int32)
-        ids = self.encode(text.removeprefix(self._spelled_begin))
-        return ids if np.array_equal(ids[: begin.size], begin) else np.concatenate([begin, ids])
+        ids = self.encode(self.without_opening(text))
+        return ids if np.array_equal(ids[: len(self._begin)], self._begin) else np.concatenate([self.opening, ids])
 
     def decode(self, ids: Sequence[int] | Int[np.ndarray, " N"], *, control_tokens: bool = False) -> str:
         """Text of `ids`; control tokens become nothing unless `control_tokens`, ids beyond the vocabulary U+FFFD."""

@@ -21,7 +21,7 @@ _SECTIONS = {"model", "data", "train", "eval"}  # every version of a run's confi
 _FILLED_IN = ("implementations", "source")  # entries of environment.json that are added when they are known
 _LEFTOVER = re.compile(r"\..+\.\d+\.tmp")  # left by `atomic_write_text` when its process is killed
 _WITHOUT_EFFECT = re.compile(
-    r"parallel\..*|train\.(nan_policy|max_skipped_steps|keep_checkpoints|\w+\.(log_every|checkpoint_every))"
+    r"parallel\..*|data\.text\.path|train\.(nan_policy|max_skipped_steps|keep_checkpoints|\w+\.(log_every|checkpoint_every))"
 )
 
 
@@ -115,7 +115,8 @@ class RunDirectory:
 def open_run(workdir: str | os.PathLike[str], config: Config) -> RunDirectory:
     """Create the run directory of `config`, or continue the run in it; only fields that change no result may differ.
 
-    Those are `parallel`, the policy on non-finite losses, and how often is logged and saved.
+    Those are `parallel`, the policy on non-finite losses, how often is logged and saved, and where the text lies: that its
+    content is the same is checked where it is read.
 
     Writes config.json and environment.json. Where the run continues in another environment, the recorded one is appended to
     `history`, oldest first. A directory with neither a checkpoint nor a report, left by a command that could not begin, may

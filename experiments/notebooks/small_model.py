@@ -9,7 +9,7 @@ import numpy as np
 
 from configs import quickstart
 from dsa_jax.config import STAGES, Config
-from dsa_jax.data import EvalData, TrainData, make_eval_data, make_train_data
+from dsa_jax.data import EvalData, TrainData, make_data
 from dsa_jax.model import Transformer, build_model, init_params
 from dsa_jax.params import nested_parameters, parameter_paths
 from dsa_jax.sweeps.sweep import run_key
@@ -41,8 +41,7 @@ def recipe() -> Config:
 
 def data_of(config: Config) -> tuple[TrainData, EvalData]:
     """Training batches and held-out ones."""
-    settings = config.data, config.seed, config.model.vocab_size
-    return make_train_data(*settings), make_eval_data(*settings)
+    return make_data(config.data, config.seed, config.model.vocab_size)
 
 
 def train_stage(config: Config, name: str, model: Transformer, params: Params, data: TrainData) -> tuple[Params, Curve]:

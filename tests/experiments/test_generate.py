@@ -1,5 +1,7 @@
 """The command as a user runs it, on a run directory, and its errors."""
 
+import os
+
 import jax
 
 from dsa_jax.checkpoints.pretrained import Pretrained
@@ -33,6 +35,7 @@ def saved_run(directory):
 def test_text_on_stdout_rates_on_stderr_and_errors_in_one_line(tmp_path):
     loaded = saved_run(tmp_path / "run")
     (tmp_path / "prompt.txt").write_text(PROMPT, encoding="utf-8")
+    os.mkfifo(tmp_path / "fifo")
     run = f"--checkpoint={tmp_path / 'run'}"
     limits = f"--max_new_tokens={NEW}", "--attention=sparse"
     processes = {
@@ -40,6 +43,7 @@ def test_text_on_stdout_rates_on_stderr_and_errors_in_one_line(tmp_path):
         "two": start("generate", run, "--prompt=b", f"--prompt_file={tmp_path}/prompt.txt", *limits),
         "split": start("generate", run, f"--prompt={PROMPT}", *limits, "--parallel=tp2", n_devices=2),
         "nothing": start("generate", run),
+        "fifo": start("generate", run, f"--prompt_file={tmp_path}/fifo"),
         "uneven": start("generate", run, "--prompt=a", "--parallel=tp5", n_devices=5),
         "cold": start("generate", run, "--prompt=a", "--temperature=-1"),
         "no-tokenizer": start("generate", f"--checkpoint={ROOT / 'tests/fixtures/hf/llama'}", "--prompt=a"),
@@ -60,6 +64,7 @@ def test_text_on_stdout_rates_on_stderr_and_errors_in_one_line(tmp_path):
 
     messages = {
         "nothing": "there is nothing to continue",
+        "fifo": f"--prompt_file: {tmp_path}/fifo is a FIFO; expected a regular file",
         "cold": "temperature is -1.0; expected 0 (greedy) or a positive number",
         "no-tokenizer": "has no tokenizer",
         "uneven": "parallel.tensor is 5, which does not divide axis 2 of dense_layers/attention/wkv_b/kernel",

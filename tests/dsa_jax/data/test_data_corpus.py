@@ -44,13 +44,14 @@ def test_the_standard_library_is_the_default():
 def test_all_kinds_of_files_of_a_directory(tmp_path):
     words = [f"document number {i} €" for i in range(60)]
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "one.txt").write_text(words[0], encoding="utf-8")
+    (tmp_path / "b" / "two.txt").write_text(words[59], encoding="utf-8")
     write_lines(tmp_path / "many.jsonl", [*words[1:50], ""])
     with (tmp_path / "many.jsonl").open("a") as file:
         file.write("\n")
-    ids = [token for text in words[50:] for token in (*text.encode(), END)]
+    ids = [token for text in words[50:59] for token in (*text.encode(), END)]
     np.save(tmp_path / "tokens.npy", np.array(ids[:-1], np.int64))
-    (tmp_path / "README.md").write_text("not read")
+    (tmp_path / "README.md").write_text(words[0], encoding="utf-8")
+    (tmp_path / "table.csv").write_text("not read")
     (tmp_path / ".hidden.txt").write_text("not read")
 
     corpus = load(tmp_path)
@@ -204,8 +205,8 @@ def write_bad(folder, name):
         ("negative.npy", r"ids from -1 to 3; expected 0 to 256"),
         ("large.npy", r"ids from 3 to 257; expected 0 to 256, the vocabulary of tokenizer 'bytes'"),
         ("empty.txt", r"holds no text"),
-        ("folder", r"a directory without a \.txt, \.jsonl, \.npy file"),
-        ("text.csv", r"suffix '\.csv'; expected one of \.txt, \.jsonl, \.npy"),
+        ("folder", r"where no file is \.txt, \.md, \.jsonl \(each perhaps \.gz or \.zst\) or \.npy"),
+        ("text.csv", r"suffix '\.csv'; expected \.txt, \.md, \.jsonl .* or \.npy"),
         ("absent", r"does not exist"),
     ],
 )
@@ -219,9 +220,9 @@ def test_an_unreadable_file_is_refused(tmp_path, monkeypatch):
     file = tmp_path / "a.txt"
     file.write_text("text")
 
-    def refuse(_):
+    def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    monkeypatch.setattr("dsa_jax.data.regular_files.os.open", refuse)
     with pytest.raises(ConfigError, match=r"a\.txt cannot be read: Permission denied"):
         load(file)

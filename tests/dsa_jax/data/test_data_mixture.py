@@ -4,12 +4,13 @@ import hashlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dsa_jax.config import ConfigError, DataConfig, EvalConfig, TextConfig
-from dsa_jax.data import make_eval_data, make_train_data
+from dsa_jax.data import make_data, make_eval_data, make_train_data
 
 # Of steps 0, 1 and 2 of pure recall, seed 0, 16 rows of 256: changes only if the task, its random stream or numpy's do.
 RECALL_FINGERPRINT = "e711514926643b8a90a6eded9185d26d2702059fed1fdcab1c720491af436c3c"
@@ -243,15 +244,33 @@ def test_text_shorter_than_a_row_is_refused(config):
         make_eval_data(config, 0, 640).text_batches(4, 4000, 2)
 
 
-def test_other_text_than_a_checkpoint_was_trained_on_is_refused(config, tmp_path):
+def test_other_text_than_a_checkpoint_was_trained_on_is_refused(config, tmp_path, caplog):
     data = make_train_data(config, 0, 617)
     data.restore(data.state())
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"text": "other text " * 40}) + "\n")
     with pytest.raises(ConfigError, match=r"other\.jsonl is not the text that the run was trained on so far"):
         make_train_data(with_fraction(config, 0.5, path=str(other)), 0, 617).restore(data.state())
+    assert not caplog.messages
     data.restore(None)  # of an earlier version, which recorded nothing
+    assert "does not say what text it was trained on" in caplog.text
     assert make_train_data(with_fraction(config, 1.0), 0, 617).state() is None
+
+
+def test_the_same_text_elsewhere_is_gone_on_with(config, tmp_path):
+    data = make_train_data(with_fraction(config, 0.0), 0, 617)
+    (tmp_path / "moved").mkdir()
+    moved = tmp_path / "moved" / "another_name.jsonl"
+    moved.write_bytes(Path(config.text.path).read_bytes())
+    again, evaluation = make_data(with_fraction(config, 0.0, path=str(moved)), 0, 617)
+    again.restore(data.state())
+    sizes = {"batch_size": 4, "seq_len": 32}
+    assert fingerprint([again.batch(3, **sizes)]) == fingerprint([data.batch(3, **sizes)])
+    assert evaluation.text is again.text
+    with moved.open("a") as file:
+        file.write(json.dumps({"text": "one more"}) + "\n")
+    with pytest.raises(ConfigError, match=r"another_name\.jsonl is not the text .* of the same content, wherever they lie"):
+        make_train_data(with_fraction(config, 0.0, path=str(moved)), 0, 617).restore(data.state())
 
 
 @pytest.mark.parametrize("wrong", [{"step": -1}, {"batch_size": 0}, {"seq_len": 0}], ids=str)

@@ -83,6 +83,49 @@ def test_every_epoch_has_every_document_once_in_an_order_of_its_own(corpus_dir):
     assert orders(open_records(f"{corpus_dir}/*", "text"), 5) == [first, second]
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string_view(),
+        pa.large_string(),
+        pa.dictionary(pa.int32(), pa.string()),
+        pa.dictionary(pa.int8(), pa.large_string(), ordered=True),
+    ],
+    ids=str,
+)
+def test_every_kind_of_string_column_is_read(tmp_path, kind):
+    column = pa.array([*texts(), None, "twice", "twice"]).cast(kind)
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet", row_group_size=7)
+    (first,) = orders(open_records(str(tmp_path), "text"), 5, n_epochs=1)
+    assert sorted(first) == sorted([*texts(), "", "twice", "twice"])
+
+
+@pytest.mark.parametrize("kind", [pa.dictionary(pa.int8(), pa.int64()), pa.binary(), pa.list_(pa.string())], ids=str)
+def test_other_columns_are_refused(tmp_path, kind):
+    pq.write_table(pa.table({"text": pa.array([None], kind)}), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match=r"column 'text' of .*; expected string"):
+        open_records(str(tmp_path), "text")
+
+
+def test_links_patterns_and_the_home_directory_name_records_too(corpus_dir, tmp_path, monkeypatch, caplog):
+    (tmp_path / "linked").symlink_to(corpus_dir)
+    (tmp_path / "note.txt").write_text("a")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in ("~", "~/l*", f"{tmp_path}/**/*"):
+        records = open_records(path, "text")
+        assert records.counts == [25, 35] and sum(records.counts) == 60
+    assert "1 .txt files (note.txt)" in caplog.text
+
+
+def test_a_corpus_that_moved_is_gone_on_with(corpus_dir, tmp_path):
+    data = train_data(corpus_dir)
+    data.batch(0, batch_size=8, seq_len=32)
+    (tmp_path / "elsewhere").symlink_to(corpus_dir)
+    other = train_data(tmp_path / "elsewhere")
+    other.restore(data.state())
+    assert_same(other.batch(1, batch_size=8, seq_len=32), data.batch(1, batch_size=8, seq_len=32))
+
+
 def test_parquet_windows_hold_few_row_groups_and_mix_them(tmp_path):
     files = sorted(write(tmp_path / "corpus", "parquet", texts()).iterdir())
     records = ParquetFiles(files, "text", window_bytes=1000)
