@@ -26,7 +26,6 @@ _FLOATS = ("F64", "F32", "BF16", "F16")
 _FP8 = ("F8_E4M3",)
 _MOST_SHOWN = 5
 _PART_BYTES = 16 * 2**20
-_COMPARED_ROWS = 1024
 _quantize = jax.jit(quantize_blocks)
 
 
@@ -208,14 +207,6 @@ def _check_left_over(used: Mapping[str, tuple[int, ...]], config: ModelConfig, w
             skipped[index] = skipped.get(index, 0) + 1
         elif name == HEAD and config.tie_embeddings:
             _LOG.info("%s: the head is tied to %s, its own copy %s is not read", weights.directory, EMBEDDING, HEAD)
-            if not _is_copy(weights):
-                _LOG.warning(
-                    "%s: %s differs from %s, to which config.json ties it; transformers runs it as stored. To do so here, set "
-                    "tie_word_embeddings to false there",
-                    weights.directory,
-                    HEAD,
-                    EMBEDDING,
-                )
         else:
             extra.append(name)
     if skipped:
@@ -229,15 +220,6 @@ def _check_left_over(used: Mapping[str, tuple[int, ...]], config: ModelConfig, w
             f"{file} holds {shown}, which the model of {weights.directory / 'config.json'} has no use for. config.json is that "
             "of another model, or lacks a field."
         )
-
-
-def _is_copy(weights: Weights) -> bool:
-    """Whether the stored head holds what the embedding does."""
-    shape = weights.tensors[HEAD].shape
-    if shape != weights.tensors[EMBEDDING].shape:
-        return False
-    parts = [slice(first, first + _COMPARED_ROWS) for first in range(0, shape[0], _COMPARED_ROWS)]
-    return all(np.array_equal(weights.read(HEAD, rows=part), weights.read(EMBEDDING, rows=part)) for part in parts)
 
 
 def describe_rounding(plan: Mapping[str, list[Source]], shapes: Mapping[str, Any], weights: Weights) -> None:

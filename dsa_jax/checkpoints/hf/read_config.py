@@ -2,7 +2,8 @@
 
 Every field that changes the computation is honoured or refused. An absent field has the family's default in transformers,
 except that there are then no tokens that begin or end a text, and as many key-value heads as heads. Where transformers ignores
-a field that the weights were trained with (the indexer's rotary layout), the field wins.
+a field that the weights were trained with (the indexer's rotary layout), the field wins. A head among the weights that is not
+the embedding counts for more than `tie_word_embeddings`, as in transformers and vLLM.
 """
 
 import logging
@@ -23,9 +24,9 @@ from dsa_jax.checkpoints.hf.families import (
     Router,
 )
 from dsa_jax.checkpoints.hf.fp8 import block_size
-from dsa_jax.checkpoints.hf.names import EMBEDDING
+from dsa_jax.checkpoints.hf.names import EMBEDDING, HEAD
 from dsa_jax.checkpoints.hf.rope_fields import read_rope
-from dsa_jax.checkpoints.hf.weights import Weights, read_json
+from dsa_jax.checkpoints.hf.weights import Weights, has_weights, read_json
 from dsa_jax.config import AttentionConfig, IndexerConfig, ModelConfig, MoEConfig
 from dsa_jax.config.checks import ConfigError
 from dsa_jax.config.fields import check_kinds, from_dict, set_field
@@ -39,8 +40,12 @@ _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float32"}
 def read_model_config(directory: str | Path) -> ModelConfig:
     """The model of a checkpoint directory, from its config.json and generation_config.json.
 
+    Where config.json ties the head to the embedding, its weights are looked at too, if there are any: a stored head with other
+    values makes the model untied.
+
     Raises:
-        CheckpointError: when the directory is missing, its model_type is not known, or a field cannot be honoured.
+        CheckpointError: when the directory is missing, its model_type is not known, a field cannot be honoured, or the weights
+            that decide one cannot be read.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -50,6 +55,8 @@ def read_model_config(directory: str | Path) -> ModelConfig:
     config = parse_config(content, file)
     if stated_dtype(content) is None:
         config.param_dtype = config.dtype = _stored_dtype(directory, content)
+    if config.tie_embeddings and has_weights(directory):
+        config.tie_embeddings = not _has_head_of_its_own(directory)
     generation = directory / "generation_config.json"
     if generation.is_file() and (stop := _token_ids(Fields(generation, read_json(generation), {}))):
         config.eos_token_ids = stop
@@ -357,3 +364,16 @@ def _stored_dtype(directory: Path, content: dict[str, Any]) -> str:
     with Weights(directory) as weights:
         info = weights.tensors.get(EMBEDDING)
     return _STORED.get(info.dtype, "float32") if info else "float32"
+
+
+def _has_head_of_its_own(directory: Path) -> bool:
+    """Whether the weights hold a head with other values than the embedding, which is logged."""
+    with Weights(directory) as weights:
+        found = weights.tensors
+        if EMBEDDING not in found or HEAD not in found or 0 in found[HEAD].shape or not weights.differ(HEAD, EMBEDDING):
+            return False
+    _LOG.warning(
+        "%s: config.json ties the head to %s, but %s holds other values: the stored head is used and the model is untied",
+        directory, EMBEDDING, HEAD,
+    )  # fmt: skip
+    return True

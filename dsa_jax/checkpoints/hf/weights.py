@@ -14,6 +14,7 @@ from dsa_jax.checkpoints.hf.safetensors_file import TensorInfo, read_header, rea
 _LOG = logging.getLogger(__name__)
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_COMPARED_ROWS = 1024
 
 
 class Weights:
@@ -37,6 +38,19 @@ class Weights:
         if info.file not in self._streams:
             self._streams[info.file] = info.file.open("rb", buffering=0)  # type: ignore[assignment]
         return read_tensor(self._streams[info.file], name, info, lead=lead, rows=rows)
+
+    def differ(self, one: str, other: str) -> bool:
+        """Whether two tensors hold other values; read in parts, to the first that differs."""
+        shape = self.tensors[one].shape
+        if shape != self.tensors[other].shape:
+            return True
+        parts = [slice(first, first + _COMPARED_ROWS) for first in range(0, shape[0], _COMPARED_ROWS)]
+        return not all(np.array_equal(self.read(one, rows=part), self.read(other, rows=part)) for part in parts)
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether a directory holds weights, or an index of them, under the names that are looked for."""
+    return any((directory / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
 
 
 def read_json(file: Path) -> dict[str, Any]:
