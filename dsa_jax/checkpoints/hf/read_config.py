@@ -19,6 +19,7 @@ from dsa_jax.checkpoints.hf.families import (
     FALLBACK_MODEL_TYPE,
     FAMILIES,
     HARMLESS,
+    ROPE_LAYOUT_SPELLINGS,
     UNSUPPORTED,
     Family,
     Router,
@@ -30,6 +31,7 @@ from dsa_jax.checkpoints.hf.weights import Weights, has_weights, read_json
 from dsa_jax.config import AttentionConfig, IndexerConfig, ModelConfig, MoEConfig
 from dsa_jax.config.checks import ConfigError
 from dsa_jax.config.fields import check_kinds, from_dict, set_field
+from dsa_jax.foreign import printable
 from dsa_jax.model.rope import Rope, rotary_magnitude
 
 _LOG = logging.getLogger(__name__)
@@ -132,7 +134,8 @@ def _family_config(content: dict[str, Any], file: Path) -> ModelConfig:
     if fields.has(EXTRA_FIELD):
         _apply_extra_fields(config, fields)
     if unknown := sorted(content.keys() - fields.asked - HARMLESS - UNSUPPORTED.keys()):
-        _LOG.warning("%s: ignoring fields that are not known: %s", file, ", ".join(unknown))
+        _refuse_rotation(fields, unknown)
+        _LOG.warning("%s: ignoring fields that are not known: %s", file, ", ".join(map(printable, unknown)))
     return config
 
 
@@ -166,6 +169,15 @@ def _refuse_windows(fields: Fields, family: Family, n_layers: int) -> None:
         fields.fail("sliding_window", "null, or use_sliding_window false: only full attention is computed")
 
 
+def _refuse_rotation(fields: Fields, unknown: list[str]) -> None:
+    """Refuse a field that by its name changes the rotary embedding; programs that know it would compute another model."""
+    for name in unknown:
+        value = fields.content[name]
+        is_neutral = not value or value == "default" or (type(value) in (int, float) and value == 1)
+        if ("rope" in name or "rotary" in name) and not is_neutral:
+            fields.fail(name, "null or false: it changes the rotary embedding, and is not computed")
+
+
 def _flag(fields: Fields, name: str, always: bool | None) -> bool:
     """A flag by its field, or, where all checkpoints of the family have it `always` true or false, that, and nothing else."""
     if always is None:
@@ -177,7 +189,11 @@ def _flag(fields: Fields, name: str, always: bool | None) -> bool:
 
 def _rope_layout(fields: Fields, family: Family) -> str:
     always = {"interleaved": True, "half_split": False}.get(family.rope_layout)
-    return "interleaved" if _flag(fields, "rope_interleave", always) else "half_split"
+    interleaved = _flag(fields, "rope_interleave", always)
+    for name, meaning in ROPE_LAYOUT_SPELLINGS.items():
+        if fields.has(name) and (fields.flag(name) == meaning) != interleaved:
+            fields.fail(name, f"{str(interleaved == meaning).lower()}: the rotation of this model is the other one")
+    return "interleaved" if interleaved else "half_split"
 
 
 def _biases(fields: Fields, family: Family) -> tuple[bool, bool]:
