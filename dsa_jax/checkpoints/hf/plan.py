@@ -18,6 +18,7 @@ from dsa_jax.checkpoints.hf.names import EMBEDDING, HEAD, pieces, tensor_name
 from dsa_jax.checkpoints.hf.safetensors_file import DTYPES, TensorInfo
 from dsa_jax.checkpoints.hf.weights import Weights
 from dsa_jax.config.model import ModelConfig
+from dsa_jax.foreign import printable
 from pallas_kernels.quantize import quantize_blocks
 from pallas_kernels.quantize.blocks import WEIGHT_BLOCK
 
@@ -156,6 +157,10 @@ def _check_present(used: Mapping[str, tuple[int, ...]], weights: Weights) -> Non
 def _check_kinds(used: Mapping[str, tuple[int, ...]], weights: Weights, block: tuple[int, int]) -> None:
     for name, shape in used.items():
         info, scale = weights.tensors[name], weights.tensors.get(name + SCALE_SUFFIX)
+        if info.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{info.file}: {name} has dtype {printable(info.dtype)}; expected one of {', '.join(DTYPES)}. Convert it."
+            )
         if scale is None and info.dtype not in _FLOATS:
             raise CheckpointError(
                 f"{info.file}: {name} is of type {info.dtype} and has no {name}{SCALE_SUFFIX} beside it; expected one of "
@@ -164,7 +169,8 @@ def _check_kinds(used: Mapping[str, tuple[int, ...]], weights: Weights, block: t
         if scale is not None:
             if info.dtype not in _FP8 or scale.dtype not in _FLOATS:
                 raise CheckpointError(
-                    f"{info.file}: {name} is of type {info.dtype} with scales of type {scale.dtype}; expected F8_E4M3 with F32."
+                    f"{info.file}: {name} is of type {info.dtype} with scales of type {printable(scale.dtype)}; expected "
+                    "F8_E4M3 with F32."
                 )
             check_grid(name, shape, scale.shape, block, (info.file, scale.file))
 

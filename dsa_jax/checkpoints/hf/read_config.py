@@ -27,11 +27,11 @@ from dsa_jax.checkpoints.hf.families import (
 from dsa_jax.checkpoints.hf.fp8 import block_size
 from dsa_jax.checkpoints.hf.names import EMBEDDING, HEAD
 from dsa_jax.checkpoints.hf.rope_fields import read_rope
-from dsa_jax.checkpoints.hf.weights import Weights, has_weights, read_json
+from dsa_jax.checkpoints.hf.weights import Weights, has_weights
 from dsa_jax.config import AttentionConfig, IndexerConfig, ModelConfig, MoEConfig
 from dsa_jax.config.checks import ConfigError
 from dsa_jax.config.fields import check_kinds, from_dict, set_field
-from dsa_jax.foreign import printable
+from dsa_jax.foreign import printable, read_object
 from dsa_jax.model.rope import Rope, rotary_magnitude
 
 _LOG = logging.getLogger(__name__)
@@ -53,14 +53,14 @@ def read_model_config(directory: str | Path) -> ModelConfig:
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory. Give the directory of a Hugging Face checkpoint.")
     file = directory / "config.json"
-    content = read_json(file)
+    content = read_object(file, CheckpointError)
     config = parse_config(content, file)
     if stated_dtype(content) is None:
         config.param_dtype = config.dtype = _stored_dtype(directory, content)
     if config.tie_embeddings and has_weights(directory):
         config.tie_embeddings = not _has_head_of_its_own(directory)
     generation = directory / "generation_config.json"
-    if generation.is_file() and (stop := _token_ids(Fields(generation, read_json(generation), {}))):
+    if generation.is_file() and (stop := _token_ids(Fields(generation, read_object(generation, CheckpointError), {}))):
         config.eos_token_ids = stop
     return config
 

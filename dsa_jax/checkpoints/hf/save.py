@@ -23,10 +23,11 @@ from dsa_jax.checkpoints.hf.index_rope import is_reordered, to_stored
 from dsa_jax.checkpoints.hf.names import pieces, tensor_name
 from dsa_jax.checkpoints.hf.safetensors_file import TensorToWrite, write_file
 from dsa_jax.checkpoints.hf.tokenizer_files import BYTES_FIELD, TOKENIZER_FILES, copy_tokenizer_files, has_tokenizer_files
-from dsa_jax.checkpoints.hf.weights import INDEX_FILE, SINGLE_FILE, read_json
+from dsa_jax.checkpoints.hf.weights import INDEX_FILE, SINGLE_FILE
 from dsa_jax.checkpoints.hf.write_config import Layout, choose_layout
 from dsa_jax.config.model import FP8_BLOCKS, ModelConfig
 from dsa_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
+from dsa_jax.foreign import read_object
 from dsa_jax.model import abstract_params, build_model, layer_stacks
 from dsa_jax.params import is_block_scales_path, parameter_paths
 
@@ -222,7 +223,7 @@ def _state_end_tokens(file: Path, config: ModelConfig) -> None:
     """Let the generation settings that came with a tokenizer name the model's end tokens, since readers prefer these."""
     if not file.is_file():
         return
-    settings = read_json(file)
+    settings = read_object(file, CheckpointError)
     stated, ours = settings.pop("eos_token_id", None), list(config.eos_token_ids)
     if ours in (stated, [stated]) or (stated is None and not ours):
         return

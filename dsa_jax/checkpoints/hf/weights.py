@@ -1,15 +1,15 @@
 """The weight files of a checkpoint directory as one set of named tensors."""
 
-import json
 import logging
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Shaped
 
 from dsa_jax.checkpoints.hf import CheckpointError
 from dsa_jax.checkpoints.hf.safetensors_file import TensorInfo, read_header, read_tensor
+from dsa_jax.foreign import read_object
 
 _LOG = logging.getLogger(__name__)
 SINGLE_FILE = "model.safetensors"
@@ -53,23 +53,6 @@ def has_weights(directory: Path) -> bool:
     return any((directory / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        CheckpointError: when the file is missing or holds something else.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds a {type(content).__name__}; expected a JSON object.")
-    return content
-
-
 def _find_tensors(directory: Path) -> dict[str, TensorInfo]:
     """The tensors by name; a single file counts for more than an index, as in transformers."""
     index, single = directory / INDEX_FILE, directory / SINGLE_FILE
@@ -79,7 +62,7 @@ def _find_tensors(directory: Path) -> dict[str, TensorInfo]:
         return read_header(single)
     if not index.is_file():
         raise CheckpointError(f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}. Convert the weights to safetensors.")
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_object(index, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map from tensor names to file names. Download it again.")
     listed: dict[str, set[str]] = {}
