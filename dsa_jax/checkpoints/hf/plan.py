@@ -13,6 +13,7 @@ from jaxtyping import Shaped
 
 from dsa_jax.checkpoints.hf import CheckpointError
 from dsa_jax.checkpoints.hf.config_fields import Fields
+from dsa_jax.checkpoints.hf.finite import as_finite
 from dsa_jax.checkpoints.hf.fp8 import SCALE_SUFFIX, check_grid, dequantize_on_host
 from dsa_jax.checkpoints.hf.names import EMBEDDING, HEAD, pieces, tensor_name
 from dsa_jax.checkpoints.hf.safetensors_file import DTYPES, TensorInfo
@@ -76,14 +77,18 @@ class BlockPart(NamedTuple):
 
 
 def read_blocks(source: Source, weights: Weights) -> Iterator[BlockPart]:
-    """A source in fp8 blocks of 128 x 128: whole, as stored, or quantised here, in parts."""
+    """A source in fp8 blocks of 128 x 128: whole, as stored, or quantised here, in parts.
+
+    Raises:
+        CheckpointError: for a weight or a scale that is not finite.
+    """
     scale_name = source.name + SCALE_SUFFIX
     step = WEIGHT_BLOCK[0]
     if scale_name in weights.tensors:
         rows = source.rows or slice(None)
         block_rows = slice(rows.start // step, -(-rows.stop // step)) if source.rows else None
-        values = weights.read(source.name, lead=source.lead, rows=source.rows)
-        scales = weights.read(scale_name, lead=source.lead, rows=block_rows)
+        values = _finite_part(source.name, weights, source.lead, source.rows)
+        scales = _finite_part(scale_name, weights, source.lead, block_rows, np.float32)
         yield BlockPart(slice(0, len(values)), values, slice(0, len(scales)), scales)
         return
     for rows, value in read_source(source, weights, WEIGHT_BLOCK, np.dtype(np.float32), multiple=step):
@@ -94,25 +99,37 @@ def read_blocks(source: Source, weights: Weights) -> Iterator[BlockPart]:
 def read_source(
     source: Source, weights: Weights, block: tuple[int, int], dtype: np.dtype, *, multiple: int = 1
 ) -> Iterator[tuple[slice, Shaped[np.ndarray, "..."]]]:
-    """A source in parts of a few megabytes: (rows of the part, values as stored).
+    """A source in parts of a few megabytes: (rows of the part, values in `dtype`).
 
-    A quantised tensor comes whole, dequantised to `dtype`. All parts but the last have a multiple of `multiple` rows.
+    A quantised tensor comes whole, dequantised. All parts but the last have a multiple of `multiple` rows.
+
+    Raises:
+        CheckpointError: for a weight that is not finite, or not in `dtype`.
     """
     scale_name = source.name + SCALE_SUFFIX
+    info = weights.tensors[source.name]
     if scale_name in weights.tensors:
         quantized = weights.read(source.name, lead=source.lead)
         value = dequantize_on_host(quantized, weights.read(scale_name, lead=source.lead), block, dtype)
-        value = value if source.rows is None else value[source.rows]
+        first = (*source.lead, source.rows.start if source.rows else 0)
+        value = as_finite(value if source.rows is None else value[source.rows], dtype, source.name, info, first)
         yield slice(0, len(value)), value
         return
-    info = weights.tensors[source.name]
     shape = info.shape[len(source.lead) :]
-    first, stop, _ = (source.rows or slice(None)).indices(shape[0])
+    start_row, stop, _ = (source.rows or slice(None)).indices(shape[0])
     row_bytes = math.prod(shape[1:]) * DTYPES[info.dtype].itemsize
     step = max(1, _PART_BYTES // max(row_bytes * multiple, 1)) * multiple
-    for start in range(first, stop, step):
+    for start in range(start_row, stop, step):
         rows = slice(start, min(start + step, stop))
-        yield slice(rows.start - first, rows.stop - first), weights.read(source.name, lead=source.lead, rows=rows)
+        yield slice(rows.start - start_row, rows.stop - start_row), _finite_part(source.name, weights, source.lead, rows, dtype)
+
+
+def _finite_part(
+    name: str, weights: Weights, lead: tuple[int, ...], rows: slice | None, dtype: Any = None
+) -> Shaped[np.ndarray, "..."]:
+    """The part `[*lead, rows]` of a tensor, in `dtype` or as stored, once it is known to be finite."""
+    value = weights.read(name, lead=lead, rows=rows)
+    return as_finite(value, dtype or value.dtype, name, weights.tensors[name], (*lead, rows.start if rows else 0))
 
 
 def _source(
