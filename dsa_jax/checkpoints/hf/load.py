@@ -28,12 +28,11 @@ from dsa_jax.checkpoints.hf.plan import (
 )
 from dsa_jax.checkpoints.hf.read_config import read_model_config, stated_dtype
 from dsa_jax.checkpoints.hf.tokenizer_files import load_checkpoint_tokenizer
-from dsa_jax.checkpoints.hf.weights import Weights
+from dsa_jax.checkpoints.hf.weights import Weights, read_json
 from dsa_jax.checkpoints.pretrained import Pretrained
 from dsa_jax.config.attention import AttentionConfig, AttentionLayer, IndexerConfig, extended
 from dsa_jax.config.checks import ConfigError
 from dsa_jax.config.model import FP8_BLOCKS, PLAIN, ModelConfig
-from dsa_jax.foreign import read_object
 from dsa_jax.model import Transformer, abstract_params, build_model, init_params
 from dsa_jax.model.attention.kinds import is_optional
 from dsa_jax.parallel.placement import placement_on, shard
@@ -96,7 +95,7 @@ def load_pretrained(
     """
     directory = Path(directory)
     config = read_model_config(directory)
-    content = read_object(directory / "config.json", CheckpointError)
+    content = read_json(directory / "config.json")
     if dtype is not None:
         try:
             config.param_dtype = config.dtype = jnp.dtype(dtype).name

@@ -17,7 +17,8 @@ from dsa_jax.checkpoints.hf.finite import as_finite
 from dsa_jax.checkpoints.hf.fp8 import SCALE_SUFFIX, check_grid, dequantize_on_host
 from dsa_jax.checkpoints.hf.names import EMBEDDING, HEAD, pieces, tensor_name
 from dsa_jax.checkpoints.hf.safetensors_file import DTYPES, TensorInfo
-from dsa_jax.checkpoints.hf.weights import Weights
+from dsa_jax.checkpoints.hf.weights import INDEX_FILE, Weights
+from dsa_jax.config.attention import SHARED
 from dsa_jax.config.model import ModelConfig
 from dsa_jax.foreign import printable
 from pallas_kernels.quantize import quantize_blocks
@@ -156,6 +157,12 @@ def _source(
 
 
 def _check_present(used: Mapping[str, tuple[int, ...]], weights: Weights) -> None:
+    if unlisted := sorted(used.keys() & weights.unlisted):
+        more = f" and {len(unlisted) - 1} more" if len(unlisted) > 1 else ""
+        raise CheckpointError(
+            f"{weights.tensors[unlisted[0]].file} holds {unlisted[0]}{more}, which {INDEX_FILE} does not list. Get the index "
+            "and the files it names from one revision."
+        )
     missing = [name for name in used if name not in weights.tensors]
     if missing:
         hint = "The checkpoint is incomplete, or config.json is that of another model."
@@ -215,19 +222,23 @@ def check_blocks(sources: Iterable[Source], weights: Weights, block: tuple[int, 
 
 
 def _check_left_over(used: Mapping[str, tuple[int, ...]], config: ModelConfig, weights: Weights, n_mtp_layers: int) -> None:
-    """Refuse tensors that no parameter takes, but for multi-token-prediction layers, buffers, empty tensors (of no shared
-    experts) and the copy of a tied head.
+    """Refuse tensors that no parameter takes, but for multi-token-prediction layers, indexers of layers that reuse a selection,
+    buffers, empty tensors (of no shared experts) and the copy of a tied head.
     """
+    shares = [layer.role == SHARED for layer in config.attention.layers(config.n_layers)]
     skipped: dict[int, int] = {}
+    spare: set[int] = set()
     extra = []
     for name in weights.tensors:
         base = name.removesuffix(SCALE_SUFFIX)
-        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        layer = re.match(r"model\.layers\.(\d{1,9})\.(self_attn\.indexer\.)?", name)
         index = int(layer[1]) if layer else -1
         if base in used or name.endswith("rotary_emb.inv_freq") or 0 in weights.tensors[name].shape:
             continue
         if config.n_layers <= index < config.n_layers + n_mtp_layers:
             skipped[index] = skipped.get(index, 0) + 1
+        elif layer and layer[2] and index < config.n_layers and shares[index]:
+            spare.add(index)
         elif name == HEAD and config.tie_embeddings:
             _LOG.info("%s: the head is tied to %s, its own copy %s is not read", weights.directory, EMBEDDING, HEAD)
         else:
@@ -236,6 +247,9 @@ def _check_left_over(used: Mapping[str, tuple[int, ...]], config: ModelConfig, w
         _LOG.info(
             "%s: skipped %d tensors of %d multi-token-prediction layers", weights.directory, sum(skipped.values()), len(skipped)
         )
+    if spare:
+        listed = ", ".join(map(str, sorted(spare)))
+        _LOG.info("%s: layers %s reuse a selection by config.json; their own indexers are not read", weights.directory, listed)
     if extra:
         file = weights.tensors[sorted(extra)[0]].file
         shown = _shown(f"{name} {list(weights.tensors[name].shape)}" for name in sorted(extra))
@@ -267,4 +281,4 @@ def count_mtp_layers(content: Mapping[str, Any], file: Path) -> int:
 def _shown(names: Iterable[str]) -> str:
     listed = list(names)
     more = f" and {len(listed) - _MOST_SHOWN} more" if len(listed) > _MOST_SHOWN else ""
-    return ", ".join(listed[:_MOST_SHOWN]) + more
+    return ", ".join(map(printable, listed[:_MOST_SHOWN])) + more

@@ -27,11 +27,11 @@ from dsa_jax.checkpoints.hf.families import (
 from dsa_jax.checkpoints.hf.fp8 import block_size
 from dsa_jax.checkpoints.hf.names import EMBEDDING, HEAD
 from dsa_jax.checkpoints.hf.rope_fields import read_rope
-from dsa_jax.checkpoints.hf.weights import Weights, has_weights
-from dsa_jax.config import AttentionConfig, IndexerConfig, ModelConfig, MoEConfig
+from dsa_jax.checkpoints.hf.weights import Weights, has_weights, read_json
+from dsa_jax.config import AttentionConfig, IndexerConfig, ModelConfig, MoEConfig, RopeConfig
 from dsa_jax.config.checks import ConfigError
 from dsa_jax.config.fields import check_kinds, from_dict, set_field
-from dsa_jax.foreign import printable, read_object
+from dsa_jax.foreign import printable
 from dsa_jax.model.rope import Rope, rotary_magnitude
 
 _LOG = logging.getLogger(__name__)
@@ -53,14 +53,14 @@ def read_model_config(directory: str | Path) -> ModelConfig:
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory. Give the directory of a Hugging Face checkpoint.")
     file = directory / "config.json"
-    content = read_object(file, CheckpointError)
+    content = read_json(file)
     config = parse_config(content, file)
     if stated_dtype(content) is None:
         config.param_dtype = config.dtype = _stored_dtype(directory, content)
     if config.tie_embeddings and has_weights(directory):
         config.tie_embeddings = not _has_head_of_its_own(directory)
     generation = directory / "generation_config.json"
-    if generation.is_file() and (stop := _token_ids(Fields(generation, read_object(generation, CheckpointError), {}))):
+    if generation.is_file() and (stop := _token_ids(Fields(generation, read_json(generation), {}))):
         config.eos_token_ids = stop
     return config
 
@@ -122,7 +122,7 @@ def _family_config(content: dict[str, Any], file: Path) -> ModelConfig:
         tie_embeddings=fields.flag("tie_word_embeddings"),
         initializer_range=fields.number("initializer_range"),
         embedding_initializer_range=fields.number("initializer_range"),
-        max_positions=fields.whole("max_position_embeddings"),
+        max_positions=_positions(fields, attention.rope),
         family=content["model_type"],
         bos_token_id=fields.whole("bos_token_id", -1),
         eos_token_ids=_token_ids(fields),
@@ -137,6 +137,15 @@ def _family_config(content: dict[str, Any], file: Path) -> ModelConfig:
         _refuse_rotation(fields, unknown)
         _LOG.warning("%s: ignoring fields that are not known: %s", file, ", ".join(map(printable, unknown)))
     return config
+
+
+def _positions(fields: Fields, rope: RopeConfig) -> int:
+    """The longest text: max_position_embeddings, or what YaRN makes of the original length where that is more.
+
+    Model cards add the scaling and leave the length as it is.
+    """
+    stated = fields.whole("max_position_embeddings")
+    return max(stated, int(rope.factor * rope.original_max_positions)) if rope.scaling == "yarn" else stated
 
 
 def _refuse_unsupported(fields: Fields, family: Family) -> None:

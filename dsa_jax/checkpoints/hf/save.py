@@ -23,11 +23,10 @@ from dsa_jax.checkpoints.hf.index_rope import is_reordered, to_stored
 from dsa_jax.checkpoints.hf.names import pieces, tensor_name
 from dsa_jax.checkpoints.hf.safetensors_file import TensorToWrite, write_file
 from dsa_jax.checkpoints.hf.tokenizer_files import BYTES_FIELD, TOKENIZER_FILES, copy_tokenizer_files, has_tokenizer_files
-from dsa_jax.checkpoints.hf.weights import INDEX_FILE, SINGLE_FILE
+from dsa_jax.checkpoints.hf.weights import INDEX_FILE, SINGLE_FILE, read_json
 from dsa_jax.checkpoints.hf.write_config import Layout, choose_layout
 from dsa_jax.config.model import FP8_BLOCKS, ModelConfig
 from dsa_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
-from dsa_jax.foreign import read_object
 from dsa_jax.model import abstract_params, build_model, layer_stacks
 from dsa_jax.params import is_block_scales_path, parameter_paths
 
@@ -223,7 +222,7 @@ def _state_end_tokens(file: Path, config: ModelConfig) -> None:
     """Let the generation settings that came with a tokenizer name the model's end tokens, since readers prefer these."""
     if not file.is_file():
         return
-    settings = read_object(file, CheckpointError)
+    settings = read_json(file)
     stated, ours = settings.pop("eos_token_id", None), list(config.eos_token_ids)
     if ours in (stated, [stated]) or (stated is None and not ours):
         return
@@ -302,7 +301,8 @@ def _sync(directory: Path) -> None:
 
 def _say_who_can_read(target: Path, config: ModelConfig, layout: Layout) -> None:
     family = FAMILIES.get(layout.model_type)
-    understood = {"attention.indexer.rope_layout"} if is_reordered(config, layout.model_type) else set()
+    understood = {"max_positions"}  # others take longer texts, and compute the same
+    understood |= {"attention.indexer.rope_layout"} if is_reordered(config, layout.model_type) else set()
     if family is None:
         _LOG.warning("%s: no model family computes what this model does, so only dsa-jax reads it: %s", target, layout.refused)
     elif config.attention.indexer.enabled and family.indexer is None:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dsa_jax.checkpoints.hf import CheckpointError
+from dsa_jax.checkpoints.hf.weights import read_json
 from dsa_jax.config.checks import ConfigError
 from dsa_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
-from dsa_jax.foreign import read_object
 
 _LOG = logging.getLogger(__name__)
 BYTES_FIELD = "dsa_tokenizer"
@@ -50,7 +50,7 @@ def load_checkpoint_tokenizer(directory: Path, content: dict[str, Any], vocab_si
 
 def tokenizer_name(directory: str | Path) -> str:
     """The name under which `dsa_jax.data.load_tokenizer` finds the tokenizer of a checkpoint: "bytes", or its directory."""
-    content = read_object(Path(directory) / "config.json", CheckpointError)
+    content = read_json(Path(directory) / "config.json")
     is_bytes = content.get(BYTES_FIELD) == "bytes" and not (Path(directory) / "tokenizer.json").is_file()
     return "bytes" if is_bytes else str(directory)
 
