@@ -1,26 +1,27 @@
 """Opening a run directory or a Hugging Face directory as a `Pretrained`."""
 
-import json
 from pathlib import Path
 
-from dsa_jax.checkpoints.hf import load_pretrained
+from dsa_jax.checkpoints.hf import CheckpointError, load_pretrained
 from dsa_jax.checkpoints.hf.locate import locate_checkpoint
+from dsa_jax.checkpoints.hf.weights import has_weights
 from dsa_jax.checkpoints.pretrained import Pretrained
 from dsa_jax.config import ConfigError
 from dsa_jax.config.model import PLAIN
 from dsa_jax.data import load_tokenizer
 from dsa_jax.data.tokenizer import NO_TOKENIZER
+from dsa_jax.foreign import read_object
 from dsa_jax.parallel.placement import current_mesh
 from dsa_jax.train.init import load_run
 
 
 def is_hf_directory(directory: str | Path) -> bool:
-    """Whether `directory` is a Hugging Face checkpoint: its config.json names a `model_type`."""
+    """Whether `directory` is a Hugging Face checkpoint: its config.json names a `model_type`, or cannot be read and has weights
+    beside it."""
     try:
-        content = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and "model_type" in content
+        return "model_type" in read_object(Path(directory) / "config.json", CheckpointError)
+    except CheckpointError:
+        return has_weights(Path(directory))
 
 
 def open_checkpoint(directory: str | Path, *, weight_format: str = PLAIN) -> Pretrained:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from dsa_jax.checkpoints.from_hf import checkpoint_params
 from dsa_jax.config import STAGES as STAGE_ORDER
@@ -52,7 +53,7 @@ def load_run(directory: Path, *, stage: str | None = None) -> LoadedRun:
         stage: take this stage's newest checkpoint; None: the furthest stage that has one.
 
     Raises:
-        RunError: where the directory is no run or holds no usable checkpoint.
+        RunError: where the directory is no run, holds no usable checkpoint, or one with a parameter that is not finite.
         ConfigError: where the mesh does not divide a parameter.
     """
     run = find_run(directory)
@@ -70,6 +71,11 @@ def load_run(directory: Path, *, stage: str | None = None) -> LoadedRun:
         check_divisible(abstract, mesh.shape)
     with CheckpointStore(run.checkpoint_dir(name), keep=config.train.keep_checkpoints) as store:
         restored = store.restore(step, with_shardings({"params": abstract}), subset=True)
+    if not_finite := _not_finite(restored.tree["params"]):
+        raise RunError(
+            f"{run.checkpoint_dir(name) / str(step)} holds {not_finite[0]}, which is NaN or infinite in part "
+            f"({len(not_finite)} parameters are); expected finite ones. Take a checkpoint of an earlier step or stage."
+        )
     config.model.attention.mode = trained_attention(config, name)
     text, exported = config.data.text, run.path / "hf"
     is_missing = text.tokenizer not in ("bytes", NO_TOKENIZER) and not Path(text.tokenizer).exists()
@@ -79,6 +85,13 @@ def load_run(directory: Path, *, stage: str | None = None) -> LoadedRun:
     saved = restored.meta.get("data") or {}
     digest = saved.get("sha256") or saved.get("corpus")
     return LoadedRun(config, build_model(config.model), restored.tree["params"], name, step, digest)
+
+
+def _not_finite(params: Params) -> list[str]:
+    """Paths of the parameters that are NaN or infinite somewhere."""
+    leaves = parameter_paths(params)
+    is_finite = jax.device_get(jax.jit(lambda leaves: [jnp.isfinite(leaf).all() for leaf in leaves])(list(leaves.values())))
+    return [path for path, each in zip(leaves, is_finite, strict=True) if not each]
 
 
 def resolve_run(config: Config, workdir: Path) -> Config:

@@ -1,9 +1,12 @@
 """Metrics of finished steps: the policy on non-finite values, and the log."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+import numpy as np
 
 from dsa_jax.config import Config, StageConfig
 from dsa_jax.run.checkpoints import latest_position
@@ -14,6 +17,7 @@ from dsa_jax.train.stages import Stage
 
 _LOG = logging.getLogger(__name__)
 _SHOWN = ("loss", "kl")
+_LOSSES = ("loss", "kl_layers")
 _COUNTERS = ("is_finite", "skipped_in_a_row", "stop")
 
 
@@ -48,7 +52,7 @@ class Judge:
         read = jax.device_get(values)
         self.stops |= bool(read.get("stop", False))
         if not read["is_finite"]:
-            self._not_finite(step, int(read["skipped_in_a_row"]))
+            self._not_finite(step, read)
         record = {name: float(value) for name, value in sorted(read.items()) if not value.ndim and name not in _COUNTERS}
         record |= {f"kl_layer_{i}": float(value) for i, value in enumerate(read.get("kl_layers", ()))}
         settings: StageConfig = getattr(self.config.train, self.stage.name)
@@ -57,9 +61,18 @@ class Judge:
             self.final = record
         return {name: record[name] for name in _SHOWN if name in record}
 
-    def _not_finite(self, step: int, in_a_row: int) -> None:
+    def _not_finite(self, step: int, read: Mapping[str, Any]) -> None:
+        in_a_row = int(read["skipped_in_a_row"])
         where, last = f"stage {self.stage.name}, step {step}", self._last_checkpoint()
         advice = f"Lower train.{self.stage.name}.optimizer.learning_rate"
+        losses = [value for name in _LOSSES if name in read for value in np.ravel(read[name])]
+        if in_a_row == step and (bad := [value for value in losses if not np.isfinite(value)]):
+            # No update of this stage has changed a parameter yet.
+            advice = (
+                f"The loss is {bad[0]} before the first update, so a lower learning rate would not help: with the parameters "
+                "it starts from the model overflows. Check the scales, norm_eps and rope of model.*, or set "
+                "model.dtype=float32"
+            )
         if self.config.train.nan_policy == "stop":
             raise NotFiniteError(
                 f"loss, gradient or update is not finite in {where}; {last}. {advice} (in another --workdir where this one has "

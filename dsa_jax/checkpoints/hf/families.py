@@ -20,6 +20,15 @@ EXTRA_FIELD = "dsa_jax"
 EXPERT_COUNTS = ("n_routed_experts", "num_local_experts", "num_experts")
 """Spellings of the number of routed experts; all are read."""
 
+ROPE_LAYOUT_SPELLINGS = {
+    "rope_interleaved": True,
+    "rotary_interleaved": True,
+    "rotary_emb_interleaved": True,
+    "is_neox_style": False,
+    "rope_is_neox_style": False,
+}
+"""Other spellings of rope_interleave, or of its opposite where false; they may be there, but not against it."""
+
 
 def _one_of(*values: Any) -> Any:
     """A required column with the values that it may have."""
@@ -236,10 +245,11 @@ HARMLESS = frozenset(
         "_attn_implementation", "_name_or_path", "architectures", "attention_dropout", "attn_implementation",
         "auto_map", "aux_loss_alpha", "bos_token_id", "chunk_size_feed_forward", "cross_attention_hidden_size",
         "dsa_tokenizer", "dtype", "eos_token_id", "ep_size", "finetuning_task", "head_dim", "id2label",
-        "index_share_for_mtp_iteration", "is_decoder", "is_encoder_decoder", "keys_to_ignore_at_inference",
+        "index_rope_dim", "index_share_for_mtp_iteration", "indexer_rope_interleave", "is_decoder", "is_encoder_decoder",
+        "keys_to_ignore_at_inference",
         "label2id", "max_window_layers", "mlp_only_layers", "model_type", "moe_router_dtype", "name_or_path",
         "num_mtp_layers", "num_nextn_predict_layers", "output_attentions", "output_hidden_states",
-        "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type", "qk_head_dim",
+        "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type", "qk_head_dim", "qk_rope_head_dim",
         "quantization_config", "return_dict", "rope_parameters", "rope_scaling", "router_aux_loss_coef",
         "router_jitter_noise", "sep_token_id", "seq_aux", "sliding_window", "task_specific_params", "tokenizer_class",
         "torch_dtype", "torchscript", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",

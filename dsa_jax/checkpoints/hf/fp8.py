@@ -59,10 +59,12 @@ def check_grid(
 def dequantize_on_host(
     quantized: Shaped[np.ndarray, "M N"], scales: Shaped[np.ndarray, "m n"], block: tuple[int, int], dtype: Any
 ) -> Shaped[np.ndarray, "M N"]:
-    """The dequantised weight, computed in float32 and rounded once to `dtype`, one row of blocks at a time."""
+    """The dequantised weight, computed in float32 and rounded once to `dtype`, one row of blocks at a time; it may not be
+    finite."""
     out = np.empty(quantized.shape, dtype)
     column_scales = np.repeat(scales.astype(np.float32), block[1], axis=1)[:, : quantized.shape[1]]
     for i, scale in enumerate(column_scales):
         rows = slice(i * block[0], (i + 1) * block[0])
-        out[rows] = quantized[rows].astype(np.float32) * scale
+        with np.errstate(over="ignore", invalid="ignore"):
+            out[rows] = quantized[rows].astype(np.float32) * scale
     return out

@@ -88,7 +88,8 @@ def load_pretrained(
             them so, else quantised here with power-of-two scales; for serving and evaluation.
 
     Raises:
-        CheckpointError: when the directory cannot be read or does not fit its config.json, as with a missing weight.
+        CheckpointError: when the directory cannot be read or does not fit its config.json, as with a missing weight, or holds
+            one that is NaN or infinite.
         ConfigError: when `attention`, `indexer`, `dtype` or `weight_format` cannot work with the model, or `mesh` does not
             divide a parameter.
     """
@@ -175,13 +176,11 @@ def _stacked_blocks(
 
 
 def _fill(out: Shaped[np.ndarray, "..."], source: Source, rows: slice, value: Shaped[np.ndarray, "..."]) -> None:
-    """Write `rows` of the tensor that `source` names to their place in the parameter."""
+    """Write `rows` of the tensor that `source` names, in the parameter's type, to their place in it."""
     target = (out[source.place].T if source.transpose else out[source.place])[rows]
-    if value.dtype == out.dtype:
-        # As plain integers, which numpy copies several times as fast as bfloat16.
-        plain = np.dtype(f"u{out.dtype.itemsize}")
-        value, target = value.view(plain), target.view(plain)
-    target[...] = value.astype(target.dtype, copy=False)
+    # As plain integers, which numpy copies several times as fast as bfloat16.
+    plain = np.dtype(f"u{out.dtype.itemsize}")
+    target.view(plain)[...] = value.view(plain)
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:

@@ -13,11 +13,14 @@ from jaxtyping import Shaped
 
 from dsa_jax.checkpoints.hf import CheckpointError
 from dsa_jax.checkpoints.hf.config_fields import Fields
+from dsa_jax.checkpoints.hf.finite import as_finite
 from dsa_jax.checkpoints.hf.fp8 import SCALE_SUFFIX, check_grid, dequantize_on_host
 from dsa_jax.checkpoints.hf.names import EMBEDDING, HEAD, pieces, tensor_name
 from dsa_jax.checkpoints.hf.safetensors_file import DTYPES, TensorInfo
-from dsa_jax.checkpoints.hf.weights import Weights
+from dsa_jax.checkpoints.hf.weights import INDEX_FILE, Weights
+from dsa_jax.config.attention import SHARED
 from dsa_jax.config.model import ModelConfig
+from dsa_jax.foreign import printable
 from pallas_kernels.quantize import quantize_blocks
 from pallas_kernels.quantize.blocks import WEIGHT_BLOCK
 
@@ -26,7 +29,6 @@ _FLOATS = ("F64", "F32", "BF16", "F16")
 _FP8 = ("F8_E4M3",)
 _MOST_SHOWN = 5
 _PART_BYTES = 16 * 2**20
-_COMPARED_ROWS = 1024
 _quantize = jax.jit(quantize_blocks)
 
 
@@ -76,14 +78,18 @@ class BlockPart(NamedTuple):
 
 
 def read_blocks(source: Source, weights: Weights) -> Iterator[BlockPart]:
-    """A source in fp8 blocks of 128 x 128: whole, as stored, or quantised here, in parts."""
+    """A source in fp8 blocks of 128 x 128: whole, as stored, or quantised here, in parts.
+
+    Raises:
+        CheckpointError: for a weight or a scale that is not finite.
+    """
     scale_name = source.name + SCALE_SUFFIX
     step = WEIGHT_BLOCK[0]
     if scale_name in weights.tensors:
         rows = source.rows or slice(None)
         block_rows = slice(rows.start // step, -(-rows.stop // step)) if source.rows else None
-        values = weights.read(source.name, lead=source.lead, rows=source.rows)
-        scales = weights.read(scale_name, lead=source.lead, rows=block_rows)
+        values = _finite_part(source.name, weights, source.lead, source.rows)
+        scales = _finite_part(scale_name, weights, source.lead, block_rows, np.float32)
         yield BlockPart(slice(0, len(values)), values, slice(0, len(scales)), scales)
         return
     for rows, value in read_source(source, weights, WEIGHT_BLOCK, np.dtype(np.float32), multiple=step):
@@ -94,25 +100,37 @@ def read_blocks(source: Source, weights: Weights) -> Iterator[BlockPart]:
 def read_source(
     source: Source, weights: Weights, block: tuple[int, int], dtype: np.dtype, *, multiple: int = 1
 ) -> Iterator[tuple[slice, Shaped[np.ndarray, "..."]]]:
-    """A source in parts of a few megabytes: (rows of the part, values as stored).
+    """A source in parts of a few megabytes: (rows of the part, values in `dtype`).
 
-    A quantised tensor comes whole, dequantised to `dtype`. All parts but the last have a multiple of `multiple` rows.
+    A quantised tensor comes whole, dequantised. All parts but the last have a multiple of `multiple` rows.
+
+    Raises:
+        CheckpointError: for a weight that is not finite, or not in `dtype`.
     """
     scale_name = source.name + SCALE_SUFFIX
+    info = weights.tensors[source.name]
     if scale_name in weights.tensors:
         quantized = weights.read(source.name, lead=source.lead)
         value = dequantize_on_host(quantized, weights.read(scale_name, lead=source.lead), block, dtype)
-        value = value if source.rows is None else value[source.rows]
+        first = (*source.lead, source.rows.start if source.rows else 0)
+        value = as_finite(value if source.rows is None else value[source.rows], dtype, source.name, info, first)
         yield slice(0, len(value)), value
         return
-    info = weights.tensors[source.name]
     shape = info.shape[len(source.lead) :]
-    first, stop, _ = (source.rows or slice(None)).indices(shape[0])
+    start_row, stop, _ = (source.rows or slice(None)).indices(shape[0])
     row_bytes = math.prod(shape[1:]) * DTYPES[info.dtype].itemsize
     step = max(1, _PART_BYTES // max(row_bytes * multiple, 1)) * multiple
-    for start in range(first, stop, step):
+    for start in range(start_row, stop, step):
         rows = slice(start, min(start + step, stop))
-        yield slice(rows.start - first, rows.stop - first), weights.read(source.name, lead=source.lead, rows=rows)
+        yield slice(rows.start - start_row, rows.stop - start_row), _finite_part(source.name, weights, source.lead, rows, dtype)
+
+
+def _finite_part(
+    name: str, weights: Weights, lead: tuple[int, ...], rows: slice | None, dtype: Any = None
+) -> Shaped[np.ndarray, "..."]:
+    """The part `[*lead, rows]` of a tensor, in `dtype` or as stored, once it is known to be finite."""
+    value = weights.read(name, lead=lead, rows=rows)
+    return as_finite(value, dtype or value.dtype, name, weights.tensors[name], (*lead, rows.start if rows else 0))
 
 
 def _source(
@@ -139,6 +157,12 @@ def _source(
 
 
 def _check_present(used: Mapping[str, tuple[int, ...]], weights: Weights) -> None:
+    if unlisted := sorted(used.keys() & weights.unlisted):
+        more = f" and {len(unlisted) - 1} more" if len(unlisted) > 1 else ""
+        raise CheckpointError(
+            f"{weights.tensors[unlisted[0]].file} holds {unlisted[0]}{more}, which {INDEX_FILE} does not list. Get the index "
+            "and the files it names from one revision."
+        )
     missing = [name for name in used if name not in weights.tensors]
     if missing:
         hint = "The checkpoint is incomplete, or config.json is that of another model."
@@ -157,6 +181,10 @@ def _check_present(used: Mapping[str, tuple[int, ...]], weights: Weights) -> Non
 def _check_kinds(used: Mapping[str, tuple[int, ...]], weights: Weights, block: tuple[int, int]) -> None:
     for name, shape in used.items():
         info, scale = weights.tensors[name], weights.tensors.get(name + SCALE_SUFFIX)
+        if info.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{info.file}: {name} has dtype {printable(info.dtype)}; expected one of {', '.join(DTYPES)}. Convert it."
+            )
         if scale is None and info.dtype not in _FLOATS:
             raise CheckpointError(
                 f"{info.file}: {name} is of type {info.dtype} and has no {name}{SCALE_SUFFIX} beside it; expected one of "
@@ -165,7 +193,8 @@ def _check_kinds(used: Mapping[str, tuple[int, ...]], weights: Weights, block: t
         if scale is not None:
             if info.dtype not in _FP8 or scale.dtype not in _FLOATS:
                 raise CheckpointError(
-                    f"{info.file}: {name} is of type {info.dtype} with scales of type {scale.dtype}; expected F8_E4M3 with F32."
+                    f"{info.file}: {name} is of type {info.dtype} with scales of type {printable(scale.dtype)}; expected "
+                    "F8_E4M3 with F32."
                 )
             check_grid(name, shape, scale.shape, block, (info.file, scale.file))
 
@@ -193,35 +222,34 @@ def check_blocks(sources: Iterable[Source], weights: Weights, block: tuple[int, 
 
 
 def _check_left_over(used: Mapping[str, tuple[int, ...]], config: ModelConfig, weights: Weights, n_mtp_layers: int) -> None:
-    """Refuse tensors that no parameter takes, but for multi-token-prediction layers, buffers, empty tensors (of no shared
-    experts) and the copy of a tied head.
+    """Refuse tensors that no parameter takes, but for multi-token-prediction layers, indexers of layers that reuse a selection,
+    buffers, empty tensors (of no shared experts) and the copy of a tied head.
     """
+    shares = [layer.role == SHARED for layer in config.attention.layers(config.n_layers)]
     skipped: dict[int, int] = {}
+    spare: set[int] = set()
     extra = []
     for name in weights.tensors:
         base = name.removesuffix(SCALE_SUFFIX)
-        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        layer = re.match(r"model\.layers\.(\d{1,9})\.(self_attn\.indexer\.)?", name)
         index = int(layer[1]) if layer else -1
         if base in used or name.endswith("rotary_emb.inv_freq") or 0 in weights.tensors[name].shape:
             continue
         if config.n_layers <= index < config.n_layers + n_mtp_layers:
             skipped[index] = skipped.get(index, 0) + 1
+        elif layer and layer[2] and index < config.n_layers and shares[index]:
+            spare.add(index)
         elif name == HEAD and config.tie_embeddings:
             _LOG.info("%s: the head is tied to %s, its own copy %s is not read", weights.directory, EMBEDDING, HEAD)
-            if not _is_copy(weights):
-                _LOG.warning(
-                    "%s: %s differs from %s, to which config.json ties it; transformers runs it as stored. To do so here, set "
-                    "tie_word_embeddings to false there",
-                    weights.directory,
-                    HEAD,
-                    EMBEDDING,
-                )
         else:
             extra.append(name)
     if skipped:
         _LOG.info(
             "%s: skipped %d tensors of %d multi-token-prediction layers", weights.directory, sum(skipped.values()), len(skipped)
         )
+    if spare:
+        listed = ", ".join(map(str, sorted(spare)))
+        _LOG.info("%s: layers %s reuse a selection by config.json; their own indexers are not read", weights.directory, listed)
     if extra:
         file = weights.tensors[sorted(extra)[0]].file
         shown = _shown(f"{name} {list(weights.tensors[name].shape)}" for name in sorted(extra))
@@ -229,15 +257,6 @@ def _check_left_over(used: Mapping[str, tuple[int, ...]], config: ModelConfig, w
             f"{file} holds {shown}, which the model of {weights.directory / 'config.json'} has no use for. config.json is that "
             "of another model, or lacks a field."
         )
-
-
-def _is_copy(weights: Weights) -> bool:
-    """Whether the stored head holds what the embedding does."""
-    shape = weights.tensors[HEAD].shape
-    if shape != weights.tensors[EMBEDDING].shape:
-        return False
-    parts = [slice(first, first + _COMPARED_ROWS) for first in range(0, shape[0], _COMPARED_ROWS)]
-    return all(np.array_equal(weights.read(HEAD, rows=part), weights.read(EMBEDDING, rows=part)) for part in parts)
 
 
 def describe_rounding(plan: Mapping[str, list[Source]], shapes: Mapping[str, Any], weights: Weights) -> None:
@@ -262,4 +281,4 @@ def count_mtp_layers(content: Mapping[str, Any], file: Path) -> int:
 def _shown(names: Iterable[str]) -> str:
     listed = list(names)
     more = f" and {len(listed) - _MOST_SHOWN} more" if len(listed) > _MOST_SHOWN else ""
-    return ", ".join(listed[:_MOST_SHOWN]) + more
+    return ", ".join(map(printable, listed[:_MOST_SHOWN])) + more

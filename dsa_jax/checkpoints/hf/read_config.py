@@ -2,7 +2,8 @@
 
 Every field that changes the computation is honoured or refused. An absent field has the family's default in transformers,
 except that there are then no tokens that begin or end a text, and as many key-value heads as heads. Where transformers ignores
-a field that the weights were trained with (the indexer's rotary layout), the field wins.
+a field that the weights were trained with (the indexer's rotary layout), the field wins. A head among the weights that is not
+the embedding counts for more than `tie_word_embeddings`, as in transformers and vLLM.
 """
 
 import logging
@@ -18,17 +19,19 @@ from dsa_jax.checkpoints.hf.families import (
     FALLBACK_MODEL_TYPE,
     FAMILIES,
     HARMLESS,
+    ROPE_LAYOUT_SPELLINGS,
     UNSUPPORTED,
     Family,
     Router,
 )
 from dsa_jax.checkpoints.hf.fp8 import block_size
-from dsa_jax.checkpoints.hf.names import EMBEDDING
+from dsa_jax.checkpoints.hf.names import EMBEDDING, HEAD
 from dsa_jax.checkpoints.hf.rope_fields import read_rope
-from dsa_jax.checkpoints.hf.weights import Weights, read_json
-from dsa_jax.config import AttentionConfig, IndexerConfig, ModelConfig, MoEConfig
+from dsa_jax.checkpoints.hf.weights import Weights, has_weights, read_json
+from dsa_jax.config import AttentionConfig, IndexerConfig, ModelConfig, MoEConfig, RopeConfig
 from dsa_jax.config.checks import ConfigError
 from dsa_jax.config.fields import check_kinds, from_dict, set_field
+from dsa_jax.foreign import printable
 from dsa_jax.model.rope import Rope, rotary_magnitude
 
 _LOG = logging.getLogger(__name__)
@@ -39,8 +42,12 @@ _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float32"}
 def read_model_config(directory: str | Path) -> ModelConfig:
     """The model of a checkpoint directory, from its config.json and generation_config.json.
 
+    Where config.json ties the head to the embedding, its weights are looked at too, if there are any: a stored head with other
+    values makes the model untied.
+
     Raises:
-        CheckpointError: when the directory is missing, its model_type is not known, or a field cannot be honoured.
+        CheckpointError: when the directory is missing, its model_type is not known, a field cannot be honoured, or the weights
+            that decide one cannot be read.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -50,6 +57,8 @@ def read_model_config(directory: str | Path) -> ModelConfig:
     config = parse_config(content, file)
     if stated_dtype(content) is None:
         config.param_dtype = config.dtype = _stored_dtype(directory, content)
+    if config.tie_embeddings and has_weights(directory):
+        config.tie_embeddings = not _has_head_of_its_own(directory)
     generation = directory / "generation_config.json"
     if generation.is_file() and (stop := _token_ids(Fields(generation, read_json(generation), {}))):
         config.eos_token_ids = tuple(dict.fromkeys((*config.eos_token_ids, *stop)))
@@ -113,7 +122,7 @@ def _family_config(content: dict[str, Any], file: Path) -> ModelConfig:
         tie_embeddings=fields.flag("tie_word_embeddings"),
         initializer_range=fields.number("initializer_range"),
         embedding_initializer_range=fields.number("initializer_range"),
-        max_positions=fields.whole("max_position_embeddings"),
+        max_positions=_positions(fields, attention.rope),
         family=content["model_type"],
         bos_token_id=fields.whole("bos_token_id", -1),
         eos_token_ids=_token_ids(fields),
@@ -125,8 +134,18 @@ def _family_config(content: dict[str, Any], file: Path) -> ModelConfig:
     if fields.has(EXTRA_FIELD):
         _apply_extra_fields(config, fields)
     if unknown := sorted(content.keys() - fields.asked - HARMLESS - UNSUPPORTED.keys()):
-        _LOG.warning("%s: ignoring fields that are not known: %s", file, ", ".join(unknown))
+        _refuse_rotation(fields, unknown)
+        _LOG.warning("%s: ignoring fields that are not known: %s", file, ", ".join(map(printable, unknown)))
     return config
+
+
+def _positions(fields: Fields, rope: RopeConfig) -> int:
+    """The longest text: max_position_embeddings, or what YaRN makes of the original length where that is more.
+
+    Model cards add the scaling and leave the length as it is.
+    """
+    stated = fields.whole("max_position_embeddings")
+    return max(stated, int(rope.factor * rope.original_max_positions)) if rope.scaling == "yarn" else stated
 
 
 def _refuse_unsupported(fields: Fields, family: Family) -> None:
@@ -159,6 +178,15 @@ def _refuse_windows(fields: Fields, family: Family, n_layers: int) -> None:
         fields.fail("sliding_window", "null, or use_sliding_window false: only full attention is computed")
 
 
+def _refuse_rotation(fields: Fields, unknown: list[str]) -> None:
+    """Refuse a field that by its name changes the rotary embedding; programs that know it would compute another model."""
+    for name in unknown:
+        value = fields.content[name]
+        is_neutral = not value or value == "default" or (type(value) in (int, float) and value == 1)
+        if ("rope" in name or "rotary" in name) and not is_neutral:
+            fields.fail(name, "null or false: it changes the rotary embedding, and is not computed")
+
+
 def _flag(fields: Fields, name: str, always: bool | None) -> bool:
     """A flag by its field, or, where all checkpoints of the family have it `always` true or false, that, and nothing else."""
     if always is None:
@@ -170,7 +198,11 @@ def _flag(fields: Fields, name: str, always: bool | None) -> bool:
 
 def _rope_layout(fields: Fields, family: Family) -> str:
     always = {"interleaved": True, "half_split": False}.get(family.rope_layout)
-    return "interleaved" if _flag(fields, "rope_interleave", always) else "half_split"
+    interleaved = _flag(fields, "rope_interleave", always)
+    for name, meaning in ROPE_LAYOUT_SPELLINGS.items():
+        if fields.has(name) and (fields.flag(name) == meaning) != interleaved:
+            fields.fail(name, f"{str(interleaved == meaning).lower()}: the rotation of this model is the other one")
+    return "interleaved" if interleaved else "half_split"
 
 
 def _biases(fields: Fields, family: Family) -> tuple[bool, bool]:
@@ -357,3 +389,16 @@ def _stored_dtype(directory: Path, content: dict[str, Any]) -> str:
     with Weights(directory) as weights:
         info = weights.tensors.get(EMBEDDING)
     return _STORED.get(info.dtype, "float32") if info else "float32"
+
+
+def _has_head_of_its_own(directory: Path) -> bool:
+    """Whether the weights hold a head with other values than the embedding, which is logged."""
+    with Weights(directory) as weights:
+        found = weights.tensors
+        if EMBEDDING not in found or HEAD not in found or 0 in found[HEAD].shape or not weights.differ(HEAD, EMBEDDING):
+            return False
+    _LOG.warning(
+        "%s: config.json ties the head to %s, but %s holds other values: the stored head is used and the model is untied",
+        directory, EMBEDDING, HEAD,
+    )  # fmt: skip
+    return True

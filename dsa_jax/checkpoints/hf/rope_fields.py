@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from dsa_jax.checkpoints.hf import CheckpointError
 from dsa_jax.checkpoints.hf.config_fields import Fields
 from dsa_jax.config import RopeConfig
+from dsa_jax.foreign import shown
 from dsa_jax.model.rope import yarn_mscale
 
 _TYPES = {"default": "none", "yarn": "yarn", "llama3": "llama3"}
@@ -17,16 +19,13 @@ _READ = frozenset(
 
 
 def read_rope(fields: Fields) -> RopeConfig:
-    """The rotary embedding, from `rope_theta` and `rope_scaling` or from `rope_parameters`.
+    """The rotary embedding, from `rope_theta`, `rope_scaling` and `rope_parameters`, which may all be there if they agree.
 
     Raises:
-        CheckpointError: for a scaling, or a field of it, that the model does not compute.
+        CheckpointError: for a scaling, or a field of it, that the model does not compute, and for fields that disagree.
     """
-    spelled = "rope_scaling" if fields.content.get("rope_scaling") else "rope_parameters"
-    values = fields.content.get(spelled) or {}
-    if not isinstance(values, dict):
-        fields.fail(spelled, "an object with rope_type")
-    rope = Fields(fields.file, values, {}, prefix=f"{spelled}.")
+    rope = _together(fields)
+    values = rope.content
     for name in sorted(values.keys() - _READ):
         rope.fail(name, f"only {', '.join(sorted(_READ))}")
     kind = rope.text("rope_type", rope.text("type", "default"))
@@ -36,7 +35,8 @@ def read_rope(fields: Fields) -> RopeConfig:
         rope.fail("partial_rotary_factor", "1.0: every channel is rotated")
     if values.get("truncate") not in (None, True):
         rope.fail("truncate", "true")
-    config = RopeConfig(theta=rope.number("rope_theta", fields.number("rope_theta")), scaling=_TYPES[kind])
+    theta = (rope if rope.has("rope_theta") else fields).number("rope_theta")
+    config = RopeConfig(theta=theta, scaling=_TYPES[kind])
     if config.scaling == "none":
         return config
     positions = fields.whole("max_position_embeddings")
@@ -63,6 +63,35 @@ def read_rope(fields: Fields) -> RopeConfig:
         # The magnitude then ignores mscale_all_dim, which still enters the softmax scale.
         config.attention_factor = yarn_mscale(config.factor, 1.0)
     return config
+
+
+def _together(fields: Fields) -> Fields:
+    """The fields of `rope_scaling` and `rope_parameters` as one object.
+
+    A "default" of one spelling says nothing against a scaling in the other: model cards have one add it so.
+    """
+    there = {name: fields.content[name] for name in ("rope_parameters", "rope_scaling") if fields.content.get(name)}
+    for name, values in there.items():
+        if not isinstance(values, dict):
+            fields.fail(name, "an object with rope_type")
+    found: dict[str, tuple[str, str, Any]] = {}  # where, name and value of each setting
+    if fields.has("rope_theta"):
+        found["rope_theta"] = "", "rope_theta", fields.content["rope_theta"]
+    for spelled, values in there.items():
+        for name, value in values.items():
+            setting = "rope_type" if name == "type" else name
+            where, other, before = found.get(setting, (spelled, name, value))
+            says_nothing = [each == "default" and setting == "rope_type" and where != spelled for each in (before, value)]
+            if value is None or says_nothing[1]:
+                continue
+            if value != before and not says_nothing[0]:
+                raise CheckpointError(
+                    f"{fields.file}: {where}{'.' if where else ''}{other} is {shown(before)}, but {spelled}.{name} is "
+                    f"{shown(value)}; expected one value. Keep the one that the weights were trained with."
+                )
+            found[setting] = spelled, name, value
+    content = {name: value for where, name, value in found.values() if where}
+    return Fields(fields.file, content, {}, prefix=f"{' or '.join(reversed(there))}.")
 
 
 def write_rope(config: RopeConfig) -> dict[str, Any]:

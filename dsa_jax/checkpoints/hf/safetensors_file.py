@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from dsa_jax.checkpoints.hf import CheckpointError
+from dsa_jax.foreign import parse_json, printable, shown
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -33,15 +34,19 @@ DTYPES: dict[str, np.dtype] = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MOST_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
+_MOST_NAME = 500
 
 
 class TensorInfo(NamedTuple):
-    """Place of a tensor: its file, dtype by the header's name, shape, and first byte counted from the start of the file."""
+    """Place of a tensor: its file, dtype by the header's name (not always one of `DTYPES`), shape, first byte counted from the
+    start of the file, and size in bytes.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    n_bytes: int
 
 
 class TensorToWrite(NamedTuple):
@@ -59,7 +64,7 @@ class TensorToWrite(NamedTuple):
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a file by name.
+    """Every tensor of a file by name; together they fill it from the header to its last byte, none over another.
 
     Raises:
         CheckpointError: when the file is missing, cut off, or no safetensors file.
@@ -74,43 +79,59 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                     f"{file} is cut off or no safetensors file: its first 8 bytes give a header of {length} bytes, the file "
                     f"has {size} bytes. Download it again."
                 )
-            header = json.loads(stream.read(length).decode("utf-8"))
+            header = parse_json(stream.read(length))
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{file} has a header that is not JSON ({error}). Download it again.") from error
+        raise CheckpointError(
+            f"{file} has a header that is not JSON as the format has it ({printable(error)}). Download it again."
+        ) from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file} has a header that is no JSON object. Download it again.")
     header.pop("__metadata__", None)
-    return {name: _tensor_info(file, name, entry, 8 + length, size) for name, entry in header.items()}
+    tensors = {name: _tensor_info(file, name, entry, 8 + length, size) for name, entry in header.items()}
+    _check_ranges(file, tensors, 8 + length, size)
+    return tensors
+
+
+def _check_ranges(file: Path, tensors: Mapping[str, TensorInfo], data_start: int, file_size: int) -> None:
+    end, before = data_start, "the header"
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].n_bytes)):
+        if info.offset != end:
+            raise CheckpointError(
+                f"{file}: {name} begins at byte {info.offset}; expected {end}, where {before} ends. Download it again."
+            )
+        end, before = end + info.n_bytes, name
+    if end != file_size:
+        raise CheckpointError(f"{file} has {file_size} bytes; expected {end}, where {before} ends. Download it again.")
 
 
 def _tensor_info(file: Path, name: str, entry: Any, data_start: int, file_size: int) -> TensorInfo:
+    if len(name) > _MOST_NAME:
+        raise CheckpointError(f"{file} names a tensor {shown(name)}, in {len(name)} characters; expected at most {_MOST_NAME}.")
     try:
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         begin, end = entry["data_offsets"]
-        well_formed = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and isinstance(dtype, str)
+        well_formed = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end and isinstance(dtype, str)
     except (KeyError, TypeError, ValueError):
         well_formed = False
     if not well_formed:
         raise CheckpointError(
-            f"{file}: the header entry of {name} is {entry!r}; expected dtype, shape and data_offsets. Download it again."
+            f"{file}: the header entry of {name} is {shown(entry)}; expected dtype, shape and data_offsets. Download it again."
         )
-    if dtype not in DTYPES:
-        raise CheckpointError(f"{file}: {name} has dtype {dtype}; expected one of {', '.join(DTYPES)}.")
-    n_bytes = math.prod(shape) * DTYPES[dtype].itemsize
+    n_bytes = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else end - begin
     if end - begin != n_bytes:
         raise CheckpointError(
-            f"{file}: {name} takes {end - begin} bytes; expected {n_bytes} for shape {list(shape)} of {dtype}. "
+            f"{file}: {name} takes {end - begin} bytes; expected {n_bytes} for shape {shown(list(shape))} of {dtype}. "
             "Download it again."
         )
     if data_start + end > file_size:
         raise CheckpointError(
             f"{file} is cut off: {name} ends at byte {data_start + end}, the file has {file_size} bytes. Download it again."
         )
-    return TensorInfo(file, dtype, shape, data_start + begin)
+    return TensorInfo(file, dtype, shape, data_start + begin, n_bytes)
 
 
 def read_tensor(

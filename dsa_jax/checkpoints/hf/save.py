@@ -319,7 +319,8 @@ def _sync(directory: Path) -> None:
 
 def _say_who_can_read(target: Path, config: ModelConfig, layout: Layout) -> None:
     family = FAMILIES.get(layout.model_type)
-    understood = {"attention.indexer.rope_layout"} if is_reordered(config, layout.model_type) else set()
+    understood = {"max_positions"}  # others take longer texts, and compute the same
+    understood |= {"attention.indexer.rope_layout"} if is_reordered(config, layout.model_type) else set()
     if family is None:
         _LOG.warning("%s: no model family computes what this model does, so only dsa-jax reads it: %s", target, layout.refused)
     elif config.attention.indexer.enabled and family.indexer is None:

@@ -31,7 +31,7 @@ _SOFT = frozenset(
     {
         "attention.mode", "attention.latent_norm_eps", "logits_scale", "attention.indexer.hadamard", "attention.indexer.fp8",
         "attention.indexer.topk", "attention.indexer.coarse_block_size", "attention.indexer.coarse_blocks",
-        "attention.indexer.coarse_pooling",
+        "attention.indexer.coarse_pooling", "max_positions",
     }
 )  # fmt: skip
 # How a model is run or trained, and where it came from: no part of a checkpoint.

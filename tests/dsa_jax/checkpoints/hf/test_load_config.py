@@ -1,6 +1,7 @@
 """Reading config.json: what its fields decide, and errors that name a field that is refused or missing."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -176,3 +177,68 @@ def test_fields_that_are_needed_are_named(missing, tmp_path):
 def test_an_unknown_family_gets_the_list_of_known_ones(tmp_path):
     with pytest.raises(CheckpointError, match=r"model_type is 'gpt9'.*deepseek_v32.*qwen3_moe"):
         load_pretrained(write_checkpoint(tmp_path, config_of("llama", model_type="gpt9")))
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "message"),
+    [
+        ("llama", {"rope_interleaved": True}, "rope_interleaved is True; expected false"),
+        ("qwen3", {"rotary_interleaved": True}, "rotary_interleaved is True; expected false"),
+        ("llama", {"is_neox_style": False}, "is_neox_style is False; expected true"),
+        ("deepseek_v3", {"rope_interleaved": False}, "rope_interleaved is False; expected true"),
+        ("llama", {"rotary_pct": 0.25}, "rotary_pct is 0.25; expected null or false"),
+        ("llama", {"rope_ratio": 16}, "rope_ratio is 16; expected null or false"),
+    ],
+)
+def test_fields_that_turn_other_channels_are_no_unknown_fields(case, changes, message, tmp_path):
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        read_model_config(write_checkpoint(tmp_path, config_of(case, **changes), {}))
+
+
+def test_spellings_of_the_rotation_that_is_computed_are_read(tmp_path):
+    neutral = {"rope_interleaved": False, "is_neox_style": True, "rotary_pct": 1.0, "rope_ratio": None}
+    llama = read_model_config(write_checkpoint(tmp_path, config_of("llama", **neutral), {}))
+    assert llama.attention.rope_layout == "half_split"
+    deepseek = read_model_config(write_checkpoint(tmp_path, config_of("deepseek_v3", rope_interleaved=True), {}))
+    assert deepseek.attention.rope_layout == "interleaved"
+
+
+YARN_TWICE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": YARN_TWICE | {"rope_theta": 1e4}},
+            "rope_parameters.rope_theta is 1000000.0, but rope_scaling.rope_theta is 10000.0; expected one value",
+        ),
+        (
+            {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+            "rope_theta is 10000.0, but rope_parameters.rope_theta is 1000000.0",
+        ),
+        (
+            {"rope_parameters": YARN_TWICE, "rope_scaling": YARN_TWICE | {"factor": 8.0}},
+            "rope_parameters.factor is 4.0, but rope_scaling.factor is 8.0",
+        ),
+        (
+            {"rope_parameters": YARN_TWICE, "rope_scaling": {"type": "llama3", "factor": 4.0}},
+            "rope_parameters.rope_type is 'yarn', but rope_scaling.type is 'llama3'",
+        ),
+        ({"rope_scaling": YARN_TWICE | {"type": "default"}}, "rope_scaling.rope_type is 'yarn', but rope_scaling.type is"),
+    ],
+)
+def test_rotations_that_disagree_are_an_error(stated, message, tmp_path):
+    content = config_of("llama", rope_theta=..., rope_scaling=...) | stated
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        read_model_config(write_checkpoint(tmp_path, content, {}))
+
+
+def test_rotations_that_agree_are_put_together(tmp_path):
+    """A scaling by the model card in a config.json that transformers 5 wrote keeps the theta that stands there."""
+    base = {"rope_type": "default", "rope_theta": 1e6}
+    content = config_of("llama", rope_theta=..., rope_scaling=YARN_TWICE, rope_parameters=base)
+    rope = read_model_config(write_checkpoint(tmp_path, content, {})).attention.rope
+    assert (rope.theta, rope.scaling, rope.factor) == (1e6, "yarn", 4.0)
+    content = config_of("llama", rope_theta=1e6, rope_scaling=base, rope_parameters=YARN_TWICE | {"mscale": None})
+    assert read_model_config(write_checkpoint(tmp_path, content, {})).attention.rope == rope

@@ -79,6 +79,48 @@ def test_damaged_weight_files(tmp_path):
     damaged(with_header(header | {name: header[name] | {"shape": [31]}}), rf"{name} takes 128 bytes; expected 124")
     damaged(with_header(header | {name: header[name] | {"dtype": "F4"}}), rf"{name} has dtype F4")
     damaged(with_header(header | {name: {"dtype": "F32"}}), rf"header entry of {name}")
+    damaged(with_header(header | {name: header[name] | {"data_offsets": [8, 4]}}), rf"header entry of {name}")
+
+
+def test_tensors_must_fill_their_file(tmp_path):
+    """As the safetensors library has it; a byte more or less in front of them would change every weight."""
+    directory = write_checkpoint(tmp_path, config_of("llama"))
+    file = directory / "model.safetensors"
+    whole = file.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    names = sorted(set(header) - {"__metadata__"}, key=lambda name: header[name]["data_offsets"])
+    first, second = names[:2]
+
+    def damaged(match, *, changed=None, encoded=None, length_off=0, data=whole[8 + length :]):
+        encoded = json.dumps(header | (changed or {})).encode() + b" " if encoded is None else encoded
+        file.write_bytes((len(encoded) + length_off).to_bytes(8, "little") + encoded + data)
+        with pytest.raises(CheckpointError, match=match) as caught:
+            load_pretrained(directory)
+        assert str(file) in str(caught.value)
+
+    size = {name: header[name]["data_offsets"][1] - header[name]["data_offsets"][0] for name in names}
+    damaged(r"model\.safetensors has \d+ bytes; expected \d+, where .* ends", length_off=-1)
+    damaged("begins at byte", changed={name: header[name] | {"data_offsets": [0, size[name]]} for name in names})
+    shifted = [size[first] - 4, size[first] - 4 + size[second]]
+    damaged(f"{second} begins at byte", changed={second: header[second] | {"data_offsets": shifted}})
+    damaged(r"bytes; expected \d+, where .* ends", data=whole[8 + length :] + b"\0")
+    damaged("begins at byte .*; expected .*, where the header ends", changed={first: header[second], second: header[second]})
+    without = {name: header[name] for name in header if name != second}
+    damaged(f"begins at byte .*, where {first} ends", encoded=json.dumps(without).encode())
+    twice = json.dumps(header)[:-1] + f', "{first}": {json.dumps(header[first])}}}'
+    damaged(f"the key '{first}' stands twice in an object", encoded=twice.encode())
+    inside = json.dumps(header).replace('"dtype": "F32"', '"dtype": "F32", "dtype": "F32"', 1)
+    damaged("the key 'dtype' stands twice in an object", encoded=inside.encode())
+    damaged("names a tensor .* 501 characters", changed={"x" * 501: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}})
+
+
+def test_a_key_that_stands_twice_in_config_json(tmp_path):
+    directory = write_checkpoint(tmp_path, config_of("llama"))
+    text = (directory / "config.json").read_text()
+    (directory / "config.json").write_text(text[:-1] + ', "rms_norm_eps": 0.1}')
+    with pytest.raises(CheckpointError, match=r"config\.json is not JSON: the key 'rms_norm_eps' stands twice"):
+        load_pretrained(directory)
 
 
 def test_a_single_file_counts_for_more_than_an_index(tmp_path, caplog):
@@ -105,6 +147,7 @@ def test_damaged_index_files(tmp_path):
     for outside in ("../secret.safetensors", "/etc/passwd", "sub/model.safetensors", ".."):
         damaged(content["weight_map"] | {name: outside}, "expected a file in that directory")
     damaged(content["weight_map"] | {name: "model-00009.safetensors"}, r"names model-00009\.safetensors for model\.norm")
-    damaged(content["weight_map"] | {"invented.weight": "model-00001-of-00002.safetensors"}, r"does not hold invented\.weight")
+    invented = {"invented.weight": "model-00001-of-00002.safetensors"}
+    damaged(content["weight_map"] | invented, r"does not hold invented\.weight, .* from one revision")
     damaged({each: file for each, file in content["weight_map"].items() if each != name}, rf"holds {name}, which .* not list")
     damaged([], "has no weight_map")
