@@ -1,7 +1,8 @@
 """The parity table: the same weights under dense attention, under the indexer's selection and under the baselines."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,14 +14,17 @@ from dsa_jax.config import Config, EvalConfig
 from dsa_jax.config.selections import BEFORE, DENSE, EvalRow, eval_rows, is_by_indexer, selection
 from dsa_jax.data import Batch, EvalData
 from dsa_jax.data.tasks import get_task
-from dsa_jax.model import Transformer, init_params
-from dsa_jax.parallel.placement import place, place_batch, replicate
+from dsa_jax.model import Transformer, abstract_params, init_params
+from dsa_jax.parallel.mesh import BATCH_AXES
+from dsa_jax.parallel.placement import current_mesh, place, place_batch, replicate, with_shardings
 from dsa_jax.params import is_indexer_path, merge_parameters, split_parameters
+from dsa_jax.rehearsal import abstract_batch, rehearse
 from dsa_jax.train.loss import forward_with_loss
 
 _LOG = logging.getLogger(__name__)
 
 Params = dict[str, Any]
+EvalStep = Callable[[Params, Batch], dict[str, jax.Array]]
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Parity:
     position_ends: list[int] = field(default_factory=list)
 
 
-def make_eval_step(model: Transformer, attention: str) -> Callable[[Params, Batch], dict[str, jax.Array]]:
+def make_eval_step(model: Transformer, attention: str) -> EvalStep:
     """A jitted `(params, batch) -> sums`: nll and targets by position, coverage and keys by layer; and the hits [B, T]."""
 
     def eval_step(params: Params, batch: Batch) -> dict[str, jax.Array]:
@@ -91,7 +95,7 @@ def make_eval_step(model: Transformer, attention: str) -> Callable[[Params, Batc
 
 
 def evaluate_task(
-    step: Callable[[Params, Batch], dict[str, jax.Array]],
+    step: EvalStep,
     params: Params,
     batches: Iterable[Batch],
     n_buckets: int,
@@ -141,6 +145,7 @@ def evaluate_parity(
     *,
     params_before: Params | None = None,
     on_row: Callable[[dict[str, Any]], None] | None = None,
+    steps: Mapping[str, EvalStep] | None = None,
 ) -> Parity:
     """Fill the parity table.
 
@@ -157,6 +162,7 @@ def evaluate_parity(
         config: `eval` says which rows, how many sequences and how long; `seed` seeds the untrained indexer.
         params_before: parameters of the dense model before the sparse stage.
         on_row: called with each finished row.
+        steps: by attention, those of `rehearsed_rows`; None: they are made.
 
     Raises:
         ConfigError: if the data cannot be made as `config.eval` asks.
@@ -178,15 +184,18 @@ def evaluate_parity(
             draw = jax.jit(lambda key: split_parameters(init_params(model, key), is_indexer_path)[0])
             own = with_fresh_indexer(params, place(draw(jax.random.key(config.seed + 1))))
         jobs.append((row, own))
-    steps: dict[str, Callable[[Params, Batch], dict[str, jax.Array]]] = {}
+    if steps is None:
+        steps = {attention: make_eval_step(model, attention) for attention in dict.fromkeys(row.attention for row, _ in jobs)}
     for row, own in jobs:
-        step = steps.setdefault(row.attention, make_eval_step(model, row.attention))
+        step = steps[row.attention]
         recall = text = None
         if data.has_recall and settings.recall_sequences:
-            batches = data.recall_batches(settings.recall_sequences, settings.recall_len, settings.batch_size)
+            n = settings.recall_sequences
+            batches = data.recall_batches(n, settings.recall_len, _n_rows(settings, n))
             recall = evaluate_task(step, own, batches, settings.position_buckets)
         if data.has_text and settings.text_sequences:
-            batches = data.text_batches(settings.text_sequences, settings.text_len, settings.batch_size)
+            n = _n_text_rows(data, settings)
+            batches = data.text_batches(n, settings.text_len, _n_rows(settings, n))
             text = evaluate_task(step, own, batches, settings.position_buckets)
             table.loss_by_position[row.title] = text.loss_by_position
         tasks = {name: _evaluate_synthetic(step, own, data, name, settings) for name in settings.tasks}
@@ -211,6 +220,43 @@ def evaluate_parity(
     return table
 
 
+def rehearsed_rows(model: Transformer, data: EvalData, config: Config) -> dict[str, EvalStep]:
+    """The steps of the parity table by attention, each traced for every shape that it will see, without computing.
+
+    Raises:
+        ConfigError: for the first that cannot be computed.
+    """
+    settings, params = config.eval, with_shardings(abstract_params(model))
+    shapes = set()
+    if data.has_recall and settings.recall_sequences:
+        shapes.add((_n_rows(settings, settings.recall_sequences), settings.recall_len))
+    if data.has_text and settings.text_sequences:
+        shapes.add((_n_rows(settings, _n_text_rows(data, settings)), settings.text_len))
+    if settings.tasks:
+        shapes.add((_n_rows(settings, settings.task_sequences), settings.task_len))
+    rows = [row for key in settings.rows if can_run(row := eval_rows()[key], config)]
+    if config.train.sparse.steps:
+        rows.insert(0, BEFORE)
+    steps = {attention: make_eval_step(model, attention) for attention in dict.fromkeys(row.attention for row in rows)}
+    for row in rows:
+        for n_rows, seq_len in sorted(shapes):
+            what = f"the row {row.title!r} (eval.batch_size {settings.batch_size}, {n_rows} rows of {seq_len} tokens)"
+            rehearse(what, steps[row.attention], params, abstract_batch(n_rows, seq_len))
+    return steps
+
+
+def _n_rows(settings: EvalConfig, n_sequences: int) -> int:
+    """Rows of a batch: no more than there are sequences, in equal parts for the devices that share it."""
+    mesh = current_mesh()
+    n_parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES) if mesh else 1
+    return min(settings.batch_size, -(-n_sequences // n_parts) * n_parts)
+
+
+def _n_text_rows(data: EvalData, settings: EvalConfig) -> int:
+    assert data.text is not None
+    return min(settings.text_sequences, data.text.held_out.n_rows(settings.text_len))
+
+
 def can_run(row: EvalRow, config: Config) -> bool:
     """Whether the model has what a row needs.
 
@@ -225,12 +271,11 @@ def can_run(row: EvalRow, config: Config) -> bool:
     return row.attention in trained and not is_by_indexer(row.attention)
 
 
-def _evaluate_synthetic(
-    step: Callable[[Params, Batch], dict[str, jax.Array]], params: Params, data: EvalData, name: str, settings: EvalConfig
-) -> TaskResult:
+def _evaluate_synthetic(step: EvalStep, params: Params, data: EvalData, name: str, settings: EvalConfig) -> TaskResult:
     task = get_task(name)
     groups = Groups(lambda batch: task.groups(data.setting, batch), task.n_groups(data.setting))
-    batches = data.task_batches(name, settings.task_sequences, settings.task_len, settings.batch_size)
+    n = settings.task_sequences
+    batches = data.task_batches(name, n, settings.task_len, _n_rows(settings, n))
     return evaluate_task(step, params, batches, settings.position_buckets, groups)
 
 
