@@ -1,19 +1,21 @@
 """The retrofit end to end: initialise, pretrain if the recipe has it, warm up the indexer, train sparse, evaluate, report."""
 
+import functools
 import logging
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from dsa_jax.checkpoints.from_hf import export_checkpoint, resolve_checkpoint
+from dsa_jax.checkpoints.from_hf import export_checkpoint, keep_source, present_inputs, resolve_checkpoint
 from dsa_jax.checkpoints.hf import CheckpointError
 from dsa_jax.config import STAGES as STAGE_ORDER
 from dsa_jax.config import Config, ConfigError, StageConfig, to_dict
 from dsa_jax.config.selections import DENSE
 from dsa_jax.costs.comparison import dense_and_sparse
 from dsa_jax.data import EvalData, TrainData, make_data
-from dsa_jax.evals.parity import evaluate_parity
+from dsa_jax.evals.parity import EvalStep, evaluate_parity, rehearsed_rows
 from dsa_jax.model import build_model
 from dsa_jax.model.attention.kinds import kinds_of
 from dsa_jax.parallel.check import check_layout
@@ -21,14 +23,16 @@ from dsa_jax.parallel.placement import on_mesh, place
 from dsa_jax.params import count_parameters, is_indexer_path, split_parameters
 from dsa_jax.report.report import format_table, format_verdict, write_report
 from dsa_jax.run.checkpoints import latest_position
-from dsa_jax.run.directory import RunDirectory, open_run
+from dsa_jax.run.continuation import accepted_fields, set_report_aside, tokenizer_fingerprint
+from dsa_jax.run.directory import RunDirectory, check_run, open_run
 from dsa_jax.run.environment import source_fingerprint
+from dsa_jax.run.export import admit_export, require_own_export
 from dsa_jax.run.files import RunError, claimed
 from dsa_jax.run.metrics import MetricsLog
 from dsa_jax.run.processes import any_process, is_main, on_main
 from dsa_jax.run.signals import StopRequest
 from dsa_jax.train.init import at_start_of_stage, initial_params, load_run, resolve_run
-from dsa_jax.train.loop import Training, run_stage
+from dsa_jax.train.loop import Training, rehearsed_steps, run_stage
 from dsa_jax.train.stages import stage_of, trained_attention
 from pallas_kernels import implementations_chosen
 
@@ -48,7 +52,9 @@ def retrofit(config: Config, workdir: Path, *, tensorboard: bool = False) -> dic
     Raises:
         ConfigError, RunError: with one line that says what was wrong and what to do.
     """
-    config = resolve_run(resolve_checkpoint(config), workdir)
+    check_places(config, workdir)
+    run = RunDirectory(workdir, resumed=True)
+    config = resolve_run(resolve_checkpoint(config, run.source_path), workdir)
     config.validate()
     if _stages(config):
         config.model.check_trainable()
@@ -56,33 +62,72 @@ def retrofit(config: Config, workdir: Path, *, tensorboard: bool = False) -> dic
     for remark in _remarks(config):
         _LOG.warning("%s", remark)
     with ExitStack() as claim, on_mesh(config.parallel):
-        on_main(lambda: claim.enter_context(claimed(workdir)))
-        if report := _finished(config, workdir):
+        inputs = _Inputs(config, run)
+        if report := _finished(inputs):
             _LOG.info("%s is complete; without its report.json it would be evaluated again", workdir)
             return _shown(report, workdir)
-        return _retrofit(config, workdir, tensorboard)
+        on_main(lambda: claim.enter_context(claimed(workdir)))
+        return _retrofit(inputs, tensorboard)
 
 
-def _finished(config: Config, workdir: Path) -> dict[str, Any] | None:
-    """The report of a completed run whose last checkpoint and export are there, too; else None."""
-    run = RunDirectory(workdir, resumed=True)
-    report = on_main(lambda: run.finished_report(config))
+def check_places(config: Config, workdir: Path) -> None:
+    """Check that the run writes nowhere into the weights that it starts from.
+
+    Raises:
+        ConfigError: where `workdir` is, contains or lies in `init.hf_dir`, or is `init.checkpoint`.
+    """
+    target = workdir.resolve()
+    for name in ("hf_dir", "checkpoint"):
+        given = getattr(config.init, name)
+        source = Path(given).resolve()
+        overlap = source in target.parents or target in source.parents if name == "hf_dir" else False
+        if given and (source == target or overlap):
+            raise ConfigError(
+                f"init.{name} is {given} and --workdir is {workdir}; expected directories of which neither lies in the other, "
+                "since a run writes to its own. Choose another --workdir."
+            )
+
+
+class _Inputs:
+    """A resolved config with the run that it is of, and the data that it names, read once."""
+
+    def __init__(self, config: Config, run: RunDirectory) -> None:
+        self.config, self.run = config, run
+
+    @functools.cached_property
+    def present(self) -> Config:
+        """The config for reading text and tokenizer, wherever they are now."""
+        return present_inputs(self.config, self.run.source_path)
+
+    @functools.cached_property
+    def data(self) -> tuple[TrainData, EvalData]:
+        """The training and the evaluation data."""
+        return make_data(self.present.data, self.config.seed, self.config.model.vocab_size)
+
+    def accepted(self) -> frozenset[str]:
+        """The fields in which the config may differ from the recorded one; every process calls this."""
+        return accepted_fields(self.run, self.config, self.text_digest)
+
+    def text_digest(self) -> str | None:
+        """The digest of the text; None where no text is read."""
+        text = self.data[0].describe()["text"]
+        return text and text["sha256"]
+
+
+def _finished(inputs: _Inputs) -> dict[str, Any] | None:
+    """The report of a completed run whose last checkpoint and export are there, too; else None. Nothing is written."""
+    config, run = inputs.config, inputs.run
+    accepted = inputs.accepted()
+    report = on_main(lambda: run.finished_report(config, accepted))
     exports = config.init.hf_dir and not _not_exported(config)
-    if report is None or (exports and not on_main((workdir / "hf" / "config.json").exists)):
+    if report is None or (exports and not on_main((run.export_path / "config.json").exists)):
         return None
-    last = next(((name, stage.steps) for name, stage in reversed(_stages(config).items())), None)
-    if latest_position(run, config) != last:
-        return None
-    if on_main(run.config).data.text.path != config.data.text.path:
-        _require_text(report, config)
-    return report
+    return report if latest_position(run, config) == _last_position(config) else None
 
 
-def _require_text(report: dict[str, Any], config: Config) -> None:
-    """Check that the text of `config`, which lies elsewhere than that of `report`, has the same content."""
-    text = make_data(config.data, config.seed, config.model.vocab_size)[1].text
-    if text is not None:
-        text.require((report["corpus"]["text"] or {}).get("sha256"))
+def _last_position(config: Config) -> tuple[str, int] | None:
+    """The last stage and its last step."""
+    return next(((name, stage.steps) for name, stage in reversed(_stages(config).items())), None)
 
 
 def _stages(config: Config) -> dict[str, StageConfig]:
@@ -98,27 +143,29 @@ def _shown(report: dict[str, Any], workdir: Path) -> dict[str, Any]:
     return report
 
 
-def _retrofit(config: Config, workdir: Path, tensorboard: bool) -> dict[str, Any] | None:
-    train_data, eval_data = make_data(config.data, config.seed, config.model.vocab_size)
+def _retrofit(inputs: _Inputs, tensorboard: bool) -> dict[str, Any] | None:
+    config, run = inputs.config, inputs.run
+    accepted, position = inputs.accepted(), latest_position(run, config)
+    on_main(lambda: _check(inputs, accepted, is_trained=position == _last_position(config)))
+    train_data, eval_data = inputs.data
     check_lengths(config, train_data, eval_data)
-    run = RunDirectory(workdir, resumed=on_main(lambda: open_run(workdir, config).resumed))
     model = build_model(config.model)
-    position = latest_position(run, config)
+    last_stage, last_step = position or ("", None)
+    names = [name for name in _stages(config) if STAGE_ORDER.index(name) >= (STAGE_ORDER.index(last_stage) if position else 0)]
+    steps = rehearsed_steps(model, [stage_of(config, name) for name in names], config)
+    eval_steps = rehearsed_rows(model, eval_data, config)
+    on_main(lambda: _open(inputs, accepted))
     params = initial_params(config, model, abstract=position is not None)
     if position is None:
         params = place(params)
-        if config.init.hf_dir or config.init.checkpoint:
-            on_main(lambda: run.update_environment(source=source_fingerprint(config.init)))
+        on_main(lambda: _record_inputs(inputs))
     n_indexer = count_parameters(split_parameters(params, is_indexer_path)[0])
     _LOG.info("%s: %d parameters, %d of them in indexers", config.name, count_parameters(params), n_indexer)
     summaries: dict[str, dict[str, Any]] = {}
     log = MetricsLog(run.metrics_path if is_main() else None, tensorboard=tensorboard)
     with StopRequest() as stop, log as metrics:
-        training = Training(run, config, model, train_data, stop, metrics)
-        last_stage, last_step = position or ("", None)
-        for name, settings in _stages(config).items():
-            if last_stage and STAGE_ORDER.index(name) < STAGE_ORDER.index(last_stage):
-                continue
+        training = Training(run, config, model, train_data, stop, metrics, steps)
+        for name in names:
             resume_step = last_step if name == last_stage else None
             if resume_step is None:
                 params = at_start_of_stage(params, config, name)
@@ -126,31 +173,59 @@ def _retrofit(config: Config, workdir: Path, tensorboard: bool) -> dict[str, Any
             params, summaries, is_complete = run_stage(training, stage, params, resume_step=resume_step, summaries=summaries)
             _record_implementations(run)
             if not is_complete:
-                taken = summaries[name]["steps"]
-                where = f"step {taken} of {settings.steps} is saved" if taken else "before its first step"
+                taken, n_steps = summaries[name]["steps"], getattr(config.train, name).steps
+                where = f"step {taken} of {n_steps} is saved" if taken else "before its first step"
                 _LOG.warning("stopped by %s in stage %s, %s; the same command continues", _sender(stop), name, where)
                 return None
         if any_process(stop.requested):
             _LOG.warning("stopped by %s after the last step, every step is saved; the same command continues", _sender(stop))
             return None
         if config.init.hf_dir:
-            _export(run, config, params)
-        return _evaluate_and_report(training, params, summaries, eval_data)
+            _export(inputs, params)
+        return _evaluate_and_report(training, params, summaries, eval_data, eval_steps)
+
+
+def _check(inputs: _Inputs, accepted: frozenset[str], *, is_trained: bool) -> None:
+    """Check that the run may begin or continue in its directory, before anything is read or written."""
+    config, run = inputs.config, inputs.run
+    check_run(run, config, accepted=accepted)
+    if config.init.hf_dir and not _not_exported(config) and not is_trained:
+        require_own_export(run)
+
+
+def _open(inputs: _Inputs, accepted: frozenset[str]) -> None:
+    """Open the run directory, whose earlier report is set aside where more steps will make another."""
+    if any(name.startswith("train.") for name in accepted):
+        set_report_aside(inputs.run)
+    open_run(inputs.run.path, inputs.config, accepted=accepted)
+
+
+def _record_inputs(inputs: _Inputs) -> None:
+    """Record what a run starts from by content, so that it can move or, where it is a Hugging Face directory, go."""
+    config, run = inputs.config, inputs.run
+    text = inputs.text_digest()
+    run.update_environment(
+        source=source_fingerprint(config.init), tokenizer=tokenizer_fingerprint(config.data.text.tokenizer), text=text
+    )
+    if config.init.hf_dir:
+        keep_source(config.init.hf_dir, run.source_path)
 
 
 def _sender(stop: StopRequest) -> str:
     return stop.signal_name or "a signal to another process"
 
 
-def _export(run: RunDirectory, config: Config, params: dict[str, Any]) -> None:
+def _export(inputs: _Inputs, params: dict[str, Any]) -> None:
     """Write `hf`, marked as trained under the attention of the last stage, or warn that it cannot be."""
+    config, run = inputs.config, inputs.run
     if reason := _not_exported(config):
         _LOG.warning("no Hugging Face checkpoint: no published format holds %s", reason)
-    else:
-        last = next(reversed(_stages(config)), "")
-        export_checkpoint(run.path / "hf", config, params, attention=trained_attention(config, last))
-        if is_main():
-            print(f"Hugging Face checkpoint: {run.path / 'hf'}")
+        return
+    attention = trained_attention(config, next(reversed(_stages(config)), ""))
+    admit = lambda complete: admit_export(run, complete)
+    export_checkpoint(run.export_path, inputs.present, params, attention=attention, before_replacing=admit)
+    if is_main():
+        print(f"Hugging Face checkpoint: {run.export_path}")
 
 
 def _not_exported(config: Config) -> str:
@@ -225,13 +300,17 @@ class _EvaluationStopped(Exception):
 
 
 def _evaluate_and_report(
-    training: Training, params: dict[str, Any], summaries: dict[str, dict[str, Any]], data: EvalData
+    training: Training,
+    params: dict[str, Any],
+    summaries: dict[str, dict[str, Any]],
+    data: EvalData,
+    steps: Mapping[str, EvalStep],
 ) -> dict[str, Any] | None:
     """Evaluate the parity table, write report.json and report.html (in the first process), and return the report.
 
     On a stop request, of any process, the row in progress is finished and None returned.
     """
-    run, config, model, _, stop, _ = training
+    run, config, model, stop = training.run, training.config, training.model, training.stop
     started = time.perf_counter()
 
     def announce(row: dict[str, Any]) -> None:
@@ -240,7 +319,8 @@ def _evaluate_and_report(
             raise _EvaluationStopped
 
     try:
-        table = evaluate_parity(model, params, data, config, params_before=_dense_params_before(run, config), on_row=announce)
+        before = _dense_params_before(run, config)
+        table = evaluate_parity(model, params, data, config, params_before=before, on_row=announce, steps=steps)
     except _EvaluationStopped:
         _LOG.warning("stopped by %s while evaluating, every step is saved; the same command continues", _sender(stop))
         return None

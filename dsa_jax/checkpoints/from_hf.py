@@ -3,12 +3,16 @@
 import copy
 import dataclasses
 import logging
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dsa_jax.checkpoints.hf import load_pretrained, read_model_config, save_pretrained
 from dsa_jax.checkpoints.hf.locate import locate_checkpoint
-from dsa_jax.checkpoints.hf.tokenizer_files import has_tokenizer_files, tokenizer_name
+from dsa_jax.checkpoints.hf.read_config import stated_dtype
+from dsa_jax.checkpoints.hf.tokenizer_files import has_tokenizer_files, tokenizer_files, tokenizer_name
+from dsa_jax.checkpoints.hf.weights import read_json
 from dsa_jax.config import Config, ConfigError, ModelConfig, to_dict
 from dsa_jax.config.attention import FULL, extended
 from dsa_jax.config.fields import flatten
@@ -19,6 +23,7 @@ from dsa_jax.model import Transformer
 from dsa_jax.model.attention.indexer_scale import divided_by_gain
 from dsa_jax.parallel.placement import current_mesh
 from dsa_jax.params import is_indexer_path, nested_parameters, parameter_paths
+from dsa_jax.run.files import write_object
 from dsa_jax.run.processes import gather_to_main, on_main
 
 _LOG = logging.getLogger(__name__)
@@ -28,13 +33,14 @@ _OF_THE_RUN = ("param_dtype", "dtype", "weight_format", "scan_layers", "remat")
 CHECKPOINT_TOKENIZER = "checkpoint"
 
 
-def resolve_checkpoint(config: Config) -> Config:
+def resolve_checkpoint(config: Config, kept: Path | None = None) -> Config:
     """`config` with the model and tokenizer of `init.hf_dir`, and that as a directory; the same config where it is not set.
 
     The model is the checkpoint's. From the recipe come `model.param_dtype`, `dtype`, `weight_format`, `scan_layers`, `remat`,
     `attention.implementation`, an attention kind that extends the checkpoint's, the experts' balance settings and, where
     the checkpoint has no indexer, `attention.indexer` and `attention.layer_types`.
-    `data.text.tokenizer` "checkpoint" becomes the directory, or "bytes" where the checkpoint says so.
+    `data.text.tokenizer` "checkpoint" becomes the directory, or "bytes" where the checkpoint says so. Where the directory is
+    gone, what `keep_source` wrote to `kept` is read.
 
     Raises:
         ConfigError: when the recipe asks for the tokenizer of a checkpoint that it does not name, or would train a model that
@@ -42,9 +48,11 @@ def resolve_checkpoint(config: Config) -> Config:
         CheckpointError: when the directory holds no checkpoint that can be read.
     """
     config = copy.deepcopy(config)
+    source = present_source(config.init.hf_dir, kept)
     if config.init.hf_dir:
-        config.init.hf_dir = str(on_main(lambda: locate_checkpoint(config.init.hf_dir)))
-        theirs = read_model_config(config.init.hf_dir)
+        if source == config.init.hf_dir:
+            source = config.init.hf_dir = str(on_main(lambda: locate_checkpoint(config.init.hf_dir)))
+        theirs = read_model_config(source)
         if theirs.attention.indexer.enabled and config.model.attention.indexer != theirs.attention.indexer:
             _LOG.info("%s has indexers of its own: model.attention.indexer is taken from there", config.init.hf_dir)
         if config.init.dense_layers:
@@ -56,12 +64,13 @@ def resolve_checkpoint(config: Config) -> Config:
                 "data.text.tokenizer is 'checkpoint', but init.hf_dir is not set. Give --config.init.hf_dir=DIR, or another "
                 "tokenizer."
             )
-        config.data.text.tokenizer = tokenizer_name(config.init.hf_dir)
+        name = tokenizer_name(source)
+        config.data.text.tokenizer = config.init.hf_dir if name == source else name
     elif (
         config.init.hf_dir
         and config.data.text.tokenizer == "bytes"
         and config.data.text_fraction
-        and (Path(config.init.hf_dir) / "tokenizer.json").is_file()
+        and (Path(source) / "tokenizer.json").is_file()
     ):
         raise ConfigError(
             f"data.text.tokenizer is 'bytes', but the model of {config.init.hf_dir} reads the tokens of its tokenizer.json. "
@@ -80,6 +89,34 @@ def _first_dense(config: Config, theirs: ModelConfig) -> tuple[str, ...]:
             "without indexers, and no model.attention.layer_types beside it. Name every layer there, or leave it out."
         )
     return roles
+
+
+def present_source(hf_dir: str, kept: Path | None) -> str:
+    """`hf_dir`, or the directory `kept` of `keep_source` where that is gone."""
+    is_gone = bool(hf_dir) and not (Path(hf_dir) / "config.json").exists()
+    return str(kept) if is_gone and kept is not None and (kept / "config.json").is_file() else hf_dir
+
+
+def present_inputs(config: Config, kept: Path) -> Config:
+    """`config` with what `keep_source` wrote to `kept` in the place of an `init.hf_dir` that is gone, and of its tokenizer."""
+    present, source = copy.deepcopy(config), present_source(config.init.hf_dir, kept)
+    if config.data.text.tokenizer == config.init.hf_dir:
+        present.data.text.tokenizer = source
+    present.init.hf_dir = source
+    return present
+
+
+def keep_source(hf_dir: str, kept: Path) -> None:
+    """Copy the config and the tokenizer of a checkpoint, from which a run continues when the checkpoint is gone."""
+    if (kept / "config.json").exists():
+        return
+    kept.mkdir(exist_ok=True)
+    for name, file in tokenizer_files(Path(hf_dir)).items():
+        shutil.copyfile(file, kept / name)
+    content = read_json(Path(hf_dir) / "config.json")
+    if stated_dtype(content) is None:
+        content["torch_dtype"] = "float32"  # else it is read from the weights; a run has its own
+    write_object(kept / "config.json", content)  # last: it marks the copy as complete
 
 
 def _merged(ours: ModelConfig, theirs: ModelConfig) -> ModelConfig:
@@ -141,8 +178,15 @@ def load_for_evaluation(config: Config) -> tuple[Config, Transformer, dict[str, 
     return config, loaded.model, loaded.params
 
 
-def export_checkpoint(directory: Path, config: Config, params: dict[str, Any], *, attention: str) -> None:
-    """Write `params` as a Hugging Face checkpoint, marked as trained under `attention`.
+def export_checkpoint(
+    directory: Path,
+    config: Config,
+    params: dict[str, Any],
+    *,
+    attention: str,
+    before_replacing: Callable[[Path], None] = lambda complete: None,
+) -> None:
+    """Write `params` as a Hugging Face checkpoint, marked as trained under `attention`, as `save_pretrained` does.
 
     Its tokenizer is that of the text; where none was trained on, that of the checkpoint the run started from, if it has one.
     With several processes the first writes; its host needs room for the whole model.
@@ -153,4 +197,4 @@ def export_checkpoint(directory: Path, config: Config, params: dict[str, Any], *
     tokenizer: Tokenizer | str = load_tokenizer(config.data.text.tokenizer)
     if not config.data.text_fraction and has_tokenizer_files(config.init.hf_dir):
         tokenizer = config.init.hf_dir
-    on_main(lambda: save_pretrained(directory, model, whole, tokenizer=tokenizer))
+    on_main(lambda: save_pretrained(directory, model, whole, tokenizer=tokenizer, before_replacing=before_replacing))

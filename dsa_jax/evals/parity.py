@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +15,12 @@ from dsa_jax.config.selections import BEFORE, DENSE, EvalRow, eval_rows, is_by_i
 from dsa_jax.data import Batch, EvalData
 from dsa_jax.data.tasks import get_task
 from dsa_jax.data.text_tasks import TextRows, get_text_task
-from dsa_jax.evals.task import Groups, Params, TaskResult, difference, evaluate_task, make_eval_step
-from dsa_jax.model import Transformer, init_params
-from dsa_jax.parallel.placement import place
+from dsa_jax.evals.task import EvalStep, Groups, Params, TaskResult, difference, evaluate_task, make_eval_step
+from dsa_jax.model import Transformer, abstract_params, init_params
+from dsa_jax.parallel.mesh import BATCH_AXES
+from dsa_jax.parallel.placement import current_mesh, place, with_shardings
 from dsa_jax.params import is_indexer_path, merge_parameters, split_parameters
+from dsa_jax.rehearsal import abstract_batch, rehearse
 
 _LOG = logging.getLogger(__name__)
 RECALL, TEXT = "recall", "text"
@@ -49,6 +52,7 @@ def evaluate_parity(
     *,
     params_before: Params | None = None,
     on_row: Callable[[dict[str, Any]], None] | None = None,
+    steps: Mapping[str, EvalStep] | None = None,
 ) -> Parity:
     """Fill the parity table.
 
@@ -67,6 +71,7 @@ def evaluate_parity(
         config: `eval` says which rows, how many sequences and how long; `seed` seeds the untrained indexer.
         params_before: parameters of the dense model before the sparse stage.
         on_row: called with each finished row.
+        steps: by attention, those of `rehearsed_rows`; None: they are made.
 
     Raises:
         ConfigError: if the data cannot be made as `config.eval` asks.
@@ -88,11 +93,11 @@ def evaluate_parity(
             draw = jax.jit(lambda key: split_parameters(init_params(model, key), is_indexer_path)[0])
             own = with_fresh_indexer(params, place(draw(jax.random.key(config.seed + 1))))
         jobs.append((row, own))
-    steps: dict[str, Callable[[Params, Batch], dict[str, jax.Array]]] = {}
+    if steps is None:
+        steps = {attention: make_eval_step(model, attention) for attention in dict.fromkeys(row.attention for row, _ in jobs)}
     dense: dict[str, TaskResult] = {}
     for row, own in jobs:
-        step = steps.setdefault(row.attention, make_eval_step(model, row.attention))
-        results = {name: evaluate() for name, evaluate in _tasks(step, own, data, settings).items()}
+        results = {name: evaluate() for name, evaluate in _tasks(steps[row.attention], own, data, settings).items()}
         if row.attention == DENSE and own is params:
             dense = results
         done = list(results.values())
@@ -119,27 +124,65 @@ def evaluate_parity(
     return table
 
 
-def _tasks(
-    step: Callable[[Params, Batch], dict[str, jax.Array]], params: Params, data: EvalData, settings: EvalConfig
-) -> dict[str, Callable[[], TaskResult]]:
-    """Everything that a row is evaluated on, by name; a text task by its name and length, "needle@512"."""
+def rehearsed_rows(model: Transformer, data: EvalData, config: Config) -> dict[str, EvalStep]:
+    """The steps of the parity table by attention, each traced for every shape that it will see, without computing.
+
+    Raises:
+        ConfigError: for the first that cannot be computed.
+    """
+    settings, params = config.eval, with_shardings(abstract_params(model))
+    shapes = {(_n_rows(settings, n), length) for n, length in _sizes(data, settings).values()}
+    rows = [row for key in settings.rows if can_run(row := eval_rows()[key], config)]
+    if config.train.sparse.steps:
+        rows.insert(0, BEFORE)
+    steps = {attention: make_eval_step(model, attention) for attention in dict.fromkeys(row.attention for row in rows)}
+    for row in rows:
+        for n_rows, seq_len in sorted(shapes):
+            what = f"the row {row.title!r} (eval.batch_size {settings.batch_size}, {n_rows} rows of {seq_len} tokens)"
+            rehearse(what, steps[row.attention], params, abstract_batch(n_rows, seq_len))
+    return steps
+
+
+def _sizes(data: EvalData, settings: EvalConfig) -> dict[str, tuple[int, int]]:
+    """(sequences, tokens of each) of everything that a row is evaluated on, by name; of a text task "needle@512"."""
+    sizes = {}
+    if data.has_recall and settings.recall_sequences:
+        sizes[RECALL] = (settings.recall_sequences, settings.recall_len)
+    if data.text is not None and settings.text_sequences:
+        available = data.text.held_out.n_rows(settings.text_len)
+        sizes[TEXT] = (min(settings.text_sequences, available), settings.text_len)
+    sizes |= {name: (settings.task_sequences, settings.task_len) for name in settings.tasks}
+    for name in settings.text_tasks:
+        sizes |= {_at(name, length): (settings.text_task_sequences, length) for length in settings.text_task_lens}
+    return sizes
+
+
+def _n_rows(settings: EvalConfig, n_sequences: int) -> int:
+    """Rows of a batch: no more than there are sequences, in equal parts for the devices that share it."""
+    mesh = current_mesh()
+    n_parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES) if mesh else 1
+    return min(settings.batch_size, -(-n_sequences // n_parts) * n_parts)
+
+
+def _tasks(step: EvalStep, params: Params, data: EvalData, settings: EvalConfig) -> dict[str, Callable[[], TaskResult]]:
+    """The evaluation of everything in `_sizes`, by the same names."""
+    sizes = {name: (n, length, _n_rows(settings, n)) for name, (n, length) in _sizes(data, settings).items()}
 
     def run(batches: Iterable[Batch | TextRows], groups: Groups | None = None) -> Callable[[], TaskResult]:
         return lambda: evaluate_task(step, params, batches, settings.position_buckets, groups)
 
     tasks = {}
-    if data.has_recall and settings.recall_sequences:
-        tasks[RECALL] = run(data.recall_batches(settings.recall_sequences, settings.recall_len, settings.batch_size))
-    if data.has_text and settings.text_sequences:
-        tasks[TEXT] = run(data.text_batches(settings.text_sequences, settings.text_len, settings.batch_size))
+    if RECALL in sizes:
+        tasks[RECALL] = run(data.recall_batches(*sizes[RECALL]))
+    if TEXT in sizes:
+        tasks[TEXT] = run(data.text_batches(*sizes[TEXT]))
     for name in settings.tasks:
         task = get_task(name)
         groups = Groups(functools.partial(task.groups, data.setting), task.n_groups(data.setting))
-        tasks[name] = run(data.task_batches(name, settings.task_sequences, settings.task_len, settings.batch_size), groups)
+        tasks[name] = run(data.task_batches(name, *sizes[name]), groups)
     for name in settings.text_tasks:
-        for length in settings.text_task_lens:
-            rows = data.text_task_batches(name, settings.text_task_sequences, length, settings.batch_size)
-            tasks[_at(name, length)] = run(rows)
+        for key in (_at(name, length) for length in settings.text_task_lens):
+            tasks[key] = run(data.text_task_batches(name, *sizes[key]))
     return tasks
 
 

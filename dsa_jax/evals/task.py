@@ -15,6 +15,7 @@ from dsa_jax.parallel.placement import place_batch, replicate
 from dsa_jax.train.loss import forward_with_loss
 
 Params = dict[str, Any]
+EvalStep = Callable[[Params, Batch], dict[str, jax.Array]]
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Difference(NamedTuple):
     standard_error: float
 
 
-def make_eval_step(model: Transformer, attention: str) -> Callable[[Params, Batch], dict[str, jax.Array]]:
+def make_eval_step(model: Transformer, attention: str) -> EvalStep:
     """A jitted `(params, batch) -> sums`: nll and targets by position and row, coverage and keys by layer; and hits [B, T]."""
 
     def eval_step(params: Params, batch: Batch) -> dict[str, jax.Array]:
@@ -87,7 +88,7 @@ def make_eval_step(model: Transformer, attention: str) -> Callable[[Params, Batc
 
 
 def evaluate_task(
-    step: Callable[[Params, Batch], dict[str, jax.Array]],
+    step: EvalStep,
     params: Params,
     batches: Iterable[Batch | TextRows],
     n_buckets: int,

@@ -9,7 +9,8 @@ step and takes a broken one for the newest, while listing, validity and pruning 
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from dsa_jax.run.manifest import (
 from dsa_jax.run.processes import is_main, on_main
 
 _LOG = logging.getLogger(__name__)
+_PRUNED = ".pruned"  # ends the name of a directory that is being removed
 _UNFINISHED = ".orbax-checkpoint-tmp"  # ends the name of a directory that Orbax has not finished
 
 
@@ -132,7 +134,11 @@ class CheckpointStore:
         """Steps that have a directory here, ascending, whether valid or not."""
         if not self.directory.is_dir():
             return []
-        return sorted(int(entry.name) for entry in self.directory.iterdir() if entry.name.isdecimal() and entry.is_dir())
+        return sorted(
+            int(entry.name)
+            for entry in self.directory.iterdir()
+            if entry.name.isdecimal() and entry.is_dir() and not entry.is_symlink()
+        )
 
     def latest_valid(self) -> int | None:
         """The newest step whose files all match its manifest; a warning names every newer directory that is ignored."""
@@ -197,10 +203,16 @@ class CheckpointStore:
         write_manifest(unfinished, step, leaves)
 
     def _prune(self) -> None:
+        """Remove all but the newest valid checkpoints, and what killed processes left of others."""
+        for leftover in (*self._unfinished(), *self.directory.glob(f"*{_PRUNED}")):
+            shutil.rmtree(leftover, ignore_errors=True)
         intact = 0
         for step in reversed([step for step in self.steps() if has_manifest(self._path(step))]):
             if intact == self._keep:
-                shutil.rmtree(self._path(step), ignore_errors=True)
+                # Renamed first: killed on the way, half of it is no step.
+                pruned = self._path(step).with_name(f"{step}{_PRUNED}")
+                self._path(step).rename(pruned)
+                shutil.rmtree(pruned, ignore_errors=True)
                 self._verified.discard(step)
             elif step in self._verified or damage(self._path(step)) is None:
                 self._verified.add(step)
@@ -291,9 +303,13 @@ def _like(leaf: Any, value: Any) -> Any:
 
 def _set_aside(target: Path) -> None:
     """Move a broken checkpoint of the same step out of the way; one such copy is kept."""
+    if target.is_symlink():
+        target.unlink()
     if not target.exists():
         return
     aside = target.with_name(f"{target.name}.broken")
+    if aside.is_symlink():
+        aside.unlink()
     shutil.rmtree(aside, ignore_errors=True)
     target.rename(aside)
     _LOG.warning("moved the broken checkpoint %s to %s", target, aside)
@@ -301,11 +317,29 @@ def _set_aside(target: Path) -> None:
 
 class _NotFromOrbax(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        return f"{os.sep}orbax{os.sep}" not in record.pathname
+        return f"{os.sep}orbax{os.sep}" not in record.pathname and "exception was never retrieved" not in record.getMessage()
 
 
 def _silence_orbax() -> None:
-    """Drop Orbax's own log records: it reports every save, and an error once per thread before it raises it."""
-    logger = logging.getLogger("absl")
-    if not any(isinstance(existing, _NotFromOrbax) for existing in logger.filters):
-        logger.addFilter(_NotFromOrbax())
+    """Drop what Orbax says beside the error that it raises: records of every save, and an error once per thread or array.
+
+    After the first array that cannot be written it closes the event loop that the writes of the others report to: asyncio and
+    Python would print a traceback for each.
+    """
+    for logger in (logging.getLogger("absl"), logging.getLogger("asyncio")):
+        if not any(isinstance(existing, _NotFromOrbax) for existing in logger.filters):
+            logger.addFilter(_NotFromOrbax())
+    if not isinstance(sys.unraisablehook, _ExceptClosedLoops):
+        sys.unraisablehook = _ExceptClosedLoops(sys.unraisablehook)
+
+
+class _ExceptClosedLoops:
+    """A `sys.unraisablehook` that leaves to `former` all but reports to a closed event loop."""
+
+    def __init__(self, former: Callable[[Any], object]) -> None:
+        self._former = former
+
+    def __call__(self, unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            self._former(unraisable)

@@ -6,11 +6,11 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsa_jax.config import Config, ConfigError, from_dict, to_dict
+from dsa_jax.config import STAGES, Config, ConfigError, from_dict, to_dict
 from dsa_jax.config.fields import flatten
 from dsa_jax.run.environment import describe_environment
 from dsa_jax.run.files import RunError, make_writable_directory, read_object, write_object
@@ -18,10 +18,14 @@ from dsa_jax.run.files import RunError, make_writable_directory, read_object, wr
 _LOG = logging.getLogger(__name__)
 _MOST_DIFFERENCES_SHOWN = 12
 _SECTIONS = {"model", "data", "train", "eval"}  # every version of a run's config.json has them
-_FILLED_IN = ("implementations", "source")  # entries of environment.json that are added when they are known
-_LEFTOVER = re.compile(r"\..+\.\d+\.tmp")  # left by `atomic_write_text` when its process is killed
+_KEPT = ("source", "tokenizer", "text", "exports")  # entries of environment.json about the run, not about a process
+_FILLED_IN = ("implementations", *_KEPT)  # entries of environment.json that are added when they are known
+_LEFTOVER = re.compile(r"\..+\.\d+\.tmp|\.probe\.\S+")  # left by `atomic_write_text`, and by a probe, of a killed process
+_FILES = ("config.json", "environment.json", "metrics.jsonl", "timing.jsonl", "report.json", "report.html")
+_FOLDERS = ("checkpoints", *(f"{folder}/{stage}" for folder in ("checkpoints", "tensorboard") for stage in STAGES))
+_FOLDERS += ("tensorboard", "hf_source")
 _WITHOUT_EFFECT = re.compile(
-    r"parallel\..*|data\.text\.path|train\.(nan_policy|max_skipped_steps|keep_checkpoints|\w+\.(log_every|checkpoint_every))"
+    r"parallel\..*|train\.(nan_policy|max_skipped_steps|keep_checkpoints|\w+\.(log_every|checkpoint_every))"
 )
 
 
@@ -53,6 +57,16 @@ class RunDirectory:
         return self.path / "report.json"
 
     @property
+    def export_path(self) -> Path:
+        """The Hugging Face checkpoint that a run from such a checkpoint writes."""
+        return self.path / "hf"
+
+    @property
+    def source_path(self) -> Path:
+        """Config and tokenizer of the Hugging Face directory that the run began from, with which it continues without it."""
+        return self.path / "hf_source"
+
+    @property
     def has_begun(self) -> bool:
         """Whether the run has saved anything: a checkpoint, whole or not, or its report."""
         return self.report_path.exists() or any(self.path.glob("checkpoints/*/*"))
@@ -76,24 +90,58 @@ class RunDirectory:
         """The content of environment.json.
 
         Raises:
-            RunError: when the file is missing or is not JSON.
+            RunError: when the file is missing or holds something else.
         """
-        return read_object(self.environment_path)
+        values = read_object(self.environment_path)
+        lists_of_objects = isinstance(values.get("history"), list) and all(isinstance(v, dict) for v in values["history"])
+        exports = values.get("exports", [])
+        if not (lists_of_objects and isinstance(values.get("implementations"), dict) and isinstance(exports, list)):
+            raise RunError(f"{self.environment_path} is not what a run writes. Restore it, or choose another --workdir.")
+        return values
 
-    def finished_report(self, config: Config) -> dict[str, Any] | None:
+    @property
+    def exports(self) -> list[str]:
+        """The fingerprints of the checkpoints that this run has written to `export_path`, oldest first."""
+        try:
+            return self.environment().get("exports", [])
+        except RunError:
+            return []
+
+    def record_export(self, fingerprint: str) -> None:
+        """Add a fingerprint to `exports`."""
+        if fingerprint not in self.exports:
+            write_object(self.environment_path, self.environment() | {"exports": [*self.exports, fingerprint]})
+
+    def finished_report(self, config: Config, accepted: Collection[str] = ()) -> dict[str, Any] | None:
         """The report of a run of `config` that is complete; None where there is none that can be read, or no page for it.
+
+        Args:
+            config: of the run.
+            accepted: the fields in which it may differ from the recorded one.
 
         Raises:
             RunError: when the run is one of another config (naming each differing field).
         """
         if not all(path.exists() for path in (self.config_path, self.report_path, self.report_path.with_suffix(".html"))):
             return None
-        _require_same_results(self.path, _differences(read_object(self.config_path), to_dict(config)))
+        _require_same_results(self.path, _differences(read_object(self.config_path), to_dict(config)), accepted)
         try:
-            return read_object(self.report_path)
+            return self.report()
         except RunError as error:
             _LOG.warning("%s It is made again.", error)
             return None
+
+    def report(self) -> dict[str, Any]:
+        """The content of report.json.
+
+        Raises:
+            RunError: when the file is missing or holds something else.
+        """
+        report = read_object(self.report_path)
+        rows, stages = report.get("rows"), report.get("stages", {})
+        if not isinstance(rows, list) or not all(map(_is_row, rows)) or not isinstance(stages, dict):
+            raise RunError(f"{self.report_path} is not what a run writes.")
+        return report
 
     def update_environment(self, **values: Any) -> None:
         """Set top-level entries of environment.json, such as `implementations={"index_topk": "xla"}`; objects are merged.
@@ -112,11 +160,10 @@ class RunDirectory:
             write_object(self.environment_path, updated)
 
 
-def open_run(workdir: str | os.PathLike[str], config: Config) -> RunDirectory:
+def open_run(workdir: str | os.PathLike[str], config: Config, *, accepted: Collection[str] = ()) -> RunDirectory:
     """Create the run directory of `config`, or continue the run in it; only fields that change no result may differ.
 
-    Those are `parallel`, the policy on non-finite losses, how often is logged and saved, and where the text lies: that its
-    content is the same is checked where it is read.
+    Those are `parallel`, the policy on non-finite losses, how often is logged and saved, and the fields `accepted`.
 
     Writes config.json and environment.json. Where the run continues in another environment, the recorded one is appended to
     `history`, oldest first. A directory with neither a checkpoint nor a report, left by a command that could not begin, may
@@ -124,41 +171,101 @@ def open_run(workdir: str | os.PathLike[str], config: Config) -> RunDirectory:
 
     Raises:
         RunError: when `workdir` cannot be written, is a file, holds a run of another config (naming each differing field) or
-            one without its config.json, or a config.json that is not of a run.
+            one without its config.json, files that are not of a run, or a link where a run writes. Nothing is changed then.
     """
     path = Path(workdir)
     make_writable_directory(path)
     run = RunDirectory(path, resumed=(path / "config.json").exists())
-    wanted = to_dict(config)
-    if run.resumed:
-        recorded = read_object(run.config_path)
-        if absent := sorted(_SECTIONS - recorded.keys()):
-            raise RunError(
-                f"workdir {path} holds something else than a run: its config.json has no {', '.join(absent)}. Choose another "
-                "--workdir."
-            )
-        differences = _differences(recorded, wanted)
-        if run.has_begun:
-            _require_same_results(path, differences)
-        elif any(not _WITHOUT_EFFECT.fullmatch(name) for name in differences):
+    differences, wanted = check_run(run, config, accepted=accepted), to_dict(config)
+    if not run.resumed:
+        write_object(run.config_path, wanted)
+    elif differences:
+        if not run.has_begun and any(not _WITHOUT_EFFECT.fullmatch(name) for name in differences):
             for leftover in (run.metrics_path, run.path / "timing.jsonl"):
                 leftover.unlink(missing_ok=True)
-            shutil.rmtree(run.path / "tensorboard", ignore_errors=True)
-        if differences:
-            _LOG.info("%s continues with other settings: %s", path, "; ".join(differences.values()))
-            write_object(run.config_path, wanted)
-    elif run.has_begun:
-        raise RunError(
-            f"workdir {path} holds checkpoints or a report, but no config.json that says of what run. Restore it, or choose "
-            "another --workdir."
-        )
-    else:
+            for folder in (run.path / "tensorboard", run.source_path):
+                shutil.rmtree(folder, ignore_errors=True)
+        _LOG.info("%s continues with other settings: %s", path, "; ".join(differences.values()))
         write_object(run.config_path, wanted)
     for leftover in path.iterdir():
         if _LEFTOVER.fullmatch(leftover.name):
             leftover.unlink(missing_ok=True)
     _record_environment(run)
     return run
+
+
+def check_run(run: RunDirectory, config: Config, *, accepted: Collection[str] = ()) -> dict[str, str]:
+    """Check that the directory of `run` may become, or continue, the run of `config`; nothing is written.
+
+    Returns:
+        The fields that differ from config.json, by name, each with both values in words.
+
+    Raises:
+        RunError: as `open_run`.
+    """
+    _require_own_entries(run.path)
+    if run.config_path.exists():
+        recorded = read_object(run.config_path)
+        differences = _differences(recorded, to_dict(config))
+        if differences:
+            _require_run(run, recorded)
+        if run.has_begun:
+            _require_same_results(run.path, differences, accepted)
+        return differences
+    if found := [name for name in (*_FILES, "checkpoints", "tensorboard") if _holds(run.path / name)]:
+        raise RunError(
+            f"workdir {run.path} holds {found[0]}, but no config.json that says of what run. Restore it, or choose another "
+            "--workdir."
+        )
+    return {}
+
+
+def _holds(path: Path) -> bool:
+    """Whether there is a file, or a folder with anything in it."""
+    return any(path.iterdir()) if path.is_dir() else path.exists()
+
+
+def _require_own_entries(path: Path) -> None:
+    """Require files and folders to be the run's own: through a link it would write elsewhere, and a FIFO hangs.
+
+    Raises:
+        RunError: naming the first that is something else.
+    """
+    for names, kind, is_own in ((_FILES, "regular file", Path.is_file), (_FOLDERS, "directory", Path.is_dir)):
+        for entry in (path / name for name in names):
+            if entry.is_symlink() or (entry.exists() and not is_own(entry)):
+                what = "a symbolic link" if entry.is_symlink() else f"no {kind}"
+                raise RunError(
+                    f"{entry} is {what}; expected a {kind} of the run's own, since the run writes there. Move it away, or "
+                    "choose another --workdir."
+                )
+
+
+def _require_run(run: RunDirectory, recorded: Mapping[str, Any]) -> None:
+    """Require config.json and environment.json to be those of a run, before anything is replaced or removed.
+
+    Raises:
+        RunError: where they are somebody else's.
+    """
+    reason = ""
+    if absent := sorted(_SECTIONS - recorded.keys()):
+        reason = f"its config.json has no {', '.join(absent)}"
+    else:
+        try:
+            from_dict(Config, recorded)
+        except (ConfigError, TypeError, AttributeError) as error:
+            reason = f"its config.json does not fit this version ({error})"
+    if (
+        not reason
+        and not run.has_begun
+        and any(map(_holds, (run.metrics_path, run.path / "timing.jsonl", run.path / "tensorboard")))
+    ):
+        try:
+            run.environment()
+        except RunError as error:
+            reason = str(error)
+    if reason:
+        raise RunError(f"workdir {run.path} holds something else than a run: {reason.rstrip('.')}. Choose another --workdir.")
 
 
 def find_run(directory: str | os.PathLike[str]) -> RunDirectory:
@@ -188,8 +295,8 @@ def _differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict
     }
 
 
-def _require_same_results(path: Path, differences: Mapping[str, str]) -> None:
-    shown = [text for name, text in differences.items() if not _WITHOUT_EFFECT.fullmatch(name)]
+def _require_same_results(path: Path, differences: Mapping[str, str], accepted: Collection[str]) -> None:
+    shown = [text for name, text in differences.items() if not _WITHOUT_EFFECT.fullmatch(name) and name not in accepted]
     if len(shown) > _MOST_DIFFERENCES_SHOWN:
         shown[_MOST_DIFFERENCES_SHOWN:] = [f"{len(shown) - _MOST_DIFFERENCES_SHOWN} more fields differ"]
     if shown:
@@ -197,6 +304,19 @@ def _require_same_results(path: Path, differences: Mapping[str, str]) -> None:
             f"workdir {path} holds a run of another config: {'; '.join(shown)}. Choose another --workdir, or delete {path} to "
             "start over."
         )
+
+
+def _is_row(row: Any) -> bool:
+    """Whether `row` is one of the parity table as report.json has it."""
+    number = lambda value: value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+    if not isinstance(row, dict) or not isinstance(row.get("name"), str):
+        return False
+    tasks = row.get("tasks") or {}
+    if not isinstance(tasks, dict) or not all(
+        isinstance(task, dict) and number(task.get("accuracy")) for task in tasks.values()
+    ):
+        return False
+    return all(number(value) for name, value in row.items() if name not in ("name", "tasks"))
 
 
 def _record_environment(run: RunDirectory) -> None:
@@ -215,8 +335,8 @@ def _record_environment(run: RunDirectory) -> None:
             "%s continues in another environment (%s differ from environment.json); bits may differ from an uninterrupted run",
             *(run.path, ", ".join(changed)),
         )
-        source = {"source": earlier["source"]} if "source" in earlier else {}
-        write_object(run.environment_path, {**current, **source, "history": [*recorded.get("history", []), earlier]})
+        kept = {name: earlier[name] for name in _KEPT if name in earlier}
+        write_object(run.environment_path, {**current, **kept, "history": [*recorded["history"], earlier]})
 
 
 def _without_history(environment: Mapping[str, Any]) -> dict[str, Any]:

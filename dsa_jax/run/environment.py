@@ -55,20 +55,25 @@ def git_revision(source_file: Path) -> dict[str, Any] | None:
 
 
 def source_fingerprint(init: InitConfig) -> str | None:
-    """A hexadecimal digest of the weights that `init` names; None where a run starts from random weights.
+    """`fingerprint` of the weights that `init` names; None where a run starts from random weights.
 
-    It covers the manifests of a run's checkpoints, or the files of a Hugging Face directory: names, sizes, and the content of
-    small files; of a large one 16 evenly spaced samples of 64 KiB, which further training changes. Missing files are left out.
+    It covers the manifests of a run's checkpoints, or the weights and JSON files of a Hugging Face directory.
     """
     if init.hf_dir:
-        root, patterns = Path(init.hf_dir), ["*.safetensors", "*.json"]
-    elif init.checkpoint:
-        root, patterns = Path(init.checkpoint), [f"checkpoints/{init.stage or '*'}/*/manifest.json"]
-    else:
-        return None
+        return fingerprint(Path(init.hf_dir), "*.safetensors", "*.json")
+    if init.checkpoint:
+        return fingerprint(Path(init.checkpoint), f"checkpoints/{init.stage or '*'}/*/manifest.json")
+    return None
+
+
+def fingerprint(root: Path, *patterns: str) -> str:
+    """A hexadecimal digest of the regular files below `root` that match: names, sizes, and the content of small files.
+
+    Of a large one it has 16 evenly spaced samples of 64 KiB, which further training changes. Missing files are left out.
+    """
     digest = hashlib.sha256()
-    for file in sorted({file for pattern in patterns for file in root.glob(pattern)}):
-        digest.update(f"{file.relative_to(root)} {file.stat().st_size}\n".encode())
+    for file in sorted({file for pattern in patterns for file in root.glob(pattern) if file.is_file()}):
+        digest.update(f"{file.relative_to(root)} {file.stat().st_size}\n".encode(errors="surrogateescape"))
         digest.update(_samples(file))
     return digest.hexdigest()
 

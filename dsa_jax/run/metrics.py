@@ -1,6 +1,8 @@
 """The metrics of a run: one JSON object per logged step, the same bytes whether or not the run was interrupted."""
 
+import functools
 import json
+import logging
 import math
 import numbers
 import os
@@ -9,8 +11,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dsa_jax.extras import import_extra
-from dsa_jax.run.files import RunError, atomic_write_text
+from dsa_jax.run.files import RunError, atomic_write_text, open_regular, read_regular
 
+_LOG = logging.getLogger(__name__)
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -38,7 +41,9 @@ class MetricsLog:
         self._last: dict[Path, tuple[str, int]] = {}
         self._events = EventFiles(self.path.with_name("tensorboard")) if tensorboard and self.path else None
         self.n_steps = 0  # that metrics.jsonl holds, of all stages
-        self._drop(lambda entry: False)
+        if self.timing_path:
+            _drop_damaged(self.timing_path)
+        self._drop(lambda file, entry: False)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -72,11 +77,11 @@ class MetricsLog:
         """
         last = (stage_order.index(stage), step)
 
-        def comes_later(entry: Mapping[str, Any]) -> bool:
+        def comes_later(file: Path, entry: Mapping[str, Any]) -> bool:
+            if entry["stage"] not in stage_order and file == self.timing_path:
+                return True
             if entry["stage"] not in stage_order:
-                raise RunError(
-                    f"{self.path} has an entry of stage {entry['stage']!r}; expected one of {', '.join(stage_order)}."
-                )
+                raise RunError(f"{file} has an entry of stage {entry['stage']!r}; expected one of {', '.join(stage_order)}.")
             return (stage_order.index(entry["stage"]), entry["step"]) > last
 
         self.close()
@@ -113,7 +118,8 @@ class MetricsLog:
         try:
             if path not in self._files:
                 # Unbuffered: on a full disk, closing a buffer would try to write it again.
-                self._files[path] = open(path, "ab", buffering=0)  # noqa: SIM115
+                descriptor = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+                self._files[path] = open(descriptor, "ab", buffering=0)  # noqa: SIM115
             # One write per line, except on a full disk: a reader, or a crash, sees whole lines or a torn last one.
             while line:
                 line = line[self._files[path].write(line) :]
@@ -121,9 +127,9 @@ class MetricsLog:
             raise _refused(path, error) from error
         self._last[path] = (stage, step)
 
-    def _drop(self, unwanted: Callable[[Mapping[str, Any]], bool]) -> None:
+    def _drop(self, unwanted: Callable[[Path, Mapping[str, Any]], bool]) -> None:
         for file in filter(None, (self.path, self.timing_path)):
-            _drop_lines(file, unwanted)
+            _drop_lines(file, functools.partial(unwanted, file))
             entries = _read(file)
             self._last.pop(file, None)
             if entries:
@@ -187,31 +193,65 @@ def _encode(name: str, value: Any) -> int | float | str:
 
 def _lines(path: Path) -> list[str]:
     """Complete lines, each with its newline; text after the last newline is torn."""
-    if not path.exists():
-        return []
-    text = path.read_bytes()
+    text = _content(path)
     return text[: text.rfind(b"\n") + 1].decode("utf-8", errors="replace").splitlines(keepends=True)
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a file; none where there is no file."""
+    if not os.path.lexists(path):
+        return b""
+    try:
+        return read_regular(path)
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror or error}. Restore it, or choose another --workdir.") from error
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
     entries = []
     for number, line in enumerate(_lines(path), start=1):
         try:
-            entry = json.loads(line)
-            if not isinstance(entry["stage"], str) or not isinstance(entry["step"], int):
-                raise ValueError("stage or step is of the wrong kind")
-        except (ValueError, KeyError, TypeError) as error:
+            entries.append(_entry(line))
+        except ValueError as error:
             raise RunError(
                 f"{path}, line {number} is damaged ({error}). Remove the line, or choose another --workdir."
             ) from error
-        entries.append(entry)
     return entries
+
+
+def _entry(line: str) -> dict[str, Any]:
+    """A line as an object with a stage, a step and numbers; ValueError where it is something else."""
+    try:
+        entry = json.loads(line)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance(entry, dict) or not isinstance(entry.get("stage"), str) or type(entry.get("step")) is not int:
+        raise ValueError("it is no object with a stage and a step")
+    for name, value in entry.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name != "stage" and not is_number and not (isinstance(value, str) and value in _NOT_FINITE):
+            raise ValueError(f"{name} is no number")
+    return entry
 
 
 def _drop_lines(path: Path, unwanted: Any) -> None:
     """Rewrite without the unwanted entries and the torn last line; leave the file alone when there is nothing to drop."""
-    if not path.exists():
-        return
     kept = "".join(line for line, entry in zip(_lines(path), _read(path), strict=True) if not unwanted(entry))
-    if kept.encode() != path.read_bytes():
+    if kept.encode() != _content(path):
         atomic_write_text(path, kept)
+
+
+def _drop_damaged(path: Path) -> None:
+    """Rewrite without damaged lines, which a warning counts: what the clock said decides nothing."""
+    lines = _lines(path)
+    whole = [line for line in lines if _is_entry(line)]
+    if len(whole) < len(lines):
+        _LOG.warning("%s: %d damaged lines are left out", path, len(lines) - len(whole))
+        atomic_write_text(path, "".join(whole))
+
+
+def _is_entry(line: str) -> bool:
+    try:
+        return bool(_entry(line))
+    except ValueError:
+        return False

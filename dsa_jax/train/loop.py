@@ -1,7 +1,7 @@
 """The training loop of one stage: batches, updates, logging, checkpoints and signals."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,8 +11,9 @@ from dsa_jax.config import Config, ModelConfig, StageConfig
 from dsa_jax.costs.model import training_flops_per_token
 from dsa_jax.costs.ops import peaks_of
 from dsa_jax.data import Batch, TrainData
-from dsa_jax.model import Transformer
+from dsa_jax.model import Transformer, abstract_params
 from dsa_jax.parallel.placement import place, place_batch, with_shardings
+from dsa_jax.rehearsal import abstract_batch, rehearse
 from dsa_jax.run.checkpoints import CheckpointStore
 from dsa_jax.run.directory import RunDirectory
 from dsa_jax.run.files import RunError
@@ -28,8 +29,14 @@ _LOG = logging.getLogger(__name__)
 _TOTALS = ("seconds", "compile_seconds", "tokens", "timed_tokens")
 
 
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+
 class Training(NamedTuple):
-    """State that the stages of a run share: `stop` is set by a signal, `metrics` is the run's log."""
+    """State that the stages of a run share: `stop` is set by a signal, `metrics` is the run's log.
+
+    `steps` holds the steps of the stages that `rehearsed_steps` has traced.
+    """
 
     run: RunDirectory
     config: Config
@@ -37,6 +44,7 @@ class Training(NamedTuple):
     data: TrainData
     stop: StopRequest
     metrics: MetricsLog
+    steps: Mapping[str, Step]
 
 
 class StageResult(NamedTuple):
@@ -45,6 +53,26 @@ class StageResult(NamedTuple):
     params: dict[str, Any]
     summaries: dict[str, dict[str, Any]]
     is_complete: bool
+
+
+def rehearsed_steps(model: Transformer, stages: Iterable[Stage], config: Config) -> dict[str, Step]:
+    """The training steps of `stages` by name, each traced for every length that it will see, without computing.
+
+    Raises:
+        ConfigError: for the first that cannot be computed.
+    """
+    steps, params = {}, abstract_params(model)
+    for stage in stages:
+        settings: StageConfig = getattr(config.train, stage.name)
+        steps[stage.name] = make_train_step(model, stage, config)
+        state = with_shardings(jax.eval_shape(lambda p, of=stage, by=settings: init_state(p, of, by), params))
+        for seq_len in sorted(settings.lengths):
+            batch = abstract_batch(settings.batch_size, seq_len)
+            rehearse(
+                f"a step of stage {stage.name} (train.{stage.name}.batch_size {settings.batch_size}, {seq_len} tokens)",
+                *(steps[stage.name], state, batch),
+            )
+    return steps
 
 
 def run_stage(
@@ -79,7 +107,7 @@ def run_stage(
     settings: StageConfig = getattr(config.train, stage.name)
     with CheckpointStore(training.run.checkpoint_dir(stage.name), keep=config.train.keep_checkpoints) as store:
         stage_run = _StageRun(training, stage, store, params, resume_step, summaries)
-        take_step = _make_step(training.model, stage, config)
+        take_step = _with_votes(training.steps[stage.name])
         flops: dict[int, float | None] = {}  # of a step, by sequence length
         with stage_run.progress:
             while stage_run.step < settings.steps and not stage_run.stops():
@@ -130,7 +158,8 @@ class _StageRun:
         summaries: dict[str, dict[str, Any]],
     ) -> None:
         """Start or resume as `run_stage` describes; the clock starts here."""
-        run, config, _, self.data, self.stop, self.metrics = training
+        run, config = training.run, training.config
+        self.data, self.stop, self.metrics = training.data, training.stop, training.metrics
         self.stage, self.store, self.step, self.summaries = stage, store, resume_step or 0, summaries
         self.settings: StageConfig = getattr(config.train, stage.name)
         if resume_step is None:
@@ -209,12 +238,9 @@ class _StageRun:
         return {"steps": self.step, **totals, "final": self.judge.final}
 
 
-def _make_step(
-    model: Transformer, stage: Stage, config: Config
-) -> Callable[[TrainState, Batch, bool], tuple[TrainState, dict[str, jax.Array]]]:
+def _with_votes(step: Step) -> Callable[[TrainState, Batch, bool], tuple[TrainState, dict[str, jax.Array]]]:
     """The training step; with several processes it also reduces their votes on whether to stop."""
-    train_step = make_train_step(model, stage, config)
-    return with_votes(train_step) if jax.process_count() > 1 else lambda state, batch, _: train_step(state, batch)
+    return with_votes(step) if jax.process_count() > 1 else lambda state, batch, _: step(state, batch)
 
 
 def _make_progress(stage: Stage, settings: StageConfig, step: int) -> Progress:

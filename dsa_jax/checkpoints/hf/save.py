@@ -37,6 +37,7 @@ from dsa_jax.config.model import FP8_BLOCKS, ModelConfig
 from dsa_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 from dsa_jax.model import abstract_params, build_model, layer_stacks
 from dsa_jax.params import is_block_scales_path, parameter_paths
+from dsa_jax.run.files import exchange
 
 _LOG = logging.getLogger(__name__)
 _METADATA = {"format": "pt"}
@@ -51,6 +52,7 @@ def save_pretrained(
     *,
     tokenizer: Tokenizer | str | Path | None = None,
     shard_bytes: int = 5 * 2**30,
+    before_replacing: Callable[[Path], None] = lambda complete: None,
 ) -> None:
     """Write config.json, the weights and the tokenizer's files; `load_pretrained` gives the same bits back.
 
@@ -65,12 +67,14 @@ def save_pretrained(
     blocks are stored unchanged, each with its `weight_scale_inv`, as DeepSeek publishes them.
 
     Args:
-        directory: new, empty, or a checkpoint, which is replaced once the new one is complete.
+        directory: new, empty, or a checkpoint, which is replaced in one step once the new one is complete: whenever the process
+            is killed, one of both is there, whole.
         config: the model.
         params: its parameters, of the shapes and types that `init_params` gives.
         tokenizer: one of ours, or the path of a directory or of the file of a tokenizer; its files are copied, and its end
             tokens are written beside the model's own.
         shard_bytes: most bytes of tensors in one file, unless a single tensor has more.
+        before_replacing: called with the complete new directory before it takes its place; what it raises leaves all as it was.
 
     Raises:
         CheckpointError: when the parameters do not fit the config, no format holds the model (`choose_layout`), or the
@@ -105,6 +109,7 @@ def save_pretrained(
             _state_end_tokens(temporary / "generation_config.json", config)
             _write_json(temporary / "config.json", content)
             _sync(temporary)
+            before_replacing(temporary)
             _replace(temporary, target)
             _remove_leftovers(target)
         except BaseException:
@@ -287,18 +292,26 @@ def _beside(target: Path, suffix: str) -> Path:
 
 
 def _replace(temporary: Path, target: Path) -> None:
-    """Put `temporary` in the place of `target`, which is moved aside first and back if that fails."""
+    """Put `temporary` in the place of `target` in one step, so that a process killed at any moment leaves one of them whole."""
+    if not target.exists() or not any(target.iterdir()):
+        os.replace(temporary, target)
+    elif exchange(temporary, target):
+        shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        _replace_in_two_steps(temporary, target)
+    _sync(target.parent)
+
+
+def _replace_in_two_steps(temporary: Path, target: Path) -> None:
+    """`_replace` where the file system cannot swap names: `target` is moved aside first, and back if the second move fails."""
     aside = _beside(target, "old")
-    existed = target.exists()
-    if existed:
-        os.replace(target, aside)
+    _LOG.warning("this file system cannot swap directories: killed in the next moment, %s would be %s", target, aside)
+    os.replace(target, aside)
     try:
         os.replace(temporary, target)
     except OSError:
-        if existed:
-            os.replace(aside, target)
+        os.replace(aside, target)
         raise
-    _sync(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 

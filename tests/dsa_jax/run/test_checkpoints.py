@@ -1,4 +1,6 @@
+import gc
 import json
+import os
 import resource
 import shutil
 from contextlib import contextmanager
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dsa_jax.run import manifest
+from dsa_jax.run import checkpoints, manifest
 from dsa_jax.run.checkpoints import CheckpointStore
 from dsa_jax.run.manifest import StageCheckpointError
 
@@ -144,6 +146,74 @@ def test_damaged_checkpoint_is_skipped_with_a_warning_and_can_be_replaced(tmp_pa
         assert bits(store.restore(2, abstract(make_tree())).tree) == bits(make_tree(2))
 
 
+def outside(store):
+    """A file outside the store that equals the largest array of step 2."""
+    file = largest_array_file(store, 2)
+    return shutil.copy(file, store.directory.parent / "outside"), file
+
+
+def linked(store):
+    there, file = outside(store)
+    file.unlink()
+    file.symlink_to(there)
+
+
+def folder_linked(store):
+    state = store.directory / "2" / "state"
+    shutil.copytree(state, store.directory.parent / "state")
+    shutil.rmtree(state)
+    state.symlink_to(store.directory.parent / "state")
+
+
+def fifo(store):
+    largest_array_file(store, 2).unlink()
+    os.mkfifo(store.directory / "2" / "state" / "pipe")
+
+
+def renamed(new):
+    """The largest array by another name in the manifest, that of a file with the same content."""
+
+    def change(store):
+        there, file = outside(store)
+        path = store.directory / "2" / "manifest.json"
+        content = json.loads(path.read_text())
+        entry = content["files"].pop(str(file.relative_to(path.parent)))
+        content["files"][new.format(there)] = entry
+        path.write_text(json.dumps(content))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [linked, folder_linked, fifo, renamed("{}"), renamed("../../outside")],
+    ids=["file", "folder", "fifo", "abs", "up"],
+)
+def test_a_checkpoint_that_leaves_its_directory_does_not_count(tmp_path, change, caplog):
+    with CheckpointStore(tmp_path / "sparse", keep=2) as store:
+        save(store, 1, 2)
+        change(store)
+    with CheckpointStore(tmp_path / "sparse", keep=2) as store:
+        assert store.latest_valid() == 1
+        assert "is a link or no regular file" in caplog.text or "lies outside the checkpoint" in caplog.text
+        (tmp_path / "sparse" / "7").symlink_to(tmp_path / "sparse" / "1")
+        assert store.steps() == [1, 2]
+        save(store, 7)
+        assert store.latest_valid() == 7 and not (tmp_path / "sparse" / "7").is_symlink()
+
+
+def test_what_a_killed_process_left_of_checkpoints_goes(tmp_path, monkeypatch):
+    with CheckpointStore(tmp_path, keep=1) as store:
+        save(store, 1)
+        with monkeypatch.context() as patch:  # killed while it removes step 1
+            patch.setattr(checkpoints.shutil, "rmtree", lambda path, **_: None)
+            save(store, 2)
+        assert (tmp_path / "1.pruned").is_dir() and store.steps() == [2]
+        (tmp_path / "3.orbax-checkpoint-tmp").mkdir()
+        save(store, 4)
+        assert [path.name for path in tmp_path.iterdir()] == ["4"]
+
+
 def test_numeric_directories_and_leftovers_do_not_count(store, caplog):
     save(store, 1)
     for name in ("40", "50.orbax-checkpoint-tmp", "07x"):
@@ -206,6 +276,15 @@ def test_full_disk_is_one_clear_error_and_earlier_checkpoints_stay(store, capfd)
     assert "Traceback" not in capfd.readouterr().err
     store.save(2, noise, {})
     assert store.latest_valid() == 2
+
+
+def test_a_full_disk_is_said_once_however_many_arrays_there_are(store, capfd, caplog):
+    noise = {f"w{i}": jax.random.normal(jax.random.key(i), (50_000,)) for i in range(30)}
+    with file_size_limit(10_000), pytest.raises(StageCheckpointError, match="cannot be written"):
+        store.save(2, noise, {})
+        store.wait()
+    gc.collect()
+    assert "Traceback" not in capfd.readouterr().err + caplog.text
 
 
 def test_crash_before_the_manifest_leaves_the_one_before(store, monkeypatch):

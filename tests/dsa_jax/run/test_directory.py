@@ -1,7 +1,7 @@
 import json
+import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -10,7 +10,7 @@ from dsa_jax.run import environment as run_environment
 from dsa_jax.run import files
 from dsa_jax.run.directory import open_run
 from dsa_jax.run.environment import git_revision
-from dsa_jax.run.files import RunError, atomic_write_text, claimed
+from dsa_jax.run.files import RunError, atomic_write_text, claimed, read_object
 
 
 def test_new_run_writes_config_and_environment(tmp_path):
@@ -131,10 +131,10 @@ def test_workdir_that_is_a_file(tmp_path):
 
 
 def test_read_only_workdir(tmp_path, monkeypatch):
-    def refuse(self, data):
+    def refuse(**_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
     with pytest.raises(RunError, match=r"cannot be written: Permission denied.*--workdir"):
         open_run(tmp_path / "run", Config())
 
@@ -188,6 +188,138 @@ def test_what_is_no_run_is_left_alone(tmp_path):
         open_run(tmp_path, Config())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "tensorboard"]
     assert (tmp_path / "config.json").read_text() == '{"model_type": "llama"}'
+
+
+FOREIGN = {
+    "sections": {"model": {"name": "gpt"}, "data": {}, "train": {"lr": 0.1}, "eval": {}},
+    "empty sections": {"model": {}, "data": {}, "train": {}, "eval": {}},
+    "other kinds": {"model": [1], "data": None, "train": "fast", "eval": 3},
+    "a config of ours": to_dict(Config(seed=4)),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_directory_of_another_project_is_left_alone(tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps(FOREIGN[name]))
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "pretrain", "step": 1, "loss": 2.0}\n')
+    (tmp_path / "timing.jsonl").write_text("seconds")
+    (tmp_path / "tensorboard" / "a").mkdir(parents=True)
+    (tmp_path / "environment.json").write_text('{"history": "long", "implementations": {}}')
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    with (
+        pytest.raises(RunError, match=r"(?s)holds something else than a run: .*\. Choose another --workdir"),
+        claimed(tmp_path),
+    ):
+        open_run(tmp_path, Config())
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl", "environment.json", "tensorboard"])
+def test_files_of_no_run_are_left_alone(tmp_path, name):
+    (tmp_path / name).mkdir() if name == "tensorboard" else (tmp_path / name).write_text("{}")
+    if name == "tensorboard":
+        (tmp_path / name / "events").write_text("mine")
+    with pytest.raises(RunError, match=rf"holds {name}, but no config\.json that says of what run"):
+        open_run(tmp_path, Config())
+    assert not (tmp_path / "config.json").exists()
+
+
+LINKS = ("config.json", "metrics.jsonl", "timing.jsonl", "environment.json", "report.json", "checkpoints", "checkpoints/sparse",
+         "tensorboard", "tensorboard/warmup", "hf_source")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_nothing_is_written_through_a_link(tmp_path, name):
+    run, outside = open_run(tmp_path / "run", Config()).path, tmp_path / "outside"
+    if "." in name:
+        outside.write_text((run / name).read_text() if (run / name).exists() else "mine")
+    else:
+        outside.mkdir()
+    before = outside.read_bytes() if outside.is_file() else []
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(outside)
+    with pytest.raises(RunError, match=rf"{name} is a symbolic link; expected a .* of the run's own"):
+        open_run(run, Config(seed=7))
+    assert (outside.read_bytes() if outside.is_file() else list(outside.iterdir())) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "report.json"])
+def test_a_fifo_is_refused_and_never_waited_for(tmp_path, name):
+    run = open_run(tmp_path, Config())
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(RunError, match=f"{name} is no regular file; expected a regular file of the run's own"):
+        open_run(tmp_path, Config())
+    with pytest.raises(RunError, match=r"it is no regular file|no config\.json"):
+        run.config() if name == "config.json" else read_object(tmp_path / name)
+
+
+def test_a_lock_is_no_way_out_of_the_directory(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for lock in ("link", "fifo", "device"):
+        (tmp_path / lock).mkdir()
+    (tmp_path / "link" / ".lock").symlink_to(tmp_path / "thesis.tex")
+    os.mkfifo(tmp_path / "fifo" / ".lock")
+    (tmp_path / "device" / ".lock").symlink_to("/dev/zero")
+    for lock in ("link", "fifo", "device"):
+        with pytest.raises(RunError, match=r"\.lock is a link or no regular file"), claimed(tmp_path / lock):
+            pass
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_an_atomic_write_goes_through_no_link(tmp_path):
+    (tmp_path / "outside").write_text("mine")
+    (tmp_path / f".a.json.{os.getpid()}.tmp").symlink_to(tmp_path / "outside")
+    (tmp_path / "a.json").symlink_to(tmp_path / "outside")
+    atomic_write_text(tmp_path / "a.json", "ours")
+    assert (tmp_path / "outside").read_text() == "mine" and not (tmp_path / "a.json").is_symlink()
+
+
+def test_a_directory_that_is_refused_keeps_no_lock_and_a_killed_process_no_probe(tmp_path):
+    with pytest.raises(RunError, match="no"), claimed(tmp_path):
+        raise RunError("no")
+    assert not list(tmp_path.iterdir())
+    with claimed(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    with pytest.raises(RunError, match="no"), claimed(tmp_path):
+        raise RunError("no")
+    assert (tmp_path / ".lock").exists()  # of an earlier run
+    (tmp_path / ".probe.123").write_bytes(b"")
+    open_run(tmp_path, Config())
+    assert not (tmp_path / ".probe.123").exists()
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    "text", [DEEP, f'{{"a": {"[" * 100}{"]" * 100}}}', '{"history": [1], "implementations": {}}', '{"history": []}', "3", "nul"]
+)
+def test_files_of_other_kinds_are_one_line(tmp_path, text, caplog):
+    run = open_run(tmp_path, Config())
+    run.environment_path.write_text(text)
+    run.report_path.write_text(text)
+    run.report_path.with_suffix(".html").write_text("")
+    for read in (run.environment, run.report):
+        with pytest.raises(RunError, match=r"report|environment"):
+            read()
+    assert run.finished_report(Config()) is None and "It is made again" in caplog.text
+    open_run(tmp_path, Config())
+    assert run.environment()["history"] == []
+    run.config_path.write_text(text)
+    with pytest.raises(RunError, match=r"config\.json"):
+        open_run(tmp_path, Config())
+
+
+@pytest.mark.parametrize(
+    "report", [{"rows": 3}, {"rows": [1]}, {"rows": [{"name": "a", "text_loss": "low"}]}, {"rows": [], "stages": 2}, {}]
+)
+def test_a_report_of_other_kinds_is_made_again(tmp_path, report):
+    run = open_run(tmp_path, Config())
+    run.report_path.write_text(json.dumps(report))
+    run.report_path.with_suffix(".html").write_text("")
+    assert run.finished_report(Config()) is None
 
 
 def test_checkpoints_without_a_config_are_of_no_run(tmp_path):

@@ -110,12 +110,39 @@ def test_torn_last_line_is_dropped_on_opening(tmp_path):
     assert steps(path) == [("pretrain", 10), ("pretrain", 20)]
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"stage": "warmup"}', '{"stage": 1, "step": 2}'])
+BAD_LINES = ["{", "[]", '{"stage": "warmup"}', '{"stage": 1, "step": 2}', '{"stage": "warmup", "step": true}',
+             '{"stage": "warmup", "step": 2, "loss": [1]}', '{"stage": "warmup", "step": 2, "loss": "low"}',
+             "[" * 100_000 + "]" * 100_000]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
 def test_damage_inside_the_file_names_the_line(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"stage": "pretrain", "step": 1}}\n{line}\n{{"stage": "pretrain", "step": 3}}\n')
     with pytest.raises(RunError, match="line 2 is damaged"):
         read_metrics(path)
+
+
+@pytest.mark.parametrize("line", [*BAD_LINES, "\x00" * 9, '{"stage": "other", "step": 1}'])
+def test_a_damaged_timing_stops_nothing(tmp_path, line, caplog):
+    fill(tmp_path / "metrics.jsonl", [("pretrain", 1)])
+    timing = tmp_path / "timing.jsonl"
+    timing.write_text(f'{{"stage": "pretrain", "step": 1, "seconds": 2.5}}\n{line}\n')
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        log.truncate_after(STAGES, "pretrain", 1)
+        log.log_timing("pretrain", 2, {"seconds": 3})
+    assert [entry["step"] for entry in read_metrics(timing)] == [1, 2]
+    assert ("1 damaged lines are left out" in caplog.text) == ("other" not in line)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl"])
+def test_nothing_is_appended_through_a_link(tmp_path, name):
+    (tmp_path / "outside").write_text("")
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        (tmp_path / name).symlink_to(tmp_path / "outside")
+        with pytest.raises(RunError, match=f"cannot write .*{name}: it is a symbolic link"):
+            (log.log if name == "metrics.jsonl" else log.log_timing)("pretrain", 1, {"loss": 1.0})
+    assert (tmp_path / "outside").read_text() == ""
 
 
 def test_unknown_stage_is_an_error_on_resume(tmp_path):

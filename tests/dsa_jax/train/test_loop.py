@@ -136,7 +136,8 @@ def poisoned(monkeypatch, bad_steps, *, bad_stage="pretrain"):
         step_fn = make(model, stage, config)
 
         def run(state, batch):
-            if stage.name != bad_stage or int(state.step) + 1 not in bad_steps:
+            is_traced = isinstance(state.step, jax.core.Tracer)
+            if is_traced or stage.name != bad_stage or int(state.step) + 1 not in bad_steps:
                 return step_fn(state, batch)
             good = jax.tree.map(np.array, state)
             bad = state._replace(params=jax.tree.map(lambda x: x * np.nan, state.params))

@@ -346,9 +346,11 @@ def test_a_full_disk_leaves_the_older_checkpoint_alone(saved, monkeypatch):
     assert sorted(entry.name for entry in target.parent.iterdir()) == ["target", "theirs"]
 
 
-def test_a_move_that_fails_puts_the_older_checkpoint_back(saved, monkeypatch):
+def test_a_move_that_fails_puts_the_older_checkpoint_back(saved, monkeypatch, caplog):
+    """Where the file system cannot swap two names, which is said."""
     target, loaded = saved
     replace = os.replace
+    monkeypatch.setattr(save_module, "exchange", lambda one, other: False)
 
     def fails(source, destination):
         if str(source).endswith(".part"):
@@ -360,6 +362,40 @@ def test_a_move_that_fails_puts_the_older_checkpoint_back(saved, monkeypatch):
         save_pretrained(target, loaded.config, loaded.params)
     assert_same(load_pretrained(target).params, loaded.params)
     assert sorted(entry.name for entry in target.parent.iterdir()) == ["target", "theirs"]
+
+
+@pytest.mark.parametrize("call", ["exchange", "rmtree", "_sync"])
+def test_a_process_killed_at_any_call_leaves_a_whole_checkpoint(saved, monkeypatch, call):
+    """Onto its own source, too; what it leaves beside goes with the next."""
+    target, loaded = saved
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(save_module.shutil if call == "rmtree" else save_module, call, killed)
+        with pytest.raises(Killed):
+            save_pretrained(target, loaded.config, loaded.params, shard_bytes=10_000)
+    assert_same(load_pretrained(target).params, loaded.params)
+    save_pretrained(target, loaded.config, loaded.params)
+    assert sorted(entry.name for entry in target.parent.iterdir()) == ["target", "theirs"]
+
+
+def test_the_older_checkpoint_stays_where_the_new_one_is_not_wanted(saved):
+    target, loaded = saved
+    before = {file.name: file.read_bytes() for file in target.iterdir()}
+    seen = []
+
+    def refuse(complete):
+        seen.append(load_pretrained(complete).config)
+        raise RuntimeError("not mine")
+
+    with pytest.raises(RuntimeError, match="not mine"):
+        save_pretrained(target, loaded.config, loaded.params, before_replacing=refuse)
+    assert seen and {file.name: file.read_bytes() for file in target.iterdir()} == before
 
 
 def test_nothing_but_a_checkpoint_is_replaced(saved):
