@@ -49,5 +49,6 @@ def retrofit_from_checkpoint(
         )
         for steps, optimizer in ((1000, constant), (sparse_steps, slow))
     )
+    config.train.gate = "warn"
     config.eval = EvalConfig(recall_sequences=0, text_len=seq_len, text_sequences=text_sequences, batch_size=eval_batch_size)
     return config

@@ -15,6 +15,7 @@ from dsa_jax.config import Config, ConfigError, StageConfig, to_dict
 from dsa_jax.config.selections import DENSE
 from dsa_jax.costs.comparison import dense_and_sparse
 from dsa_jax.data import EvalData, TrainData, make_data
+from dsa_jax.evals.held_out import HeldOut
 from dsa_jax.evals.parity import EvalStep, evaluate_parity, rehearsed_rows
 from dsa_jax.model import build_model
 from dsa_jax.model.attention.kinds import kinds_of
@@ -34,6 +35,7 @@ from dsa_jax.run.signals import StopRequest
 from dsa_jax.train.init import at_start_of_stage, initial_params, load_run, resolve_run
 from dsa_jax.train.loop import Training, rehearsed_steps, run_stage
 from dsa_jax.train.stages import stage_of, trained_attention
+from dsa_jax.watch import Watch
 from pallas_kernels import implementations_chosen
 
 _LOG = logging.getLogger(__name__)
@@ -164,7 +166,8 @@ def _retrofit(inputs: _Inputs, tensorboard: bool) -> dict[str, Any] | None:
     summaries: dict[str, dict[str, Any]] = {}
     log = MetricsLog(run.metrics_path if is_main() else None, tensorboard=tensorboard)
     with StopRequest() as stop, log as metrics:
-        training = Training(run, config, model, train_data, stop, metrics, steps)
+        watch = Watch(run, config, HeldOut(model, eval_data, config, eval_steps), metrics)
+        training = Training(run, config, model, train_data, stop, metrics, steps, watch.look)
         for name in names:
             resume_step = last_step if name == last_stage else None
             if resume_step is None:
@@ -172,6 +175,8 @@ def _retrofit(inputs: _Inputs, tensorboard: bool) -> dict[str, Any] | None:
             stage = stage_of(config, name)
             params, summaries, is_complete = run_stage(training, stage, params, resume_step=resume_step, summaries=summaries)
             _record_implementations(run)
+            if name == "warmup" and is_complete and "sparse" in names:
+                watch.gate(params)
             if not is_complete:
                 taken, n_steps = summaries[name]["steps"], getattr(config.train, name).steps
                 where = f"step {taken} of {n_steps} is saved" if taken else "before its first step"

@@ -183,6 +183,7 @@ class StageConfig:
     indexer_loss_weight: float = 1.0  # multiplies the KL, summed over layers
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     log_every: int = 10
+    evaluate_every: int = 0  # steps between looks at eval.loop_sequences held-out rows, dense and sparse; 0: none
     checkpoint_every: int = 500  # the last step of a stage is always saved
 
     def seq_len_at(self, step: int) -> int:
@@ -204,6 +205,7 @@ class StageConfig:
 
     def validate(self, prefix: str) -> None:
         not_negative(f"{prefix}.steps", self.steps)
+        not_negative(f"{prefix}.evaluate_every", self.evaluate_every)
         for name in ("batch_size", "seq_len", "accumulation", "log_every", "checkpoint_every"):
             positive(f"{prefix}.{name}", getattr(self, name))
         not_negative(f"{prefix}.indexer_loss_weight", self.indexer_loss_weight)
@@ -231,6 +233,8 @@ class TrainConfig:
     sparse: StageConfig = field(default_factory=StageConfig)
     pretrain_attention: str = "dense"  # one of {selections}; where the indexer chooses the keys, its KL trains it, too
     sparse_attention: str = "sparse"  # of the third stage; another name trains a baseline instead
+    gate: str = "off"  # off | warn | stop, where the warm-up left layers with less held-out coverage than gate_coverage
+    gate_coverage: float = 0.8  # share of the dense attention that the selected keys of a layer should hold
     nan_policy: str = "stop"  # stop | skip (leave parameters untouched and count)
     max_skipped_steps: int = 10  # with skip: consecutive steps before stopping after all
     keep_checkpoints: int = 2  # per stage
@@ -240,6 +244,8 @@ class TrainConfig:
             getattr(self, name).validate(f"train.{name}")
         for name in ("pretrain_attention", "sparse_attention"):
             check_selection(f"train.{name}", getattr(self, name))
+        one_of("train.gate", self.gate, ("off", "warn", "stop"))
+        fraction("train.gate_coverage", self.gate_coverage)
         one_of("train.nan_policy", self.nan_policy, ("stop", "skip"))
         positive("train.max_skipped_steps", self.max_skipped_steps)
         positive("train.keep_checkpoints", self.keep_checkpoints)
@@ -256,6 +262,7 @@ class EvalConfig:
     tasks: tuple[str, ...] = ()  # synthetic tasks, a column each; they need not be in data.tasks
     task_len: int = 256
     task_sequences: int = 128  # of each task
+    loop_sequences: int = 16  # held-out rows that a look while training takes (train.STAGE.evaluate_every, train.gate)
     text_tasks: tuple[str, ...] = ()  # tasks in plain words among held-out text, a column each
     text_task_lens: tuple[int, ...] = (512,)  # tokens of their rows; every task is evaluated at each length
     text_task_sequences: int = 32  # rows of each text task at each length
@@ -267,6 +274,7 @@ class EvalConfig:
         for name in ("recall_len", "text_len", "task_len", "task_sequences", "batch_size", "position_buckets"):
             positive(f"eval.{name}", getattr(self, name))
         positive("eval.text_task_sequences", self.text_task_sequences)
+        positive("eval.loop_sequences", self.loop_sequences)
         for length in self.text_task_lens:
             positive("eval.text_task_lens", length)
         if self.text_tasks and not self.text_task_lens:

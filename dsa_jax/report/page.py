@@ -67,33 +67,84 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px
 """
 
 
-def render_page(report: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:
-    """The HTML of a report of plain JSON values (see `write_report`); `entries` are those of metrics.jsonl."""
+def render_page(
+    report: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]] = ()
+) -> str:
+    """The HTML of a report of plain JSON values (see `write_report`).
+
+    Args:
+        report: the report.
+        entries: those of metrics.jsonl.
+        evaluations: those of evaluations.jsonl.
+    """
     has_plots = is_installed("matplotlib")
     rows = report["rows"]
     sections = [
+        _verdict(report),
         _parity(rows, has_plots),
         _by_length(rows),
         _costs(report.get("costs")),
         _by_group(rows),
         _by_place(report, "coverage_by_layer", has_plots),
         _by_place(report, "loss_by_position", has_plots),
+        _held_out(evaluations, has_plots),
         _curves(entries) if has_plots else "",
         _stages(report.get("stages") or {}),
         _facts("What text was it?", report.get("corpus")),
         _facts("Where did it run?", report.get("environment")),
         _config(report.get("config")),
     ]
-    name = escape(str(report["name"]))
+    name = str(report["name"])
+    title = f"{name}: dense and sparse attention compared"
+    return _page(title, f"{name}: what does sparse attention cost in quality?", has_plots, sections)
+
+
+def render_progress(
+    content: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
+) -> str:
+    """The HTML of a run that is still training: what there is of `render_page` before the parity table."""
+    has_plots = is_installed("matplotlib")
+    last = entries[-1] if entries else {"stage": "-", "step": 0}
+    where = f"<p>Stage {escape(str(last['stage']))}, step {last['step']}. Reload for more; the parity table comes last.</p>"
+    sections = [where, _held_out(evaluations, has_plots), _curves(entries) if has_plots else "", _config(content.get("config"))]
+    name = str(content["name"])
+    return _page(f"{name}: training", f"{name}: still training", has_plots, sections)
+
+
+def _page(title: str, heading: str, has_plots: bool, sections: Sequence[str]) -> str:
     hint = "" if has_plots else f'<p class="hint">{escape(_INSTALL_HINT)}, then run the same command again.</p>'
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{name}: dense and sparse attention compared</title>\n<style>{_CSS}</style>\n</head>\n<body>\n"
-        f"<h1>{name}: what does sparse attention cost in quality?</h1>\n{_verdict(report)}{hint}"
-        + "\n".join(section for section in sections if section)
+        f"<title>{escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n"
+        f"<h1>{escape(heading)}</h1>\n"
+        + "\n".join(section for section in (*sections[:1], hint, *sections[1:]) if section)
         + "\n</body>\n</html>\n"
     )
+
+
+def _held_out(evaluations: Sequence[Mapping[str, Any]], has_plots: bool) -> str:
+    """What held-out rows said in training: difference of sparse and dense by step, coverage of the layers at the last look."""
+    if not evaluations:
+        return ""
+    header = ["stage", "step", "dense loss", "sparse loss", "difference", "lowest coverage", "mean coverage"]
+    cells = []
+    for entry in evaluations:
+        coverage = [value for name, value in entry.items() if name.startswith("coverage_layer_")]
+        losses = [f"{entry[name]:.3f}" for name in ("dense_loss", "sparse_loss")]
+        change = f"{entry['difference']:+.3f} ± {entry['standard_error']:.3f}"
+        spread = [f"{min(coverage):.3f}", f"{sum(coverage) / len(coverage):.3f}"]
+        cells.append([str(entry["stage"]), str(entry["step"]), *losses, change, *spread])
+    figure = ""
+    if has_plots:
+        label = "sparse minus dense (nats per token)"
+        figure = _figure(
+            plots.training_curves(evaluations, "difference", STAGES, label),
+            "Held-out loss of sparse minus dense by step",
+            "What sparse attention loses to dense on the same held-out rows, as training goes on.",
+        )
+    table = _table("Held-out rows while training", header, cells)
+    return f"<h2>Does training close the gap?</h2>\n{figure}{table}"
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:

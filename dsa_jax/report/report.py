@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsa_jax.report.page import columns_of, format_cell, render_page, with_tasks
+from dsa_jax.report.page import columns_of, format_cell, render_page, render_progress, with_tasks
 from dsa_jax.report.verdict import verdict
 from dsa_jax.run.files import atomic_write_text
 from dsa_jax.run.metrics import read_metrics
@@ -31,8 +31,22 @@ def write_report(run_dir: str | os.PathLike[str], report: Mapping[str, Any]) -> 
     """
     directory = Path(run_dir)
     plain = to_plain(report)
-    atomic_write_text(directory / "report.html", render_page(plain, read_metrics(directory / "metrics.jsonl")))
+    atomic_write_text(directory / "report.html", render_page(plain, *_logs(directory)))
     atomic_write_text(directory / "report.json", json.dumps(plain, indent=2, allow_nan=False) + "\n")
+
+
+def write_progress(run_dir: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Write report.html as far as a run has come: its curves and what held-out rows said; `content` has `name`, `config`.
+
+    Raises:
+        RunError: when the file cannot be written.
+    """
+    directory = Path(run_dir)
+    atomic_write_text(directory / "report.html", render_progress(to_plain(content), *_logs(directory)))
+
+
+def _logs(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    return read_metrics(directory / "metrics.jsonl"), read_metrics(directory / "evaluations.jsonl")
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -21,11 +21,11 @@ _SECTIONS = {"model", "data", "train", "eval"}  # every version of a run's confi
 _KEPT = ("source", "tokenizer", "text", "exports")  # entries of environment.json about the run, not about a process
 _FILLED_IN = ("implementations", *_KEPT)  # entries of environment.json that are added when they are known
 _LEFTOVER = re.compile(r"\..+\.\d+\.tmp|\.probe\.\S+")  # left by `atomic_write_text`, and by a probe, of a killed process
-_FILES = ("config.json", "environment.json", "metrics.jsonl", "timing.jsonl", "report.json", "report.html")
+_FILES = ("config.json", "environment.json", "metrics.jsonl", "timing.jsonl", "evaluations.jsonl", "report.json", "report.html")
 _FOLDERS = ("checkpoints", *(f"{folder}/{stage}" for folder in ("checkpoints", "tensorboard") for stage in STAGES))
 _FOLDERS += ("tensorboard", "hf_source")
 _WITHOUT_EFFECT = re.compile(
-    r"parallel\..*|train\.(nan_policy|max_skipped_steps|keep_checkpoints|\w+\.(log_every|checkpoint_every))"
+    r"parallel\..*|train\.(nan_policy|max_skipped_steps|keep_checkpoints|gate|gate_coverage|\w+\.(log_every|checkpoint_every|evaluate_every))"
 )
 
 
@@ -181,7 +181,7 @@ def open_run(workdir: str | os.PathLike[str], config: Config, *, accepted: Colle
         write_object(run.config_path, wanted)
     elif differences:
         if not run.has_begun and any(not _WITHOUT_EFFECT.fullmatch(name) for name in differences):
-            for leftover in (run.metrics_path, run.path / "timing.jsonl"):
+            for leftover in (run.metrics_path, run.path / "timing.jsonl", run.path / "evaluations.jsonl"):
                 leftover.unlink(missing_ok=True)
             for folder in (run.path / "tensorboard", run.source_path):
                 shutil.rmtree(folder, ignore_errors=True)

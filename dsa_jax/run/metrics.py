@@ -18,7 +18,7 @@ _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl`, and to `timing.jsonl` beside it.
+    """Appends to `metrics.jsonl`, and to `timing.jsonl` and `evaluations.jsonl` beside it.
 
     A line is `{"stage": ..., "step": ..., <name>: <number>, ...}`. Floats are written so that reading gives the same float64;
     NaN and infinities, which JSON lacks, as the strings "NaN", "Infinity" and "-Infinity". Metrics hold only values that the
@@ -37,6 +37,7 @@ class MetricsLog:
         """
         self.path = None if path is None else Path(path)
         self.timing_path = self.path and self.path.with_name("timing.jsonl")
+        self.evaluations_path = self.path and self.path.with_name("evaluations.jsonl")
         self._files: dict[Path, BinaryIO] = {}
         self._last: dict[Path, tuple[str, int]] = {}
         self._events = EventFiles(self.path.with_name("tensorboard")) if tensorboard and self.path else None
@@ -66,6 +67,12 @@ class MetricsLog:
     def log_timing(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one step's seconds, rates and the like; raises as `log` does."""
         self._append(self.timing_path, stage, step, values)
+
+    def log_evaluation(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
+        """Append what held-out rows said after a step; raises as `log` does."""
+        self._append(self.evaluations_path, stage, step, values)
+        if self._events is not None:
+            self._events.write(stage, step, {f"held_out/{name}": value for name, value in values.items()})
 
     def truncate_after(self, stage_order: Sequence[str], stage: str, step: int) -> None:
         """Drop every entry that comes after `step` of `stage`. Call it when a run resumes.
@@ -128,7 +135,7 @@ class MetricsLog:
         self._last[path] = (stage, step)
 
     def _drop(self, unwanted: Callable[[Path, Mapping[str, Any]], bool]) -> None:
-        for file in filter(None, (self.path, self.timing_path)):
+        for file in filter(None, (self.path, self.timing_path, self.evaluations_path)):
             _drop_lines(file, functools.partial(unwanted, file))
             entries = _read(file)
             self._last.pop(file, None)

@@ -35,7 +35,8 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 class Training(NamedTuple):
     """State that the stages of a run share: `stop` is set by a signal, `metrics` is the run's log.
 
-    `steps` holds the steps of the stages that `rehearsed_steps` has traced.
+    `steps` holds the steps of the stages that `rehearsed_steps` has traced; `look` is called with the stage, the step and the
+    parameters after every `evaluate_every` steps.
     """
 
     run: RunDirectory
@@ -45,6 +46,7 @@ class Training(NamedTuple):
     stop: StopRequest
     metrics: MetricsLog
     steps: Mapping[str, Step]
+    look: Callable[[str, int, Any], None]
 
 
 class StageResult(NamedTuple):
@@ -124,6 +126,8 @@ def run_stage(
                 stage_run.step += 1
                 tokens = settings.batch_size * seq_len
                 stage_run.pending = _Pending(stage_run.step, metrics, tokens, flops[seq_len], compiles)
+                if settings.evaluate_every and stage_run.step % settings.evaluate_every == 0:
+                    stage_run.look()
                 if stage_run.step % settings.checkpoint_every == 0:
                     stage_run.save(data.state())
             stage_run.save(data.state())
@@ -158,7 +162,7 @@ class _StageRun:
         summaries: dict[str, dict[str, Any]],
     ) -> None:
         """Start or resume as `run_stage` describes; the clock starts here."""
-        run, config = training.run, training.config
+        run, config, self.training = training.run, training.config, training
         self.data, self.stop, self.metrics = training.data, training.stop, training.metrics
         self.stage, self.store, self.step, self.summaries = stage, store, resume_step or 0, summaries
         self.settings: StageConfig = getattr(config.train, stage.name)
@@ -219,6 +223,12 @@ class _StageRun:
         if pending.step % self.settings.log_every == 0:
             clock = {name: value for name, value in self.progress.timing()._asdict().items() if value is not None}
             self.metrics.log_timing(self.stage.name, pending.step, clock)
+
+    def look(self) -> None:
+        """Look at held-out rows, which the clock of the stage excludes."""
+        self.report()
+        self.training.look(self.stage.name, self.step, self.state.params)
+        self.progress.pause()
 
     def save(self, position: dict[str, Any] | None) -> None:
         """Report, and save unless this step is saved; `position` is that in the text after the batches taken."""
