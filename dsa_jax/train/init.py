@@ -70,14 +70,19 @@ def load_run(directory: Path, *, stage: str | None = None) -> LoadedRun:
     with CheckpointStore(run.checkpoint_dir(name), keep=config.train.keep_checkpoints) as store:
         restored = store.restore(step, with_shardings({"params": abstract}), subset=True)
     config.model.attention.mode = trained_attention(config, name)
+    find_tokenizer(config, run)
+    saved = restored.meta.get("data") or {}
+    digest = saved.get("sha256") or saved.get("corpus")
+    return LoadedRun(config, build_model(config.model), restored.tree["params"], name, step, digest)
+
+
+def find_tokenizer(config: Config, run: RunDirectory) -> None:
+    """Let `config` name the exported tokenizer of its run where its own one is gone."""
     text, exported = config.data.text, run.path / "hf"
     is_missing = text.tokenizer not in ("bytes", NO_TOKENIZER) and not Path(text.tokenizer).exists()
     if is_missing and (exported / "tokenizer.json").is_file():
         _LOG.info("%s is gone: the tokenizer is the one that was exported to %s", text.tokenizer, exported)
         text.tokenizer = str(exported)
-    saved = restored.meta.get("data") or {}
-    digest = saved.get("sha256") or saved.get("corpus")
-    return LoadedRun(config, build_model(config.model), restored.tree["params"], name, step, digest)
 
 
 def resolve_run(config: Config, workdir: Path) -> Config:
