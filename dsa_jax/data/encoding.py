@@ -110,7 +110,7 @@ def _pieces(documents: Iterable[Document], tokenizer: JsonTokenizer) -> Iterator
         for number, piece in enumerate(cut_at(tokenizer.cuts, document, PIECE)):
             if before:
                 yield before, False
-            before = piece if number else tokenizer.without_opening(piece)
+            before = piece if number else piece.removeprefix(tokenizer.spelled_opening)
             if len(piece) > _LONG:
                 _LOG.warning(
                     "a document has %.1f million characters that are tokenized at once, at some 170 bytes of memory each: %s",

@@ -118,11 +118,13 @@ class JsonTokenizer:
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         self._control = {id: each.content for id, each in self._tokenizer.get_added_tokens_decoder().items() if each.special}
         self.end_of_text_id = _end_of_text(ids, settings, file)
-        self._begin = _begin_of_text(self._tokenizer, ids, settings, file)
-        is_spelled = not control_tokens and all(token in self._control for token in self._begin)
-        self._spelled_begin = "".join(self._control[token] for token in self._begin) if is_spelled else ""
+        opening = _opening(self._tokenizer, ids, settings, file)
+        self.opening = np.asarray(opening, np.int32)
+        # Where control tokens are not read, an opening that a text spells at its very start still counts as one.
+        is_spelled = not control_tokens and all(token in self._control for token in opening)
+        self.spelled_opening = "".join(self._control[token] for token in opening) if is_spelled else ""
         # Control tokens for which the model has no embedding, such as a padding token that was added later, are never used.
-        used = {self.end_of_text_id, *self._begin}
+        used = {self.end_of_text_id, *opening}
         limit = math.inf if settings.vocab_size is None else settings.vocab_size
         counted = (id for id in ids.values() if id < limit or id not in self._control or id in used)
         self.vocab_size = max(counted, default=-1) + 1
@@ -156,15 +158,6 @@ class JsonTokenizer:
         """Places at which a text may be cut, the ids of the pieces being those of the whole; None where none is certain."""
         return safe_cuts(json.loads(self._tokenizer.to_str()))
 
-    @property
-    def opening(self) -> Int[np.ndarray, " _"]:
-        """The ids that every text begins with, such as a begin-of-text token; none where there is no such."""
-        return np.asarray(self._begin, np.int32)
-
-    def without_opening(self, text: str) -> str:
-        """`text` without a begin-of-text that it spells, where control tokens that are spelled out are not read."""
-        return text.removeprefix(self._spelled_begin)
-
     @cached_property
     def digest(self) -> str:
         """SHA-256 of all that decides the ids that `encode_pieces` gives."""
@@ -173,12 +166,10 @@ class JsonTokenizer:
         return hashlib.sha256(settings.encode()).hexdigest()
 
     def encode_prompt(self, text: str) -> Int[np.ndarray, " N"]:
-        """Token ids of `text` as a text begins: after begin-of-text, where the tokenizer has one and `text` does not.
-
-        Where control tokens are not read, a begin-of-text that is spelled at the very start still counts as it.
-        """
-        ids = self.encode(self.without_opening(text))
-        return ids if np.array_equal(ids[: len(self._begin)], self._begin) else np.concatenate([self.opening, ids])
+        """Token ids of `text` after `opening`, such as a begin-of-text token, unless it begins with that already."""
+        ids = self.encode(text.removeprefix(self.spelled_opening))
+        has_opening = np.array_equal(ids[: self.opening.size], self.opening)
+        return ids if has_opening else np.concatenate([self.opening, ids])
 
     def decode(self, ids: Sequence[int] | Int[np.ndarray, " N"], *, control_tokens: bool = False) -> str:
         """Text of `ids`; control tokens become nothing unless `control_tokens`, ids beyond the vocabulary U+FFFD."""
@@ -263,7 +254,7 @@ def _end_of_text(ids: dict[str, int], settings: TokenizerSettings, file: Path) -
     return known[0]
 
 
-def _begin_of_text(tokenizer: Any, ids: dict[str, int], settings: TokenizerSettings, file: Path) -> list[int]:
+def _opening(tokenizer: Any, ids: dict[str, int], settings: TokenizerSettings, file: Path) -> list[int]:
     """The token ids with which a text begins."""
     # The mask marks added tokens; without any text, prefix and suffix would look alike.
     encoding = tokenizer.encode(next((text for text in ("a", *ids) if _is_text(tokenizer, text)), ""), add_special_tokens=True)

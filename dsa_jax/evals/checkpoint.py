@@ -18,7 +18,7 @@ from dsa_jax.parallel.check import check_layout
 from dsa_jax.parallel.placement import on_mesh
 from dsa_jax.run.directory import find_run
 from dsa_jax.run.processes import on_main
-from dsa_jax.train.init import load_run
+from dsa_jax.train.init import find_tokenizer, load_run
 
 _LOG = logging.getLogger(__name__)
 
@@ -47,7 +47,8 @@ def evaluate_checkpoint(
 
     Raises:
         ConfigError: where the model cannot run a row of `rows` or none of the configuration's, a run cannot follow the
-            overrides, the layout does not fit the model, the evaluation or the devices, or the model lacks a task's tokens.
+            overrides, the layout does not fit the model, the evaluation or the devices, or the model lacks a task's tokens:
+            all before any weight is read.
         RunError, CheckpointError: when the directory cannot be used.
     """
     directory = on_main(lambda: locate_checkpoint(directory))
@@ -62,7 +63,9 @@ def evaluate_checkpoint(
             _LOG.warning("eval.text_len is %d instead of %d: the model has no more positions", limit, own.eval.text_len)
             own.eval.text_len = limit
     else:
-        own = find_run(directory).config()
+        found = find_run(directory)
+        own = found.config()
+        find_tokenizer(own, found)
         if ignored := [name for name in overrides if not name.startswith("config.parallel.")]:
             raise ConfigError(
                 f"{ignored[0]} is set, but {directory} is a run, which is evaluated as its own config.json says; expected only "
@@ -76,6 +79,8 @@ def evaluate_checkpoint(
     trained_on = None
     _check_rows(rows, dataclasses.replace(own, model=read_model_config(directory)) if is_hf else own)
     check_layout(dataclasses.replace(own, train=TrainConfig()))
+    data = make_eval_data(own.data, own.seed, own.model.vocab_size)
+    data.check(own.eval)
     with on_mesh(config.parallel):
         if is_hf:
             own, model, params = load_for_evaluation(own)
@@ -85,7 +90,6 @@ def evaluate_checkpoint(
             run.config.parallel, run.config.eval = own.parallel, own.eval
             own, model, params, trained_on = run.config, run.model, run.params, run.text
             source = f"{directory}, stage {run.stage}"
-        data = make_eval_data(own.data, own.seed, own.model.vocab_size)
         if trained_on and data.text is not None and data.text.describe()["sha256"] != trained_on:
             _LOG.warning(
                 "data.text.path %r holds other text than the run was trained on: what is held out of it now may have been "

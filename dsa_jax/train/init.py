@@ -77,15 +77,20 @@ def load_run(directory: Path, *, stage: str | None = None) -> LoadedRun:
             f"({len(not_finite)} parameters are); expected finite ones. Take a checkpoint of an earlier step or stage."
         )
     config.model.attention.mode = trained_attention(config, name)
-    text = config.data.text
-    is_missing = text.tokenizer not in ("bytes", NO_TOKENIZER) and not Path(text.tokenizer).exists()
-    kept = [folder for folder in (run.source_path, run.export_path) if (folder / "tokenizer.json").is_file()]
-    if is_missing and kept:
-        _LOG.info("%s is gone: the tokenizer is the one that was copied to %s", text.tokenizer, kept[0])
-        text.tokenizer = str(kept[0])
+    find_tokenizer(config, run)
     saved = restored.meta.get("data") or {}
     digest = saved.get("sha256") or saved.get("corpus")
     return LoadedRun(config, build_model(config.model), restored.tree["params"], name, step, digest)
+
+
+def find_tokenizer(config: Config, run: RunDirectory) -> None:
+    """Let `config` name the tokenizer that its run has copied or exported where its own one is gone."""
+    text = config.data.text
+    kept = [folder for folder in (run.source_path, run.export_path) if (folder / "tokenizer.json").is_file()]
+    is_missing = text.tokenizer not in ("bytes", NO_TOKENIZER) and not Path(text.tokenizer).exists()
+    if is_missing and kept:
+        _LOG.info("%s is gone: the tokenizer is the one that was copied to %s", text.tokenizer, kept[0])
+        text.tokenizer = str(kept[0])
 
 
 def _not_finite(params: Params) -> list[str]:

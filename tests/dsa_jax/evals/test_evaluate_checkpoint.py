@@ -63,7 +63,9 @@ def test_the_tokenizer_that_a_checkpoint_names_is_used(tmp_path):
 
 
 def test_settings_that_a_run_would_not_follow_are_refused(tmp_path):
-    open_run(tmp_path, recipe())
+    config = recipe()
+    config.eval.recall_sequences, config.eval.recall_len = 4, 32
+    open_run(tmp_path, config)
     with pytest.raises(ConfigError, match=r"config\.eval\.text_len is set, but .* is a run"):
         evaluate_checkpoint(tmp_path, recipe(), overrides=("config.parallel.preset", "config.eval.text_len"))
     with pytest.raises(RunError, match="checkpoint"):
@@ -72,9 +74,27 @@ def test_settings_that_a_run_would_not_follow_are_refused(tmp_path):
 
 def test_a_checkpoint_without_the_tokens_of_a_task_is_refused(tmp_path):
     directory = checkpoint(tmp_path, 281)
+    for file in directory.glob("*.safetensors"):
+        file.write_bytes(b"no weights: none of this needs them")
     with pytest.raises(ConfigError, match=r"vocab_size is 281, too small for the task passkey, whose tokens end at 282"):
         evaluate_checkpoint(directory, recipe(), tasks=("passkey",), task_len=24)
     with pytest.raises(ConfigError, match=r"eval\.tasks is 'paskey'.*Did you mean 'passkey'"):
         evaluate_checkpoint(directory, recipe(), tasks=("paskey",))
     with pytest.raises(ConfigError, match="max_positions is"):
         evaluate_checkpoint(directory, recipe(), tasks=("passkey",), task_len=10**6)
+    asks = recipe()
+    asks.eval.recall_sequences = 4
+    with pytest.raises(ConfigError, match="recall: a row of 256 tokens holds 32 records with distinct keys"):
+        evaluate_checkpoint(directory, asks)
+    nothing = recipe()
+    nothing.data.recall_fraction, nothing.eval.text_sequences = 0.0, 0
+    with pytest.raises(ConfigError, match="nothing to evaluate"):
+        evaluate_checkpoint(directory, nothing)
+
+
+def test_a_run_says_so_before_its_checkpoint_is_looked_for(tmp_path):
+    config = recipe()
+    config.model.vocab_size = 281
+    open_run(tmp_path, config)
+    with pytest.raises(ConfigError, match=r"vocab_size is 281, too small for the task passkey"):
+        evaluate_checkpoint(tmp_path, recipe(), tasks=("passkey",), task_len=24)
