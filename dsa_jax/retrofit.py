@@ -72,7 +72,7 @@ def _finished(config: Config, workdir: Path) -> dict[str, Any] | None:
     last = next(((name, stage.steps) for name, stage in reversed(_stages(config).items())), None)
     if latest_position(run, config) != last:
         return None
-    if on_main(run.config).data.text.path != config.data.text.path:
+    if on_main(lambda: run.config().data.text.path) != config.data.text.path:
         _require_text(report, config)
     return report
 
