@@ -9,6 +9,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from dsa_jax.foreign import parse_json
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -100,7 +102,7 @@ def claimed(workdir: str | os.PathLike[str], name: str = ".lock", *, flag: str =
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; RunError where there is none."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_bytes())
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror or error}.") from error
     except ValueError as error:
