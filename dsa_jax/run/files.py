@@ -13,8 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from dsa_jax.foreign import MOST_BYTES, parse_json
+
 _LOG = logging.getLogger(__name__)
-_MOST_JSON_BYTES, _MOST_LEVELS = 1 << 28, 64
 _SWAP, _HERE = 2, -100  # RENAME_EXCHANGE of Linux and RENAME_SWAP of macOS; AT_FDCWD
 
 
@@ -182,34 +183,19 @@ def read_object(path: Path, *, follow: bool = False) -> dict[str, Any]:
     """The JSON object in a regular file; RunError where there is none."""
     try:
         with open(open_regular(path, follow=follow), "rb") as file:
-            content = file.read(_MOST_JSON_BYTES + 1)
-        if len(content) > _MOST_JSON_BYTES:
-            raise ValueError(f"it has more than {_MOST_JSON_BYTES} bytes")
-        values = json.loads(content.decode("utf-8"))
-        if _is_deep(values):
-            raise ValueError(f"it is nested more than {_MOST_LEVELS} deep")
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES} bytes")
+        values = parse_json(content)
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise RunError(f"{path} is not valid JSON ({error}). Restore it, or choose another --workdir.") from error
     if not isinstance(values, dict):
         raise RunError(
             f"{path} holds a JSON {type(values).__name__}; expected an object. Restore it, or choose another --workdir."
         )
     return values
-
-
-def _is_deep(values: Any) -> bool:
-    level = [values]
-    for _ in range(_MOST_LEVELS):
-        level = [
-            inner
-            for value in level
-            if isinstance(value, dict | list)
-            for inner in (value.values() if isinstance(value, dict) else value)
-            if isinstance(inner, dict | list)
-        ]
-    return bool(level)
 
 
 def write_object(path: Path, values: Mapping[str, Any]) -> None:

@@ -6,9 +6,19 @@ Names load on first use, so that catching `CheckpointError` or describing a fami
 import importlib
 from typing import Any
 
+from dsa_jax.foreign import printable
+
+_MOST_SAID = 1200
+
 
 class CheckpointError(ValueError):
-    """A Hugging Face checkpoint cannot be read or written: the message names the file, the tensor and what to do."""
+    """A Hugging Face checkpoint cannot be read or written: the message names the file, the tensor and what to do.
+
+    Names in it may be those of a foreign file, so the message is made `printable`.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message, _MOST_SAID))
 
 
 _HOME = {

@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dsa_jax.checkpoints.hf import CheckpointError
+from dsa_jax.foreign import shown
 
 _REQUIRED = object()
+MOST = 2**31 - 1
+"""The largest size or index of an array."""
 
 
 class Fields:
@@ -22,18 +25,27 @@ class Fields:
         self._defaults = defaults
         self._prefix = prefix
 
-    def whole(self, name: str, default: Any = _REQUIRED, *, null: Any = None) -> int:
-        """An integer; `null` is what an explicit null stands for, if it is not as good as absent."""
+    def whole(self, name: str, default: Any = _REQUIRED, *, null: Any = None, least: int = 1, most: int = MOST) -> int:
+        """An integer from `least` to `most`; `null` is what an explicit null stands for, if it is not as good as absent."""
         if null is not None and self.stated(name) is None:
             return null
         value = self._value(name, default)
         if type(value) is float and value.is_integer():
-            return int(value)
-        return self._of_type(name, value, (int,), "a whole number")
+            value = int(value)
+        if type(value) is not int or not least <= value <= most:
+            self.fail(name, f"a whole number from {least} to {most}")
+        return value
 
-    def number(self, name: str, default: Any = _REQUIRED) -> float:
-        """A number."""
-        return float(self._of_type(name, self._value(name, default), (int, float), "a number"))
+    def number(self, name: str, default: Any = _REQUIRED, *, least: float = 0.0, most: float = 1e9) -> float:
+        """A number from `least` to `most`, and so a finite one."""
+        value = self._value(name, default)
+        if type(value) not in (int, float) or not least <= value <= most:
+            self.fail(name, f"a number from {least:g} to {most:g}")
+        return float(value)
+
+    def epsilon(self, name: str, default: Any = _REQUIRED) -> float:
+        """The epsilon of a norm: beyond 1 it would be most of what the norm divides by."""
+        return self.number(name, default, most=1.0)
 
     def flag(self, name: str, default: Any = _REQUIRED) -> bool:
         """true or false; an explicit null is false, as Python's truth has it in transformers."""
@@ -45,6 +57,13 @@ class Fields:
     def text(self, name: str, default: Any = _REQUIRED) -> str:
         """A string."""
         return self._of_type(name, self._value(name, default), (str,), "text")
+
+    def names(self, name: str) -> list[str]:
+        """A list of strings, that the content itself has."""
+        value = self.content[name]
+        if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+            self.fail(name, "a list of names")
+        return value
 
     def has(self, name: str) -> bool:
         """Whether the content itself gives the field a value."""
@@ -63,7 +82,7 @@ class Fields:
     def fail(self, name: str, expected: str) -> NoReturn:
         """Raise for the value of `name`."""
         value = self.content.get(name, self._defaults.get(name))
-        raise CheckpointError(f"{self.file}: {self._prefix}{name} is {value!r}; expected {expected}.")
+        raise CheckpointError(f"{self.file}: {self._prefix}{name} is {shown(value)}; expected {expected}.")
 
     def _of_type(self, name: str, value: Any, types: tuple[type, ...], expected: str) -> Any:
         if type(value) not in types:

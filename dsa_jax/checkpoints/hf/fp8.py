@@ -16,6 +16,7 @@ from dsa_jax.checkpoints.hf.config_fields import Fields
 
 SCALE_SUFFIX = "_scale_inv"
 _DEFAULT_BLOCK = (128, 128)
+_LARGEST_BLOCK = 2**16
 
 
 def block_size(content: dict[str, Any], file: Path) -> tuple[int, int]:
@@ -34,7 +35,7 @@ def block_size(content: dict[str, Any], file: Path) -> tuple[int, int]:
     if fields.text("fmt", "e4m3") != "e4m3":
         fields.fail("fmt", "'e4m3'")
     block = fields.stated("weight_block_size")
-    if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
+    if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and 0 < n <= _LARGEST_BLOCK for n in block):
         fields.fail("weight_block_size", "two sizes such as [128, 128]. Scales per tensor or per channel are not read")
     return block[0], block[1]
 

@@ -138,6 +138,8 @@ def _read_parameters(
     reordered = is_reordered(config, content["model_type"], bool(content.get("indexer_rope_interleave", True)))
     in_order = functools.partial(from_stored, config) if reordered else lambda path, value: value
     with Weights(directory) as weights:
+        if not weights.tensors:
+            raise CheckpointError(f"{directory} holds no tensors in its weight files. Download it again.")
         kernels = {path: leaf for path, leaf in shapes.items() if not is_block_scales_path(path)}
         plan = plan_sources(config, kernels, weights, block=block, n_mtp_layers=n_mtp_layers)
         describe_rounding(plan, shapes, weights)

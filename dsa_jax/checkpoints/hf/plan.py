@@ -274,7 +274,7 @@ def describe_rounding(plan: Mapping[str, list[Source]], shapes: Mapping[str, Any
 def count_mtp_layers(content: Mapping[str, Any], file: Path) -> int:
     """Number of layers after the last one that may be multi-token-prediction layers: at least one."""
     fields = Fields(file, dict(content), {})
-    stated = [fields.whole(name) for name in ("num_nextn_predict_layers", "num_mtp_layers") if fields.has(name)]
+    stated = [fields.whole(name, least=0) for name in ("num_nextn_predict_layers", "num_mtp_layers") if fields.has(name)]
     return max(stated[0], 1) if stated else 1
 
 

@@ -6,13 +6,14 @@ a field that the weights were trained with (the indexer's rotary layout), the fi
 the embedding counts for more than `tie_word_embeddings`, as in transformers and vLLM.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dsa_jax.checkpoints.hf import CheckpointError
-from dsa_jax.checkpoints.hf.config_fields import Fields
+from dsa_jax.checkpoints.hf.config_fields import MOST, Fields
 from dsa_jax.checkpoints.hf.families import (
     EXPERT_COUNTS,
     EXTRA_FIELD,
@@ -27,11 +28,12 @@ from dsa_jax.checkpoints.hf.families import (
 from dsa_jax.checkpoints.hf.fp8 import block_size
 from dsa_jax.checkpoints.hf.names import EMBEDDING, HEAD
 from dsa_jax.checkpoints.hf.rope_fields import read_rope
+from dsa_jax.checkpoints.hf.sizes import MOST_LAYERS, check_numbers, check_sizes
 from dsa_jax.checkpoints.hf.weights import Weights, has_weights, read_json
 from dsa_jax.config import AttentionConfig, IndexerConfig, ModelConfig, MoEConfig, RopeConfig
 from dsa_jax.config.checks import ConfigError
 from dsa_jax.config.fields import check_kinds, from_dict, set_field
-from dsa_jax.foreign import printable
+from dsa_jax.foreign import printable, shown
 from dsa_jax.model.rope import Rope, rotary_magnitude
 
 _LOG = logging.getLogger(__name__)
@@ -42,12 +44,12 @@ _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float32"}
 def read_model_config(directory: str | Path) -> ModelConfig:
     """The model of a checkpoint directory, from its config.json and generation_config.json.
 
-    Where config.json ties the head to the embedding, its weights are looked at too, if there are any: a stored head with other
-    values makes the model untied.
+    The weights are looked at too, if there are any: sizes that they cannot have are refused before a model is built, and a
+    stored head with other values than the embedding makes the model untied.
 
     Raises:
-        CheckpointError: when the directory is missing, its model_type is not known, a field cannot be honoured, or the weights
-            that decide one cannot be read.
+        CheckpointError: when the directory is missing, its model_type is not known, a field cannot be honoured, or does not fit
+            the weights, or these cannot be read.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -55,10 +57,13 @@ def read_model_config(directory: str | Path) -> ModelConfig:
     file = directory / "config.json"
     content = read_json(file)
     config = parse_config(content, file)
-    if stated_dtype(content) is None:
-        config.param_dtype = config.dtype = _stored_dtype(directory, content)
-    if config.tie_embeddings and has_weights(directory):
-        config.tie_embeddings = not _has_head_of_its_own(directory)
+    with Weights(directory) if has_weights(directory) else contextlib.nullcontext() as weights:
+        if weights is not None and weights.tensors:
+            check_sizes(config, weights, file)
+        if stated_dtype(content) is None:
+            config.param_dtype = config.dtype = _stored_dtype(weights, content)
+        if weights is not None and config.tie_embeddings:
+            config.tie_embeddings = not _has_head_of_its_own(weights)
     generation = directory / "generation_config.json"
     if generation.is_file() and (stop := _token_ids(Fields(generation, read_json(generation), {}))):
         config.eos_token_ids = tuple(dict.fromkeys((*config.eos_token_ids, *stop)))
@@ -75,15 +80,16 @@ def parse_config(content: dict[str, Any], file: Path) -> ModelConfig:
     try:
         if model_type == FALLBACK_MODEL_TYPE:
             config = _whole_config(content, file)
-        elif model_type in FAMILIES:
+        elif isinstance(model_type, str) and model_type in FAMILIES:
             config = _family_config(content, file)
         else:
             known = ", ".join(sorted(FAMILIES))
             hint = " It is a run's: experiments.convert --to_hf makes a checkpoint of it." if "train" in content else ""
-            raise CheckpointError(f"{file}: model_type is {model_type!r}; expected one of {known}.{hint}")
+            raise CheckpointError(f"{file}: model_type is {shown(model_type)}; expected one of {known}.{hint}")
+        check_numbers(config, file)
         config.validate()
     except ConfigError as error:
-        raise CheckpointError(f"{file} describes a model that cannot be built: {error}") from error
+        raise CheckpointError(f"{file} describes a model that cannot be built: {printable(error, 1000)}") from error
     return config
 
 
@@ -99,7 +105,7 @@ def _whole_config(content: dict[str, Any], file: Path) -> ModelConfig:
 def _family_config(content: dict[str, Any], file: Path) -> ModelConfig:
     family = FAMILIES[content["model_type"]]
     fields = Fields(file, content, family.defaults)
-    n_layers = fields.whole("num_hidden_layers")
+    n_layers = fields.whole("num_hidden_layers", most=MOST_LAYERS)
     _refuse_unsupported(fields, family)
     _refuse_windows(fields, family, n_layers)
     attention = _ATTENTION[family.attention](fields, family)
@@ -109,25 +115,26 @@ def _family_config(content: dict[str, Any], file: Path) -> ModelConfig:
         attention.layer_types = _indexer_types(fields, n_layers)
     attention.mode = "sparse" if attention.indexer.enabled else "dense"
     moe = MoEConfig() if family.router is None else _experts(fields, family.router, n_layers)
-    dtype = stated_dtype(content)
-    if dtype is not None and dtype not in _DTYPES:
-        fields.fail("dtype" if content.get("dtype") else "torch_dtype", f"one of {', '.join(_DTYPES)}")
+    spelled = "dtype" if content.get("dtype") else "torch_dtype"
+    dtype = fields.text(spelled, "float32").removeprefix("torch.")
+    if dtype not in _DTYPES:
+        fields.fail(spelled, f"one of {', '.join(_DTYPES)}")
     block_size(content, file)
     config = ModelConfig(
         vocab_size=fields.whole("vocab_size"),
         hidden_dim=fields.whole("hidden_size"),
         n_layers=n_layers,
         mlp_dim=fields.whole("intermediate_size"),
-        norm_eps=fields.number("rms_norm_eps"),
+        norm_eps=fields.epsilon("rms_norm_eps"),
         tie_embeddings=fields.flag("tie_word_embeddings"),
-        initializer_range=fields.number("initializer_range"),
-        embedding_initializer_range=fields.number("initializer_range"),
+        initializer_range=fields.number("initializer_range", most=1e3),
+        embedding_initializer_range=fields.number("initializer_range", most=1e3),
         max_positions=_positions(fields, attention.rope),
         family=content["model_type"],
-        bos_token_id=fields.whole("bos_token_id", -1),
+        bos_token_id=fields.whole("bos_token_id", -1, least=-1),
         eos_token_ids=_token_ids(fields),
-        param_dtype=_DTYPES[dtype or "float32"],
-        dtype=_DTYPES[dtype or "float32"],
+        param_dtype=_DTYPES[dtype],
+        dtype=_DTYPES[dtype],
         attention=attention,
         moe=moe,
     )
@@ -168,7 +175,7 @@ def _refuse_windows(fields: Fields, family: Family, n_layers: int) -> None:
             fields.fail("layer_types", f"a list of {', '.join(computed)}")
     if by_layer:
         return
-    first = fields.whole("max_window_layers") if family.windows == "max_window_layers" else 0
+    first = fields.whole("max_window_layers", least=0) if family.windows == "max_window_layers" else 0
     if family.windows == "none":
         size, is_on = fields.content.get("sliding_window"), fields.flag("use_sliding_window", True)
     else:
@@ -215,7 +222,9 @@ def _biases(fields: Fields, family: Family) -> tuple[bool, bool]:
 
 def _gqa(fields: Fields, family: Family) -> AttentionConfig:
     n_heads = fields.whole("num_attention_heads")
-    head_dim = fields.whole("hidden_size") // n_heads
+    head_dim = (hidden_dim := fields.whole("hidden_size")) // n_heads
+    if not head_dim and not fields.has("head_dim"):
+        fields.fail("num_attention_heads", f"at most hidden_size ({hidden_dim}), since head_dim is not stated")
     use_bias, use_out_bias = _biases(fields, family)
     return AttentionConfig(
         kind="gqa",
@@ -241,14 +250,14 @@ def _mla(fields: Fields, family: Family) -> AttentionConfig:
     return AttentionConfig(
         kind="mla",
         n_heads=n_heads,
-        q_lora_rank=fields.whole("q_lora_rank", null=0),
+        q_lora_rank=fields.whole("q_lora_rank", null=0, least=0),
         kv_lora_rank=fields.whole("kv_lora_rank"),
         qk_nope_head_dim=fields.whole("qk_nope_head_dim"),
         qk_rope_head_dim=rope_dim,
         v_head_dim=fields.whole("v_head_dim"),
         rope_layout=_rope_layout(fields, family),
         # Not rms_norm_eps: transformers builds the two latent norms with their default.
-        latent_norm_eps=fields.number("latent_norm_eps", 1e-6),
+        latent_norm_eps=fields.epsilon("latent_norm_eps", 1e-6),
     )
 
 
@@ -272,10 +281,10 @@ def _indexer(fields: Fields, family: Family, attention: AttentionConfig, n_layer
         enabled=True,
         n_heads=fields.whole("index_n_heads"),
         head_dim=fields.whole("index_head_dim"),
-        rope_dim=fields.whole("index_rope_dim", rope_dim),
+        rope_dim=fields.whole("index_rope_dim", rope_dim, least=0),
         topk=fields.whole("index_topk"),
         rope_layout="interleaved" if interleaved else "half_split",
-        norm_eps=fields.number("index_norm_eps", 1e-6),
+        norm_eps=fields.epsilon("index_norm_eps", 1e-6),
     )
 
 
@@ -285,12 +294,13 @@ def _indexer_types(fields: Fields, n_layers: int) -> tuple[str, ...]:
     name = next((name for name in ("indexer_types", "index_topk_pattern") if fields.has(name)), None)
     if name is not None:
         stated = fields.content[name]
-        kinds = [{"F": "full", "S": "shared"}.get(each, each) for each in stated] if isinstance(stated, list | str) else []
+        letters = list(stated) if isinstance(stated, str) else fields.names(name)
+        kinds = [{"F": "full", "S": "shared"}.get(each, each) for each in letters]
         if len(kinds) < n_layers or set(kinds) - {"full", "shared"}:
             fields.fail(name, f"'full' or 'shared' (F or S) for each of the {n_layers} layers")
     else:
-        every = max(fields.whole("index_topk_freq", 1), 1)
-        offset = fields.whole("index_skip_topk_offset", 2)
+        every = max(fields.whole("index_topk_freq", 1, least=-MOST), 1)
+        offset = fields.whole("index_skip_topk_offset", 2, least=-MOST)
         kinds = ["full" if max(i - offset + 1, 0) % every == 0 else "shared" for i in range(n_layers)]
     kinds = kinds[:n_layers]
     return () if set(kinds) == {"full"} else tuple(kinds)
@@ -298,12 +308,12 @@ def _indexer_types(fields: Fields, n_layers: int) -> tuple[str, ...]:
 
 def _experts(fields: Fields, router: Router, n_layers: int) -> MoEConfig:
     n_dense = _n_dense_layers(fields, router, n_layers)
-    counts = {name: fields.whole(name) for name in EXPERT_COUNTS if fields.has(name)}
+    counts = {name: fields.whole(name, least=0) for name in EXPERT_COUNTS if fields.has(name)}
     if len(set(counts.values())) > 1:
         raise CheckpointError(f"{fields.file}: {counts} disagree; expected one number of experts.")
     n_experts = next(iter(counts.values()), 0)
-    shared = 0 if router.shared_experts == "none" else fields.whole(router.shared_experts, null=0)
-    scale = 1.0 if router.routed_scale == "none" else fields.number(router.routed_scale)
+    shared = 0 if router.shared_experts == "none" else fields.whole(router.shared_experts, null=0, least=0)
+    scale = 1.0 if router.routed_scale == "none" else fields.number(router.routed_scale, least=1e-6, most=1e6)
     if fields.text("scoring_func", router.scoring) != router.scoring:
         fields.fail("scoring_func", f"{router.scoring!r}, which this family always uses")
     normalize = _flag(fields, "norm_topk_prob", {"always": True, "never": False}.get(router.normalize))
@@ -331,7 +341,7 @@ def _experts(fields: Fields, router: Router, n_layers: int) -> MoEConfig:
 def _n_dense_layers(fields: Fields, router: Router, n_layers: int) -> int:
     """Leading layers with a dense MLP; all others must have experts."""
     if fields.has("mlp_layer_types"):
-        kinds = list(fields.content["mlp_layer_types"])[:n_layers]
+        kinds = fields.names("mlp_layer_types")[:n_layers]
         n_dense = next((i for i, kind in enumerate(kinds) if kind != "dense"), len(kinds))
         if len(kinds) < n_layers or set(kinds[n_dense:]) - {"sparse"}:
             fields.fail("mlp_layer_types", f"'dense' for the first layers, then 'sparse', {n_layers} in all")
@@ -340,9 +350,9 @@ def _n_dense_layers(fields: Fields, router: Router, n_layers: int) -> int:
     if router.dense_layers == "none":
         return 0
     if router.dense_layers == "first_k_dense_replace":
-        return min(fields.whole(router.dense_layers), n_layers)
-    dense = sorted(fields.stated(router.dense_layers) or [])
-    if dense != list(range(len(dense))):
+        return min(fields.whole(router.dense_layers, least=0), n_layers)
+    dense = fields.stated(router.dense_layers) or []
+    if not isinstance(dense, list) or not all(type(i) is int for i in dense) or sorted(dense) != list(range(len(dense))):
         fields.fail(router.dense_layers, "the first layers, if any")
     return min(len(dense), n_layers)
 
@@ -371,7 +381,7 @@ def _apply_extra_fields(config: ModelConfig, fields: Fields) -> None:
 def _token_ids(fields: Fields) -> tuple[int, ...]:
     value = fields.content.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(token) is int for token in ids):
+    if not all(type(token) is int and -MOST <= token <= MOST for token in ids):
         fields.fail("eos_token_id", "a token id or a list of them")
     return tuple(ids)
 
@@ -379,26 +389,24 @@ def _token_ids(fields: Fields) -> tuple[int, ...]:
 def stated_dtype(content: dict[str, Any]) -> str | None:
     """The type of the weights by config.json, in its newer or older spelling; the newer one counts, as in transformers."""
     value = content.get("dtype") or content.get("torch_dtype")
-    return value.removeprefix("torch.") if isinstance(value, str) else value
+    return value.removeprefix("torch.") if isinstance(value, str) else None
 
 
-def _stored_dtype(directory: Path, content: dict[str, Any]) -> str:
+def _stored_dtype(weights: Weights | None, content: dict[str, Any]) -> str:
     """The type of the parameters where config.json does not state it: that of the embedding, which is never quantised."""
     if content.get("quantization_config"):
         return "bfloat16"
-    with Weights(directory) as weights:
-        info = weights.tensors.get(EMBEDDING)
+    info = weights.tensors.get(EMBEDDING) if weights else None
     return _STORED.get(info.dtype, "float32") if info else "float32"
 
 
-def _has_head_of_its_own(directory: Path) -> bool:
+def _has_head_of_its_own(weights: Weights) -> bool:
     """Whether the weights hold a head with other values than the embedding, which is logged."""
-    with Weights(directory) as weights:
-        found = weights.tensors
-        if EMBEDDING not in found or HEAD not in found or 0 in found[HEAD].shape or not weights.differ(HEAD, EMBEDDING):
-            return False
+    found = weights.tensors
+    if EMBEDDING not in found or HEAD not in found or 0 in found[HEAD].shape or not weights.differ(HEAD, EMBEDDING):
+        return False
     _LOG.warning(
         "%s: config.json ties the head to %s, but %s holds other values: the stored head is used and the model is untied",
-        directory, EMBEDDING, HEAD,
+        weights.directory, EMBEDDING, HEAD,
     )  # fmt: skip
     return True

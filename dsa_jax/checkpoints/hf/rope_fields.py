@@ -9,6 +9,7 @@ from dsa_jax.foreign import shown
 from dsa_jax.model.rope import yarn_mscale
 
 _TYPES = {"default": "none", "yarn": "yarn", "llama3": "llama3"}
+_FACTOR = {"least": 1e-3, "most": 1e6}
 _READ = frozenset(
     {
         "attention_factor", "beta_fast", "beta_slow", "factor", "finetuned", "high_freq_factor", "low_freq_factor",
@@ -35,23 +36,22 @@ def read_rope(fields: Fields) -> RopeConfig:
         rope.fail("partial_rotary_factor", "1.0: every channel is rotated")
     if values.get("truncate") not in (None, True):
         rope.fail("truncate", "true")
-    theta = (rope if rope.has("rope_theta") else fields).number("rope_theta")
+    theta = (rope if rope.has("rope_theta") else fields).number("rope_theta", least=1.0, most=1e15)
     config = RopeConfig(theta=theta, scaling=_TYPES[kind])
     if config.scaling == "none":
         return config
     positions = fields.whole("max_position_embeddings")
     # Beside the scaling it counts for more than inside, as in transformers 5.
     name = "original_max_position_embeddings"
-    config.original_max_positions = fields.whole(name) if fields.has(name) else rope.whole(name, positions)
-    if config.original_max_positions < 1:
-        (fields if fields.has(name) else rope).fail(name, "a positive number of tokens")
+    config.original_max_positions = (fields if fields.has(name) else rope).whole(name, positions)
     if config.scaling == "llama3":
         if rope.number("mscale_all_dim", 0.0):
             rope.fail("mscale_all_dim", "none of it where rope_type is llama3")
-        config.factor = rope.number("factor")
-        config.low_freq_factor, config.high_freq_factor = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+        config.factor = rope.number("factor", **_FACTOR)
+        config.low_freq_factor = rope.number("low_freq_factor", **_FACTOR)
+        config.high_freq_factor = rope.number("high_freq_factor", **_FACTOR)
         return config
-    config.factor = rope.number("factor", positions / config.original_max_positions)
+    config.factor = rope.number("factor", positions / config.original_max_positions, **_FACTOR)
     config.beta_fast = rope.number("beta_fast", 32.0) or 32.0
     config.beta_slow = rope.number("beta_slow", 1.0) or 1.0
     config.attention_factor = rope.number("attention_factor", 0.0)

@@ -91,7 +91,7 @@ def test_yarn_magnitude(scaling, magnitude, tmp_path):
         (
             "llama",
             {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0}},
-            "original_max_position_embeddings is 0; expected a positive number",
+            "original_max_position_embeddings is 0; expected a whole number from 1 to",
         ),
         (
             "llama",
