@@ -1,6 +1,5 @@
 """Opening a run directory or a Hugging Face directory as a `Pretrained`."""
 
-import json
 from pathlib import Path
 
 from dsa_jax.checkpoints.hf import load_pretrained
@@ -10,16 +9,16 @@ from dsa_jax.config.model import PLAIN
 from dsa_jax.data import load_tokenizer
 from dsa_jax.data.tokenizer import NO_TOKENIZER
 from dsa_jax.parallel.placement import current_mesh
+from dsa_jax.run.files import RunError, read_object
 from dsa_jax.train.init import load_run
 
 
 def is_hf_directory(directory: str | Path) -> bool:
     """Whether `directory` is a Hugging Face checkpoint: its config.json names a `model_type`."""
     try:
-        content = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return "model_type" in read_object(Path(directory) / "config.json", follow=True)
+    except RunError:
         return False
-    return isinstance(content, dict) and "model_type" in content
 
 
 def open_checkpoint(directory: str | Path, *, weight_format: str = PLAIN) -> Pretrained:
