@@ -51,7 +51,7 @@ def abstract_batch(n_rows: int, seq_len: int) -> Batch:
     """The shapes of a batch, as `place_batch` shards it."""
     mesh = current_mesh()
     sharding = None if mesh is None else NamedSharding(mesh, ROWS)
-    typed = lambda dtype: jax.ShapeDtypeStruct((n_rows, seq_len), dtype, sharding=sharding)
+    typed: Callable[[Any], Any] = lambda dtype: jax.ShapeDtypeStruct((n_rows, seq_len), dtype, sharding=sharding)
     return Batch(*(typed(dtype) for dtype in (np.int32, np.int32, np.bool_, np.int32)))
 
 

@@ -89,7 +89,7 @@ def evaluate_checkpoint(
         text = data.text.describe() if data.has_text and data.text is not None else None
         if text is not None:
             _LOG.info("text: %s, tokenizer %s", text["source"], text["tokenizer"])
-        if is_hf and (others := unlike_report(directory, own, text and text["sha256"])):
+        if is_hf and (others := unlike_report(directory, own, text["sha256"] if text else None)):
             _LOG.warning(
                 "%s was exported by the run %s, whose report is of another evaluation: %s differ. Evaluate --checkpoint=%s for "
                 "the numbers of the report, or set these fields as in its config.json",

@@ -57,10 +57,10 @@ def run_ablation(ablation: Ablation, workdir: Path, results: Path, *, command: s
 def _run_claimed(ablation: Ablation, workdir: Path, results: Path, command: str) -> dict[str, Any] | None:
     path = results / f"{ablation.name}.json"
     pages = [path.with_name(f"{ablation.name}{suffix}") for suffix in (".md", ".png")]
-    if lost := [page for page in pages if os.path.lexists(page) and not path.exists()]:
+    if foreign := [page for page in pages if os.path.lexists(page) and not path.exists()]:
         raise RunError(
-            f"{lost[0]} is of no sweep, since there is no {path.name}, and would be replaced. Choose another --config.name or "
-            "--results."
+            f"{foreign[0]} is of no sweep, since there is no {path.name}, and would be replaced. Choose another --config.name "
+            "or --results."
         )
     known = {run["key"]: run for run in known_runs(results) if "rows" in run}
     own = read_result(path) if path.exists() else {"runs": []}
