@@ -43,7 +43,7 @@ def rehearse(what: str, step: Callable[..., Any], *arguments: Any) -> None:
     if n_bytes > memory:
         raise ConfigError(
             f"{what} cannot be computed: an array {list(shape)} has {n_bytes / 1e9:.1f} GB, and the devices have "
-            f"{memory / 1e9:.1f} GB. Lower the batch size or the length."
+            f"{memory / 1e9:.1f} GB. Lower the batch size, the length or model.attention.indexer.topk."
         )
 
 
