@@ -43,7 +43,7 @@ def rehearse(what: str, step: Callable[..., Any], *arguments: Any) -> None:
     if n_bytes > memory:
         raise ConfigError(
             f"{what} cannot be computed: an array {list(shape)} has {n_bytes / 1e9:.1f} GB, and the devices have "
-            f"{memory / 1e9:.1f} GB. Lower the batch size or the length."
+            f"{memory / 1e9:.1f} GB. Lower the batch size, the length or model.attention.indexer.topk."
         )
 
 
@@ -51,9 +51,8 @@ def abstract_batch(n_rows: int, seq_len: int) -> Batch:
     """The shapes of a batch, as `place_batch` shards it."""
     mesh = current_mesh()
     sharding = None if mesh is None else NamedSharding(mesh, ROWS)
-    typed = lambda dtype: jax.ShapeDtypeStruct((n_rows, seq_len), dtype, sharding=sharding)
-    shapes: Any = [typed(dtype) for dtype in (np.int32, np.int32, np.bool_, np.int32)]
-    return Batch(*shapes)
+    typed: Callable[[Any], Any] = lambda dtype: jax.ShapeDtypeStruct((n_rows, seq_len), dtype, sharding=sharding)
+    return Batch(*(typed(dtype) for dtype in (np.int32, np.int32, np.bool_, np.int32)))
 
 
 def memory_bytes() -> int:

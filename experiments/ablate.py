@@ -25,12 +25,16 @@ _RESULTS = flags.DEFINE_string("results", "experiments/results/ablations", "Dire
 def main(argv: list[str]) -> int:
     """Run, print the table, draw."""
     del argv
+    from dsa_jax.config import ConfigError
     from dsa_jax.run.files import atomic_write_text
     from dsa_jax.sweeps.plot import plot_ablation
     from dsa_jax.sweeps.run import keep_compiled_programs, run_ablation
     from dsa_jax.sweeps.summary import format_markdown
 
     ablation, workdir, results = _CONFIG.value, Path(_WORKDIR.value), Path(_RESULTS.value)
+    for flag in (_WORKDIR, _RESULTS):
+        if not flag.value:
+            raise ConfigError(f"--{flag.name} is empty; expected a directory.")
     keep_compiled_programs(workdir / "compiled")
     command = shlex.join(["python", "-m", "experiments.ablate", *sys.argv[1:]])
     result = run_ablation(ablation, workdir, results, command=command)

@@ -9,18 +9,18 @@ from absl import flags
 
 from experiments.flags import run_main
 
-_RESULTS = flags.DEFINE_string("results", "experiments/results", "Directory of the results; its README.md is written.")
+_RESULTS = flags.DEFINE_string("results", "experiments/results", "Directory of the results; writes its README.md.")
 
 
 def main(argv: list[str]) -> None:
     """Write the page."""
     del argv
-    from dsa_jax.run.files import atomic_write_text
-    from dsa_jax.sweeps.page import PAGE, render_results
+    from dsa_jax.config import ConfigError
+    from dsa_jax.sweeps.page import write_results
 
-    directory = Path(_RESULTS.value)
-    atomic_write_text(directory / PAGE, render_results(directory))
-    print(directory / PAGE)
+    if not _RESULTS.value:
+        raise ConfigError("--results is empty; expected a directory.")
+    print(write_results(Path(_RESULTS.value)))
 
 
 if __name__ == "__main__":

@@ -10,13 +10,15 @@ from dsa_jax.checkpoints.from_hf import load_for_evaluation, resolve_checkpoint
 from dsa_jax.checkpoints.hf import read_model_config
 from dsa_jax.checkpoints.hf.locate import locate_checkpoint
 from dsa_jax.checkpoints.open import is_hf_directory
-from dsa_jax.config import Config, ConfigError, TrainConfig
+from dsa_jax.config import Config, ConfigError, TrainConfig, to_dict
+from dsa_jax.config.fields import flatten
 from dsa_jax.config.selections import eval_rows
 from dsa_jax.data import make_eval_data
 from dsa_jax.evals.parity import Parity, can_run, evaluate_parity
 from dsa_jax.parallel.check import check_layout
 from dsa_jax.parallel.placement import on_mesh
-from dsa_jax.run.directory import find_run
+from dsa_jax.run.directory import RunDirectory, find_run
+from dsa_jax.run.files import RunError
 from dsa_jax.run.processes import on_main
 from dsa_jax.train.init import find_tokenizer, load_run
 
@@ -90,6 +92,15 @@ def evaluate_checkpoint(
             run.config.parallel, run.config.eval = own.parallel, own.eval
             own, model, params, trained_on = run.config, run.model, run.params, run.text
             source = f"{directory}, stage {run.stage}"
+        text = data.text.describe() if data.has_text and data.text is not None else None
+        if text is not None:
+            _LOG.info("text: %s, tokenizer %s", text["source"], text["tokenizer"])
+        if is_hf and (others := unlike_report(directory, own, text["sha256"] if text else None)):
+            _LOG.warning(
+                "%s was exported by the run %s, whose report is of another evaluation: %s differ. Evaluate --checkpoint=%s for "
+                "the numbers of the report, or set these fields as in its config.json",
+                *(directory, directory.resolve().parent, ", ".join(others), directory.resolve().parent),
+            )
         if trained_on and data.text is not None and data.text.describe()["sha256"] != trained_on:
             _LOG.warning(
                 "data.text.path %r holds other text than the run was trained on: what is held out of it now may have been "
@@ -97,6 +108,28 @@ def evaluate_checkpoint(
                 own.data.text.path,
             )
         return source, evaluate_parity(model, params, data, own)
+
+
+def unlike_report(directory: Path, config: Config, text_digest: str | None) -> list[str]:
+    """The fields in which an evaluation of `directory` differs from the report of the run that exported it, if one did.
+
+    The text is compared by its content, where the run recorded it.
+    """
+    run = RunDirectory(directory.resolve().parent, resumed=True)
+    if run.export_path != directory.resolve() or not run.config_path.is_file():
+        return []
+    try:
+        theirs, recorded = run.config(), run.environment().get("text")
+    except RunError:
+        return []
+    there, here = (
+        {**flatten(to_dict(each.data), "data."), **flatten(to_dict(each.eval), "eval.")} for each in (theirs, config)
+    )
+    differing = {name for name in there if there[name] != here[name]} - {"data.text.tokenizer", "eval.rows"}
+    if recorded is not None and config.data.text_fraction:
+        differing -= {"data.text.path"}
+        differing |= {"data.text.path"} if recorded != text_digest else set()
+    return sorted(differing | ({"seed"} if theirs.seed != config.seed else set()))
 
 
 def _check_rows(asked: Sequence[str], config: Config) -> None:

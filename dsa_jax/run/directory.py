@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsa_jax.config import STAGES, Config, ConfigError, from_dict, to_dict
+from dsa_jax.config import STAGES, Config, from_dict, to_dict
 from dsa_jax.config.fields import flatten
 from dsa_jax.run.environment import describe_environment
 from dsa_jax.run.files import RunError, make_writable_directory, read_object, write_object
@@ -83,7 +83,7 @@ class RunDirectory:
         """
         try:
             return from_dict(Config, read_object(self.config_path))
-        except ConfigError as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise RunError(f"{self.config_path} does not fit this version: {error}") from error
 
     def environment(self) -> dict[str, Any]:
@@ -253,7 +253,7 @@ def _require_run(run: RunDirectory, recorded: Mapping[str, Any]) -> None:
     else:
         try:
             from_dict(Config, recorded)
-        except (ConfigError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             reason = f"its config.json does not fit this version ({error})"
     if (
         not reason

@@ -4,9 +4,13 @@ All processes run the same program on the same data. Actions and decisions of on
 through `on_main`; a request of any process (a signal) through `with_votes`.
 """
 
+import functools
 import json
+import logging
 import os
 import re
+import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -18,8 +22,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dsa_jax.config import ConfigError
 from dsa_jax.run.files import RunError
+from dsa_jax.run.manifest import first_line
 
+_LOG = logging.getLogger(__name__)
 _BLOCK = 4096  # messages are padded to a multiple of this, so that few lengths are compiled
+_JOIN_SECONDS, _SAY_SECONDS = 300.0, 15.0
 _SHUTDOWN_SECONDS = 60
 _FLAGS = "--coordinator, --num_processes and --process_id"
 
@@ -81,23 +88,68 @@ def first_host(nodes: str) -> str:
 def start_processes(coordinator: str = "", num_processes: int | None = None, process_id: int | None = None) -> None:
     """Join the other processes of the run, if any; call it before JAX initialises its devices.
 
-    Returns once all have joined, or fails after five minutes.
+    Returns once all have joined; a line every quarter of a minute says for whom it waits.
+
+    Raises:
+        RunError: when not all have joined after five minutes, or the address cannot be used.
     """
     launch = find_launch(coordinator, num_processes, process_id, os.environ)
     if launch is None or launch.num_processes == 1:
         return
     # It would catch SIGTERM and ignore it: until training begins, a signal must end the process.
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(
+    initialize = functools.partial(
+        jax.distributed.initialize,
         launch.coordinator,
         launch.num_processes,
         launch.process_id,
         local_device_ids=launch.local_device_ids,
         # By default JAX hides all GPUs but one from a SLURM task, even one that is alone on its node.
         cluster_detection_method="deactivate",
+        # At its own end it would abort the process with a stack of C++.
+        initialization_timeout=2 * int(_JOIN_SECONDS),
         # After an error a process waits this long for the others, which may wait for it, and then ends them all.
         shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
     )
+    wait_for(initialize, f"{launch.num_processes} processes at {launch.coordinator}, of which this is {launch.process_id}")
+
+
+def wait_for(
+    join: Callable[[], object], whom: str, *, seconds: float | int = _JOIN_SECONDS, every: float | int = _SAY_SECONDS
+) -> None:
+    """Run `join`, which blocks until others come, and say for whom it waits.
+
+    Args:
+        join: it runs in a thread of its own, which ends with the process where nobody comes.
+        whom: for the lines and the error.
+        seconds: how long to wait in all.
+        every: pause between the lines.
+
+    Raises:
+        RunError: when `join` fails or takes too long.
+    """
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            join()
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    until = time.monotonic() + seconds
+    while thread.is_alive() and (left := until - time.monotonic()) > 0:
+        thread.join(min(every, left))
+        if thread.is_alive():
+            _LOG.warning("waiting for %s: %.0f s left", whom, max(until - time.monotonic(), 0))
+    if failures:
+        raise RunError(f"cannot join {whom}: {first_line(failures[0])}") from failures[0]
+    if thread.is_alive():
+        raise RunError(
+            f"not all of {whom}, have come after {seconds:g} s. Check that each was started and can reach that address, then "
+            "start all of them again."
+        )
 
 
 def is_main() -> bool:

@@ -1,14 +1,37 @@
 """One page of all results: runs, devices, seeds, times, and the file of each number."""
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dsa_jax.run.files import RunError, atomic_write_text, read_regular
 from dsa_jax.sweeps.summary import environments, format_table, read_result, total_seconds
 
 SWEEPS = "ablations"
 PAGE = "README.md"
+_WRITTEN_BY = "Written by `python -m experiments.summarize` from the files beside it"
+
+
+def write_results(directory: Path) -> Path:
+    """Write the page of a results directory to its README.md; returns its path.
+
+    Raises:
+        RunError: where there is no such directory, a result file cannot be read, or that README.md is not such a page.
+    """
+    page = directory / PAGE
+    if not directory.is_dir():
+        raise RunError(f"results {directory} is no directory; expected one with results. Choose another --results.")
+    if os.path.lexists(page):
+        try:
+            text = read_regular(page).decode("utf-8", errors="replace")
+        except OSError as error:
+            raise RunError(f"{page} would be replaced, and cannot be read: {error.strerror or error}.") from error
+        if _WRITTEN_BY not in text:
+            raise RunError(f"{page} is not a page of results and would be lost. Choose another --results, or move it away.")
+    atomic_write_text(page, render_results(directory))
+    return page
 
 
 def render_results(directory: Path) -> str:
@@ -21,7 +44,7 @@ def render_results(directory: Path) -> str:
     lines = [
         "# Results",
         "",
-        "Written by `python -m experiments.summarize` from the files beside it: every number is in the file named with it.",
+        f"{_WRITTEN_BY}: every number is in the file named with it.",
         "",
         "| sweep | runs | seeds | minutes | device and versions |",
         "|---|---|---|---|---|",

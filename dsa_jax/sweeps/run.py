@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from dsa_jax.data import make_eval_data
 from dsa_jax.evals.parity import evaluate_parity
 from dsa_jax.model import build_model
 from dsa_jax.retrofit import retrofit
+from dsa_jax.run.directory import RunDirectory
 from dsa_jax.run.files import RunError, atomic_write_text, claimed, make_writable_directory
 from dsa_jax.sweeps.summary import read_result
 from dsa_jax.sweeps.sweep import Ablation, Variant, after_dense, dense_part, differences, evaluation_config, run_key
@@ -54,6 +56,12 @@ def run_ablation(ablation: Ablation, workdir: Path, results: Path, *, command: s
 
 def _run_claimed(ablation: Ablation, workdir: Path, results: Path, command: str) -> dict[str, Any] | None:
     path = results / f"{ablation.name}.json"
+    pages = [path.with_name(f"{ablation.name}{suffix}") for suffix in (".md", ".png")]
+    if foreign := [page for page in pages if os.path.lexists(page) and not path.exists()]:
+        raise RunError(
+            f"{foreign[0]} is of no sweep, since there is no {path.name}, and would be replaced. Choose another --config.name "
+            "or --results."
+        )
     known = {run["key"]: run for run in known_runs(results) if "rows" in run}
     own = read_result(path) if path.exists() else {"runs": []}
     earlier = {run["seed"] for run in own["runs"]}
@@ -135,8 +143,8 @@ def _run(ablation: Ablation, variant: Variant, seed: int, workdir: Path) -> Run 
         return {"failed": str(error)}
     return {
         "rows": rows,
-        "trained": [{"key": path.name, "seconds": _seconds(path)} for path in (trained.dense, trained.run) if path],
-        "environment": {name: report["environment"][name] for name in ("python", "versions", "device", "git")},
+        "trained": [{"key": path.name, "seconds": _seconds(_finished(path))} for path in (trained.dense, trained.run) if path],
+        "environment": _environment(report),
     }
 
 
@@ -164,14 +172,22 @@ def _complete(config: Config, path: Path) -> bool:
 
 def _finished(run: Path) -> dict[str, Any]:
     try:
-        return json.loads((run / REPORT).read_text(encoding="utf-8"))
-    except ValueError as error:
+        report = RunDirectory(run, resumed=True).report()
+        _seconds(report)
+        _environment(report)
+    except (RunError, KeyError, TypeError) as error:
         raise RunError(f"{run / REPORT} is damaged ({error}). Delete it, and the run is evaluated again.") from error
+    return report
 
 
-def _seconds(run: Path) -> float:
+def _environment(report: dict[str, Any]) -> dict[str, Any]:
+    """What is recorded of the environment of a run."""
+    return {name: report["environment"][name] for name in ("python", "versions", "device", "git")}
+
+
+def _seconds(report: dict[str, Any]) -> float:
     """Wall time of all stages with evaluation and compilation."""
-    stages = _finished(run)["stages"].values()
+    stages = report["stages"].values()
     return round(sum(stage["seconds"] + stage.get("compile_seconds", 0.0) for stage in stages), 1)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from dsa_jax.config.selections import BEFORE, eval_rows
 from dsa_jax.evals.spread import Spread
-from dsa_jax.run.files import RunError
+from dsa_jax.run.files import RunError, read_regular
 
 QUANTITIES = {
     "recall_accuracy": "recall accuracy",
@@ -38,12 +38,34 @@ def read_result(path: Path) -> dict[str, Any]:
         RunError: where it cannot be read or is not one.
     """
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(result["runs"], list):
-            raise ValueError("its runs are not a list")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        result = json.loads(read_regular(path, follow=True).decode("utf-8"))
+        _check(result)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunError(f"{path} is no result of an ablation ({error}). Restore it or delete it.") from error
     return result
+
+
+def _check(result: Any) -> None:
+    """Require what the tables and pages read, of their kinds; ValueError, KeyError or TypeError names what is wrong."""
+    for name, kind in (("name", str), ("question", str), ("axis", str), ("command", str), ("seeds", list), ("variants", list)):
+        if not isinstance(result[name], kind):
+            raise ValueError(f"{name} is {result[name]!r:.40}")
+    if not isinstance(result["runs"], list):
+        raise ValueError("its runs are not a list")
+    for variant in result["variants"]:
+        if not isinstance(variant["name"], str) or variant["row"] not in eval_rows() or not _is_number(variant["place"]):
+            raise ValueError(f"the variant {variant!r:.40}")
+    for run in result["runs"]:
+        for row in run.get("rows", ()):
+            values = quantities_of(row).values()
+            if not isinstance(row["name"], str) or not all(map(_is_number, values)):
+                raise ValueError(f"the row {row!r:.40}")
+        if not isinstance(run["variant"], str) or not isinstance(run["key"], str) or type(run["seed"]) is not int:
+            raise ValueError(f"the run {run!r:.40}")
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def quantities_of(row: Mapping[str, Any]) -> dict[str, float | None]:

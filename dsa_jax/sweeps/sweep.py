@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,6 +74,11 @@ class Ablation:
         Raises:
             ConfigError: naming the fault and the variant.
         """
+        if not re.fullmatch(r"[^./\\\s\x00-\x1f\ud800-\udfff][^/\\\x00-\x1f\ud800-\udfff]{0,199}", self.name):
+            raise ConfigError(
+                f"name is {self.name!r:.60}; expected the name of files in --results: at most 200 characters, neither / nor \\ "
+                "among them, and no dot or space first."
+            )
         if not self.variants or not self.seeds:
             raise ConfigError(f"ablation {self.name}: it has {len(self.variants)} variants and {len(self.seeds)} seeds.")
         names = [variant.name for variant in self.variants]

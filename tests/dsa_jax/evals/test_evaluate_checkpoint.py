@@ -6,7 +6,7 @@ import pytest
 from dsa_jax import save_pretrained
 from dsa_jax.config import Config, ConfigError, DataConfig, RecallConfig
 from dsa_jax.data.tokenizer import ByteTokenizer
-from dsa_jax.evals.checkpoint import evaluate_checkpoint
+from dsa_jax.evals.checkpoint import evaluate_checkpoint, unlike_report
 from dsa_jax.run.directory import open_run
 from dsa_jax.run.files import RunError
 from tests.dsa_jax.model.small import built, small_config
@@ -60,6 +60,38 @@ def test_the_tokenizer_that_a_checkpoint_names_is_used(tmp_path):
     asks.data.text.tokenizer = "checkpoint"
     _, table = evaluate_checkpoint(tmp_path, asks, ("dense",), tasks=("passkey",), task_len=24, task_sequences=4)
     assert table.rows[0]["tasks"]["passkey"]["loss"] > 0
+
+
+def exported_by(path, config, text):
+    run = open_run(path, config)
+    run.update_environment(text=text)
+    return run.export_path
+
+
+def test_what_differs_from_the_report_of_the_run_that_exported_is_named(tmp_path):
+    theirs, asks = recipe(), recipe()
+    theirs.data.recall_fraction = asks.data.recall_fraction = 0.5
+    theirs.data.text.path, asks.data.text.path = "old/place", "new/place"
+    directory = exported_by(tmp_path / "run", theirs, "abc")
+    assert unlike_report(directory, asks, "abc") == []
+    assert unlike_report(directory, asks, "other") == unlike_report(directory, asks, None) == ["data.text.path"]
+    asks.eval.text_len, asks.seed, asks.data.text.held_out_fraction = 4096, 3, 0.2
+    assert unlike_report(directory, asks, "abc") == ["data.text.held_out_fraction", "eval.text_len", "seed"]
+    assert unlike_report(tmp_path / "run" / "other", asks, "other") == []
+    (tmp_path / "link").symlink_to(directory)
+    directory.mkdir()
+    assert unlike_report(tmp_path / "link", asks, "abc") != []
+    (tmp_path / "run" / "environment.json").write_text("3")
+    assert unlike_report(directory, asks, "abc") == []
+
+
+def test_an_export_that_is_evaluated_otherwise_is_said(tmp_path, caplog):
+    theirs = recipe()
+    theirs.eval.task_len = 48
+    directory = checkpoint(exported_by(tmp_path, theirs, None), 282)
+    evaluate_checkpoint(directory, recipe(), ("dense",), tasks=("passkey",), task_len=24, task_sequences=4)
+    assert "whose report is of another evaluation" in caplog.text and "eval.task_len" in caplog.text
+    assert f"Evaluate --checkpoint={tmp_path}" in caplog.text
 
 
 def test_settings_that_a_run_would_not_follow_are_refused(tmp_path):

@@ -1,5 +1,7 @@
 """How a process learns that it is one of several, and what the helpers do where it is alone."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 
 from dsa_jax.config import ConfigError
 from dsa_jax.parallel.placement import place_batch, placement_on, replicate
-from dsa_jax.run.processes import Launch, find_launch, first_host, gather_to_main, is_main, on_main, with_votes
+from dsa_jax.run.files import RunError
+from dsa_jax.run.processes import Launch, find_launch, first_host, gather_to_main, is_main, on_main, wait_for, with_votes
 from tests.dsa_jax.parallel.meshes import mesh
 
 STEP = {
@@ -78,6 +81,27 @@ def test_first_host(nodes, host):
 def test_contradicting_flags_are_named(arguments, message):
     with pytest.raises(ConfigError, match=message):
         find_launch(*arguments, {})
+
+
+def test_a_peer_that_never_comes_is_named_and_waited_for_aloud(caplog):
+    done, forever = threading.Event(), threading.Event()
+    wait_for(done.set, "nobody", seconds=5, every=1)
+    assert done.is_set() and not caplog.text
+    with pytest.raises(RunError, match=r"not all of 2 processes at a:1, have come after 0\.2 s\. Check that each was started"):
+        wait_for(forever.wait, "2 processes at a:1", seconds=0.2, every=0.05)
+    assert caplog.text.count("waiting for 2 processes at a:1") >= 2
+    forever.set()
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("UNKNOWN: port in use\nmore"), ValueError("no address"), OSError("unreachable")]
+)
+def test_an_address_that_cannot_be_used_is_one_line(error):
+    def join():
+        raise error
+
+    with pytest.raises(RunError, match=rf"cannot join us: {str(error).splitlines()[0]}\."):
+        wait_for(join, "us", seconds=5)
 
 
 def test_a_single_process_does_everything_itself():

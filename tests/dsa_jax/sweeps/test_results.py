@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dsa_jax.sweeps.page import PAGE, SWEEPS, render_results
+from dsa_jax.run.files import RunError
+from dsa_jax.sweeps.page import PAGE, SWEEPS, render_results, write_results
 from dsa_jax.sweeps.summary import format_markdown
 from dsa_jax.sweeps.sweep import Ablation
 from experiments.recipes import load_config
@@ -37,3 +38,27 @@ def test_a_sweep_has_its_page_its_plot_and_a_recipe_with_its_variants(path):
 def test_every_recipe_of_a_sweep_can_run():
     for path in sorted(Path("configs/ablations").glob("[!_]*.py")):
         load_config(str(path), Ablation).validate()
+
+
+@pytest.mark.parametrize("kind", ["text", "empty", "link", "directory"])
+def test_a_page_of_somebody_else_is_not_replaced(tmp_path, kind):
+    page = tmp_path / "results" / PAGE
+    page.parent.mkdir()
+    (tmp_path / "theirs").write_text((RESULTS / PAGE).read_text())
+    if kind == "directory":
+        page.mkdir()
+    elif kind == "link":
+        page.symlink_to(tmp_path / "theirs")
+    else:
+        page.write_text("# My project\n" if kind == "text" else "")
+    with pytest.raises(RunError, match=r"README\.md (is not a page of results|would be replaced, and cannot be read)"):
+        write_results(page.parent)
+    assert kind != "text" or page.read_text() == "# My project\n"
+
+
+def test_its_own_page_is_written_anew(tmp_path):
+    page = write_results(tmp_path)
+    page.write_text(page.read_text() + "old")
+    assert write_results(tmp_path).read_text() == render_results(tmp_path)
+    with pytest.raises(RunError, match="is no directory"):
+        write_results(tmp_path / "nowhere")

@@ -182,6 +182,52 @@ def test_a_file_that_is_no_result_is_named(tmp_path):
         list(known_runs(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["../../x", "a/b", "/x", "..", ".x", "", "a\0b", "a\nb", "\udcff", "x" * 300, "a\\b"])
+def test_a_sweep_is_named_like_a_file(tmp_path, name):
+    ablation = sweep(Variant("base"))
+    ablation.name = name
+    with pytest.raises(ConfigError, match="expected the name of files in --results"):
+        run_ablation(ablation, tmp_path / "runs", tmp_path / "results", command="test")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", [".md", ".png"])
+def test_pages_of_no_sweep_are_not_replaced(tmp_path, suffix):
+    (tmp_path / f"sweep{suffix}").write_text("mine")
+    with pytest.raises(RunError, match=rf"sweep\{suffix} is of no sweep, since there is no sweep\.json"):
+        run_ablation(sweep(Variant("base")), tmp_path / "runs", tmp_path, command="test")
+    assert (tmp_path / f"sweep{suffix}").read_text() == "mine"
+
+
+WHOLE = {"name": "n", "question": "q", "axis": "a", "command": "c", "seeds": [0], "runs": [],
+         "variants": [{"name": "v", "row": "sparse", "place": None}]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"variants": 3}, {"variants": [{"name": "v", "row": "no such row", "place": None}]}, {"seeds": "0"}, {"question": None},
+        {"runs": [{"variant": "v", "seed": "0", "key": "k"}]}, {"runs": [3]},
+        {"runs": [{"variant": "v", "seed": 0, "key": "k", "rows": [{"name": "sparse", "text_loss": "low"}]}]},
+        {"runs": [{"variant": "v", "seed": 0, "key": "k", "rows": [{"name": "sparse", "tasks": {"mqar": 3}}]}]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_result_of_other_kinds_is_one_line(tmp_path, change):
+    (tmp_path / "x.json").write_text(json.dumps(WHOLE))
+    assert list(known_runs(tmp_path)) == []
+    (tmp_path / "x.json").write_text(json.dumps(WHOLE | change))
+    with pytest.raises(RunError, match=r"x\.json is no result of an ablation"):
+        list(known_runs(tmp_path))
+
+
+@pytest.mark.parametrize("report", ["[]", '{"rows": []}', '{"rows": [], "stages": {"sparse": 3}}', "[" * 100_000])
+def test_a_report_of_a_run_of_other_kinds_is_one_line(tmp_path, report):
+    (tmp_path / "report.json").write_text(report)
+    with pytest.raises(RunError, match=r"report\.json is damaged .* Delete it, and the run is evaluated again"):
+        run_module._finished(tmp_path)
+
+
 def test_dense_models_that_differ_have_a_line_each():
     def run(variant, before):
         row = {"recall_accuracy": 0.5, "text_loss": None, "coverage": 0.5, "keys_per_query": 8.0}
