@@ -324,7 +324,8 @@ def _load(config: DataConfig, seed: int, vocab_size: int) -> dict[str, Any]:
         listed = " and ".join(f"{n} {what}" for what, n in parts.items())
         raise ConfigError(
             f"model.vocab_size is {vocab_size}, too small for the data; expected at least {needed} ({listed}). "
-            f"Set model.vocab_size={needed}."
+            f"To train from scratch set model.vocab_size={needed}. The model of init.hf_dir or init.checkpoint keeps its "
+            "vocabulary: use its tokenizer, without recall or tasks beyond it (data.recall_fraction=0, data.tasks=())."
         )
     text: Any = None
     if config.text_fraction:

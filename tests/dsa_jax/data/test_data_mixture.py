@@ -283,3 +283,12 @@ def test_impossible_batches_are_refused(config, wrong):
 def test_the_config_is_validated():
     with pytest.raises(ConfigError, match=r"data\.recall_fraction is 1\.5"):
         make_train_data(DataConfig(recall_fraction=1.5), 0, 640)
+
+
+@pytest.mark.parametrize("side", [make_train_data, make_eval_data])
+def test_advice_on_a_small_vocabulary_holds_for_a_model_that_is_given(side):
+    config = DataConfig(recall_fraction=1.0)
+    with pytest.raises(ConfigError, match=r"too small .*To train from scratch set model\.vocab_size=") as said:
+        side(config, 0, 10)
+    assert "The model of init.hf_dir or init.checkpoint keeps its vocabulary" in str(said.value)
+    assert "data.recall_fraction=0" in str(said.value)
