@@ -1,10 +1,10 @@
 """What the files beside a tokenizer.json add to it: tokens, their roles, and whether a text starts with begin-of-text."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsa_jax.config import ConfigError
+from dsa_jax.foreign import read_object
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
@@ -68,15 +68,7 @@ def read_settings(folder: Path) -> TokenizerSettings:
 
 def _read_object(file: Path) -> dict[str, Any]:
     """The JSON object of a file; empty where there is no file."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} is not a JSON object: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file} is not a JSON object: it holds a {type(content).__name__}.")
-    return content
+    return read_object(file, ConfigError) if file.is_file() else {}
 
 
 def _read_model(file: Path) -> dict[str, Any]:
