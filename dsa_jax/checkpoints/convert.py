@@ -4,6 +4,7 @@ from pathlib import Path
 
 from dsa_jax.checkpoints.gguf import write_hf_directory
 from dsa_jax.checkpoints.hf import load_pretrained, save_pretrained
+from dsa_jax.checkpoints.hf.locate import locate_checkpoint
 from dsa_jax.checkpoints.hf.tokenizer_files import has_tokenizer_files
 from dsa_jax.checkpoints.open import is_hf_directory, open_checkpoint
 from dsa_jax.config import Config, ConfigError, DataConfig, TextConfig
@@ -27,6 +28,7 @@ def to_hf(source: Path, target: Path, *, weight_format: str = PLAIN) -> str:
         ConfigError: for a run with a `weight_format` other than plain.
         RunError, CheckpointError: where `source` cannot be read or `target` cannot be written.
     """
+    source = locate_checkpoint(source)
     if source.is_file():
         if weight_format != PLAIN:
             raise ConfigError(f"--weight_format is {weight_format}, but {source} is a GGUF file, which is written plain.")
@@ -49,6 +51,7 @@ def to_run(source: Path, target: Path) -> str:
         RunError: where `source` is no Hugging Face directory or `target` holds a run.
         CheckpointError: where the checkpoint cannot be read.
     """
+    source = locate_checkpoint(source)
     if not is_hf_directory(source):
         raise RunError(f"{source} is not a Hugging Face directory: its config.json names no model_type.")
     if RunDirectory(target, resumed=True).has_begun:

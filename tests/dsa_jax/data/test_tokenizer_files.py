@@ -157,7 +157,7 @@ def test_files_of_another_form_are_refused(tmp_path, name, content, message):
 def test_nesting_beyond_what_can_be_read_is_refused(tmp_path):
     path = write(tmp_path)
     (tmp_path / "special_tokens_map.json").write_text("[" * 100_000)
-    with pytest.raises(ConfigError, match="expected a JSON object|not JSON"):
+    with pytest.raises(ConfigError, match=r"expected a JSON object|not JSON"):
         load_tokenizer(path)
 
 
