@@ -22,7 +22,7 @@ from dsa_jax.model.attention.kinds import kinds_of
 from dsa_jax.parallel.check import check_layout
 from dsa_jax.parallel.placement import on_mesh, place
 from dsa_jax.params import count_parameters, is_indexer_path, split_parameters
-from dsa_jax.report.report import format_table, format_verdict, write_report
+from dsa_jax.report.report import format_row, format_table, format_verdict, write_report
 from dsa_jax.run.checkpoints import latest_position
 from dsa_jax.run.continuation import accepted_fields, set_report_aside, tokenizer_fingerprint
 from dsa_jax.run.directory import RunDirectory, check_run, open_run
@@ -319,7 +319,7 @@ def _evaluate_and_report(
     started = time.perf_counter()
 
     def announce(row: dict[str, Any]) -> None:
-        _LOG.info("evaluated %s", row["name"])
+        _LOG.info("evaluated %s", format_row(row))
         if any_process(stop.requested):
             raise _EvaluationStopped
 

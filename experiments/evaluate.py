@@ -2,6 +2,7 @@ r"""The parity table of a checkpoint: dense, sparse and the baselines on the sam
 
     python -m experiments.evaluate --checkpoint=runs/quickstart
     python -m experiments.evaluate --checkpoint=runs/quickstart --tasks=multi_needle,passkey --task_len=256
+    python -m experiments.evaluate --checkpoint=HF_DIR --text_tasks=needle,text_quote --lengths=512,2048 --topk=128,256
     python -m experiments.evaluate --checkpoint=HF_DIR --config.data.text.path=TEXT --config.eval.text_len=4096
 
 A run directory brings its own data and evaluation settings, and no others can be set; for a Hugging Face directory they come
@@ -22,6 +23,13 @@ _ROWS = flags.DEFINE_list("rows", [], "Rows of the table; empty: as the configur
 _TASKS = flags.DEFINE_list("tasks", [], "Synthetic tasks, a column each; empty: as the configuration has it.")
 _TASK_LEN = flags.DEFINE_integer("task_len", None, "Tokens in a row of the tasks; empty: as the configuration has it.")
 _TASK_SEQUENCES = flags.DEFINE_integer("task_sequences", None, "Rows of each task; empty: as the configuration has it.")
+_TEXT_TASKS = flags.DEFINE_list("text_tasks", [], "Tasks in plain words, a column each; empty: as the configuration has it.")
+_LENGTHS = flags.DEFINE_list(
+    "lengths", [], "Tokens in a row of the text tasks: 512,2048,8192; empty: as the configuration has it."
+)
+_TOPK = flags.DEFINE_list(
+    "topk", [], "Keys to select, such as 256,512: each gives rows of its own; empty: as the model has it."
+)
 _OUTPUT = OutputFlag("JSON file for the table; empty: none.")
 _CONFIG = ConfigFlag("configs/retrofit_hf.py")
 _PROCESSES = ProcessFlags()
@@ -31,7 +39,7 @@ def main(argv: list[str]) -> None:
     """Evaluate and print."""
     del argv
     from dsa_jax.evals.checkpoint import evaluate_checkpoint
-    from dsa_jax.report.report import format_table
+    from dsa_jax.report.report import format_row, format_table, format_verdict
     from dsa_jax.run.processes import is_main, on_main
 
     _PROCESSES.start()
@@ -43,13 +51,26 @@ def main(argv: list[str]) -> None:
         tasks=_TASKS.value,
         task_len=_TASK_LEN.value,
         task_sequences=_TASK_SEQUENCES.value,
+        text_tasks=_TEXT_TASKS.value,
+        lengths=_numbers("lengths", _LENGTHS.value),
+        topk=_numbers("topk", _TOPK.value),
         overrides=_CONFIG.overrides,
+        on_row=lambda row: print(format_row(row), flush=True) if is_main() else None,
     )
     if not is_main():
         return
     print(source)
     print(format_table(table.rows))
+    print(format_verdict({"rows": table.rows, "coverage_by_layer": table.coverage_by_layer}))
     _OUTPUT.write(dataclasses.asdict(table))
+
+
+def _numbers(name: str, texts: list[str]) -> list[int]:
+    from dsa_jax.config import ConfigError
+
+    if wrong := [text for text in texts if not text.strip().isdecimal() or not 0 < int(text) < 2**31]:
+        raise ConfigError(f"--{name} has {wrong[0]!r}; expected positive whole numbers, such as --{name}=512,2048.")
+    return [int(text) for text in texts]
 
 
 if __name__ == "__main__":

@@ -3,18 +3,21 @@
 import copy
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from dsa_jax.checkpoints.from_hf import load_for_evaluation, resolve_checkpoint
 from dsa_jax.checkpoints.hf import read_model_config
 from dsa_jax.checkpoints.hf.locate import locate_checkpoint
 from dsa_jax.checkpoints.open import is_hf_directory
 from dsa_jax.config import Config, ConfigError, TrainConfig, to_dict
+from dsa_jax.config.checks import positive
 from dsa_jax.config.fields import flatten
-from dsa_jax.config.selections import eval_rows
-from dsa_jax.data import make_eval_data
+from dsa_jax.config.selections import DENSE, eval_rows
+from dsa_jax.data import EvalData, make_eval_data
 from dsa_jax.evals.parity import Parity, can_run, evaluate_parity
+from dsa_jax.model import Transformer, build_model
 from dsa_jax.parallel.check import check_layout
 from dsa_jax.parallel.placement import on_mesh
 from dsa_jax.run.directory import RunDirectory, find_run
@@ -33,7 +36,11 @@ def evaluate_checkpoint(
     tasks: Sequence[str] = (),
     task_len: int | None = None,
     task_sequences: int | None = None,
+    text_tasks: Sequence[str] = (),
+    lengths: Sequence[int] = (),
+    topk: Sequence[int] = (),
     overrides: Sequence[str] = (),
+    on_row: Callable[[dict[str, Any]], None] | None = None,
 ) -> tuple[str, Parity]:
     """(where the parameters are from, the table) of a run directory or a Hugging Face one.
 
@@ -45,7 +52,11 @@ def evaluate_checkpoint(
         tasks: synthetic tasks to evaluate; none: as the configuration has it.
         task_len: their length in tokens; None: as the configuration has it.
         task_sequences: rows of each; None: as the configuration has it.
+        text_tasks: tasks in plain words to evaluate; none: as the configuration has it.
+        lengths: their lengths in tokens; none: as the configuration has it.
+        topk: budgets, of which each gives the rows that depend on it; none: that of the model.
         overrides: fields of `config` that somebody asked for, by names such as `config.eval.text_len`.
+        on_row: called with each finished row.
 
     Raises:
         ConfigError: where the model cannot run a row of `rows` or none of the configuration's, a run cannot follow the
@@ -77,6 +88,10 @@ def evaluate_checkpoint(
     own.eval.rows, own.eval.tasks = tuple(rows) or own.eval.rows, tuple(tasks) or own.eval.tasks
     own.eval.task_len = own.eval.task_len if task_len is None else task_len
     own.eval.task_sequences = own.eval.task_sequences if task_sequences is None else task_sequences
+    own.eval.text_tasks = tuple(text_tasks) or own.eval.text_tasks
+    own.eval.text_task_lens = tuple(lengths) or own.eval.text_task_lens
+    for budget in topk:
+        positive("--topk", budget)
     own.validate()
     trained_on = None
     _check_rows(rows, dataclasses.replace(own, model=read_model_config(directory)) if is_hf else own)
@@ -107,7 +122,34 @@ def evaluate_checkpoint(
                 "trained on, and text_loss is not that of the run's report",
                 own.data.text.path,
             )
-        return source, evaluate_parity(model, params, data, own)
+        return source, _by_budget(model, params, data, own, topk, on_row)
+
+
+def _by_budget(
+    model: Transformer,
+    params: Any,
+    data: EvalData,
+    config: Config,
+    topk: Sequence[int],
+    on_row: Callable[[dict[str, Any]], None] | None,
+) -> Parity:
+    """The table of `config`, or the rows of each budget of `topk` with it in their names, after those of all budgets."""
+    if not topk:
+        return evaluate_parity(model, params, data, config, on_row=on_row)
+    whole = Parity()
+    for place, budget in enumerate(topk):
+        own = copy.deepcopy(config)
+        own.model.attention.indexer.topk = budget
+        # Dense attention is every budget's measure, and belongs to none.
+        name = lambda title, budget=budget: title if title == eval_rows()[DENSE].title else f"{title}, topk {budget}"
+        if DENSE not in own.eval.rows:
+            own.eval.rows = (DENSE, *own.eval.rows)
+        table = evaluate_parity(build_model(own.model), params, data, own, on_row=on_row)
+        whole.rows += [row | {"name": name(row["name"])} for row in table.rows if not place or row["name"] != name(row["name"])]
+        whole.coverage_by_layer |= {name(title): values for title, values in table.coverage_by_layer.items()}
+        whole.loss_by_position |= {name(title): values for title, values in table.loss_by_position.items()}
+        whole.position_ends = table.position_ends
+    return whole
 
 
 def unlike_report(directory: Path, config: Config, text_digest: str | None) -> list[str]:

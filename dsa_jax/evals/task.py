@@ -131,7 +131,7 @@ def evaluate_task(
     )
 
 
-def difference(values: Iterable[float], baseline: Iterable[float]) -> Difference:
+def difference(values: Iterable[float | bool], baseline: Iterable[float | bool]) -> Difference:
     """The mean of `values` minus that of `baseline`, pair by pair.
 
     Raises:

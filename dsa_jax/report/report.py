@@ -65,6 +65,13 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def format_row(row: Mapping[str, Any]) -> str:
+    """A row of the parity table in one line, as it comes: its name, then every measure that it has."""
+    cells = with_tasks(row)
+    measures = [f"{title} {format_cell(key, cells[key])}" for key, title in columns_of([row])[1:] if cells.get(key) is not None]
+    return f"{row['name']}: {', '.join(measures)}"
+
+
 def format_verdict(report: Mapping[str, Any]) -> str:
     """The sentences of the verdict, one per line, as report.html has them."""
     return "\n".join(verdict(to_plain(report)).lines())

@@ -6,6 +6,7 @@ import pytest
 from dsa_jax import save_pretrained
 from dsa_jax.config import Config, ConfigError, DataConfig, RecallConfig
 from dsa_jax.data.tokenizer import ByteTokenizer
+from dsa_jax.evals import checkpoint as checkpoint_module
 from dsa_jax.evals.checkpoint import evaluate_checkpoint, unlike_report
 from dsa_jax.run.directory import open_run
 from dsa_jax.run.files import RunError
@@ -104,10 +105,9 @@ def test_settings_that_a_run_would_not_follow_are_refused(tmp_path):
         evaluate_checkpoint(tmp_path, recipe(), overrides=("config.parallel.preset",))
 
 
-def test_a_checkpoint_without_the_tokens_of_a_task_is_refused(tmp_path):
+def test_a_checkpoint_without_the_tokens_of_a_task_is_refused(tmp_path, monkeypatch):
     directory = checkpoint(tmp_path, 281)
-    for file in directory.glob("*.safetensors"):
-        file.write_bytes(b"no weights: none of this needs them")
+    monkeypatch.setattr(checkpoint_module, "load_for_evaluation", lambda _: pytest.fail("none of this needs the weights"))
     with pytest.raises(ConfigError, match=r"vocab_size is 281, too small for the task passkey, whose tokens end at 282"):
         evaluate_checkpoint(directory, recipe(), tasks=("passkey",), task_len=24)
     with pytest.raises(ConfigError, match=r"eval\.tasks is 'paskey'.*Did you mean 'passkey'"):
@@ -130,3 +130,27 @@ def test_a_run_says_so_before_its_checkpoint_is_looked_for(tmp_path):
     open_run(tmp_path, config)
     with pytest.raises(ConfigError, match=r"vocab_size is 281, too small for the task passkey"):
         evaluate_checkpoint(tmp_path, recipe(), tasks=("passkey",), task_len=24)
+
+
+def test_each_budget_gives_rows_of_its_own_against_the_same_dense_one(tmp_path):
+    """On text tasks at two lengths; a budget beyond them reads what dense reads."""
+    directory, asks = checkpoint(tmp_path, 282, max_positions=512), recipe()
+    asks.data, asks.eval.text_sequences, asks.eval.text_task_sequences = DataConfig(recall_fraction=0.0), 0, 4
+    asks.data.text.max_tokens = 60_000
+    seen = []
+    _, table = evaluate_checkpoint(
+        *(directory, asks, ("dense", "sparse")), text_tasks=("needle",), lengths=(200, 300), topk=(8, 300), on_row=seen.append
+    )
+    names = [row["name"] for row in table.rows]
+    assert names == ["dense", "sparse, topk 8", "sparse, topk 300"] and len(seen) == 4
+    dense, few, everything = (row["tasks"]["needle"] for row in table.rows)
+    assert list(dense["by_length"]) == ["200", "300"] and "difference" not in dense["by_length"]["200"]
+    for length in (200, 300):
+        assert few["by_length"][str(length)]["keys_per_query"] == pytest.approx((36 + (length - 8) * 8) / length)
+        entry = everything["by_length"][str(length)]
+        assert entry["keys_per_query"] == pytest.approx((length + 1) / 2) and entry["coverage"] == pytest.approx(1.0, abs=1e-4)
+        assert entry["difference"] == {"mean": 0.0, "standard_error": 0.0}
+        assert entry["loss"] == pytest.approx(dense["by_length"][str(length)]["loss"], rel=1e-4)
+    assert few["loss"] == pytest.approx(np.mean([each["loss"] for each in few["by_length"].values()]))
+    with pytest.raises(ConfigError, match="--topk is 0"):
+        evaluate_checkpoint(directory, asks, ("dense",), topk=(0,))
