@@ -60,12 +60,13 @@ class Groups(NamedTuple):
 
 @dataclass
 class Parity:
-    """Everything the report shows of an evaluation; `rows` is what report.json holds under that name."""
+    """Everything the report shows of an evaluation; `rows` and `remarks` are what report.json holds under these names."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     coverage_by_layer: dict[str, list[float]] = field(default_factory=dict)
     loss_by_position: dict[str, list[float]] = field(default_factory=dict)
     position_ends: list[int] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
 
 def make_eval_step(model: Transformer, attention: str) -> Callable[[Params, Batch], dict[str, jax.Array]]:
@@ -163,7 +164,9 @@ def evaluate_parity(
     """
     settings = config.eval
     data.check(settings)
-    table = Parity(position_ends=_bucket_ends(settings))
+    table = Parity(position_ends=_bucket_ends(settings), remarks=remarks_on(config, data))
+    for remark in table.remarks:
+        _LOG.warning("%s", remark)
     jobs: list[tuple[EvalRow, Params]] = []
     if params_before is not None:
         jobs.append((BEFORE, params_before))
@@ -209,6 +212,24 @@ def evaluate_parity(
         if on_row is not None:
             on_row(table.rows[-1])
     return table
+
+
+def remarks_on(config: Config, data: EvalData) -> list[str]:
+    """What a reader of the table has to know: the lengths at which a selection of topk keys leaves none out."""
+    settings, topk = config.eval, config.model.attention.indexer.topk
+    modes = {eval_rows()[name].attention for name in settings.rows}
+    lengths = {
+        "eval.recall_len": settings.recall_len if data.has_recall and settings.recall_sequences else None,
+        "eval.text_len": settings.text_len if data.has_text and settings.text_sequences else None,
+        "eval.task_len": settings.task_len if settings.tasks else None,
+    }
+    covered = [f"{name} ({length})" for name, length in lengths.items() if length is not None and length <= topk]
+    if not covered or all(mode == DENSE or selection(mode).kind for mode in modes):
+        return []
+    return [
+        f"model.attention.indexer.topk is {topk}, no less than {' and '.join(covered)}: there every selection reads all keys, "
+        "so that sparse equals dense whatever the indexer has learned. Lower topk or evaluate longer sequences."
+    ]
 
 
 def can_run(row: EvalRow, config: Config) -> bool:
