@@ -12,16 +12,18 @@ several processes are launched as for experiments.retrofit.
 import dataclasses
 from pathlib import Path
 
-from absl import flags
-
+from dsa_jax.config import TASKS
+from dsa_jax.config.limits import COUNT, LENGTH, Choices
+from dsa_jax.config.selections import eval_rows
 from experiments.flags import ConfigFlag, ProcessFlags, run_main
 from experiments.output import OutputFlag
+from experiments.values import limited_flag, list_flag, path_flag
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, or Hugging Face directory, to evaluate.", required=True)
-_ROWS = flags.DEFINE_list("rows", [], "Rows of the table; empty: as the configuration has it.")
-_TASKS = flags.DEFINE_list("tasks", [], "Synthetic tasks, a column each; empty: as the configuration has it.")
-_TASK_LEN = flags.DEFINE_integer("task_len", None, "Tokens in a row of the tasks; empty: as the configuration has it.")
-_TASK_SEQUENCES = flags.DEFINE_integer("task_sequences", None, "Rows of each task; empty: as the configuration has it.")
+_CHECKPOINT = path_flag("checkpoint", None, "Run directory, or Hugging Face directory, to evaluate.", required=True)
+_ROWS = list_flag("rows", [], Choices(lambda: tuple(eval_rows())), "Rows of the table; empty: as the configuration has it.")
+_TASKS = list_flag("tasks", [], Choices(TASKS), "Synthetic tasks, a column each; empty: as the configuration has it.")
+_TASK_LEN = limited_flag("task_len", None, int, LENGTH, "Tokens in a row of the tasks; empty: as the configuration has it.")
+_TASK_SEQUENCES = limited_flag("task_sequences", None, int, COUNT, "Rows of each task; empty: as the configuration has it.")
 _OUTPUT = OutputFlag("JSON file for the table; empty: none.")
 _CONFIG = ConfigFlag("configs/retrofit_hf.py")
 _PROCESSES = ProcessFlags()
@@ -38,7 +40,7 @@ def main(argv: list[str]) -> None:
     on_main(_OUTPUT.check)
     source, table = evaluate_checkpoint(
         Path(_CHECKPOINT.value),
-        _CONFIG.value,
+        _CONFIG.checked,
         _ROWS.value,
         tasks=_TASKS.value,
         task_len=_TASK_LEN.value,

@@ -68,7 +68,7 @@ class RunDirectory:
             RunError: when config.json is missing, is not JSON, or has fields that this version does not know.
         """
         try:
-            return from_dict(Config, read_object(self.config_path))
+            return from_dict(Config, read_object(self.config_path), prefix="")
         except ConfigError as error:
             raise RunError(f"{self.config_path} does not fit this version: {error}") from error
 
