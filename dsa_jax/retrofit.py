@@ -333,6 +333,7 @@ def _evaluate_and_report(
     report = {
         "name": config.name,
         "rows": table.rows,
+        "remarks": table.remarks,
         "stages": summaries | {"evaluate": {"seconds": time.perf_counter() - started}},
         "coverage_by_layer": table.coverage_by_layer,
         "loss_by_position": {"positions": table.position_ends, **table.loss_by_position},

@@ -12,14 +12,13 @@ import shlex
 import sys
 from pathlib import Path
 
-from absl import flags
-
 from dsa_jax.sweeps.sweep import Ablation
 from experiments.flags import ConfigFlag, run_main
+from experiments.values import path_flag
 
 _CONFIG = ConfigFlag("configs/ablations/topk.py", kind=Ablation)
-_WORKDIR = flags.DEFINE_string("workdir", "runs/ablations", "Parent of the run directories; sweeps may share it in turn.")
-_RESULTS = flags.DEFINE_string("results", "experiments/results/ablations", "Directory of the result files.")
+_WORKDIR = path_flag("workdir", "runs/ablations", "Parent of the run directories; sweeps may share it in turn.")
+_RESULTS = path_flag("results", "experiments/results/ablations", "Directory of the result files.")
 
 
 def main(argv: list[str]) -> int:
@@ -31,7 +30,7 @@ def main(argv: list[str]) -> int:
     from dsa_jax.sweeps.run import keep_compiled_programs, run_ablation
     from dsa_jax.sweeps.summary import format_markdown
 
-    ablation, workdir, results = _CONFIG.value, Path(_WORKDIR.value), Path(_RESULTS.value)
+    ablation, workdir, results = _CONFIG.checked, Path(_WORKDIR.value), Path(_RESULTS.value)
     for flag in (_WORKDIR, _RESULTS):
         if not flag.value:
             raise ConfigError(f"--{flag.name} is empty; expected a directory.")

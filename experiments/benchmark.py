@@ -10,13 +10,18 @@ import os
 from absl import flags
 
 from dsa_jax.benchmarks.op_shapes import OPS
+from dsa_jax.config.limits import NAME, Range
 from experiments.flags import run_main
 from experiments.output import OutputFlag
+from experiments.values import list_flag
 
+LENGTHS = Range(1, 2**30, meaning="positive integers such as 4096,16384, up to 2**30")
 _OP = flags.DEFINE_enum("op", "layer", ["layer", "train_step", *OPS], "Op or benchmark to measure.")
-_LENGTHS = flags.DEFINE_list("lengths", [], "layer, train_step: sequence lengths in tokens; empty: the operation's own list.")
-_SHAPE = flags.DEFINE_list("shape", [], "Other ops: names of shapes; empty: laptop on CPU, all others on a GPU.")
-_IMPLEMENTATION = flags.DEFINE_list("implementation", [], "Other ops: implementations; empty: those of the platform.")
+_LENGTHS = list_flag(
+    "lengths", [], LENGTHS, "layer, train_step: sequence lengths in tokens; empty: the operation's own list.", int
+)
+_SHAPE = list_flag("shape", [], NAME, "Other ops: names of shapes; empty: laptop on CPU, all others on a GPU.")
+_IMPLEMENTATION = list_flag("implementation", [], NAME, "Other ops: implementations; empty: those of the platform.")
 _PEERS = flags.DEFINE_bool("peers", True, "Other ops: other libraries' kernels beside ours, where they are installed.")
 _OUTPUT = OutputFlag("JSON Lines file that rows are appended to; empty: none.")
 
@@ -48,10 +53,6 @@ def main(argv: list[str]) -> int | None:
             raise flags.ValidationError(str(error)) from error
         print("\n".join(lines))
     else:
-        if not all(text.isdecimal() and int(text) for text in _LENGTHS.value):
-            raise flags.ValidationError(
-                f"--lengths is {','.join(_LENGTHS.value)}; expected positive integers such as 4096,16384."
-            )
         lengths = [int(text) for text in _LENGTHS.value] or DEFAULT_LENGTHS[_OP.value]
         rows = {"layer": layer, "train_step": train_step}[_OP.value].run(lengths)
     where = describe_environment()

@@ -12,15 +12,14 @@ from absl import flags
 
 from dsa_jax.config import ConfigError
 from experiments.flags import run_main
+from experiments.values import path_flag
 
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Run directory, Hugging Face directory or GGUF file to read.", required=True
-)
-_TO_HF = flags.DEFINE_string("to_hf", "", "Hugging Face directory to write.")
+_CHECKPOINT = path_flag("checkpoint", None, "Run directory, Hugging Face directory or GGUF file to read.", required=True)
+_TO_HF = path_flag("to_hf", "", "Hugging Face directory to write.")
 _WEIGHT_FORMAT = flags.DEFINE_enum(
     "weight_format", "plain", ["plain", "fp8_blocks"], "--to_hf: plain, or e4m3 with block scales, as DeepSeek publishes."
 )
-_TO_RUN = flags.DEFINE_string("to_run", "", "Run directory to write.")
+_TO_RUN = path_flag("to_run", "", "Run directory to write.")
 
 
 def main(argv: list[str]) -> None:

@@ -15,21 +15,20 @@ are named.
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 
 from absl import flags
 
+from dsa_jax.config.limits import FACTOR, PATH, Range
 from experiments.flags import ConfigFlag, run_main
+from experiments.values import limited_flag, list_flag, path_flag
 
 _CONFIG = ConfigFlag("configs/deepseek_v32.py")
-_PRICE = flags.DEFINE_float("dollars_per_hour", 2.0, "Rent of one GPU.", lower_bound=0.0)
-_SPEED = flags.DEFINE_float(
-    "speed", 1.0, "Speed of the GPU relative to an H800, for every kind of work alike.", lower_bound=1e-6
-)
-_LENGTH = flags.DEFINE_integer("max_length", 131072, "Longest position, in tokens.", lower_bound=1024)
-_BENCHMARK = flags.DEFINE_list("benchmark", [], "Files of measured op times, which then replace the model of costs.")
-_OUTPUT = flags.DEFINE_string("output", "", "Directory for costs.json and costs.png; empty: none, and no plot.")
+_PRICE = limited_flag("dollars_per_hour", 2.0, float, Range(0, 1e6), "Rent of one GPU.")
+_SPEED = limited_flag("speed", 1.0, float, FACTOR, "Speed of the GPU relative to an H800, for every kind of work alike.")
+_LENGTH = limited_flag("max_length", 131072, int, Range(1024, 2**30), "Longest position, in tokens.")
+_BENCHMARK = list_flag("benchmark", [], PATH, "Files of measured op times, which then replace the model of costs.")
+_OUTPUT = path_flag("output", "", "Directory for costs.json and costs.png; empty: none, and no plot.")
 
 
 def main(argv: list[str]) -> None:
@@ -40,13 +39,10 @@ def main(argv: list[str]) -> None:
     from dsa_jax.costs.report import cost_tables, format_costs, format_measured, plot_costs
     from dsa_jax.run.files import atomic_write_text, make_writable_directory
 
-    for flag in (_PRICE, _SPEED):
-        if not math.isfinite(flag.value):
-            raise flags.ValidationError(f"--{flag.name} is {flag.value}; expected a finite number.")
     directory = Path(_OUTPUT.value)
     if _OUTPUT.value:
         make_writable_directory(directory, flag="output")
-    config = _CONFIG.value
+    config = _CONFIG.checked
     config.validate()
     title = config.name
     if _BENCHMARK.value:

@@ -15,25 +15,27 @@ import os
 
 from absl import flags
 
+from dsa_jax.config.limits import LENGTH, NAME, ROWS, Range, Text
 from experiments.flags import ConfigFlag, run_main
 from experiments.output import OutputFlag
+from experiments.values import limited_flag, list_flag
 
 _CONFIG = ConfigFlag()
 _COMPILE = flags.DEFINE_boolean("compile", False, "Compile the step for the recipe's mesh on emulated CPU devices.")
-_TARGET = flags.DEFINE_string("target", "", "Compile the step for GPUs that need not be here: h200x1, h200x8.")
-_WEAK_SCALING = flags.DEFINE_list(
-    "weak_scaling", [], "Presets to measure step by step, starting from one device; nothing else is printed."
+_TARGET = limited_flag("target", "", str, NAME, "Compile the step for GPUs that need not be here: h200x1, h200x8.")
+_WEAK_SCALING = list_flag(
+    "weak_scaling", [], Text(200), "Presets to measure step by step, starting from one device; nothing else is printed."
 )
 _STEP = flags.DEFINE_enum(
     "step", "", ["", "pretrain", "warmup", "sparse", "decode"], "Step to compile; empty: the recipe's last stage."
 )
-_ROWS = flags.DEFINE_integer("rows", 1, "decode: sequences.", lower_bound=1)
-_CONTEXT = flags.DEFINE_integer("context", 32768, "decode: tokens that the cache of a sequence holds.", lower_bound=1)
+_ROWS = limited_flag("rows", 1, int, ROWS, "decode: sequences.")
+_CONTEXT = limited_flag("context", 32768, int, LENGTH, "decode: tokens that the cache of a sequence holds.")
 _CACHE_DTYPE = flags.DEFINE_enum(
     "cache_dtype", "", ["", "float32", "bfloat16", "fp8"], "decode: that of the cache; empty: that of the activations."
 )
-_MEMORY = flags.DEFINE_float(
-    "device_gb", 141.0, "Memory of a device in GB (1e9 bytes), to say whether it fits.", lower_bound=1.0
+_MEMORY = limited_flag(
+    "device_gb", 141.0, float, Range(1.0, 1e6), "Memory of a device in GB (1e9 bytes), to say whether it fits."
 )
 _OUTPUT = OutputFlag("JSON file for everything that is printed; empty: none.")
 
@@ -61,7 +63,7 @@ def main(argv: list[str]) -> None:
 
     _check_flags()
     _OUTPUT.check()
-    config = _CONFIG.value
+    config = _CONFIG.checked
     if config.init.hf_dir:
         config = resolve_checkpoint(config)
     config.validate()

@@ -13,23 +13,23 @@ several processes are launched as for experiments.retrofit.
 import dataclasses
 from pathlib import Path
 
-from absl import flags
-
+from dsa_jax.config import TASKS, TEXT_TASKS
+from dsa_jax.config.limits import COUNT, LENGTH, Choices
+from dsa_jax.config.selections import eval_rows
 from experiments.flags import ConfigFlag, ProcessFlags, run_main
 from experiments.output import OutputFlag
+from experiments.values import limited_flag, list_flag, path_flag
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, or Hugging Face directory, to evaluate.", required=True)
-_ROWS = flags.DEFINE_list("rows", [], "Rows of the table; empty: as the configuration has it.")
-_TASKS = flags.DEFINE_list("tasks", [], "Synthetic tasks, a column each; empty: as the configuration has it.")
-_TASK_LEN = flags.DEFINE_integer("task_len", None, "Tokens in a row of the tasks; empty: as the configuration has it.")
-_TASK_SEQUENCES = flags.DEFINE_integer("task_sequences", None, "Rows of each task; empty: as the configuration has it.")
-_TEXT_TASKS = flags.DEFINE_list("text_tasks", [], "Tasks in plain words, a column each; empty: as the configuration has it.")
-_LENGTHS = flags.DEFINE_list(
-    "lengths", [], "Tokens in a row of the text tasks: 512,2048,8192; empty: as the configuration has it."
+_CHECKPOINT = path_flag("checkpoint", None, "Run directory, or Hugging Face directory, to evaluate.", required=True)
+_ROWS = list_flag("rows", [], Choices(lambda: tuple(eval_rows())), "Rows of the table; empty: as the configuration has it.")
+_TASKS = list_flag("tasks", [], Choices(TASKS), "Synthetic tasks, a column each; empty: as the configuration has it.")
+_TASK_LEN = limited_flag("task_len", None, int, LENGTH, "Tokens in a row of the tasks; empty: as the configuration has it.")
+_TASK_SEQUENCES = limited_flag("task_sequences", None, int, COUNT, "Rows of each task; empty: as the configuration has it.")
+_TEXT_TASKS = list_flag(
+    "text_tasks", [], Choices(TEXT_TASKS), "Tasks in plain words, a column each; empty: as the configuration has it."
 )
-_TOPK = flags.DEFINE_list(
-    "topk", [], "Keys to select, such as 256,512: each gives rows of its own; empty: as the model has it."
-)
+_LENGTHS = list_flag("lengths", [], LENGTH, "Tokens in a row of the text tasks; empty: as the configuration has it.", int)
+_TOPK = list_flag("topk", [], COUNT, "Keys to select, each number a set of rows of its own; empty: as the model has it.", int)
 _OUTPUT = OutputFlag("JSON file for the table; empty: none.")
 _CONFIG = ConfigFlag("configs/retrofit_hf.py")
 _PROCESSES = ProcessFlags()
@@ -46,14 +46,14 @@ def main(argv: list[str]) -> None:
     on_main(_OUTPUT.check)
     source, table = evaluate_checkpoint(
         Path(_CHECKPOINT.value),
-        _CONFIG.value,
+        _CONFIG.checked,
         _ROWS.value,
         tasks=_TASKS.value,
         task_len=_TASK_LEN.value,
         task_sequences=_TASK_SEQUENCES.value,
         text_tasks=_TEXT_TASKS.value,
-        lengths=_numbers("lengths", _LENGTHS.value),
-        topk=_numbers("topk", _TOPK.value),
+        lengths=[int(length) for length in _LENGTHS.value],
+        topk=[int(budget) for budget in _TOPK.value],
         overrides=_CONFIG.overrides,
         on_row=lambda row: print(format_row(row), flush=True) if is_main() else None,
     )
@@ -63,14 +63,6 @@ def main(argv: list[str]) -> None:
     print(format_table(table.rows))
     print(format_verdict({"rows": table.rows, "coverage_by_layer": table.coverage_by_layer}))
     _OUTPUT.write(dataclasses.asdict(table))
-
-
-def _numbers(name: str, texts: list[str]) -> list[int]:
-    from dsa_jax.config import ConfigError
-
-    if wrong := [text for text in texts if not text.strip().isdecimal() or not 0 < int(text) < 2**31]:
-        raise ConfigError(f"--{name} has {wrong[0]!r}; expected positive whole numbers, such as --{name}=512,2048.")
-    return [int(text) for text in texts]
 
 
 if __name__ == "__main__":

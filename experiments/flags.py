@@ -18,12 +18,16 @@ from absl import logging as absl_logging
 
 from dsa_jax.checkpoints.hf import CheckpointError
 from dsa_jax.config import Config, ConfigError
-from dsa_jax.config.fields import set_field
+from dsa_jax.config.checks import shown
+from dsa_jax.config.fields import check_kinds, set_field
+from dsa_jax.config.limits import NAME, Range
 from dsa_jax.extras import MissingExtraError
 from dsa_jax.run.files import RunError
 from experiments.recipes import kind_name, load_config, parse_value, recipe_fields
 from experiments.streams import LastingStream
+from experiments.values import limited_flag, path_flag
 
+_LONGEST_WORD = 300
 _EXPECTED = (ConfigError, RunError, CheckpointError, MissingExtraError)
 
 
@@ -39,12 +43,10 @@ class ConfigFlag:
             flag_values: the flags to add to; tests give their own.
         """
         self._flag_values, self._kind = flag_values, kind
-        shown = default if default is not None else "none, it must be given"
+        preset = default if default is not None else "none, it must be given"
         more = "Each of its fields is a flag, such as --config.seed=3: see --helpfull."
-        self._file = flags.DEFINE_string(
-            "config", default, f"Recipe: a Python file with get_config(); FILE:ARG passes ARG to it. Default: {shown}. {more}",
-            flag_values=flag_values,
-        )  # fmt: skip
+        text = f"Recipe: a Python file with get_config(); FILE:ARG passes ARG to it. Default: {preset}. {more}"
+        self._file = path_flag("config", default, text, flag_values=flag_values)
         show_in_help("config", flag_values)
         self._fields = {f"config.{name}": annotation for name, annotation, *_ in recipe_fields(kind)}
         for name, annotation, value, comment in recipe_fields(kind):
@@ -72,17 +74,28 @@ class ConfigFlag:
             set_field(config, name.removeprefix("config."), parse_value(name, text, self._fields[name]))
         return config
 
+    @property
+    def checked(self) -> Any:
+        """`value`, each of whose fields is of its kind and within its limit; how they fit each other is for `validate()`.
+
+        Raises:
+            ConfigError: as `value`, and for a field beyond its limit, by the name of its flag.
+        """
+        config = self.value
+        check_kinds(config, "config.")
+        return config
+
 
 class ProcessFlags:
     """`--coordinator`, `--num_processes` and `--process_id`; call `start` first in `main`."""
 
     def __init__(self, flag_values: flags.FlagValues = flags.FLAGS) -> None:
-        self._coordinator = flags.DEFINE_string(
-            "coordinator", "", "HOST:PORT where process 0 of several can be reached. Under srun none of the three is needed.",
-            flag_values=flag_values,
-        )  # fmt: skip
-        self._num_processes = flags.DEFINE_integer("num_processes", None, "Number of processes.", flag_values=flag_values)
-        self._process_id = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.", flag_values=flag_values)
+        where = "HOST:PORT where process 0 of several can be reached. Under srun none of the three is needed."
+        count, place = Range(1, 2**20), Range(0, 2**20)
+        values: Any = {"flag_values": flag_values}
+        self._coordinator = limited_flag("coordinator", "", str, NAME, where, **values)
+        self._num_processes = limited_flag("num_processes", None, int, count, "Number of processes.", **values)
+        self._process_id = limited_flag("process_id", None, int, place, "Index of this process, from 0.", **values)
         for name in ("coordinator", "num_processes", "process_id"):
             show_in_help(name, flag_values)
 
@@ -139,6 +152,9 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) ->
         return flag_values(argv)
     except SystemExit:
         sys.exit(0)  # absl has shown the help and would exit with 1
+    except RecursionError:
+        # Of absl, which looks for the nearest name letter by letter.
+        _fail("the command line has an unknown flag of hundreds of letters; --helpfull lists all.", 2)
     except flags.UnrecognizedFlagError as error:
         _fail(_unknown(error.flagname, flag_values), 2)
     except flags.Error as error:
@@ -146,7 +162,8 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) ->
 
 
 def _fail(message: str, status: int) -> typing.NoReturn:
-    line = " ".join(message.split())
+    # What absl quotes of the command line may be of any length.
+    line = " ".join(word if len(word) <= _LONGEST_WORD else shown(word)[1:-1] for word in message.split())
     print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(status)
 
@@ -154,13 +171,14 @@ def _fail(message: str, status: int) -> typing.NoReturn:
 def _unknown(name: str, flag_values: flags.FlagValues) -> str:
     known = list(flag_values)
     is_field = name.startswith("config.")
-    below = [other for other in known if other.startswith(f"{name}.")]
+    depth = name.count(".") + 2
+    below = dict.fromkeys(".".join(other.split(".")[:depth]) for other in known if other.startswith(f"{name}."))
     if below:
         return f"{name} is a section; set one of its fields: {', '.join(below)}."
     # Without the common prefix, which would make any two fields look alike.
     candidates = [other for other in known if other.startswith("config.") == is_field]
     bare = {other.removeprefix("config."): other for other in candidates}
-    near = [bare[match] for match in difflib.get_close_matches(name.removeprefix("config."), bare, n=1)]
+    near = [bare[match] for match in difflib.get_close_matches(name.removeprefix("config.")[:_LONGEST_WORD], bare, n=1)]
     kind, dashes = ("field ", "") if is_field else ("flag ", "--")
     hint = f"; did you mean {dashes}{near[0]}?" if near else "; --helpfull lists all."
     return f"unknown {kind}{dashes}{name}{hint}"

@@ -13,27 +13,37 @@ from pathlib import Path
 from absl import flags
 
 from dsa_jax.config import ConfigError
+from dsa_jax.config.limits import FRACTION, LENGTH, Choices, Range, Text
 from dsa_jax.config.selections import common_selections
 from experiments.flags import run_main
+from experiments.values import limited_flag, path_flag
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory or Hugging Face directory.", required=True)
+TEMPERATURE = Range(0.0, 3.4e38, meaning="0 (greedy) or a positive number, finite in float32")
+
+_CHECKPOINT = path_flag("checkpoint", None, "Run directory or Hugging Face directory.", required=True)
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
-_PROMPT_FILE = flags.DEFINE_string("prompt_file", "", "UTF-8 file that holds one prompt.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens to write at most.", lower_bound=0)
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the most probable token; higher is more varied.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the most probable tokens that hold this probability together.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from this many of the most probable tokens; 0: all.", lower_bound=0)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
-_ATTENTION = flags.DEFINE_string("attention", "", f"{', '.join(common_selections())}; empty: as it was trained.")
-_CACHE_DTYPE = flags.DEFINE_string("cache_dtype", "", "float32, bfloat16 or fp8; empty: as the model computes.")
+_PROMPT_FILE = path_flag("prompt_file", "", "UTF-8 file that holds one prompt.")
+_MAX_NEW_TOKENS = limited_flag("max_new_tokens", 128, int, Range(0, 2**30), "Tokens to write at most.")
+_TEMPERATURE = limited_flag("temperature", 0.0, float, TEMPERATURE, "0 takes the most probable token; higher is more varied.")
+_TOP_P = limited_flag("top_p", 1.0, float, FRACTION, "Draw from the most probable tokens that hold this probability together.")
+_TOP_K = limited_flag("top_k", 0, int, Range(0, 2**31 - 1), "Draw from this many of the most probable tokens; 0: all.")
+_SEED = limited_flag("seed", 0, int, Range(0, 2**32 - 1), "Seed of the sampling.")
+_ATTENTION = limited_flag("attention", "", str, Choices(common_selections, or_empty=True), "Empty: as it was trained.")
+_CACHE_DTYPE = limited_flag(
+    "cache_dtype", "", str, Choices(("float32", "bfloat16", "fp8"), or_empty=True), "Empty: as the model computes."
+)
 _WEIGHT_FORMAT = flags.DEFINE_enum(
     "weight_format", "plain", ["plain", "fp8_blocks"], "fp8_blocks: keep a Hugging Face checkpoint's weights in fp8."
 )
-_PAGE_SIZE = flags.DEFINE_integer("page_size", 0, "Tokens per page of a paged cache; 0: contiguous.", lower_bound=0)
-_PARALLEL = flags.DEFINE_string(
-    "parallel", "single", "Devices to split weights and heads over, a preset as of config.parallel: tp8, ep4_tp2, fsdp8, ..."
+_PAGE_SIZE = limited_flag("page_size", 0, int, Range(0, 2**30), "Tokens per page of a paged cache; 0: contiguous.")
+_PARALLEL = limited_flag(
+    "parallel",
+    "single",
+    str,
+    Text(200),
+    "Devices to split weights and heads over, a preset as of config.parallel: tp8, ep4_tp2, fsdp8, ...",
 )
-_PREFILL_CHUNK = flags.DEFINE_integer("prefill_chunk", 512, "Prompt tokens processed at a time.")
+_PREFILL_CHUNK = limited_flag("prefill_chunk", 512, int, LENGTH, "Prompt tokens processed at a time.")
 
 
 def main(argv: list[str]) -> None:

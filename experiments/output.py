@@ -9,13 +9,14 @@ from absl import flags
 
 from dsa_jax.run.files import atomic_write_text, make_writable_directory
 from experiments.flags import show_in_help
+from experiments.values import path_flag
 
 
 class OutputFlag:
     """The file of results, if the user names one; in `main` call `check` first and `write` or `append` last."""
 
     def __init__(self, text: str, flag_values: flags.FlagValues = flags.FLAGS) -> None:
-        self._flag = flags.DEFINE_string("output", "", text, flag_values=flag_values)
+        self._flag = path_flag("output", "", text, flag_values=flag_values)
         show_in_help("output", flag_values)
 
     def check(self) -> None:

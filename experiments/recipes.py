@@ -18,6 +18,8 @@ from typing import Any
 
 from dsa_jax.config import Config, ConfigError
 from dsa_jax.config.attention import kinds as attention_kinds
+from dsa_jax.config.checks import shown
+from dsa_jax.config.limits import PATH, Range, limit_of
 from dsa_jax.config.selections import eval_rows, selections
 
 _CHOICES = {"{selections}": selections, "{eval_rows}": eval_rows, "{kinds}": attention_kinds}
@@ -34,6 +36,7 @@ def load_config(path: str | None, kind: type = Config) -> Any:
     """
     if not path:
         raise ConfigError(f"--config is not given; expected a recipe.{_available(Path('configs'))}")
+    PATH.check("--config", path)
     file, _, argument = path.partition(":")
     if not Path(file).is_file():
         raise ConfigError(f"--config={path}: there is no file {file}.{_available(Path(file).parent)}")
@@ -91,11 +94,11 @@ def parse_value(name: str, text: str, kind: Any) -> Any:
             return _checked(float(text), float)
         return _checked(ast.literal_eval(text.strip()), kind)
     except (ValueError, KeyError, SyntaxError, TypeError, MemoryError, RecursionError):
-        raise ConfigError(f"{name} is {text!r}; expected {kind_name(kind)}.") from None
+        raise ConfigError(f"{name} is {shown(text)}; expected {kind_name(kind)}.") from None
 
 
 def recipe_fields(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
-    """(dotted name, annotation, default, comment beside it in the source) of every leaf field."""
+    """(dotted name, annotation, default, comment beside it in the source and its limit) of every leaf field."""
     kinds, comments = typing.get_type_hints(cls), _comments(cls.__module__)
     defaults = cls()
     for field in dataclasses.fields(cls):
@@ -108,19 +111,23 @@ def recipe_fields(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, Any, 
             comment = comments.get((cls.__name__, field.name), "")
             for word, choices in _CHOICES.items():
                 comment = comment.replace(word, ", ".join(choices()))
+            if isinstance(limit := limit_of(field), Range):
+                comment = f"{comment}; {limit.words}".removeprefix("; ")
             yield name, kind, getattr(defaults, field.name), comment
 
 
 @functools.cache
 def _comments(module_name: str) -> dict[tuple[str, str], str]:
     """The comment beside each field of each class of a module, by (class, field)."""
+    source = inspect.getsource(sys.modules[module_name])
+    lines = source.splitlines()
     found: dict[tuple[str, str], str] = {}
-    owner = ""
-    for line in inspect.getsource(sys.modules[module_name]).splitlines():
-        if heading := re.match(r"class (\w+)", line):
-            owner = heading[1]
-        elif field := re.match(r"    (\w+):[^#]*#\s*(.+)$", line):
-            found[owner, field[1]] = field[2]
+    for owner in (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)):
+        for field in owner.body:
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and field.end_lineno:
+                after = lines[field.end_lineno - 1].encode()[field.end_col_offset or 0 :].decode()
+                if comment := re.match(r"\s*#\s*(.+)$", after):
+                    found[owner.name, field.target.id] = comment[1]
     return found
 
 

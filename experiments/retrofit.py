@@ -11,11 +11,10 @@ from pathlib import Path
 from absl import flags
 
 from experiments.flags import ConfigFlag, ProcessFlags, run_main
+from experiments.values import path_flag
 
 _CONFIG = ConfigFlag("configs/quickstart.py")
-_WORKDIR = flags.DEFINE_string(
-    "workdir", "runs/quickstart", "Run directory: created, or continued if it holds the same configuration."
-)
+_WORKDIR = path_flag("workdir", "runs/quickstart", "Run directory: created, or continued if it holds the same configuration.")
 _PROCESSES = ProcessFlags()
 _TENSORBOARD = flags.DEFINE_boolean("tensorboard", False, "Also write TensorBoard events (extra `tensorboard`).")
 
@@ -29,7 +28,7 @@ def main(argv: list[str]) -> None:
     if not _WORKDIR.value:
         raise ConfigError("--workdir is empty; expected a directory.")
     _PROCESSES.start()
-    retrofit(_CONFIG.value, Path(_WORKDIR.value), tensorboard=_TENSORBOARD.value)
+    retrofit(_CONFIG.checked, Path(_WORKDIR.value), tensorboard=_TENSORBOARD.value)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,10 @@ python -m experiments.summarize
 
 from pathlib import Path
 
-from absl import flags
-
 from experiments.flags import run_main
+from experiments.values import path_flag
 
-_RESULTS = flags.DEFINE_string("results", "experiments/results", "Directory of the results; writes its README.md.")
+_RESULTS = path_flag("results", "experiments/results", "Directory of the results; writes its README.md.")
 
 
 def main(argv: list[str]) -> None:

@@ -14,20 +14,20 @@ from pathlib import Path
 from absl import flags
 
 from dsa_jax.benchmarks.op_shapes import OPS
+from dsa_jax.config.limits import COUNT, NAME
 from experiments.flags import run_main
+from experiments.values import limited_flag, list_flag, path_flag
 
 _OP = flags.DEFINE_enum("op", None, OPS, "Op whose kernels to tune.", required=True)
-_SHAPE = flags.DEFINE_list("shape", [], "Names of shapes; empty: all that are meant for a GPU.")
-_IMPLEMENTATION = flags.DEFINE_string(
-    "implementation", "pallas", "pallas, pallas_ordered, triton or mosaic, where the op has it."
+_SHAPE = list_flag("shape", [], NAME, "Names of shapes; empty: all that are meant for a GPU.")
+_IMPLEMENTATION = limited_flag(
+    "implementation", "pallas", str, NAME, "pallas, pallas_ordered, triton or mosaic, where the op has it."
 )
-_KERNEL = flags.DEFINE_list("kernel", [], "Only these of the op's kernels; empty: all.")
-_LIMIT = flags.DEFINE_integer("limit", 24, "Candidates of each kernel, the default first, then the nearest.", lower_bound=1)
-_UNFIT = flags.DEFINE_string(
-    "unfit", "", "File that dsa_jax.benchmarks.aot --candidates wrote; what failed there is not tried."
-)
-_LOG = flags.DEFINE_string("log", "runs/tune/trials.jsonl", "JSON Lines file of all trials.")
-_TABLE = flags.DEFINE_string("table", "", "Table to write; empty: the one that the kernels read.")
+_KERNEL = list_flag("kernel", [], NAME, "Only these of the op's kernels; empty: all.")
+_LIMIT = limited_flag("limit", 24, int, COUNT, "Candidates of each kernel, the default first, then the nearest.")
+_UNFIT = path_flag("unfit", "", "File that dsa_jax.benchmarks.aot --candidates wrote; what failed there is not tried.")
+_LOG = path_flag("log", "runs/tune/trials.jsonl", "JSON Lines file of all trials.")
+_TABLE = path_flag("table", "", "Table to write; empty: the one that the kernels read.")
 _INTERPRET = flags.DEFINE_bool("interpret", False, "On CPU at tiny sizes, kernels interpreted; needs --table.")
 
 

@@ -6,11 +6,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from dsa_jax.config.checks import ConfigError, not_negative, one_of, positive
+from dsa_jax.config.checks import ConfigError, positive
 from dsa_jax.config.fields import Settings
 from dsa_jax.config.implementations import AUTO, PORTABLE, parse_implementations
-from dsa_jax.config.selections import DENSE, check_selection, selection
+from dsa_jax.config.limits import (
+    AMOUNT,
+    COUNT,
+    EPSILON,
+    FACTOR,
+    HEADS,
+    HEADS_IF_USED,
+    TEXT,
+    WEIGHT,
+    WIDTH_IF_USED,
+    Choices,
+    Range,
+    limited,
+)
+from dsa_jax.config.selections import DENSE, check_selection, selection, selections
 
+ROPE_LAYOUT = Choices(("half_split", "interleaved"))
 FULL, SHARED, WINDOW = "full", "shared", "window"
 ROLES = (FULL, SHARED, DENSE, WINDOW)
 """Roles of a layer: follows `attention=` (with an indexer of its own where the model has indexers), reuses the selection of the
@@ -21,30 +36,28 @@ last full layer, always attends densely, or always attends to the last `window` 
 class RopeConfig(Settings):
     """Rotary position embedding and its long-context scaling."""
 
-    theta: float = 10000.0
-    scaling: str = "none"  # none | yarn | llama3
-    factor: float = 1.0
-    original_max_positions: int = 4096
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
-    mscale: float = 1.0  # yarn: numerator of the cos/sin magnitude
-    mscale_all_dim: float = 0.0  # yarn: denominator of it; squared into the softmax scale
-    attention_factor: float = 0.0  # yarn: the cos/sin magnitude itself; 0: mscale over mscale_all_dim
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
+    theta: float = limited(10000.0, Range(1e-6, 1e15))
+    scaling: str = limited("none", Choices(("none", "yarn", "llama3")))  # none | yarn | llama3
+    factor: float = limited(1.0, FACTOR)
+    original_max_positions: int = limited(4096, Range(0, 2**30))
+    beta_fast: float = limited(32.0, FACTOR)  # yarn
+    beta_slow: float = limited(1.0, FACTOR)  # yarn
+    mscale: float = limited(1.0, Range(0, 1e3))  # yarn: numerator of the cos/sin magnitude
+    mscale_all_dim: float = limited(0.0, Range(0, 1e3))  # yarn: denominator of it; squared into the softmax scale
+    attention_factor: float = limited(0.0, Range(0, 1e3))  # yarn: the cos/sin magnitude itself; 0: mscale over mscale_all_dim
+    low_freq_factor: float = limited(1.0, FACTOR)  # llama3
+    high_freq_factor: float = limited(4.0, FACTOR)  # llama3
 
     def validate(self) -> None:
-        one_of("attention.rope.scaling", self.scaling, ("none", "yarn", "llama3"))
-        positive("attention.rope.theta", self.theta)
-        positive("attention.rope.factor", self.factor)
-        not_negative("attention.rope.attention_factor", self.attention_factor)
         if self.scaling != "none":
-            positive("attention.rope.original_max_positions", self.original_max_positions)
+            positive("model.attention.rope.original_max_positions", self.original_max_positions)
         if self.scaling == "yarn" and self.theta == 1.0:
-            raise ConfigError("attention.rope.theta is 1 with yarn, where every frequency is the same; expected more than 1.")
+            raise ConfigError(
+                "model.attention.rope.theta is 1 with yarn, where every frequency is the same; expected more than 1."
+            )
         if self.scaling == "llama3" and not self.high_freq_factor > self.low_freq_factor:
             raise ConfigError(
-                f"attention.rope.high_freq_factor is {self.high_freq_factor}; expected more than low_freq_factor "
+                f"model.attention.rope.high_freq_factor is {self.high_freq_factor}; expected more than low_freq_factor "
                 f"({self.low_freq_factor})."
             )
 
@@ -54,26 +67,33 @@ class IndexerConfig(Settings):
     """The lightning indexer (DeepSeek-V3.2 report, section 1)."""
 
     enabled: bool = False
-    n_heads: int = 64
-    head_dim: int = 128
-    rope_dim: int = 64  # leading channels of each head that are rotated
-    topk: int = 2048  # k in the paper
-    rope_layout: str = "half_split"  # half_split (V3.2) | interleaved (GLM-5)
-    norm_eps: float = 1e-6  # LayerNorm of the index key
+    n_heads: int = limited(64, HEADS_IF_USED)
+    head_dim: int = limited(128, Range(0, 2**16))
+    rope_dim: int = limited(64, Range(0, 2**16))  # leading channels of each head that are rotated
+    topk: int = limited(2048, COUNT)  # k in the paper
+    rope_layout: str = limited("half_split", ROPE_LAYOUT)  # half_split (V3.2) | interleaved (GLM-5)
+    norm_eps: float = limited(1e-6, EPSILON)  # LayerNorm of the index key
     hadamard: bool = False  # rotate q and k by the orthonormal Hadamard matrix
     fp8: bool = False  # simulate e4m3 with power-of-two scales on q and k
-    activation: str = "relu"  # relu | none, before the heads are weighed
-    head_weights: str = "learned"  # learned | constant (every head counts the same; no projection)
-    forced_sink: int = 0  # first visible keys that sparse and coarse_to_fine always select, within topk
-    forced_local: int = 0  # last visible keys that they always select, within topk
-    coarse_block_size: int = 128  # keys per block of the modes coarse_to_fine and blocks
-    coarse_blocks: int = 64  # blocks that coarse_to_fine searches key by key, beside the first and the last visible one
-    coarse_pooling: str = "mean"  # mean | salient: how coarse_to_fine makes one key of a block
-    coarse_loss_weight: float = 0.0  # of the KL that teaches pooled index keys to choose blocks, in the warm-up
+    activation: str = limited("relu", Choices(("relu", "none")))  # relu | none, before the heads are weighed
+    head_weights: str = limited(
+        "learned", Choices(("learned", "constant"))
+    )  # learned | constant (every head counts the same; no projection)
+    forced_sink: int = limited(0, AMOUNT)  # first visible keys that sparse and coarse_to_fine always select, within topk
+    forced_local: int = limited(0, AMOUNT)  # last visible keys that they always select, within topk
+    coarse_block_size: int = limited(128, AMOUNT)  # keys per block of the modes coarse_to_fine and blocks
+    coarse_blocks: int = limited(
+        64, AMOUNT
+    )  # blocks that coarse_to_fine searches key by key, beside the first and the last visible one
+    coarse_pooling: str = limited(
+        "mean", Choices(("mean", "salient"))
+    )  # mean | salient: how coarse_to_fine makes one key of a block
+    coarse_loss_weight: float = limited(
+        0.0, WEIGHT
+    )  # of the KL that teaches pooled index keys to choose blocks, in the warm-up
     distill_shared: bool = False  # an indexer learns from all layers that its selection serves, not from its own alone
 
     def validate(self) -> None:
-        positive("model.attention.indexer.topk", self.topk)  # the budget of the baselines, too
         if not self.enabled:
             if self.distill_shared or self.coarse_loss_weight:
                 raise ConfigError(
@@ -83,17 +103,11 @@ class IndexerConfig(Settings):
             return
         for name in ("n_heads", "head_dim", "coarse_block_size", "coarse_blocks"):
             positive(f"model.attention.indexer.{name}", getattr(self, name))
-        for name in ("forced_sink", "forced_local", "coarse_loss_weight"):
-            not_negative(f"model.attention.indexer.{name}", getattr(self, name))
         if 0 < self.forced_sink + self.forced_local >= self.topk:
             raise ConfigError(
                 f"model.attention.indexer.forced_sink is {self.forced_sink} and forced_local {self.forced_local}; expected "
                 f"fewer than topk ({self.topk}) together, so that the indexer has a key to choose. Force fewer or raise topk."
             )
-        one_of("model.attention.indexer.rope_layout", self.rope_layout, ("half_split", "interleaved"))
-        one_of("model.attention.indexer.activation", self.activation, ("relu", "none"))
-        one_of("model.attention.indexer.coarse_pooling", self.coarse_pooling, ("mean", "salient"))
-        one_of("model.attention.indexer.head_weights", self.head_weights, ("learned", "constant"))
         if self.rope_dim % 2 or not 0 <= self.rope_dim <= self.head_dim:
             raise ConfigError(
                 f"model.attention.indexer.rope_dim is {self.rope_dim}; expected an even number from 0 to head_dim "
@@ -121,13 +135,13 @@ UNPUBLISHED = ("activation", "head_weights", "forced_sink", "forced_local")
 class NSAConfig(Settings):
     """Native sparse attention (arXiv 2502.11089, section 4.1): compressed blocks, selected blocks and a window, gated."""
 
-    compress_block: int = 32  # keys that become one compressed key (l in the paper)
-    compress_stride: int = 16  # keys from one compressed key to the next (d)
-    select_block: int = 64  # keys of a block that is read as a whole (l')
-    n_select_blocks: int = 16  # blocks that a query reads (n), the forced ones among them
-    n_initial_blocks: int = 1  # first blocks that every query reads
-    n_local_blocks: int = 2  # blocks up to the query's own that it always reads
-    window: int = 512  # last keys that the window branch reads
+    compress_block: int = limited(32, AMOUNT)  # keys that become one compressed key (l in the paper)
+    compress_stride: int = limited(16, AMOUNT)  # keys from one compressed key to the next (d)
+    select_block: int = limited(64, AMOUNT)  # keys of a block that is read as a whole (l')
+    n_select_blocks: int = limited(16, AMOUNT)  # blocks that a query reads (n), the forced ones among them
+    n_initial_blocks: int = limited(1, AMOUNT)  # first blocks that every query reads
+    n_local_blocks: int = limited(2, AMOUNT)  # blocks up to the query's own that it always reads
+    window: int = limited(512, AMOUNT)  # last keys that the window branch reads
 
     def validate(self) -> None:
         for name in ("compress_block", "compress_stride", "select_block", "n_select_blocks", "window"):
@@ -138,8 +152,6 @@ class NSAConfig(Settings):
                     f"model.attention.nsa.{name} is {getattr(self, name)}; expected a multiple of compress_stride "
                     f"({self.compress_stride})."
                 )
-        for name in ("n_initial_blocks", "n_local_blocks"):
-            not_negative(f"model.attention.nsa.{name}", getattr(self, name))
         forced = self.n_initial_blocks + self.n_local_blocks
         if self.n_select_blocks < forced:
             raise ConfigError(
@@ -167,26 +179,32 @@ class KindFields(NamedTuple):
 class AttentionConfig(Settings):
     """The attention of all layers: their kind, what each layer does, the indexer."""
 
-    kind: str = "gqa"  # {kinds}: grouped-query, multi-head latent, or native sparse attention (grouped-query with branches)
-    mode: str = "dense"  # the attention that the checkpoint was trained under, one of {selections}
-    layer_types: tuple[
-        str, ...
-    ] = ()  # per layer full | shared (reuses the last full one) | dense | window | a kind; empty: full
-    window: int = 0  # keys that a layer of type window attends to
-    n_heads: int = 4
-    n_kv_heads: int = 4  # gqa
-    head_dim: int = 32  # gqa
-    q_lora_rank: int = 0  # mla; 0: queries straight from the hidden state
-    kv_lora_rank: int = 64  # mla
-    qk_nope_head_dim: int = 32  # mla
-    qk_rope_head_dim: int = 16  # mla
-    v_head_dim: int = 32  # mla
-    rope_layout: str = "half_split"  # half_split (Llama, Qwen) | interleaved (DeepSeek, GLM)
+    kind: str = limited(
+        "gqa", Choices(lambda: kinds())
+    )  # {kinds}: grouped-query, multi-head latent, or native sparse attention (grouped-query with branches)
+    mode: str = limited(
+        "dense", Choices(selections)
+    )  # the attention that the checkpoint was trained under, one of {selections}
+    layer_types: tuple[str, ...] = limited(
+        (), Choices(lambda: (*ROLES, *kinds()))
+    )  # per layer full | shared (reuses the last full one) | dense | window | a kind; empty: full
+    window: int = limited(0, AMOUNT)  # keys that a layer of type window attends to
+    n_heads: int = limited(4, HEADS)
+    n_kv_heads: int = limited(4, HEADS_IF_USED)  # gqa
+    head_dim: int = limited(32, Range(0, 2**16))  # gqa
+    q_lora_rank: int = limited(0, WIDTH_IF_USED)  # mla; 0: queries straight from the hidden state
+    kv_lora_rank: int = limited(64, WIDTH_IF_USED)  # mla
+    qk_nope_head_dim: int = limited(32, WIDTH_IF_USED)  # mla
+    qk_rope_head_dim: int = limited(16, WIDTH_IF_USED)  # mla
+    v_head_dim: int = limited(32, WIDTH_IF_USED)  # mla
+    rope_layout: str = limited("half_split", ROPE_LAYOUT)  # half_split (Llama, Qwen) | interleaved (DeepSeek, GLM)
     qk_norm: bool = False  # gqa: RMSNorm on each head of q and k (Qwen3)
     use_bias: bool = False  # gqa: bias on q, k and v
     use_out_bias: bool = False  # gqa: bias on the output projection
-    latent_norm_eps: float = 1e-6  # mla: norms of the query and the key-value latent
-    implementation: str = AUTO  # auto | reference | xla | by op: sparse_attention=pallas,index_topk=triton,indexer_kl=pallas
+    latent_norm_eps: float = limited(1e-6, EPSILON)  # mla: norms of the query and the key-value latent
+    implementation: str = limited(
+        AUTO, TEXT
+    )  # auto | reference | xla | by op: sparse_attention=pallas,index_topk=triton,indexer_kl=pallas
     rope: RopeConfig = field(default_factory=RopeConfig)
     indexer: IndexerConfig = field(default_factory=IndexerConfig)
     nsa: NSAConfig = field(default_factory=NSAConfig)  # kind nsa
@@ -218,10 +236,7 @@ class AttentionConfig(Settings):
         )
 
     def validate(self, n_layers: int) -> None:
-        one_of("model.attention.kind", self.kind, kinds())
-        one_of("model.attention.rope_layout", self.rope_layout, ("half_split", "interleaved"))
         implementations = parse_implementations("model.attention.implementation", self.implementation)
-        positive("model.attention.n_heads", self.n_heads)
         self._check_layer_types(n_layers)
         used = {layer.kind for layer in self.layers(n_layers)}
         for kind in sorted({self.kind, *used}):
@@ -248,8 +263,6 @@ class AttentionConfig(Settings):
         types, name = self.layer_types, "model.attention.layer_types"
         if types and len(types) != n_layers:
             raise ConfigError(f"{name} has {len(types)} entries; expected one per layer ({n_layers}).")
-        for each in types:
-            one_of(name, each, (*ROLES, *kinds()))
         if WINDOW in types:
             positive("model.attention.window", self.window)
         if self.indexer.enabled and types:
@@ -309,7 +322,6 @@ def _check_gqa(attention: AttentionConfig) -> None:
 def _check_mla(attention: AttentionConfig) -> None:
     for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
         positive(f"model.attention.{name}", getattr(attention, name))
-    not_negative("model.attention.q_lora_rank", attention.q_lora_rank)
     if attention.qk_rope_head_dim % 2:
         raise ConfigError(
             f"model.attention.qk_rope_head_dim is {attention.qk_rope_head_dim}; expected an even number for rotation."

@@ -3,10 +3,13 @@
 import copy
 import dataclasses
 import json
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from dsa_jax.config.checks import ConfigError, did_you_mean
+from dsa_jax.config.checks import ConfigError, did_you_mean, shown
+from dsa_jax.config.limits import check_limit, limit_of
 
 
 class Settings:
@@ -34,6 +37,7 @@ class Settings:
         return type(self)(**{f.name: copy.deepcopy(getattr(self, f.name), memo) for f in dataclasses.fields(self)})  # type: ignore[arg-type]
 
 
+LONGEST_TUPLE = 10_000
 _FROZEN = "_is_frozen"
 S = TypeVar("S", bound=Settings)
 
@@ -53,26 +57,34 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
+def from_dict(cls: type, values: Mapping[str, Any], prefix: str | None = None) -> Any:
     """Build the dataclass `cls` from nested dicts as `to_dict` writes them; missing fields keep their defaults.
 
+    Args:
+        cls: the class.
+        values: its fields.
+        prefix: what messages put before the names of fields, "" or "model."; None: the name of the class.
+
     Raises:
-        ConfigError: for a field that `cls` does not have, with the nearest name, or a value of another kind than its field.
+        ConfigError: for a field that `cls` does not have, with the nearest name, or a value of another kind than its field or
+            beyond its limit.
     """
+    prefix = f"{cls.__name__}." if prefix is None else prefix
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{cls.__name__} is {values!r}; expected an object with its fields.")
+        name = prefix.removesuffix(".") or cls.__name__
+        raise ConfigError(f"{name} is {shown(values)}; expected an object with its fields.")
     if issubclass(cls, Settings):
         values = cls.upgraded(values)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     arguments: dict[str, Any] = {}
     for name, value in values.items():
         if name not in fields:
-            raise ConfigError(f"{cls.__name__} has no field {name!r}.{did_you_mean(name, fields)}")
+            raise ConfigError(f"{cls.__name__} has no field {shown(name)}.{did_you_mean(name, fields)}")
         kind = fields[name].type
         if dataclasses.is_dataclass(kind):
-            arguments[name] = from_dict(kind, value)  # type: ignore[arg-type]
+            arguments[name] = from_dict(kind, value, f"{prefix}{name}.")  # type: ignore[arg-type]
         else:
-            _check_kind(f"{cls.__name__}.{name}", kind, value)
+            check_field(f"{prefix}{name}", fields[name], value)
             arguments[name] = _tuples(value)
     return cls(**arguments)
 
@@ -106,7 +118,9 @@ def _known(node: Any, name: str, path: str) -> str:
 
 
 def check_kinds(config: Any, prefix: str = "") -> None:
-    """Require every field of a config, which a recipe may have set to anything, to be of its own kind, and no others to be set.
+    """Require every field of a config, which a recipe may have set to anything, to be of its own kind and within its limit.
+
+    Nothing else may be set. How fields fit each other is for `validate`, and so are fields that are no flags.
 
     Raises:
         ConfigError: naming the field by its path.
@@ -116,20 +130,41 @@ def check_kinds(config: Any, prefix: str = "") -> None:
         hint = did_you_mean(others[0], fields)
         raise ConfigError(f"{prefix}{others[0]} is set, which is no field of {type(config).__name__}.{hint}")
     for field in dataclasses.fields(config):
+        if not field.metadata.get("flag", True):
+            continue
         name, value = f"{prefix}{field.name}", getattr(config, field.name)
         if not dataclasses.is_dataclass(field.type):
-            _check_kind(name, field.type, value)
+            check_field(name, field, value)
         elif isinstance(value, field.type):  # type: ignore[arg-type]
             check_kinds(value, f"{name}.")
         else:
-            raise ConfigError(f"{name} is {value!r}; expected a {field.type.__name__}.")  # type: ignore[union-attr]
+            raise ConfigError(f"{name} is {shown(value)}; expected a {field.type.__name__}.")  # type: ignore[union-attr]
+
+
+def check_field(name: str, field: dataclasses.Field, value: Any) -> None:
+    """Require a value of the field's kind, at every depth of a tuple, within its limit; messages call it `name`.
+
+    Raises:
+        ConfigError: naming the field, its value and what was expected.
+    """
+    _check_kind(name, field.type, value)
+    check_limit(name, limit_of(field), value)
 
 
 def _check_kind(name: str, kind: Any, value: Any) -> None:
     fits = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}.get(kind, (list, tuple))
     # float64 of NumPy is a float; bool is an int, and not meant.
     if type(value) not in fits and not (kind is float and isinstance(value, float)):
-        raise ConfigError(f"{name} is {value!r}; expected {' or '.join(each.__name__ for each in fits)}.")
+        raise ConfigError(f"{name} is {shown(value)}; expected {' or '.join(each.__name__ for each in fits)}.")
+    inner = typing.get_args(kind) if isinstance(kind, types.GenericAlias) else ()
+    if not inner:
+        return
+    if len(value) > LONGEST_TUPLE:
+        raise ConfigError(f"{name} has {len(value)} entries; expected at most {LONGEST_TUPLE}.")
+    # How many values an entry has is for `validate`, which knows what they are called.
+    kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else inner
+    for each, entry in zip(kinds, value, strict=False):
+        _check_kind(name, each, entry)
 
 
 def _tuples(value: Any) -> Any:

@@ -4,12 +4,27 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from dsa_jax.config.attention import AttentionConfig
-from dsa_jax.config.checks import ConfigError, not_negative, one_of, positive
-from dsa_jax.config.fields import Settings
+from dsa_jax.config.checks import ConfigError, positive, shown
+from dsa_jax.config.families import families
+from dsa_jax.config.fields import Settings, check_kinds
+from dsa_jax.config.limits import (
+    DEVIATION,
+    EPSILON,
+    FACTOR,
+    FRACTION,
+    LENGTH,
+    WEIGHT,
+    WIDTH,
+    WIDTH_IF_USED,
+    Choices,
+    Range,
+    limited,
+)
 
 PLAIN, FP8_BLOCKS = "plain", "fp8_blocks"
 WEIGHT_FORMATS = (PLAIN, FP8_BLOCKS)
 """Storage of a model's kernels: in `param_dtype`, or in e4m3 with a float32 scale per block of 128 x 128."""
+DTYPE = Choices(("float32", "bfloat16"))
 DENSE_MLP, MOE = "dense", "moe"
 
 
@@ -26,29 +41,25 @@ class LayerSpec(NamedTuple):
 class MoEConfig(Settings):
     """DeepSeek mixture of experts; `n_routed_experts` 0 means every MLP is dense."""
 
-    n_routed_experts: int = 0
-    n_experts_per_token: int = 2
-    n_shared_experts: int = 0
-    expert_dim: int = 64
-    n_dense_layers: int = 0  # first_k_dense_replace: leading layers that keep a dense MLP
-    scoring: str = "sigmoid"  # sigmoid (V3) | softmax (V2, Qwen3)
-    n_groups: int = 1
-    topk_groups: int = 1
-    group_score: str = "top2_sum"  # top2_sum (V3) | max (V2)
+    n_routed_experts: int = limited(0, Range(0, 2**16))
+    n_experts_per_token: int = limited(2, Range(0, 2**16))
+    n_shared_experts: int = limited(0, Range(0, 2**12))
+    expert_dim: int = limited(64, WIDTH_IF_USED)
+    n_dense_layers: int = limited(0, Range(0, 10_000))  # first_k_dense_replace: leading layers that keep a dense MLP
+    scoring: str = limited("sigmoid", Choices(("sigmoid", "softmax")))  # sigmoid (V3) | softmax (V2, Qwen3)
+    n_groups: int = limited(1, Range(0, 2**16))
+    topk_groups: int = limited(1, Range(0, 2**16))
+    group_score: str = limited("top2_sum", Choices(("top2_sum", "max")))  # top2_sum (V3) | max (V2)
     normalize_weights: bool = True
-    routed_scale: float = 1.0
+    routed_scale: float = limited(1.0, FACTOR)
     use_score_bias: bool = True  # e_score_correction_bias, moved by load and not by gradient
-    bias_update_rate: float = 0.001
-    balance_loss_weight: float = 0.0  # sequence-wise
+    bias_update_rate: float = limited(0.001, FRACTION)
+    balance_loss_weight: float = limited(0.0, WEIGHT)  # sequence-wise
 
     def validate(self, n_layers: int) -> None:
         if self.n_routed_experts == 0:
             return
-        positive("model.moe.n_routed_experts", self.n_routed_experts)
         positive("model.moe.expert_dim", self.expert_dim)
-        not_negative("model.moe.n_shared_experts", self.n_shared_experts)
-        one_of("model.moe.scoring", self.scoring, ("sigmoid", "softmax"))
-        one_of("model.moe.group_score", self.group_score, ("top2_sum", "max"))
         if not 1 <= self.n_experts_per_token <= self.n_routed_experts:
             raise ConfigError(
                 f"model.moe.n_experts_per_token is {self.n_experts_per_token}; expected 1 to n_routed_experts "
@@ -73,24 +84,32 @@ class MoEConfig(Settings):
 class ModelConfig(Settings):
     """A decoder-only transformer."""
 
-    vocab_size: int = 640
-    hidden_dim: int = 64
-    n_layers: int = 2
-    mlp_dim: int = 128
-    norm_eps: float = 1e-6
+    vocab_size: int = limited(640, WIDTH)
+    hidden_dim: int = limited(64, WIDTH)
+    n_layers: int = limited(2, Range(1, 10_000))
+    mlp_dim: int = limited(128, WIDTH)
+    norm_eps: float = limited(1e-6, EPSILON)
     tie_embeddings: bool = True
-    initializer_range: float = 0.02  # standard deviation of kernels; the embedding has its own
-    embedding_initializer_range: float = 1.0
-    logits_scale: float = 1.0  # multiplies the logits; hidden_dim ** -0.5 for a tied embedding of unit variance
-    max_positions: int = 4096
-    family: str = ""  # Hugging Face model_type that the weights came from; empty: trained here
-    bos_token_id: int = -1  # -1: none
-    eos_token_ids: tuple[int, ...] = ()  # tokens that end a generated text
-    param_dtype: str = "float32"
-    dtype: str = "float32"  # of activations and matmuls; float32 is never rounded to tf32
-    weight_format: str = PLAIN  # plain | fp8_blocks (e4m3 kernels with block scales, but for head and router; for serving)
+    initializer_range: float = limited(0.02, DEVIATION)  # standard deviation of kernels; the embedding has its own
+    embedding_initializer_range: float = limited(1.0, DEVIATION)
+    logits_scale: float = limited(
+        1.0, Range(1e-9, 1e9)
+    )  # multiplies the logits; hidden_dim ** -0.5 for a tied embedding of unit variance
+    max_positions: int = limited(4096, LENGTH)
+    family: str = limited(
+        "", Choices(families, or_empty=True)
+    )  # Hugging Face model_type that the weights came from; empty: trained here
+    bos_token_id: int = limited(-1, Range(-1, 2**24))  # -1: none
+    eos_token_ids: tuple[int, ...] = limited((), Range(0, 2**24))  # tokens that end a generated text
+    param_dtype: str = limited("float32", DTYPE)
+    dtype: str = limited("float32", DTYPE)  # of activations and matmuls; float32 is never rounded to tf32
+    weight_format: str = limited(
+        PLAIN, Choices(WEIGHT_FORMATS)
+    )  # plain | fp8_blocks (e4m3 kernels with block scales, but for head and router; for serving)
     scan_layers: bool = True  # False unrolls the layers over the same parameters
-    remat: str = "none"  # none | full | dots: what the backward pass recomputes; top-k indices never are
+    remat: str = limited(
+        "none", Choices(("none", "full", "dots"))
+    )  # none | full | dots: what the backward pass recomputes; top-k indices never are
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
 
@@ -115,12 +134,12 @@ class ModelConfig(Settings):
             )
 
     def validate(self) -> None:
-        for name in ("vocab_size", "hidden_dim", "n_layers", "mlp_dim", "max_positions"):
-            positive(f"model.{name}", getattr(self, name))
-        not_negative("model.norm_eps", self.norm_eps)
-        one_of("model.param_dtype", self.param_dtype, ("float32", "bfloat16"))
-        one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
-        one_of("model.weight_format", self.weight_format, WEIGHT_FORMATS)
-        one_of("model.remat", self.remat, ("none", "full", "dots"))
+        check_kinds(self, "model.")
+        for name, tokens in (("bos_token_id", (self.bos_token_id,)), ("eos_token_ids", self.eos_token_ids)):
+            if max(tokens, default=-1) >= self.vocab_size:
+                raise ConfigError(
+                    f"model.{name} is {shown(getattr(self, name))}; expected token ids below model.vocab_size "
+                    f"({self.vocab_size})."
+                )
         self.attention.validate(self.n_layers)
         self.moe.validate(self.n_layers)

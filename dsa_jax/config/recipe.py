@@ -7,10 +7,24 @@ have been. Lengths are in tokens, learning rates are absolute, fractions lie in 
 import re
 from dataclasses import dataclass, field
 
-from dsa_jax.config.checks import ConfigError, fraction, not_negative, one_of, positive, random_seed
+from dsa_jax.config.checks import ConfigError, fraction, one_of, shown
 from dsa_jax.config.fields import check_kinds
+from dsa_jax.config.limits import (
+    AMOUNT,
+    COUNT,
+    FRACTION,
+    LENGTH,
+    PATH,
+    ROWS,
+    SEED,
+    WEIGHT,
+    Choices,
+    Range,
+    Text,
+    limited,
+)
 from dsa_jax.config.model import ModelConfig
-from dsa_jax.config.selections import check_selection, eval_rows
+from dsa_jax.config.selections import eval_rows, selections
 
 STAGES = ("pretrain", "warmup", "sparse")
 AXES = ("data", "fsdp", "expert", "tensor", "context")
@@ -43,49 +57,51 @@ _AXIS_OF = {"dp": "data", "fsdp": "fsdp", "ep": "expert", "tp": "tensor", "cp": 
 class RecallConfig:
     """Record-token recall: the vocabulary of the task and how densely records are scattered."""
 
-    n_keys: int = 32
-    n_values: int = 8
-    n_fillers: int = 64
-    tokens_per_record: int = 16  # a sequence of length L holds L // tokens_per_record records
+    n_keys: int = limited(32, ROWS)
+    n_values: int = limited(8, ROWS)
+    n_fillers: int = limited(64, ROWS)
+    tokens_per_record: int = limited(16, ROWS)  # a sequence of length L holds L // tokens_per_record records
 
 
 @dataclass
 class TaskConfig:
     """Sizes of the synthetic tasks other than recall, whose tokens they share; the same at all lengths but short ones."""
 
-    n_needles: int = 16  # records of a multi_needle row, pairs of an mqar row; at most one per recall.tokens_per_record
-    n_asked: int = 8  # needles that a multi_needle row asks for; the others distract
-    n_chains: int = 4  # variable_tracking: chains of assignments in a row
-    n_hops: int = 3  # variable_tracking: assignments that follow the first of a chain
-    n_answers: int = 4  # common_words, frequent_words: words that the answer lists
-    n_queries: int = 64  # mqar, multi_needle, variable_tracking: questions of a row, at most a quarter of its tokens
-
-    def validate(self) -> None:
-        for name in ("n_needles", "n_asked", "n_chains", "n_answers", "n_queries"):
-            positive(f"data.task.{name}", getattr(self, name))
-        not_negative("data.task.n_hops", self.n_hops)
+    n_needles: int = limited(
+        16, ROWS
+    )  # records of a multi_needle row, pairs of an mqar row; at most one per recall.tokens_per_record
+    n_asked: int = limited(8, ROWS)  # needles that a multi_needle row asks for; the others distract
+    n_chains: int = limited(4, ROWS)  # variable_tracking: chains of assignments in a row
+    n_hops: int = limited(3, Range(0, 2**20))  # variable_tracking: assignments that follow the first of a chain
+    n_answers: int = limited(4, ROWS)  # common_words, frequent_words: words that the answer lists
+    n_queries: int = limited(
+        64, ROWS
+    )  # mqar, multi_needle, variable_tracking: questions of a row, at most a quarter of its tokens
 
 
 @dataclass
 class TextConfig:
     """A text corpus. Documents go to the held-out split by a hash of their content."""
 
-    path: str = ""  # .txt, .md, .jsonl, .npy, a directory or pattern of them; empty: the Python standard library's source
-    tokenizer: str = "bytes"  # bytes | checkpoint (that of init.hf_dir) | none | path of a tokenizer.json (extra `hf`)
-    held_out_fraction: float = 0.1
-    max_tokens: int = 0  # 0: no limit
-    source: str = "memory"  # memory | grain: .parquet or .array_record files, read as they are needed (extra `data`)
-    column: str = "text"  # where .jsonl and .parquet files hold the text
-    open_documents: int = 16  # grain: documents that rows are cut from in turn, so that a batch holds several
-    held_out_tokens: int = 2**20  # grain: what evaluation draws from; finding them reads 1 / held_out_fraction as many
+    path: str = limited(
+        "", PATH
+    )  # .txt, .md, .jsonl, .npy, a directory or pattern of them; empty: the Python standard library's source
+    tokenizer: str = limited(
+        "bytes", PATH
+    )  # bytes | checkpoint (that of init.hf_dir) | none | path of a tokenizer.json (extra `hf`)
+    held_out_fraction: float = limited(0.1, Range(1e-9, 1 - 1e-9))
+    max_tokens: int = limited(0, Range(0, 2**60))  # 0: no limit
+    source: str = limited(
+        "memory", Choices(("memory", "grain"))
+    )  # memory | grain: .parquet or .array_record files, read as they are needed (extra `data`)
+    column: str = limited("text", Text(255))  # where .jsonl and .parquet files hold the text
+    open_documents: int = limited(16, ROWS)  # grain: documents that rows are cut from in turn, so that a batch holds several
+    held_out_tokens: int = limited(
+        2**20, Range(1, 2**60)
+    )  # grain: what evaluation draws from; finding them reads 1 / held_out_fraction as many
     control_tokens: bool = False  # whether text that spells a control token, such as <|endoftext|>, becomes it, as in prompts
 
     def validate(self) -> None:
-        one_of("data.text.source", self.source, ("memory", "grain"))
-        if not 0.0 < self.held_out_fraction < 1.0:
-            raise ConfigError(f"data.text.held_out_fraction is {self.held_out_fraction}; expected between 0 and 1, exclusive.")
-        for name in ("open_documents", "held_out_tokens"):
-            positive(f"data.text.{name}", getattr(self, name))
         if self.source == "grain" and not self.path:
             raise ConfigError(
                 "data.text.path is empty; expected .parquet or .array_record files, since data.text.source is 'grain'."
@@ -100,7 +116,7 @@ class TextConfig:
 class DataConfig:
     """The rows of a batch: of the recall task, of other tasks, and of packed text."""
 
-    recall_fraction: float = 0.5  # share of the rows of a batch
+    recall_fraction: float = limited(0.5, FRACTION)  # share of the rows of a batch
     tasks: tuple[tuple[str, float], ...] = ()  # ((task, share of the rows of a batch), ...); what is left is text
     recall: RecallConfig = field(default_factory=RecallConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -113,11 +129,10 @@ class DataConfig:
         return left if left > 1e-9 else 0.0
 
     def validate(self) -> None:
-        fraction("data.recall_fraction", self.recall_fraction)
-        self.task.validate()
+        check_kinds(self, "data.")
         for entry in self.tasks:
             if len(entry) != 2:
-                raise ConfigError(f"data.tasks has {entry!r}; expected (task, share), such as ('multi_needle', 0.25).")
+                raise ConfigError(f"data.tasks has {shown(entry)}; expected (task, share), such as ('multi_needle', 0.25).")
             one_of("data.tasks", entry[0], TASKS)
             fraction(f"data.tasks, the share of {entry[0]},", entry[1])
         names = [name for name, _ in self.tasks]
@@ -129,43 +144,35 @@ class DataConfig:
                 f"data.recall_fraction and the shares of data.tasks add up to {total:g}; expected at most 1. Lower one of them."
             )
         self.text.validate()
-        for name in ("n_keys", "n_values", "n_fillers", "tokens_per_record"):
-            positive(f"data.recall.{name}", getattr(self.recall, name))
 
 
 @dataclass
 class OptimizerConfig:
     """One optimizer with its schedule."""
 
-    name: str = "adamw"  # adamw | muon (matrices by Muon, the rest by AdamW)
-    learning_rate: float = 3e-3
-    schedule: str = "cosine"  # constant | linear | cosine, after the warm-up
-    warmup_steps: int = 20
-    final_fraction: float = 0.1  # of learning_rate, where the schedule ends, one step after the last
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0  # on matrices only
-    clip_norm: float = 1.0  # global gradient norm; 0: no clipping
-    indexer_learning_rate: float = 0.0  # of indexers, which then are clipped and decayed apart; 0: as all other parameters
-    indexer_weight_decay: float = 0.0  # with indexer_learning_rate: on the matrices of indexers
+    name: str = limited("adamw", Choices(("adamw", "muon")))  # adamw | muon (matrices by Muon, the rest by AdamW)
+    learning_rate: float = limited(3e-3, Range(1e-15, 1e3))
+    schedule: str = limited(
+        "cosine", Choices(("constant", "linear", "cosine"))
+    )  # constant | linear | cosine, after the warm-up
+    warmup_steps: int = limited(20, AMOUNT)
+    final_fraction: float = limited(0.1, FRACTION)  # of learning_rate, where the schedule ends, one step after the last
+    b1: float = limited(0.9, FRACTION)
+    b2: float = limited(0.95, FRACTION)
+    eps: float = limited(1e-8, Range(1e-30, 1e3))
+    weight_decay: float = limited(0.0, Range(0, 1e3))  # on matrices only
+    clip_norm: float = limited(1.0, Range(1e-9, 1e9, or_zero=True))  # global gradient norm; 0: no clipping
+    indexer_learning_rate: float = limited(
+        0.0, Range(1e-15, 1e3, or_zero=True)
+    )  # of indexers, which then are clipped and decayed apart; 0: as all other parameters
+    indexer_weight_decay: float = limited(0.0, Range(0, 1e3))  # with indexer_learning_rate: on the matrices of indexers
 
     def validate(self, prefix: str) -> None:
-        one_of(f"{prefix}.name", self.name, ("adamw", "muon"))
-        one_of(f"{prefix}.schedule", self.schedule, ("constant", "linear", "cosine"))
-        positive(f"{prefix}.learning_rate", self.learning_rate)
-        not_negative(f"{prefix}.warmup_steps", self.warmup_steps)
-        not_negative(f"{prefix}.clip_norm", self.clip_norm)
-        for name in ("weight_decay", "indexer_learning_rate", "indexer_weight_decay"):
-            not_negative(f"{prefix}.{name}", getattr(self, name))
         if self.indexer_weight_decay and not self.indexer_learning_rate:
             raise ConfigError(
                 f"{prefix}.indexer_weight_decay is {self.indexer_weight_decay} without {prefix}.indexer_learning_rate; "
                 "expected both or neither."
             )
-        positive(f"{prefix}.eps", self.eps)
-        for name in ("final_fraction", "b1", "b2"):
-            fraction(f"{prefix}.{name}", getattr(self, name))
         for name in ("b1", "b2"):
             if getattr(self, name) == 1.0:
                 raise ConfigError(f"{prefix}.{name} is 1; expected less, since a mean that decays by 1 never moves.")
@@ -175,16 +182,16 @@ class OptimizerConfig:
 class StageConfig:
     """One training stage. `steps` 0 skips it."""
 
-    steps: int = 0
-    batch_size: int = 16  # sequences per update
-    seq_len: int = 256
-    curriculum: tuple[tuple[int, int], ...] = ()  # ((until_step, seq_len), ...) before seq_len applies
-    accumulation: int = 1  # micro-batches per update
-    indexer_loss_weight: float = 1.0  # multiplies the KL, summed over layers
+    steps: int = limited(0, AMOUNT)
+    batch_size: int = limited(16, ROWS)  # sequences per update
+    seq_len: int = limited(256, LENGTH)
+    curriculum: tuple[tuple[int, int], ...] = limited((), COUNT)  # ((until_step, seq_len), ...) before seq_len applies
+    accumulation: int = limited(1, ROWS)  # micro-batches per update
+    indexer_loss_weight: float = limited(1.0, WEIGHT)  # multiplies the KL, summed over layers
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    log_every: int = 10
-    evaluate_every: int = 0  # steps between looks at eval.loop_sequences held-out rows, dense and sparse; 0: none
-    checkpoint_every: int = 500  # the last step of a stage is always saved
+    log_every: int = limited(10, COUNT)
+    evaluate_every: int = limited(0, AMOUNT)  # steps between looks at held-out rows, dense and sparse; 0: none
+    checkpoint_every: int = limited(500, COUNT)  # the last step of a stage is always saved
 
     def seq_len_at(self, step: int) -> int:
         """Sequence length of the 0-based `step`, in tokens."""
@@ -204,21 +211,16 @@ class StageConfig:
         return max(self.lengths)
 
     def validate(self, prefix: str) -> None:
-        not_negative(f"{prefix}.steps", self.steps)
-        not_negative(f"{prefix}.evaluate_every", self.evaluate_every)
-        for name in ("batch_size", "seq_len", "accumulation", "log_every", "checkpoint_every"):
-            positive(f"{prefix}.{name}", getattr(self, name))
-        not_negative(f"{prefix}.indexer_loss_weight", self.indexer_loss_weight)
         if self.batch_size % self.accumulation:
             raise ConfigError(
                 f"{prefix}.batch_size is {self.batch_size}; expected a multiple of accumulation ({self.accumulation})."
             )
         last = 0
         for phase in self.curriculum:
-            if len(phase) != 2 or phase[0] <= last or phase[1] < 1:
+            if len(phase) != 2 or phase[0] <= last:
                 raise ConfigError(
-                    f"{prefix}.curriculum is {self.curriculum}; expected ((until_step, seq_len), ...) with rising steps and "
-                    "positive lengths."
+                    f"{prefix}.curriculum is {shown(self.curriculum)}; expected ((until_step, seq_len), ...) with "
+                    "rising steps and positive lengths."
                 )
             last = phase[0]
         self.optimizer.validate(f"{prefix}.optimizer")
@@ -231,76 +233,68 @@ class TrainConfig:
     pretrain: StageConfig = field(default_factory=StageConfig)
     warmup: StageConfig = field(default_factory=StageConfig)
     sparse: StageConfig = field(default_factory=StageConfig)
-    pretrain_attention: str = "dense"  # one of {selections}; where the indexer chooses the keys, its KL trains it, too
-    sparse_attention: str = "sparse"  # of the third stage; another name trains a baseline instead
-    gate: str = "off"  # off | warn | stop, where the warm-up left layers with less held-out coverage than gate_coverage
-    gate_coverage: float = 0.8  # share of the dense attention that the selected keys of a layer should hold
-    nan_policy: str = "stop"  # stop | skip (leave parameters untouched and count)
-    max_skipped_steps: int = 10  # with skip: consecutive steps before stopping after all
-    keep_checkpoints: int = 2  # per stage
+    pretrain_attention: str = limited(
+        "dense", Choices(selections)
+    )  # one of {selections}; where the indexer chooses the keys, its KL trains it, too
+    sparse_attention: str = limited("sparse", Choices(selections))  # of the third stage; another name trains a baseline instead
+    gate: str = limited(
+        "off", Choices(("off", "warn", "stop"))
+    )  # off | warn | stop, where the warm-up left layers with less held-out coverage than gate_coverage
+    gate_coverage: float = limited(0.8, FRACTION)  # share of the dense attention that the selected keys of a layer should hold
+    nan_policy: str = limited("stop", Choices(("stop", "skip")))  # stop | skip (leave parameters untouched and count)
+    max_skipped_steps: int = limited(10, COUNT)  # with skip: consecutive steps before stopping after all
+    keep_checkpoints: int = limited(2, COUNT)  # per stage
 
     def validate(self) -> None:
         for name in STAGES:
             getattr(self, name).validate(f"train.{name}")
-        for name in ("pretrain_attention", "sparse_attention"):
-            check_selection(f"train.{name}", getattr(self, name))
-        one_of("train.gate", self.gate, ("off", "warn", "stop"))
-        fraction("train.gate_coverage", self.gate_coverage)
-        one_of("train.nan_policy", self.nan_policy, ("stop", "skip"))
-        positive("train.max_skipped_steps", self.max_skipped_steps)
-        positive("train.keep_checkpoints", self.keep_checkpoints)
 
 
 @dataclass
 class EvalConfig:
     """The parity table."""
 
-    recall_len: int = 256
-    recall_sequences: int = 128
-    text_len: int = 128
-    text_sequences: int = 256
-    tasks: tuple[str, ...] = ()  # synthetic tasks, a column each; they need not be in data.tasks
-    task_len: int = 256
-    task_sequences: int = 128  # of each task
-    loop_sequences: int = 16  # held-out rows that a look while training takes (train.STAGE.evaluate_every, train.gate)
-    text_tasks: tuple[str, ...] = ()  # tasks in plain words among held-out text, a column each
-    text_task_lens: tuple[int, ...] = (512,)  # tokens of their rows; every task is evaluated at each length
-    text_task_sequences: int = 32  # rows of each text task at each length
-    batch_size: int = 16
-    rows: tuple[str, ...] = ("dense", "sparse", "untrained", "window", "oracle")  # of {eval_rows}
-    position_buckets: int = 8
+    recall_len: int = limited(256, LENGTH)
+    recall_sequences: int = limited(128, AMOUNT)
+    text_len: int = limited(128, LENGTH)
+    text_sequences: int = limited(256, AMOUNT)
+    tasks: tuple[str, ...] = limited((), Choices(TASKS))  # synthetic tasks, a column each; they need not be in data.tasks
+    task_len: int = limited(256, LENGTH)
+    task_sequences: int = limited(128, COUNT)  # of each task
+    loop_sequences: int = limited(16, COUNT)  # held-out rows of a look while training (train.STAGE.evaluate_every, train.gate)
+    text_tasks: tuple[str, ...] = limited((), Choices(TEXT_TASKS))  # tasks in plain words among held-out text, a column each
+    text_task_lens: tuple[int, ...] = limited((512,), LENGTH)  # tokens of their rows; every task is evaluated at each length
+    text_task_sequences: int = limited(32, COUNT)  # rows of each text task at each length
+    batch_size: int = limited(16, ROWS)
+    rows: tuple[str, ...] = limited(
+        ("dense", "sparse", "untrained", "window", "oracle"), Choices(lambda: tuple(eval_rows()))
+    )  # of {eval_rows}
+    position_buckets: int = limited(8, ROWS)
 
     def validate(self) -> None:
-        for name in ("recall_len", "text_len", "task_len", "task_sequences", "batch_size", "position_buckets"):
-            positive(f"eval.{name}", getattr(self, name))
-        positive("eval.text_task_sequences", self.text_task_sequences)
-        positive("eval.loop_sequences", self.loop_sequences)
-        for length in self.text_task_lens:
-            positive("eval.text_task_lens", length)
+        if not self.rows:
+            raise ConfigError("eval.rows is empty; expected a row of the parity table at least, such as ('dense', 'sparse').")
         if self.text_tasks and not self.text_task_lens:
             raise ConfigError(
                 "eval.text_task_lens is empty, and eval.text_tasks is not; expected a length, such as (512, 2048)."
             )
-        for name in ("recall_sequences", "text_sequences"):
-            not_negative(f"eval.{name}", getattr(self, name))
-        for name, known in (("tasks", TASKS), ("text_tasks", TEXT_TASKS)):
-            tasks = getattr(self, name)
-            for task in tasks:
-                one_of(f"eval.{name}", task, known)
-            if len(set(tasks)) != len(tasks):
-                raise ConfigError(f"eval.{name} names {', '.join(tasks)}; expected each task once.")
-        for row in self.rows:
-            one_of("eval.rows", row, tuple(eval_rows()))
+        for name, chosen in (("task", self.tasks), ("text_task", self.text_tasks), ("row", self.rows)):
+            if len(set(chosen)) != len(chosen):
+                raise ConfigError(f"eval.{name}s names {shown(', '.join(chosen))}; expected each {name.split('_')[-1]} once.")
 
 
 @dataclass
 class InitConfig:
     """Where the parameters come from; empty: random."""
 
-    checkpoint: str = ""  # a run directory; its parameters are taken, an indexer it lacks is initialised
-    stage: str = ""  # of that run: pretrain, warmup or sparse; empty: the furthest that it has
-    hf_dir: str = ""  # a Hugging Face directory, or ORG/NAME on the hub; it decides the model, which gets the recipe's indexer
-    dense_layers: int = 0  # first layers of hf_dir that stay dense and get no indexer
+    checkpoint: str = limited("", PATH)  # a run directory; its parameters are taken, an indexer it lacks is initialised
+    stage: str = limited(
+        "", Choices(STAGES, or_empty=True)
+    )  # of that run: pretrain, warmup or sparse; empty: the furthest that it has
+    hf_dir: str = limited(
+        "", PATH
+    )  # a Hugging Face directory, or ORG/NAME on the hub; it decides the model, which gets the recipe's indexer
+    dense_layers: int = limited(0, AMOUNT)  # first layers of hf_dir that stay dense and get no indexer
     scale_new_indexers: bool = True  # divide a new indexer's initial weights by the rms of its layer's input-norm gain
 
     def validate(self) -> None:
@@ -308,9 +302,6 @@ class InitConfig:
             raise ConfigError(
                 f"init.checkpoint ({self.checkpoint}) and init.hf_dir ({self.hf_dir}) are both given; expected at most one."
             )
-        if self.stage:
-            one_of("init.stage", self.stage, STAGES)
-        not_negative("init.dense_layers", self.dense_layers)
         if self.dense_layers and not self.hf_dir:
             raise ConfigError(
                 f"init.dense_layers is {self.dense_layers} without init.hf_dir; expected 0. Name every layer in "
@@ -324,16 +315,16 @@ class InitConfig:
 class ParallelConfig:
     """How many devices each mesh axis has. A preset names a layout; an axis that is not 0 overrides it."""
 
-    preset: str = "single"  # single, or axes with sizes joined by _: fsdp8, ep8, tp8, ep4_tp2, fsdp2_tp2_cp2, dp2_fsdp4
-    data: int = 0  # dp: batch rows split, parameters replicated
-    fsdp: int = 0  # batch rows and parameters split
-    expert: int = 0  # ep: batch rows and experts split
-    tensor: int = 0  # tp: heads, MLP columns and vocabulary split
-    context: int = 0  # cp: positions split
+    preset: str = limited(
+        "single", Text(200)
+    )  # single, or axes with sizes joined by _: fsdp8, ep8, tp8, ep4_tp2, fsdp2_tp2_cp2, dp2_fsdp4
+    data: int = limited(0, Range(0, 2**16))  # dp: batch rows split, parameters replicated
+    fsdp: int = limited(0, Range(0, 2**16))  # batch rows and parameters split
+    expert: int = limited(0, Range(0, 2**16))  # ep: batch rows and experts split
+    tensor: int = limited(0, Range(0, 2**16))  # tp: heads, MLP columns and vocabulary split
+    context: int = limited(0, Range(0, 2**16))  # cp: positions split
 
     def validate(self) -> None:
-        for name in AXES:
-            not_negative(f"parallel.{name}", getattr(self, name))
         self.sizes()
 
     def sizes(self) -> dict[str, int]:
@@ -346,12 +337,12 @@ def _preset_sizes(preset: str) -> dict[str, int]:
     if preset == "single":
         return sizes
     for part in preset.split("_"):
-        match = re.fullmatch(r"(dp|fsdp|ep|tp|cp)([1-9][0-9]*)", part)
+        match = re.fullmatch(r"(dp|fsdp|ep|tp|cp)([1-9][0-9]{0,4})", part)
         name = _AXIS_OF[match[1]] if match else ""
         if not match or sizes[name] != 1:
             raise ConfigError(
-                f"parallel.preset is {preset!r}; expected 'single', or each of dp, fsdp, ep, tp and cp at most once with its "
-                "size, joined by _: such as fsdp8 or ep4_tp2."
+                f"parallel.preset is {shown(preset)}; expected 'single', or each of dp, fsdp, ep, tp and cp at most once with "
+                "its size, joined by _: such as fsdp8 or ep4_tp2."
             )
         sizes[name] = int(match[2])
     return sizes
@@ -361,8 +352,8 @@ def _preset_sizes(preset: str) -> dict[str, int]:
 class Config:
     """Everything a run needs."""
 
-    name: str = "unnamed"
-    seed: int = 0
+    name: str = limited("unnamed", Text(200))
+    seed: int = limited(0, SEED)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -383,7 +374,12 @@ class Config:
         self.eval.validate()
         self.init.validate()
         self.parallel.validate()
-        random_seed("seed", self.seed)
+        tasks = {name for name, _ in self.data.tasks} | set(self.eval.tasks)
+        if "multi_needle" in tasks and self.data.task.n_asked > self.data.task.n_needles:
+            raise ConfigError(
+                f"data.task.n_asked is {self.data.task.n_asked}; expected at most data.task.n_needles "
+                f"({self.data.task.n_needles}), the needles that there are."
+            )
         for name in ("pretrain", "sparse"):
             if getattr(self.train, name).steps:
                 field_name = f"{name}_attention"

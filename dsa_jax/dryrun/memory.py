@@ -153,7 +153,7 @@ def _residual_bytes(
     shape = (rows, length)
     tokens: Any = lambda dtype: jax.ShapeDtypeStruct(shape, dtype)
     x = jax.ShapeDtypeStruct((*shape, config.model.hidden_dim), jnp.dtype(config.model.dtype))
-    topk = config.model.attention.indexer.topk
+    topk = min(config.model.attention.indexer.topk, length)
     previous: Any = jax.ShapeDtypeStruct((*shape, topk), jnp.int32) if stack.layer.role == SHARED else None
     context = LayerContext(tokens(jnp.int32), Visible(tokens(jnp.int32), tokens(jnp.int32)), previous)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))

@@ -29,12 +29,13 @@ _MEANS = ("accuracy", "loss", "coverage", "keys_per_query")
 
 @dataclass
 class Parity:
-    """Everything the report shows of an evaluation; `rows` is what report.json holds under that name."""
+    """Everything the report shows of an evaluation; `rows` and `remarks` are what report.json holds under these names."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     coverage_by_layer: dict[str, list[float]] = field(default_factory=dict)
     loss_by_position: dict[str, list[float]] = field(default_factory=dict)
     position_ends: list[int] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
 
 def with_fresh_indexer(params: Params, fresh: Params) -> Params:
@@ -78,7 +79,9 @@ def evaluate_parity(
     """
     settings = config.eval
     data.check(settings)
-    table = Parity(position_ends=_bucket_ends(settings))
+    table = Parity(position_ends=_bucket_ends(settings), remarks=remarks_on(config, data))
+    for remark in table.remarks:
+        _LOG.warning("%s", remark)
     jobs: list[tuple[EvalRow, Params]] = []
     if params_before is not None:
         jobs.append((BEFORE, params_before))
@@ -188,6 +191,25 @@ def _tasks(step: EvalStep, params: Params, data: EvalData, settings: EvalConfig)
 
 def _at(name: str, length: int) -> str:
     return f"{name}@{length}"
+
+
+def remarks_on(config: Config, data: EvalData) -> list[str]:
+    """What a reader of the table has to know: the lengths at which a selection of topk keys leaves none out."""
+    settings, topk = config.eval, config.model.attention.indexer.topk
+    modes = {eval_rows()[name].attention for name in settings.rows}
+    lengths = [
+        *([("recall_len", settings.recall_len)] if data.has_recall and settings.recall_sequences else []),
+        *([("text_len", settings.text_len)] if data.has_text and settings.text_sequences else []),
+        *([("task_len", settings.task_len)] if settings.tasks else []),
+        *(("text_task_lens", length) for length in settings.text_task_lens if settings.text_tasks),
+    ]
+    covered = [f"eval.{name} ({length})" for name, length in lengths if length <= topk]
+    if not covered or all(mode == DENSE or selection(mode).kind for mode in modes):
+        return []
+    return [
+        f"model.attention.indexer.topk is {topk}, no less than {' and '.join(covered)}: there every selection reads all keys, "
+        "so that sparse equals dense whatever the indexer has learned. Lower topk or evaluate longer sequences."
+    ]
 
 
 def can_run(row: EvalRow, config: Config) -> bool:

@@ -61,7 +61,7 @@ class Block(nn.Module):
         own_context, own_request = self.for_role(context, request)
         attended = self.attention.extend(self.attention_norm(x), own_context, cache, own_request)
         if own_request.has_topk_indices != request.has_topk_indices:
-            attended = attended._replace(topk_indices=self._no_selection(context))
+            attended = attended._replace(topk_indices=self._no_selection(context, cache.capacity))
         x = x + attended.out
         return attended._replace(out=x + self.mlp(self.mlp_norm(x), context.visible.some).out)
 
@@ -78,9 +78,10 @@ class Block(nn.Module):
         """The measurements that other layers make and this one does not: no loss, no selection, no recall of one."""
         return attended._replace(
             indexer_kl=None if request.indexer_loss is None else jnp.zeros((), jnp.float32),
-            topk_indices=self._no_selection(context) if request.has_topk_indices else None,
+            topk_indices=self._no_selection(context, context.visible.start.shape[1]) if request.has_topk_indices else None,
             indexer_recall=jnp.full((), jnp.nan, jnp.float32) if measures_indexer_recall(request) else None,
         )
 
-    def _no_selection(self, context: LayerContext) -> Array:
-        return jnp.full((*context.visible.start.shape, self.config.attention.indexer.topk), -1, jnp.int32)
+    def _no_selection(self, context: LayerContext, n_keys: int) -> Array:
+        n_slots = min(self.config.attention.indexer.topk, n_keys)
+        return jnp.full((*context.visible.start.shape, n_slots), -1, jnp.int32)

@@ -67,6 +67,8 @@ class MoEStatistics(NamedTuple):
 class LayerStatistics(NamedTuple):
     """Measurements of one layer; all float32 scalars except `topk_indices`, `moe` and `index_heads`.
 
+    Between layers a selection has min(topk, S) slots: a budget beyond the S keys there are costs nothing.
+
     `index_heads` are those of its own indexer, for the layers that share it; they are never stacked over layers.
     """
 

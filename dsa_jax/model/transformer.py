@@ -17,6 +17,7 @@ from dsa_jax.model.attention.cache import INDEX_KEYS, Cache, CacheEntry, LayerCa
 from dsa_jax.model.attention.check import check_request
 from dsa_jax.model.attention.indexer import zero_index_heads
 from dsa_jax.model.attention.kinds import attention_kind
+from dsa_jax.model.attention.selection import all_slots
 from dsa_jax.model.attention.visibility import causal_visibility, segment_positions
 from dsa_jax.model.block import Block
 from dsa_jax.model.inputs import at_least_32_bits, check_inputs, check_new_tokens
@@ -108,14 +109,17 @@ class Transformer(nn.Module):
             input_ids = jnp.where(segment_ids == 0, 0, input_ids)
         visible = jax.tree.map(to_balanced, causal_visibility(segment_ids))
         positions = segment_positions(segment_ids) if positions is None else at_least_32_bits(positions)
-        context = LayerContext(to_balanced(positions), visible, self._first_topk(input_ids.shape, request))
+        first = self._first_topk(input_ids.shape, request, n_keys=input_ids.shape[1])
+        context = LayerContext(to_balanced(positions), visible, first)
         x, statistics = self._run_layers(self.embed(to_balanced(input_ids)), context, request, return_topk_indices)
-        hidden = from_balanced(self.final_norm(x))
+        hidden, indices = from_balanced(self.final_norm(x)), statistics.topk_indices
+        if indices is not None:
+            indices = all_slots(from_balanced(indices, axis=2), self.config.attention.indexer.topk)
         return ModelOutput(
             logits=self.unembed(hidden) if return_logits else None,
             hidden=hidden if return_hidden else None,
             indexer_kl=statistics.indexer_kl,
-            topk_indices=None if statistics.topk_indices is None else from_balanced(statistics.topk_indices, axis=2),
+            topk_indices=indices,
             coverage=statistics.coverage,
             keys_per_query=statistics.keys_per_query,
             moe=statistics.moe,
@@ -206,8 +210,10 @@ class Transformer(nn.Module):
         positions = cache.lengths[:, None] + steps
         valid = steps < n_new[:, None]
         visible = Visible(jnp.zeros_like(positions), jnp.where(valid, positions + 1, 0))
-        context = LayerContext(positions, visible, self._first_topk(input_ids.shape, request))
+        context = LayerContext(positions, visible, self._first_topk(input_ids.shape, request, n_keys=cache.capacity))
         x, pools, indices = self._extend_layers(self.embed(input_ids), context, cache, request)
+        if indices is not None:
+            indices = all_slots(indices, self.config.attention.indexer.topk)
         last = jnp.take_along_axis(x, jnp.maximum(n_new - 1, 0)[:, None, None], axis=1)
         return ExtendOutput(
             logits=self.unembed(self.final_norm(last))[:, 0],
@@ -316,10 +322,10 @@ class Transformer(nn.Module):
     def _mode(self, attention: str | None) -> str:
         return self.config.attention.mode if attention is None else attention
 
-    def _first_topk(self, shape: tuple[int, ...], request: AttentionRequest) -> Int[Array, "B T K"] | None:
+    def _first_topk(self, shape: tuple[int, ...], request: AttentionRequest, *, n_keys: int) -> Int[Array, "B T K"] | None:
         """The first value of the previous selection that the loop over the layers carries; None where no layer shares one."""
         if request.by_indexer and any(stack.layer.role == SHARED for stack in self.stacks):
-            return jnp.full((*shape, self.config.attention.indexer.topk), -1, jnp.int32)
+            return jnp.full((*shape, min(self.config.attention.indexer.topk, n_keys)), -1, jnp.int32)
         return None
 
     def _is_shared(self, number: int) -> bool:

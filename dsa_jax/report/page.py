@@ -81,7 +81,7 @@ def render_page(
     rows = report["rows"]
     sections = [
         _verdict(report),
-        _parity(rows, has_plots),
+        _parity(rows, report.get("remarks") or [], has_plots),
         _by_length(rows),
         _costs(report.get("costs")),
         _by_group(rows),
@@ -216,7 +216,7 @@ def _against_dense(entry: Mapping[str, Any]) -> str:
     return f"{format_cell('accuracy', entry['accuracy'])} ({mean:+.3f}{'' if error is None else f' ± {error:.3f}'})"
 
 
-def _parity(rows: Sequence[Mapping[str, Any]], has_plots: bool) -> str:
+def _parity(rows: Sequence[Mapping[str, Any]], remarks: Sequence[str], has_plots: bool) -> str:
     columns, rows = columns_of(rows), [with_tasks(row) for row in rows]
     cells = [[row["name"], *(format_cell(column, row.get(column)) for column, _ in columns[1:])] for row in rows]
     table = _table("Parity table, on held-out data", [title for _, title in columns], cells)
@@ -225,6 +225,7 @@ def _parity(rows: Sequence[Mapping[str, Any]], has_plots: bool) -> str:
     column_meanings = [(title, meaning) for title, meaning in _COLUMN_MEANINGS if title in titles]
     column_meanings += [(name, f"share of {_SUMMARIES[name]}") for name in tasks]
     meanings = [(row["name"], row_meaning(row["name"])) for row in rows]
+    notes = "".join(f'<p class="hint">{escape(remark)}</p>\n' for remark in remarks)
     figures = ""
     if has_plots:
         recall = plots.parity_bars(rows, "recall_accuracy", "recall accuracy (share of queries)", upper=1.0)
@@ -235,7 +236,8 @@ def _parity(rows: Sequence[Mapping[str, Any]], has_plots: bool) -> str:
             bars = plots.parity_bars(rows, name, f"{name} (share of {_SUMMARIES[name]})", upper=1.0)
             figures += _figure(bars, f"Accuracy on {name} by row", "How much is answered? Longer is better.", rows, name)
     return (
-        f"<h2>How close is sparse to dense?</h2>\n{table}\n<details open><summary>What the rows and columns mean</summary>"
+        f"<h2>How close is sparse to dense?</h2>\n{table}\n{notes}"
+        "<details open><summary>What the rows and columns mean</summary>"
         f"{_definitions(meanings)}{_definitions(column_meanings)}</details>\n{figures}"
     )
 

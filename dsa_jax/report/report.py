@@ -22,9 +22,9 @@ def write_report(run_dir: str | os.PathLike[str], report: Mapping[str, Any]) -> 
         report: `name`; `rows`, each with `name`, `recall_accuracy`, `text_loss` (nats per token), `coverage` and
             `keys_per_query`, None where not measured, and optionally `tasks` (by name `accuracy`, `loss` and a list of
             accuracies `by_depth`, `by_hops` or `by_rank`); and, each optional, `stages` (by stage `steps`, `seconds`,
-            `compile_seconds`, `tokens`, `final`), `coverage_by_layer` (by row), `loss_by_position` (`positions`, the upper end
-            of each bucket, and losses by row), `costs` (see `dsa_jax.costs.comparison`), `config`, `environment`, `corpus`. NaN
-            and infinities become null.
+            `compile_seconds`, `tokens`, `final`), `remarks` (sentences below the table), `coverage_by_layer` (by row),
+            `loss_by_position` (`positions`, the upper end of each bucket, and losses by row), `costs` (see
+            `dsa_jax.costs.comparison`), `config`, `environment`, `corpus`. NaN and infinities become null.
 
     Raises:
         RunError: when a file cannot be written.

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsa_jax.config import STAGES, Config, from_dict, to_dict
+from dsa_jax.config import STAGES, Config, ConfigError, from_dict, to_dict
 from dsa_jax.config.fields import flatten
 from dsa_jax.run.environment import describe_environment
 from dsa_jax.run.files import RunError, make_writable_directory, read_object, write_object
@@ -82,8 +82,8 @@ class RunDirectory:
             RunError: when config.json is missing, is not JSON, or has fields that this version does not know.
         """
         try:
-            return from_dict(Config, read_object(self.config_path))
-        except (ValueError, TypeError, AttributeError) as error:
+            return from_dict(Config, read_object(self.config_path), prefix="")
+        except ConfigError as error:
             raise RunError(f"{self.config_path} does not fit this version: {error}") from error
 
     def environment(self) -> dict[str, Any]:

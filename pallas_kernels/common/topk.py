@@ -11,6 +11,7 @@ from a bound that k values are known to reach, and stops a row as soon as exactl
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax.numpy as jnp
 from jax import lax
@@ -25,6 +26,7 @@ THRESHOLD_BUDGET = 2**19  # elements searched together; they are read some twent
 WORD = 32
 COUNT_GROUPS = 64  # partial counts stay below 128, so that a pass can add them in eight bits
 
+R = TypeVar("R")
 BlockScores = Callable[[Array], Array]  # position of the first key -> scores [B, C, block_k]
 
 
@@ -50,9 +52,27 @@ def canonical_topk(scores: Float[Array, "B T S"], visible: Bool[Array, "B T S"],
 
 def canonical(indices: Int32[Array, "*batch K"], absent: int, topk: int) -> Int32[Array, "*batch {topk}"]:
     """Pads an ascending list, in which `absent` marks the missing ones at its end, with -1 to `topk`."""
-    indices = jnp.where(indices < absent, indices, -1)
+    return pad_slots(jnp.where(indices < absent, indices, -1), topk)
+
+
+def pad_slots(indices: Int32[Array, "*batch K"], topk: int) -> Int32[Array, "*batch {topk}"]:
+    """A selection with -1 in the slots that it lacks."""
     pads = [(0, 0)] * (indices.ndim - 1) + [(0, topk - indices.shape[-1])]
     return jnp.pad(indices, pads, constant_values=-1)
+
+
+def within_keys(select: Callable[[int], Int32[Array, "*batch C"]], n_keys: int, topk: int) -> Int32[Array, "*batch {topk}"]:
+    """`select(topk)`, a canonical selection among `n_keys` keys, at the cost of no more slots than there are keys."""
+    return pad_slots(select(min(topk, n_keys)), topk)
+
+
+def over_filled_slots(run: Callable[[Int32[Array, "*batch K"]], R], indices: Int32[Array, "*batch K"], n_keys: int) -> R:
+    """`run(indices)`, at the cost of `n_keys` slots where the slots beyond hold no index of a key, as padding does not."""
+    if indices.shape[-1] <= n_keys:
+        return run(indices)
+    kept, beyond = indices[..., :n_keys], indices[..., n_keys:]
+    # A list may be in any order and name a key twice, so what lies beyond has to be looked at.
+    return lax.cond(((beyond >= 0) & (beyond < n_keys)).any(), lambda: run(indices), lambda: run(kept))
 
 
 def all_visible(visible: Visible, topk: int) -> Int32[Array, "B C {topk}"]:
@@ -85,15 +105,16 @@ def with_forced(
     """The canonical selection of the forced keys and, in the visible range between them, of the best others.
 
     Args:
-        select: from a range and a number of keys, at least 0, to a canonical selection.
-        topk: keys in all; at least the forced ones.
+        select: from a range and a number of keys, 0 to `n_keys`, to a canonical selection.
+        topk: slots of the result, at least one for each forced key; may exceed `n_keys`.
     """
     if not any(forced):
-        return select(visible, topk)
-    visible = clamped(visible, n_keys)
+        return within_keys(lambda topk: select(visible, topk), n_keys, topk)
+    visible, n_slots = clamped(visible, n_keys), min(topk, n_keys)
+    forced = ForcedKeys(*(min(count, n_keys) for count in forced))
     first = jnp.minimum(visible.start + forced.first, visible.end)
     between = Visible(first, jnp.maximum(visible.end - forced.last, first))
-    chosen = select(between, topk - sum(forced))
+    chosen = select(between, max(n_slots - sum(forced), 0))
 
     def run(start: Array, end: Array, count: int) -> Array:
         start, end = (bound.reshape(*bound.shape, *[1] * (chosen.ndim - bound.ndim)) for bound in (start, end))
@@ -102,7 +123,7 @@ def with_forced(
 
     ends = run(visible.start, between.start, forced.first), run(between.end, visible.end, forced.last)
     joined = jnp.concatenate([ends[0], jnp.where(chosen >= 0, chosen, n_keys), ends[1]], axis=-1)
-    return canonical(jnp.sort(joined, axis=-1), n_keys, topk)
+    return canonical(jnp.sort(joined, axis=-1)[..., :n_slots], n_keys, topk)
 
 
 def select_in_blocks(

@@ -9,6 +9,7 @@ from pallas_kernels.common import checks as _checks
 from pallas_kernels.common import dispatch as _dispatch
 from pallas_kernels.common.mesh import split_like, vary_alike
 from pallas_kernels.common.numerics import with_sink
+from pallas_kernels.common.topk import within_keys
 from pallas_kernels.dense_attention import reference, xla
 from pallas_kernels.types import Visible
 
@@ -106,4 +107,5 @@ def attention_topk(
     """
     run = _dispatch.choose_implementation("attention_topk", implementation, _TOPK)
     q, k, lse, visible = jax.lax.stop_gradient(vary_alike(q, k, lse, visible))
-    return run(q, k, lse, visible, softmax_scale=float(softmax_scale), topk=topk)
+    select = lambda topk: run(q, k, lse, visible, softmax_scale=float(softmax_scale), topk=topk)
+    return within_keys(select, k.shape[1], topk)

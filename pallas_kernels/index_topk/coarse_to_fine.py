@@ -10,7 +10,7 @@ from pallas_kernels.common import checks as _checks
 from pallas_kernels.common.chunks import map_queries, rows_per_chunk
 from pallas_kernels.common.mesh import split_like, vary_alike
 from pallas_kernels.common.numerics import accumulation_dtype, clamped, dot, weighted_sum
-from pallas_kernels.common.topk import canonical, largest_ascending, rank_scores, with_forced
+from pallas_kernels.common.topk import largest_ascending, pad_slots, rank_scores, with_forced
 from pallas_kernels.index_topk.api import index_topk
 from pallas_kernels.index_topk.block_pooling import check_pooling, pool_blocks
 from pallas_kernels.types import NO_FORCED_KEYS, ForcedKeys, IndexHeads, Visible
@@ -100,7 +100,7 @@ def index_topk_coarse_to_fine(
         # Candidates are in ascending order, so the lower position wins ties here as everywhere.
         place = largest_ascending(scores, min(topk, n_candidates))
         found = jnp.take_along_axis(keys, jnp.minimum(place, n_candidates - 1), axis=-1)
-        return canonical(jnp.where(place < n_candidates, found, n_keys), n_keys, topk)
+        return jnp.where(place < n_candidates, found, -1)
 
     block_q = rows_per_chunk(CANDIDATE_BUDGET, len(q_index) * n_candidates * q_index.shape[-1], smallest=1)
-    return map_queries(step, (q_index, weights, chosen, start, end), block_q)
+    return pad_slots(map_queries(step, (q_index, weights, chosen, start, end), block_q), topk)

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.common import checks as _checks
 from pallas_kernels.common import dispatch as _dispatch
 from pallas_kernels.common.mesh import split_like, vary_over, varying_axes
+from pallas_kernels.common.topk import over_filled_slots
 from pallas_kernels.indexer_loss import pallas_gpu, reference, xla
 from pallas_kernels.types import IndexHeads, Visible
 
@@ -93,13 +94,6 @@ def indexer_kl(
     target = jax.lax.stop_gradient(vary_over(varying_axes(own, target), target))
     # Where the heads of the target are split, the sum over them is the same on every device.
     index, visible, topk_indices = vary_over(varying_axes(own) | varying_axes(target) - {head_axis}, own)
-    return run(
-        index,
-        visible,
-        *target,
-        topk_indices=topk_indices,
-        softmax_scale=float(softmax_scale),
-        head_axis=head_axis,
-        keys_per_index_key=keys_per_index_key,
-        **options,
-    )
+    options |= {"softmax_scale": float(softmax_scale), "head_axis": head_axis, "keys_per_index_key": keys_per_index_key}
+    measure = lambda indices: run(index, visible, *target, topk_indices=indices, **options)
+    return measure(None) if topk_indices is None else over_filled_slots(measure, topk_indices, k.shape[1])

@@ -9,6 +9,7 @@ from pallas_kernels.common import checks as _checks
 from pallas_kernels.common import dispatch as _dispatch
 from pallas_kernels.common.mesh import split_like, vary_alike
 from pallas_kernels.common.numerics import with_sink
+from pallas_kernels.common.topk import over_filled_slots
 from pallas_kernels.quantize.cache_layouts import latent_row_bytes
 from pallas_kernels.sparse_attention import pallas_gpu, pallas_gpu_fp8, reference, xla
 
@@ -60,7 +61,8 @@ def sparse_attention(
 
     Args:
         v: None for latent attention: the values are the leading `d_v` channels of the keys (all of them when d_v is None).
-        topk_indices: any order; indices outside [0, S), such as -1, count as absent. A key listed twice counts twice.
+        topk_indices: any order; indices outside [0, S), such as -1, count as absent. A key listed twice counts twice. K may
+            exceed S: where the slots from S on are all absent, as after a canonical selection, they cost nothing.
         sink: float32 [H], a logit without a value that takes part in every softmax of its head, in `lse`, too; None for none.
         deterministic: the same gradients, bit by bit, every run. On a GPU the gradients of k and v are otherwise added to
             memory in no fixed order; with it "pallas" sorts what each key gets, which costs a write and a read of the gradient
@@ -82,7 +84,9 @@ def sparse_attention(
     run = _dispatch.choose_implementation("sparse_attention", implementation, _IMPLEMENTATIONS)
     options = _dispatch.same_bits("sparse_attention", run, pallas_gpu.sparse_attention, deterministic)
     *arrays, sink = vary_alike(q, k, v, topk_indices, sink)
-    out, lse = run(*arrays, softmax_scale=float(softmax_scale), d_v=d_v, **options)
+    *keys, indices = arrays
+    attend = lambda indices: run(*keys, indices, softmax_scale=float(softmax_scale), d_v=d_v, **options)
+    out, lse = over_filled_slots(attend, indices, k.shape[1])
     return SparseAttentionOutput(*with_sink(out, lse, sink))
 
 
@@ -134,5 +138,6 @@ def sparse_attention_fp8(
         NotImplementedError: what the implementation asked for does not cover.
     """
     run = _dispatch.choose_implementation("sparse_attention_fp8", implementation, _FP8_IMPLEMENTATIONS)
-    arrays = vary_alike(q, pool, slots)
-    return SparseAttentionOutput(*run(*arrays, softmax_scale=float(softmax_scale), latent_dim=latent_dim))
+    q, pool, slots = vary_alike(q, pool, slots)
+    attend = lambda slots: run(q, pool, slots, softmax_scale=float(softmax_scale), latent_dim=latent_dim)
+    return SparseAttentionOutput(*over_filled_slots(attend, slots, pool.shape[0]))

@@ -72,3 +72,15 @@ def assert_close(actual, expected, dtype="float32", what="result"):
     assert error[worst] <= limit, (
         f"{what}: worst at {worst}: {actual[worst]} against {expected[worst]}, {np.mean(error <= limit):.1%} within {limit:.1e}"
     )
+
+
+def arrays_with(jaxpr, size):
+    """Names of the primitives of a program, loops and branches included, that make an array with an axis of `size`."""
+    found = []
+    for equation in jaxpr.eqns:
+        parts = jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns"))
+        inner = [part for part in parts if hasattr(part, "eqns")]
+        found += [name for part in inner for name in arrays_with(part, size)]
+        if not inner and any(size in getattr(out.aval, "shape", ()) for out in equation.outvars):
+            found.append(equation.primitive.name)
+    return found

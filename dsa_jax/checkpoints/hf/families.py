@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dsa_jax.config.families import add_family, remove_family
+
 FALLBACK_MODEL_TYPE = "dsa_jax"
 """model_type of a model that no family can express; its config.json holds the whole `ModelConfig`."""
 
@@ -206,6 +208,7 @@ def register_family(model_type: str, family: Family) -> None:
     if model_type in FAMILIES or model_type == FALLBACK_MODEL_TYPE:
         raise ValueError(f"model_type {model_type!r} is taken; expected one other than {', '.join(FAMILIES)}.")
     FAMILIES[model_type] = family
+    add_family(model_type)
 
 
 @contextlib.contextmanager
@@ -216,6 +219,7 @@ def registered_family(model_type: str, family: Family) -> Iterator[None]:
         yield
     finally:
         del FAMILIES[model_type]
+        remove_family(model_type)
 
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {

@@ -13,7 +13,7 @@ from dsa_jax.config.selections import SPARSE
 from dsa_jax.model.attention.base import AttentionOutput, CachedAttentionOutput, Heads
 from dsa_jax.model.attention.cache import INDEX_KEYS, LayerCache
 from dsa_jax.model.attention.coarse_loss import coarse_kl
-from dsa_jax.model.attention.selection import Choice, Target, implementations_of, rule_of, select_by_indexer, share_held
+from dsa_jax.model.attention.selection import Choice, Target, choose, implementations_of, rule_of, share_held
 from dsa_jax.model.attention.visibility import mean_over_valid
 from dsa_jax.model.outputs import AttentionRequest, LayerContext
 from dsa_jax.parallel.ambient import ROWS, axis_if_split, mean_over, per_device
@@ -33,7 +33,7 @@ class Attention(NamedTuple):
 
 
 class PerQuery(NamedTuple):
-    """Results by query, None where not asked for: `out` [B, T, H, Dv], `topk_indices` [B, T, K], the others [B, T]."""
+    """Results by query, None where not asked for: `out` [B, T, H, Dv], `topk_indices` [B, T, min(topk, S)], others [B, T]."""
 
     out: Any
     n_keys: Any
@@ -209,10 +209,10 @@ def choose_and_attend(
                 assert everything is not None
                 k = selected.k if has_shared_keys else gather_heads(selected.k)
                 target = Target(gather_heads(selected.q), k, gather_heads(everything.lse), softmax_scale)
-            choice = Choice(config, visible, index, target)
-            indices = checkpoint_name(rule.select(choice), TOPK_NAME)
+            choice = Choice(config, visible, index, target, n_keys=selected.k.shape[1])
+            indices = checkpoint_name(choose(rule, choice), TOPK_NAME)
             if measures_indexer_recall(request):
-                indexer_recall = share_held(indices, select_by_indexer(choice))
+                indexer_recall = share_held(indices, choose(rule_of(SPARSE), choice))
         settings = {"d_v": selected.d_v, "implementation": implementations.sparse_attention, "softmax_scale": softmax_scale}
         if attend_selected is None:
             out, kept_lse = sparse_attention(selected.q, selected.k, selected.v, indices, **settings)

@@ -254,10 +254,12 @@ def _attend_to_blocks(
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"], Float[Array, "B T"]]:
     """(out, lse, keys read): every key group becomes a row of its own, since each has its own selection."""
     (batch, length, heads, dim), groups = q.shape, select.k.shape[2]
+    # Ascending, so that what lies beyond the blocks there are is absent.
+    blocks = blocks[..., : geometry.n_blocks(select.k.shape[1])]
     keys = blocks[..., None] * geometry.select_block + jnp.arange(geometry.select_block, dtype=jnp.int32)
     start, end = (bound[:, :, None, None, None] for bound in visible)
     keys = jnp.where((blocks[..., None] >= 0) & (keys >= start) & (keys < end), keys, -1)
-    indices = keys.reshape(batch, length, groups, geometry.topk * geometry.select_block)
+    indices = keys.reshape(batch, length, groups, blocks.shape[-1] * geometry.select_block)
     by_group = lambda x: jnp.moveaxis(x, 2, 1).reshape(batch * groups, x.shape[1], *x.shape[3:])
     out, lse = sparse_attention(
         by_group(q.reshape(batch, length, groups, heads // groups, dim)),

@@ -1,6 +1,7 @@
 """Which keys a query attends to: the functions behind the rows of `dsa_jax/config/selections.py`.
 
-A rule maps a `Choice` to canonical indices, int32 [B, T, topk], ascending by position, -1 after the last valid one.
+A rule maps a `Choice` to canonical indices, int32 [B, T, topk], ascending by position, -1 after the last valid one. `choose`
+keeps as many of the slots as there are keys: what a budget allows beyond costs nothing.
 """
 
 from collections.abc import Callable
@@ -34,17 +35,26 @@ class Target(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """Everything a rule may look at: `index_heads` is None without an indexer, `target` unless the rule needs it."""
+    """Everything a rule may look at: `index_heads` is None without an indexer, `target` unless the rule needs it.
+
+    `n_keys` bounds the positions of keys; None where nobody knows.
+    """
 
     config: AttentionConfig
     visible: Visible
     index_heads: IndexHeads | None
     target: Target | None = None
+    n_keys: int | None = None
 
     @property
     def topk(self) -> int:
         """Keys per query."""
         return self.config.indexer.topk
+
+    @property
+    def n_slots(self) -> int:
+        """Of the `topk` slots of a selection, the leading ones that can be filled."""
+        return self.topk if self.n_keys is None else min(self.topk, self.n_keys)
 
     @property
     def implementations(self) -> Implementations:
@@ -112,8 +122,8 @@ def select_coarse_to_fine(choice: Choice) -> Int[Array, "B T K"]:
 def select_window(choice: Choice) -> Int[Array, "B T K"]:
     """The last topk visible keys."""
     start, end = choice.visible.start[..., None], choice.visible.end[..., None]
-    place = jnp.maximum(start, end - choice.topk) + jnp.arange(choice.topk, dtype=jnp.int32)
-    return jnp.where(place < end, place, -1)
+    place = jnp.maximum(start, end - choice.topk) + jnp.arange(choice.n_slots, dtype=jnp.int32)
+    return all_slots(jnp.where(place < end, place, -1), choice.topk)
 
 
 def select_oracle(choice: Choice) -> Int[Array, "B T K"]:
@@ -131,9 +141,9 @@ def select_window_with_sink(choice: Choice) -> Int[Array, "B T K"]:
     """The first `N_SINK` visible keys and the last ones, topk together (StreamingLLM, arXiv 2309.17453)."""
     start, end = choice.visible.start[..., None], choice.visible.end[..., None]
     n_sink = min(N_SINK, choice.topk)
-    rank = jnp.arange(choice.topk, dtype=jnp.int32)
+    rank = jnp.arange(choice.n_slots, dtype=jnp.int32)
     place = start + rank + jnp.where(rank < n_sink, 0, jnp.maximum(end - start - choice.topk, 0))
-    return jnp.where(place < end, place, -1)
+    return all_slots(jnp.where(place < end, place, -1), choice.topk)
 
 
 def select_random(choice: Choice) -> Int[Array, "B T K"]:
@@ -142,7 +152,8 @@ def select_random(choice: Choice) -> Int[Array, "B T K"]:
     The same draw in every layer and call, by the end of the query's range; every visible key is about as likely.
     """
     start, n_visible = choice.visible.start[..., None], (choice.visible.end - choice.visible.start)[..., None]
-    rank = jnp.arange(choice.topk, dtype=jnp.int32)
+    # The stretches after the first n_keys are empty.
+    rank = jnp.arange(choice.n_slots, dtype=jnp.int32)
     # Whole stretches per key and the remainder spread over the first ones: products of large lengths would overflow.
     length, longer = n_visible // choice.topk, n_visible % choice.topk
     first = rank * length + jnp.minimum(rank, longer)
@@ -150,7 +161,7 @@ def select_random(choice: Choice) -> Int[Array, "B T K"]:
     # By query rather than by call: over a cache a query is to get the keys that it gets in a whole row.
     draw_one = lambda end, width: jax.random.randint(jax.random.fold_in(jax.random.key(0), end), width.shape, 0, width)
     draw = jax.vmap(jax.vmap(draw_one))(choice.visible.end, jnp.maximum(width, 1))
-    return jnp.where(width > 0, start + first + draw, -1)
+    return all_slots(jnp.where(width > 0, start + first + draw, -1), choice.topk)
 
 
 def select_blocks(choice: Choice) -> Int[Array, "B T K"]:
@@ -164,12 +175,13 @@ def select_blocks(choice: Choice) -> Int[Array, "B T K"]:
     size = min(choice.config.indexer.coarse_block_size, choice.topk)
     start, end = choice.visible.start, choice.visible.end
     own = jnp.maximum(end - 1, 0) // size
-    n_others = choice.topk // size - 1
+    pooled = pool_blocks(index.k, size).astype(index.k.dtype)
+    n_others = min(choice.topk // size - 1, pooled.shape[1])
     chosen = own[..., None]
     if n_others:
         first = jnp.minimum(-(-start // size), own)
         others = index_topk(
-            index._replace(k=pool_blocks(index.k, size).astype(index.k.dtype)),
+            index._replace(k=pooled),
             Visible(first, own),
             topk=n_others,
             activation=choice.config.indexer.activation,
@@ -180,7 +192,7 @@ def select_blocks(choice: Choice) -> Int[Array, "B T K"]:
     inside = (jnp.repeat(chosen, size, axis=-1) >= 0) & (keys >= start[..., None]) & (keys < end[..., None])
     ascending = jnp.sort(jnp.where(inside, keys, jnp.iinfo(jnp.int32).max), axis=-1)
     kept = jnp.where(ascending < end[..., None], ascending, -1)
-    return jnp.pad(kept, ((0, 0), (0, 0), (0, choice.topk - kept.shape[-1])), constant_values=-1)
+    return all_slots(kept, choice.topk)
 
 
 N_SINK = 4
@@ -194,6 +206,17 @@ _RULES: dict[str, Rule] = {
     "blocks": Rule(select_blocks),
     "oracle": Rule(select_oracle, needs_target=True),
 }
+
+
+def choose(rule: Rule, choice: Choice) -> Int[Array, "B T K"]:
+    """The keys that a rule selects, in the `n_slots` leading slots: a selection among fewer than topk keys fills no more."""
+    return rule.select(choice)[..., : choice.n_slots]
+
+
+def all_slots(indices: Int[Array, "*batch K"], topk: int) -> Int[Array, "*batch {topk}"]:
+    """A canonical selection with all its `topk` slots, of which those that nobody filled hold -1."""
+    widths = [(0, 0)] * (indices.ndim - 1) + [(0, topk - indices.shape[-1])]
+    return jnp.pad(indices, widths, constant_values=-1)
 
 
 def rule_of(attention: str) -> Rule:

@@ -8,7 +8,7 @@ import pytest
 from dsa_jax.config import TASKS, TaskConfig
 from dsa_jax.data import Batch, make_eval_data
 from dsa_jax.data.tasks import get_task
-from dsa_jax.evals.parity import evaluate_parity, with_fresh_indexer
+from dsa_jax.evals.parity import evaluate_parity, remarks_on, with_fresh_indexer
 from dsa_jax.evals.task import Groups, evaluate_task, make_eval_step
 from dsa_jax.model import build_model, init_params
 from dsa_jax.params import is_indexer_path, parameter_paths
@@ -127,3 +127,23 @@ def test_a_budget_of_the_whole_context_makes_every_row_dense(setting):
     for row in rows:
         assert row["recall_accuracy"] == rows[0]["recall_accuracy"]
         np.testing.assert_allclose([row["coverage"], row["keys_per_query"]], [1.0, 8.5], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"recall_len": 16}, None),
+        ({"recall_len": 4}, "eval.recall_len (4)"),
+        ({"tasks": ("mqar",), "task_len": 3}, "eval.task_len (3)"),
+        ({"recall_len": 2, "tasks": ("mqar",), "task_len": 4}, "eval.recall_len (2) and eval.task_len (4)"),
+        ({"recall_len": 4, "rows": ("dense",)}, None),
+        ({"text_len": 2}, None),  # no text is evaluated
+    ],
+)
+def test_a_budget_that_covers_a_length_is_said(changes, named):
+    config = tiny_config()
+    for name, value in changes.items():
+        setattr(config.eval, name, value)
+    remarks = remarks_on(config, make_eval_data(config.data, 0, config.model.vocab_size))
+    assert [named in remark for remark in remarks] == ([] if named is None else [True])
+    assert all("topk is 4, no less than" in remark for remark in remarks)

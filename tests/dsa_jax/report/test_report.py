@@ -132,6 +132,8 @@ def test_least_report(tmp_path, monkeypatch, has_plots):
     checker = check((tmp_path / "report.html").read_text())
     assert "svg" not in checker.tags and checker.tags.count("table") == 1
     assert "were not both evaluated" in " ".join(checker.text)
+    write_report(tmp_path, {"name": "least", "rows": [row], "remarks": ["topk <covers> all"]})
+    assert '<p class="hint">topk &lt;covers&gt; all</p>' in (tmp_path / "report.html").read_text()
     write_report(tmp_path, {"name": "least", "rows": [row, {**row, "name": "sparse"}], "loss_by_position": {"positions": []}})
     assert "Nothing was measured" in (tmp_path / "report.html").read_text()
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsa_jax.config import AttentionConfig, IndexerConfig
-from dsa_jax.model.attention.selection import Choice, rule_of, share_held
+from dsa_jax.model.attention.selection import Choice, choose, rule_of, share_held
 from pallas_kernels import IndexHeads, Visible
 
 LENGTH, BLOCK_KEYS = 64, 16
@@ -26,6 +26,19 @@ def pick(name, start, end, topk):
     indexer = IndexerConfig(topk=topk, coarse_block_size=BLOCK_KEYS, coarse_blocks=1)
     config = AttentionConfig(indexer=indexer, implementation="reference")
     return np.asarray(rule_of(name).select(Choice(config, Visible(start, end), INDEX))[0])
+
+
+@pytest.mark.parametrize("name", ["window", "sink_window", "random", "blocks", "sparse", "coarse_to_fine"])
+def test_a_budget_beyond_the_keys_is_theirs(name):
+    """`choose` keeps as many slots as there are keys, with what topk = keys selects; blocks need the budget that was asked."""
+    start, end = (jnp.asarray([x], jnp.int32) for x in causal(3))
+    least, most = (
+        choose(rule_of(name), Choice(config, Visible(start, end), INDEX, n_keys=LENGTH))
+        for topk in (LENGTH, 10**6)
+        for config in [AttentionConfig(indexer=IndexerConfig(topk=topk, coarse_block_size=BLOCK_KEYS, coarse_blocks=9))]
+    )
+    np.testing.assert_array_equal(most, least)
+    assert most.shape == (1, LENGTH, LENGTH)
 
 
 def causal(start=0):
