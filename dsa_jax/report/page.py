@@ -233,7 +233,7 @@ def _parity(rows: Sequence[Mapping[str, Any]], remarks: Sequence[str], has_plots
         figures = _figure(recall, "Recall accuracy by row", "How much is recalled? Longer is better.", rows, "recall_accuracy")
         figures += _figure(text, "Text loss by row", "How well is text predicted? Shorter is better.", rows, "text_loss")
         for name in tasks:
-            bars = plots.parity_bars(rows, name, f"{name} (share of {_SUMMARIES[name]})", upper=1.0)
+            bars = plots.parity_bars(rows, name, f"{name} (share of answers)", upper=1.0)
             figures += _figure(bars, f"Accuracy on {name} by row", "How much is answered? Longer is better.", rows, name)
     return (
         f"<h2>How close is sparse to dense?</h2>\n{table}\n{notes}"
