@@ -221,8 +221,8 @@ class AttentionConfig(Settings):
                 named.setdefault("layer_types", types)
             if not indexer.pop("detach_input", True):
                 raise ConfigError(
-                    "attention.indexer.detach_input is False, which is no setting any more; expected True. Revision ed5c375 "
-                    "repeats such a run."
+                    "model.attention.indexer.detach_input is False, which is no setting any more; expected True. Revision "
+                    "ed5c375 repeats such a run."
                 )
         return named
 

@@ -20,6 +20,11 @@ def check_inputs(input_ids: Any, positions: Any, segment_ids: Any, **_: Any) -> 
             raise ValueError(f"{name} is a {type(array).__name__}; expected an array. Make it one with jnp.asarray({name}).")
         if not jnp.issubdtype(array.dtype, jnp.integer):
             raise ValueError(f"{name} has dtype {array.dtype}; expected whole numbers. Cast with {name}.astype(jnp.int32).")
+        if isinstance(array, np.ndarray) and not array.dtype.isnative:
+            raise ValueError(
+                f"{name} has dtype {array.dtype.str}, in another byte order than this machine's. Cast with "
+                f"{name}.astype(np.int32)."
+            )
         if isinstance(array, np.ndarray) and array.size and not (array.min() >= -(2**31) and array.max() < 2**31):
             far = array.min() if array.min() < -(2**31) else array.max()
             raise ValueError(f"{name} holds {far}; expected numbers that fit 32 bits, as JAX keeps them. Renumber them.")

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from dsa_jax.config import OptimizerConfig
@@ -50,9 +51,10 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
     """Build the gradient transformation of a stage for a nested parameter dict.
 
     Weight decay acts on matrices only. Muon (`optax.contrib.muon`, RMS matched to AdamW as in arXiv 2502.16982) orthogonalises
-    hidden matrices and leaves the embedding, the head, norms and biases to AdamW. With `indexer_learning_rate` the indexers
-    are updated, and their gradient norm is clipped, apart from the rest: Adam divides out any weight on their loss, and one
-    bound on both norms would let either stop the other.
+    hidden matrices and leaves the embedding, the head, norms and biases to AdamW. Moments and
+    updates are float32 at least. With `indexer_learning_rate` the indexers are updated, and their gradient norm is clipped,
+    apart from the rest: Adam divides out any weight on their loss, and one bound on both norms would let either stop the
+    other.
     """
     if not config.indexer_learning_rate:
         return _update(config, total_steps)
@@ -83,6 +85,20 @@ def _update(config: OptimizerConfig, total_steps: int) -> optax.GradientTransfor
         # Not Muon's own branch for the rest, which decays biases or nothing and uses Nesterov momentum.
         label = lambda path, leaf: "adamw" if _muon_dimensions(path, leaf) is None else "muon"
         update = optax.partition({"muon": hidden, "adamw": update}, lambda params: _by_path(params, label))
-    if not config.clip_norm:
-        return update
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+    if config.clip_norm:
+        update = optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+    return in_float32(update)
+
+
+def in_float32(update: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`update` with its state, its arithmetic and its result in float32, whatever narrower dtype the parameters have.
+
+    A moment that decays by 0.999 moves by a thousandth of itself per step, which bfloat16, with 8 bits, rounds away: it stops
+    at a fraction of what it should become. Parameters and gradients in float32 are passed on as they are.
+    """
+    widen = lambda tree: jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+    def step(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return update.update(widen(grads), state, None if params is None else widen(params))
+
+    return optax.GradientTransformation(lambda params: update.init(widen(params)), step)

@@ -20,9 +20,11 @@ def _check(q, k_compressed, lse, visible, softmax_scale, n_keys, geometry, **_):
     _checks.check_lse(op, lse, q)
     _checks.check_visible(op, visible, *q.shape[:2])
     _checks.check_scale(op, softmax_scale)
-    if not isinstance(geometry, BlockGeometry) or not all(map(_checks.is_whole, (n_keys, *geometry))):
+    sizes = (n_keys, *geometry) if isinstance(geometry, BlockGeometry) else ("",)
+    if not all(_checks.is_whole(size) and abs(size) <= _checks.INT32 for size in sizes):
         raise ValueError(
-            f"{op}: n_keys is {n_keys!r} and geometry {geometry!r}; expected whole numbers and a BlockGeometry of such."
+            f"{op}: n_keys is {_checks.shown(n_keys)} and geometry {_checks.shown(geometry)}; "
+            "expected whole numbers below 2**31 and a BlockGeometry of such."
         )
     _checks.check_topk(op, geometry.topk)
     sizes = {name: getattr(geometry, name) for name in ("compress_block", "select_block")}

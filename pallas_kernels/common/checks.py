@@ -17,6 +17,8 @@ from pallas_kernels.types import ForcedKeys, IndexHeads, Visible
 P = ParamSpec("P")
 R = TypeVar("R")
 
+INT32 = 2**31 - 1
+LONGEST_SHOWN = 80
 ACTIVATIONS = ("relu", "none")
 _BUNDLES = (ForcedKeys, IndexHeads, Visible)
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -62,11 +64,25 @@ def _bundled(op: str, name: str, value: Any, kind: Any) -> Any:
     )
 
 
+def shown(value: Any) -> str:
+    """A value in one short line, whatever it is."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:
+        return "a number of thousands of digits"  # which Python refuses to write
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+
+
 def check_array(op: str, **arrays: Any) -> None:
-    """Raises ValueError unless every argument is an array, of JAX or of NumPy."""
+    """Raises ValueError unless every argument is an array, of JAX or of NumPy in the byte order of this machine."""
     for name, array in arrays.items():
         if not isinstance(array, jax.Array | np.ndarray):
             raise ValueError(f"{op}: {name} is a {type(array).__name__}; expected an array. Convert it with jnp.asarray.")
+        if isinstance(array, np.ndarray) and not array.dtype.isnative:
+            raise ValueError(
+                f"{op}: {name} has dtype {array.dtype.str}, in another byte order than this machine's; expected "
+                f"{array.dtype.newbyteorder('=').str}. Convert it with {name}.astype({name}.dtype.newbyteorder('='))."
+            )
 
 
 def check_float(op: str, **arrays: Any) -> None:
@@ -133,7 +149,7 @@ def check_attention_arguments(op: str, q: Any, k: Any, v: Any = None, d_v: Any =
     if k.shape[2] == 0 or heads % k.shape[2]:
         raise ValueError(
             f"{op}: q has {heads} heads and k has {k.shape[2]}; expected a multiple. "
-            "Check n_heads and n_kv_heads in the config."
+            "Check model.attention.n_heads and model.attention.n_kv_heads in the config."
         )
     if v is not None:
         check_float(op, v=v)
@@ -142,11 +158,12 @@ def check_attention_arguments(op: str, q: Any, k: Any, v: Any = None, d_v: Any =
             raise ValueError(f"{op}: v has shape {list(v.shape)}; expected at least one channel.")
         if d_v is not None and d_v != v.shape[-1]:
             raise ValueError(
-                f"{op}: d_v is {d_v} and v has {v.shape[-1]} channels; expected the same. Leave d_v out when v is given."
+                f"{op}: d_v is {shown(d_v)} and v has {v.shape[-1]} channels; expected the same. Leave d_v out when v is given."
             )
     elif d_v is not None and (not is_whole(d_v) or not 0 < d_v <= dim):
         raise ValueError(
-            f"{op}: d_v is {d_v}; expected 1 to {dim}, since without v the values are k[..., :d_v]. Pass v or a d_v that fits."
+            f"{op}: d_v is {shown(d_v)}; expected 1 to {dim}, since without v the values are k[..., :d_v]. Pass v or a d_v "
+            "that fits."
         )
 
 
@@ -196,30 +213,49 @@ def check_scale(op: str, softmax_scale: Any) -> None:
         is_number = False
     if not is_number:
         raise ValueError(
-            f"{op}: softmax_scale is {softmax_scale!r}; expected a finite number, known before tracing. Pass head_dim**-0.5, "
-            "or multiply q by an array."
+            f"{op}: softmax_scale is {shown(softmax_scale)}; expected a finite number, known before tracing. Pass "
+            "head_dim**-0.5, or multiply q by an array."
         )
 
 
 def check_topk(op: str, topk: Any) -> None:
-    """Raises ValueError unless `topk` is a positive int."""
-    if not is_whole(topk) or topk <= 0:
-        raise ValueError(f"{op}: topk is {topk!r}; expected a positive integer. Check indexer.topk in the config.")
+    """Raises ValueError unless `topk` is a positive int of 32 bits, as indices are."""
+    if not is_whole(topk) or not 0 < topk <= INT32:
+        raise ValueError(
+            f"{op}: topk is {shown(topk)}; expected a positive integer below 2**31. Check model.attention.indexer.topk in the "
+            "config."
+        )
 
 
 def check_forced(op: str, topk: int, forced: ForcedKeys) -> None:
     """Raises ValueError unless both counts are zero or more and leave room for a key that is chosen by its score."""
     if not all(map(is_whole, forced)) or min(forced) < 0 or 0 < sum(forced) >= topk:
         raise ValueError(
-            f"{op}: forced.first is {forced.first} and forced.last {forced.last} with topk {topk}; expected counts of zero or "
-            "more that leave at least one key to the scores. Check indexer.forced_sink and indexer.forced_local in the config."
+            f"{op}: forced.first is {shown(forced.first)} and forced.last {shown(forced.last)} with topk {topk}; expected "
+            "counts of zero or more that leave at least one key to the scores. Check model.attention.indexer.forced_sink and "
+            "model.attention.indexer.forced_local in the config."
         )
 
 
 def check_activation(op: str, activation: Any) -> None:
     """Raises ValueError for an unknown activation of the index scores."""
     if activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}.")
+        raise ValueError(f"{op}: activation is {shown(activation)}; expected one of {', '.join(ACTIVATIONS)}.")
+
+
+def check_axis(op: str, head_axis: Any) -> None:
+    """Raises ValueError unless it is None or the name of a mesh axis over which the surrounding `shard_map` maps."""
+    if head_axis is None:
+        return
+    try:
+        known = isinstance(head_axis, str) and jax.lax.axis_size(head_axis) > 0
+    except NameError:
+        known = False
+    if not known:
+        raise ValueError(
+            f"{op}: head_axis is {shown(head_axis)}; expected None, or inside shard_map the name of the mesh axis that splits "
+            "the heads."
+        )
 
 
 def check_topk_indices(op: str, topk_indices: Any, batch: int, length: int) -> None:

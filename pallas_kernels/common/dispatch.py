@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from absl import logging
 
+from pallas_kernels.common.checks import shown
+
 IMPLEMENTATIONS = ("reference", "xla", "pallas", "triton", "mosaic")
 
 # The one default rule: the first of these that an op has, on every device that is not listed by itself.
@@ -50,9 +52,9 @@ def resolve_implementation(op: str, implementation: str | None, available: Mappi
     if implementation is None:
         order = _DEFAULT_ORDER.get(platform, _DEFAULT_ORDER["cpu"])
         return next(name for name in order if name in available)
-    if implementation not in IMPLEMENTATIONS:
+    if not isinstance(implementation, str) or implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"{op}: implementation is {implementation!r}; expected one of {', '.join(IMPLEMENTATIONS)}, "
+            f"{op}: implementation is {shown(implementation)}; expected one of {', '.join(IMPLEMENTATIONS)}, "
             "or None for the default."
         )
     if implementation not in available:
@@ -108,7 +110,7 @@ def activation_option(
     if run not in portable:
         raise NotImplementedError(
             f"{op}: implementation {implementation!r} has activation 'relu' only; got activation={activation!r}. Pass "
-            "implementation='xla' or 'reference' (attention.implementation in a config)."
+            "implementation='xla' or 'reference' (model.attention.implementation in a config)."
         )
     return {"activation": activation}
 

@@ -28,6 +28,18 @@ _TOPK: dict[str, Callable[..., Any]] = {
 }
 
 
+def check_topk_implementation(op: str, implementation: str | None, activation: str) -> dict[str, str]:
+    """Options for the implementation of `index_topk` that is to run for `op`.
+
+    Raises:
+        ValueError: for a name that is not an implementation's.
+        NotImplementedError: for one that does not exist, or lacks the activation.
+    """
+    name = _dispatch.resolve_implementation(op, implementation, _TOPK, platform=_dispatch.traced_platform())
+    portable = reference.index_topk, xla.index_topk
+    return _dispatch.activation_option(op, activation, _TOPK[name], portable, implementation)
+
+
 def _check_scores(index, visible, k_scale, activation, **_):
     _checks.check_index("index_scores", index, k_scale, fp8=True)
     _checks.check_visible("index_scores", visible, *index.q.shape[:2])
@@ -119,7 +131,7 @@ def index_topk(
     Source: DeepSeek-V3.2-Exp report, section 1, equation 2. The order, the tie rule and the forced keys are ours.
     """
     run = _dispatch.choose_implementation("index_topk", implementation, _TOPK)
-    options = _dispatch.activation_option("index_topk", activation, run, (reference.index_topk, xla.index_topk), implementation)
+    options = check_topk_implementation("index_topk", implementation, activation)
     index, visible, k_scale = jax.lax.stop_gradient(vary_alike(index, visible, k_scale))
     select = lambda visible, topk: run(index, visible, topk=topk, k_scale=k_scale, **options)
     return with_forced(visible, forced, index.k.shape[1], select, topk)

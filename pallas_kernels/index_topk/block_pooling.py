@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.common.checks import check_float, check_shape, checked, is_whole
+from pallas_kernels.common.checks import check_float, check_shape, checked, is_whole, shown
 
 POOLINGS = ("mean", "salient")
 
@@ -15,7 +15,7 @@ def check_pooling(op: str, pooling: str) -> None:
         ValueError: naming it and the known ones.
     """
     if pooling not in POOLINGS:
-        raise ValueError(f"{op}: pooling is {pooling!r}; expected one of {', '.join(POOLINGS)}.")
+        raise ValueError(f"{op}: pooling is {shown(pooling)}; expected one of {', '.join(POOLINGS)}.")
 
 
 def _check(k, block_size, pooling):
@@ -23,7 +23,7 @@ def _check(k, block_size, pooling):
     check_float("pool_blocks", k=k)
     check_shape("pool_blocks", "k", k, (None,) * 3, "[B, S, channels]")
     if not is_whole(block_size) or block_size < 1:
-        raise ValueError(f"pool_blocks: block_size is {block_size!r}; expected a positive number of keys.")
+        raise ValueError(f"pool_blocks: block_size is {shown(block_size)}; expected a positive number of keys.")
 
 
 @checked(_check)

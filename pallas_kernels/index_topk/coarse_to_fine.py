@@ -11,7 +11,7 @@ from pallas_kernels.common.chunks import map_queries, rows_per_chunk
 from pallas_kernels.common.mesh import split_like, vary_alike
 from pallas_kernels.common.numerics import accumulation_dtype, clamped, dot, weighted_sum
 from pallas_kernels.common.topk import largest_ascending, pad_slots, rank_scores, with_forced
-from pallas_kernels.index_topk.api import index_topk
+from pallas_kernels.index_topk.api import check_topk_implementation, index_topk
 from pallas_kernels.index_topk.block_pooling import check_pooling, pool_blocks
 from pallas_kernels.types import NO_FORCED_KEYS, ForcedKeys, IndexHeads, Visible
 
@@ -19,18 +19,20 @@ CANDIDATE_BUDGET = 2**22
 """Elements of the candidates' index keys held at once: batch x queries x candidates x channels."""
 
 
-def _check(index, visible, topk, block_size, n_blocks, pooling, forced, activation, **_):
-    _checks.check_activation("index_topk_coarse_to_fine", activation)
-    check_pooling("index_topk_coarse_to_fine", pooling)
-    _checks.check_index("index_topk_coarse_to_fine", index)
-    _checks.check_topk("index_topk_coarse_to_fine", topk)
-    _checks.check_forced("index_topk_coarse_to_fine", topk, forced)
-    _checks.check_visible("index_topk_coarse_to_fine", visible, *index.q.shape[:2])
-    if not all(_checks.is_whole(size) and size > 0 for size in (block_size, n_blocks)):
+def _check(index, visible, topk, block_size, n_blocks, pooling, forced, activation, implementation):
+    op = "index_topk_coarse_to_fine"
+    _checks.check_activation(op, activation)
+    check_pooling(op, pooling)
+    _checks.check_index(op, index)
+    _checks.check_topk(op, topk)
+    _checks.check_forced(op, topk, forced)
+    _checks.check_visible(op, visible, *index.q.shape[:2])
+    if not all(_checks.is_whole(size) and 0 < size <= _checks.INT32 for size in (block_size, n_blocks)):
         raise ValueError(
-            f"index_topk_coarse_to_fine: block_size is {block_size!r} and n_blocks {n_blocks!r}; expected positive whole "
-            "numbers."
+            f"{op}: block_size is {_checks.shown(block_size)} and n_blocks {_checks.shown(n_blocks)}; expected positive whole "
+            "numbers below 2**31."
         )
+    check_topk_implementation(op, implementation, activation)
 
 
 @_checks.checked(_check)

@@ -36,10 +36,11 @@ def kernel_scores(
     """Scores of all queries against keys padded to whole blocks."""
     q, k, weights = index
     allowed = (*tiling.HALF_AND_SINGLE, "float8_e4m3fn")
-    tiling.check_dtypes("index_scores", "index.q and index.k", q, k, allowed=allowed)
-    tiling.check_dtypes("index_scores", "index.weights (and k_scale)", weights, k_scale, allowed=("float32",))
-    tiling.check_offsets("index_scores", "index.k", k)
-    interpret = tiling.is_interpreted("index_scores") if interpret is None else interpret
+    op = "index_scores" if kind == "scores" else "index_topk"
+    tiling.check_dtypes(op, "index.q and index.k", q, k, allowed=allowed)
+    tiling.check_dtypes(op, "index.weights (and k_scale)", weights, k_scale, allowed=("float32",))
+    tiling.check_offsets(op, "index.k", k)
+    interpret = tiling.is_interpreted(op) if interpret is None else interpret
     return _head_sums.head_sums_visible(
         q,
         k[:, :, None],

@@ -15,14 +15,15 @@ from pallas_kernels.types import IndexHeads, Visible
 _IMPLEMENTATIONS = {"reference": reference.indexer_kl, "xla": xla.indexer_kl, "pallas": pallas_gpu.indexer_kl}
 
 
-def _check_kl(index, visible, q, k, lse, softmax_scale, topk_indices, activation, keys_per_index_key, **_):
+def _check_kl(index, visible, q, k, lse, softmax_scale, topk_indices, activation, keys_per_index_key, head_axis, **_):
     _checks.check_index("indexer_kl", index)
     _checks.check_attention_arguments("indexer_kl", q, k)
     _checks.check_shape("indexer_kl", "q", q, (*index.q.shape[:2], None, None), "[B, T] of index.q, heads, head dim")
     is_count = _checks.is_whole(keys_per_index_key) and keys_per_index_key >= 1
     if not is_count or (keys_per_index_key > 1 and topk_indices is not None):
         raise ValueError(
-            f"indexer_kl: keys_per_index_key is {keys_per_index_key}; expected a positive whole number, 1 with topk_indices."
+            f"indexer_kl: keys_per_index_key is {_checks.shown(keys_per_index_key)}; expected a positive whole number, 1 "
+            "with topk_indices."
         )
     batch, n_index_keys = index.k.shape[:2]
     lengths = batch, n_index_keys * keys_per_index_key, None, None
@@ -31,6 +32,7 @@ def _check_kl(index, visible, q, k, lse, softmax_scale, topk_indices, activation
     _checks.check_visible("indexer_kl", visible, *index.q.shape[:2])
     _checks.check_scale("indexer_kl", softmax_scale)
     _checks.check_activation("indexer_kl", activation)
+    _checks.check_axis("indexer_kl", head_axis)
     if topk_indices is not None:
         _checks.check_topk_indices("indexer_kl", topk_indices, *index.q.shape[:2])
 

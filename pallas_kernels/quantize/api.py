@@ -64,12 +64,21 @@ def dequantize(quantized: QuantizedVectors) -> Float[Array, "*N D"]:
     return quantized.values.astype(jnp.float32) * quantized.scales[..., None]
 
 
-@jax.custom_jvp
+@checked(lambda x: check_vectors("simulate_fp8", x=x))
 def simulate_fp8(x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
-    """`x` after a round trip through `quantize_fp8`, in its own dtype; the gradient passes straight through."""
+    """`x` after a round trip through `quantize_fp8`, in its own dtype; the gradient passes straight through.
+
+    Raises:
+        ValueError: when `x` is no array of floats, or its vectors have no channel.
+    """
+    return _round_trip(x)
+
+
+@jax.custom_jvp
+def _round_trip(x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
     return dequantize(quantize_fp8(x)).astype(x.dtype)
 
 
-@simulate_fp8.defjvp
-def _simulate_fp8_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    return simulate_fp8(*primals), tangents[0]
+@_round_trip.defjvp
+def _round_trip_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return _round_trip(*primals), tangents[0]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.common.checks import check_float, checked, is_whole
+from pallas_kernels.common.checks import check_array, check_float, checked, is_whole, shown
 from pallas_kernels.quantize import reference
 
 WEIGHT_BLOCK = (128, 128)
@@ -46,7 +46,7 @@ def quantize_blocks(
 
     Source: DeepSeek-V3 report, section 3.3.2; DeepSeek-V3.2-Exp inference/kernel.py, act_quant.
     """
-    rows, columns = _checked(block)
+    rows, columns = _checked("quantize_blocks", block)
     grid = [-(-size // step) for size, step in zip(x.shape[-2:], block, strict=True)]
     padding = [(0, 0)] * (x.ndim - 2) + [(0, n * step - size) for n, step, size in zip(grid, block, x.shape[-2:], strict=True)]
     magnitude = jnp.pad(jnp.abs(x.astype(jnp.float32)), padding)
@@ -67,7 +67,8 @@ def dequantize_blocks(quantized: QuantizedBlocks, block: tuple[int, int] = WEIGH
         ValueError: when the grid of scales does not fit the values and the block.
     """
     values, scales = quantized
-    rows, columns = _checked(block)
+    check_array("dequantize_blocks", values=values, scales=scales)
+    rows, columns = _checked("dequantize_blocks", block)
     grid = (*values.shape[:-2], -(-values.shape[-2] // rows), -(-values.shape[-1] // columns))
     if scales.shape != grid:
         raise ValueError(
@@ -90,16 +91,16 @@ def dequantize_part(
     Raises:
         ValueError: a block without rows or columns.
     """
-    rows, columns = _checked(block)
+    rows, columns = _checked("dequantize_part", block)
     values, scales = quantized
     place = lambda axis, step: (first[axis] + jnp.arange(values.shape[axis - 2])) // step
     by_row = jnp.take(scales, place(0, rows), axis=-2)
     return values.astype(jnp.float32) * jnp.take(by_row, place(1, columns), axis=-1)
 
 
-def _checked(block: tuple[int, int]) -> tuple[int, int]:
+def _checked(op: str, block: tuple[int, int]) -> tuple[int, int]:
     if not isinstance(block, tuple | list) or len(block) != 2 or not all(map(is_whole, block)) or min(block) < 1:
-        raise ValueError(f"fp8 blocks: block is {block}; expected rows and columns, at least one each, such as (128, 128).")
+        raise ValueError(f"{op}: block is {shown(block)}; expected rows and columns, at least one each, such as (128, 128).")
     return block
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from pallas_kernels.common.checks import check_array, check_float, check_shape, check_vectors, checked, is_whole
+from pallas_kernels.common.checks import check_array, check_float, check_shape, check_vectors, checked, is_whole, shown
 from pallas_kernels.quantize import reference
 
 TILE = 128
@@ -70,7 +70,7 @@ def pack_latent_fp8(
 def _check_latent_rows(rows, latent_dim):
     _check_rows("unpack_latent_fp8", rows)
     if not is_whole(latent_dim) or latent_dim < 1:
-        raise ValueError(f"unpack_latent_fp8: latent_dim is {latent_dim!r}; expected a positive whole number.")
+        raise ValueError(f"unpack_latent_fp8: latent_dim is {shown(latent_dim)}; expected a positive whole number.")
 
 
 @checked(_check_latent_rows)
@@ -86,7 +86,7 @@ def unpack_latent_fp8(rows: UInt8[Array, "*N bytes"], latent_dim: int) -> tuple[
     if rope_bytes < 0 or rope_bytes % 2:
         raise ValueError(
             f"unpack_latent_fp8: rows have {rows.shape[-1]} bytes; expected {latent_row_bytes(latent_dim, 0)} plus two per "
-            f"rotated channel for latent_dim {latent_dim}. Check kv_lora_rank."
+            f"rotated channel for latent_dim {shown(latent_dim)}. Check model.attention.kv_lora_rank."
         )
     values = _tiled(_from_bytes(rows[..., :latent_dim], jnp.float8_e4m3fn).astype(jnp.float32))
     scales = _from_bytes(rows[..., latent_dim : latent_dim + 4 * n_tiles], jnp.float32)

@@ -98,7 +98,8 @@ def _check_sparse_fp8(q, pool, slots, softmax_scale, latent_dim, **_):
     _checks.check_shape(op, "q", q, (None,) * 4, "[B, T, heads, latent_dim + rotated channels]")
     if not _checks.is_whole(latent_dim) or not 0 < latent_dim <= q.shape[-1]:
         raise ValueError(
-            f"{op}: latent_dim is {latent_dim}; expected 1 to {q.shape[-1]}, the head dim of q. Check kv_lora_rank."
+            f"{op}: latent_dim is {_checks.shown(latent_dim)}; expected 1 to {q.shape[-1]}, the head dim of q. Check "
+            "model.attention.kv_lora_rank."
         )
     if pool.dtype != jnp.uint8:
         raise ValueError(f"{op}: pool has dtype {pool.dtype}; expected uint8 rows, as quantize.pack_latent_fp8 makes them.")

@@ -127,6 +127,26 @@ WRONG = {
     "sinks of other heads": ("sparse_attention", {"sink": jnp.zeros(2)}, r"sink has shape \[2\]; expected \[4\]"),
     "half sinks": ("dense_attention", {"sink": jnp.zeros(4, jnp.bfloat16)}, "sink has dtype bfloat16; expected float32"),
     "infinite scale": ("dense_attention", {"softmax_scale": float("inf")}, "softmax_scale is inf; expected a finite number"),
+    "topk beyond int32": ("index_topk", {"topk": 2**31}, r"topk is 2147483648; expected a positive integer below 2\*\*31"),
+    "topk of thousands of digits": ("attention_topk", {"topk": 10**5000}, "topk is a number of thousands of digits; expected"),
+    "truth for topk": ("index_topk", {"topk": True}, "topk is True; expected a positive integer"),
+    "big-endian queries": (
+        "sparse_attention",
+        {"q": np.ones((B, T, 4, 6), ">f4")},
+        r"q has dtype >f4, in another byte order than this machine's; expected <f4. Convert it with q.astype",
+    ),
+    "big-endian selection": ("indexer_kl", {"topk_indices": np.zeros((B, T, 2), ">i4")}, "topk_indices has dtype >i4"),
+    "big-endian ranges": (
+        "dense_attention",
+        {"visible": VISIBLE._replace(end=np.ones((B, T), ">i4"))},
+        "visible.end has dtype",
+    ),
+    "big-endian sinks": ("dense_attention", {"sink": np.zeros(4, ">f4")}, "sink has dtype >f4"),
+    "big-endian index keys": ("index_scores", {"index": INDEX._replace(k=np.ones((B, S, 4), ">f8"))}, "index.k has dtype >f8"),
+    "a number for an axis": ("indexer_kl", {"head_axis": 3}, "head_axis is 3; expected None, or inside shard_map the name"),
+    "several axes": ("indexer_kl", {"head_axis": ("tensor",)}, r"head_axis is \('tensor',\); expected None"),
+    "an axis that is nowhere": ("indexer_kl", {"head_axis": "tensor"}, "head_axis is 'tensor'; expected None"),
+    "a long implementation": ("sparse_attention", {"implementation": "x" * 5000}, "implementation is 'x+...; expected one of"),
     "no such implementation": (
         "index_topk",
         {"implementation": "cuda"},
@@ -142,6 +162,40 @@ def test_wrong_arguments(name):
     with pytest.raises(ValueError, match=message) as caught:
         function(**{**arguments, **change})
     assert str(caught.value).startswith(f"{op}: ") and "\n" not in str(caught.value)
+
+
+COARSE = {**INDEXER, "topk": 2, "block_size": 2, "n_blocks": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"implementation": "cuda"}, "implementation is 'cuda'; expected one of"),
+        ({"implementation": "pallas", "activation": "none"}, "implementation 'pallas' has activation 'relu' only"),
+        ({"topk": 2**31}, "topk is 2147483648"),
+        ({"n_blocks": 2**63}, "n_blocks 9223372036854775808; expected positive whole numbers below"),
+    ],
+)
+def test_a_coarse_selection_speaks_of_itself(change, message):
+    with pytest.raises((ValueError, NotImplementedError), match=f"^index_topk_coarse_to_fine: .*{message}"):
+        pk.index_topk_coarse_to_fine(**{**COARSE, **change})
+
+
+def test_a_kernel_names_the_op_that_runs_it():
+    for op, more in (("index_topk", {"topk": 2}), ("index_scores", {})):
+        with jax.enable_x64(True), pytest.raises(NotImplementedError, match=f"^{op}: "):
+            double = INDEX._replace(q=jnp.ones((B, T, 2, 4), jnp.float64), k=jnp.ones((B, S, 4), jnp.float64))
+            getattr(pk, op)(double, VISIBLE, implementation="pallas", **more)
+
+
+def test_settings_have_their_full_name():
+    messages = []
+    for op, change in (("index_topk", {"topk": 0}), ("index_topk", {"forced": ForcedKeys(9)})):
+        function, arguments = CALLS[op]
+        with pytest.raises(ValueError) as caught:
+            function(**{**arguments, **change})
+        messages.append(str(caught.value))
+    assert all("Check model.attention.indexer." in message for message in messages)
 
 
 def test_a_scale_is_any_number_that_is_known():
@@ -170,6 +224,13 @@ def quantization(function, *arguments):
         (lambda: pk.pool_blocks(jnp.ones((2, 3)), 2), r"k has shape \[2, 3\]; expected \[any, any, any\]"),
         (lambda: pk.pool_blocks(jnp.ones((1, 2, 3)), 2.0), "block_size is 2.0; expected a positive number of keys"),
         (quantization("quantize_fp8", [1.0]), "x is a list; expected an array"),
+        (quantization("simulate_fp8", jnp.ones(3, int)), "^simulate_fp8: x has dtype int32"),
+        (quantization("quantize_fp8", np.ones((2, 4), ">f4")), "x has dtype >f4, in another byte order"),
+        (quantization("quantize_blocks", jnp.ones((2, 2)), (0, 1)), r"^quantize_blocks: block is \(0, 1\); expected rows"),
+        (
+            lambda: pk.quantize.dequantize_blocks(pk.quantize.quantize_blocks(jnp.ones((2, 2))), (2, 0)),
+            r"^dequantize_blocks: block is \(2, 0\)",
+        ),
         (quantization("quantize_blocks", jnp.ones(3)), r"x has shape \[3\]; expected \[..., rows, columns\]"),
         (quantization("unpack_vector_fp8", jnp.ones((2, 3), jnp.uint8)), "rows have 3 bytes; expected more than the 4"),
         (

@@ -21,7 +21,7 @@ def check_request(
         raise ValueError(f"indexer_loss is {request.indexer_loss!r}; expected None, 'dense' or 'sparse'.")
     if request.indexer_loss and not has_indexer:
         raise ValueError(
-            f"indexer_loss is {request.indexer_loss!r}, but the model has no indexer. Set attention.indexer.enabled=True."
+            f"indexer_loss is {request.indexer_loss!r}, but the model has no indexer. Set model.attention.indexer.enabled=True."
         )
     row = selection(request.attention)
     if row.kind:
@@ -42,6 +42,6 @@ def check_request(
             )
     elif request.by_indexer and not has_indexer:
         raise ValueError(
-            f"attention is {request.attention!r}, but the model has no indexer. Set attention.indexer.enabled=True, or use "
-            "'dense' or 'window'."
+            f"attention is {request.attention!r}, but the model has no indexer. Set "
+            "model.attention.indexer.enabled=True, or use 'dense' or 'window'."
         )

@@ -291,6 +291,7 @@ def test_padding_may_hold_tokens_outside_the_vocabulary():
     [
         ("input_ids", np.zeros(LENGTH, np.int32), r"input_ids has shape \[24\]; expected \[B, T\]"),
         ("input_ids", np.zeros((2, LENGTH), np.float32), "input_ids has dtype float32; expected whole numbers"),
+        ("input_ids", np.zeros((2, LENGTH), ">i4"), "input_ids has dtype >i4, in another byte order"),
         ("positions", np.zeros((1, LENGTH), np.int32), r"positions has shape \[1, 24\]; expected \[2, 24\]"),
         ("positions", np.zeros((2, LENGTH), np.float32), "positions has dtype float32"),
         ("segment_ids", np.ones((2, LENGTH - 1), np.int32), r"segment_ids has shape \[2, 23\]; expected \[2, 24\]"),
