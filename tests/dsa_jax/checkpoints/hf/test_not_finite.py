@@ -13,7 +13,6 @@ from dsa_jax.checkpoints.from_hf import checkpoint_params, load_for_evaluation, 
 from dsa_jax.checkpoints.hf import CheckpointError
 from dsa_jax.checkpoints.open import open_checkpoint
 from dsa_jax.config import Config
-from dsa_jax.evals.checkpoint import evaluate_checkpoint
 from dsa_jax.run.files import RunError
 from dsa_jax.train import init
 from tests.dsa_jax.checkpoints.hf.test_load import fp8_checkpoint
@@ -106,8 +105,7 @@ def test_the_commands_say_it_before_they_run_the_model(tmp_path):
     resolved = resolve_checkpoint(config)
     calls = {
         "generate": lambda: open_checkpoint(directory),
-        "evaluate": lambda: evaluate_checkpoint(directory, config, ("dense",)),
-        "evaluate, loading": lambda: load_for_evaluation(config),
+        "evaluate": lambda: load_for_evaluation(config),
         "retrofit": lambda: checkpoint_params(resolved),
         "convert": lambda: to_run(directory, tmp_path / "run"),
     }
