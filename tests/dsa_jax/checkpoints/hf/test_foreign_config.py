@@ -116,7 +116,7 @@ def test_files_that_are_none(tmp_path):
         ("llama", {"num_attention_heads": 0}, "num_attention_heads is 0; expected a whole number from 1 to"),
         ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; expected a whole number from 1 to 10000"),
         ("llama", {"num_hidden_layers": 4}, "num_hidden_layers is 4, but the weights hold 3 layers"),
-        ("deepseek_v32", {"index_n_heads": 4000}, "index_n_heads is 4000, more than the largest tensor"),
+        ("deepseek_v32", {"index_n_heads": 2**31 - 1}, "indexer.n_heads is 2147483647; expected zero or more, up to 4096"),
         ("deepseek_v32", {"index_n_heads": 2**63}, "index_n_heads is 9223372036854775808; expected a whole number"),
         ("deepseek_v3", {"n_routed_experts": 8}, "routed experts is 8, but the weights hold 4"),
         ("deepseek_v3", {"n_routed_experts": 2**20}, "n_routed_experts is 1048576; expected zero or more, up to 65536"),
