@@ -50,7 +50,7 @@ def small(monkeypatch):
 
 
 def whole(tokenizer, text):
-    return [*tokenizer.encode(text).tolist(), tokenizer.end_of_text_id]
+    return [*tokenizer.encode_prompt(text).tolist(), tokenizer.end_of_text_id]
 
 
 def encoded(tokenizer, documents, **settings):
@@ -114,12 +114,8 @@ def test_documents_keep_their_order_and_ids_stay(tokenizer, small):
 
 
 def test_a_tokenizer_that_opens_a_text_opens_each_document_once(folder, small):
-    class Opening(JsonTokenizer):
-        def encode(self, text):
-            ids = super().encode(text)
-            return ids if ids[:1].tolist() == [7] else np.append(np.array([7], np.int32), ids)
-
-    tokenizer = Opening(folder)
+    tokenizer = JsonTokenizer(folder)
+    tokenizer.opening = np.array([7], np.int32)
     own = tokenizer.encode_pieces([tokenizer.decode([7]) + " again"])[0]
     assert own[0] == 7
     documents = [TEXT, "short", tokenizer.decode([7]) + " again"]
@@ -149,12 +145,12 @@ def test_the_corpus_is_tokenized_once_wherever_it_lies(folder, tmp_path, small, 
     (tmp_path / "one").rename(tmp_path / "two")
     tokenizer = Counting(folder)
     again = load_corpus(TextConfig(path=str(tmp_path / "two")), tokenizer)
-    assert sum(map(sum, tokenizer.sizes)) <= 1  # to see what the tokenizer puts before a text
+    assert not tokenizer.sizes
     np.testing.assert_array_equal(first.train.tokens, again.train.tokens)
     assert first.provenance["sha256"] == again.provenance["sha256"]
     (tmp_path / "two" / "a.txt").write_text(TEXT.replace("line 7 ", "line 8 "))
     load_corpus(TextConfig(path=str(tmp_path / "two")), tokenizer)
-    assert sum(map(sum, tokenizer.sizes)) == len(TEXT) + 1
+    assert sum(map(sum, tokenizer.sizes)) == len(TEXT)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 50, 500, 3000, 10**6])

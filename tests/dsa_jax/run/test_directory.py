@@ -5,11 +5,10 @@ import sys
 
 import pytest
 
-from dsa_jax.config import Config, to_dict
-from dsa_jax.report.report import write_report
+from dsa_jax.config import Config, ConfigError, to_dict
 from dsa_jax.run import environment as run_environment
 from dsa_jax.run import files
-from dsa_jax.run.directory import RunDirectory, open_run
+from dsa_jax.run.directory import open_run
 from dsa_jax.run.environment import git_revision
 from dsa_jax.run.files import RunError, atomic_write_text, claimed, read_object
 
@@ -277,13 +276,12 @@ def test_an_atomic_write_goes_through_no_link(tmp_path):
     assert (tmp_path / "outside").read_text() == "mine" and not (tmp_path / "a.json").is_symlink()
 
 
-def test_names_that_are_no_utf8_are_written_with_escapes(tmp_path):
-    named = Config(name="caf\udce9")
-    named.data.text.path = "/data/\udcff"
-    assert open_run(tmp_path, named).config() == named
-    write_report(tmp_path, {"name": named.name, "rows": [], "config": to_dict(named)})
-    assert "caf\\udce9" in (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert RunDirectory(tmp_path, resumed=True).report()["name"] == named.name
+def test_names_that_are_no_utf8_are_refused(tmp_path):
+    named, placed = Config(name="caf\udce9"), Config()
+    placed.data.text.path = "/data/\udcff"
+    for config, field in ((named, "name"), (placed, "data.text.path")):
+        with pytest.raises(ConfigError, match=rf"{field} is .*; expected text in UTF-8"):
+            config.validate()
 
 
 def test_a_directory_that_is_refused_keeps_no_lock_and_a_killed_process_no_probe(tmp_path):
