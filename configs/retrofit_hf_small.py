@@ -16,11 +16,11 @@ from dsa_jax.config import Config, IndexerConfig, OptimizerConfig
 def get_config() -> Config:
     config = Config(name="retrofit_hf_small")
     config.model.attention.indexer = IndexerConfig(enabled=True, n_heads=4, head_dim=32, rope_dim=16, topk=32)
-    retrofit_from_checkpoint(config, batch_size=4, seq_len=256, sparse_steps=12, text_sequences=64, eval_batch_size=8)
+    retrofit_from_checkpoint(config, batch_size=2, seq_len=256, sparse_steps=12, text_sequences=32, eval_batch_size=8)
     warmup, sparse = config.train.warmup, config.train.sparse
-    warmup.steps, warmup.optimizer = 120, OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup_steps=5)
+    warmup.steps, warmup.optimizer = 150, OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup_steps=5)
     sparse.optimizer = OptimizerConfig(learning_rate=1e-5, schedule="constant", warmup_steps=4, indexer_learning_rate=3e-4)
     config.data.text.max_tokens = 2_000_000
     config.eval.rows = ("dense", "sparse", "untrained", "window", "sink_window", "oracle")
-    config.eval.text_tasks, config.eval.text_task_lens, config.eval.text_task_sequences = ("needle",), (256,), 32
+    config.eval.text_tasks, config.eval.text_task_lens, config.eval.text_task_sequences = ("needle",), (256,), 24
     return config

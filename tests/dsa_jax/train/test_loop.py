@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dsa_jax import retrofit as retrofit_module
-from dsa_jax.config import ConfigError, InitConfig, to_dict
+from dsa_jax.config import Config, ConfigError, InitConfig, to_dict
 from dsa_jax.data import TrainData
 from dsa_jax.model import build_model
 from dsa_jax.params import parameter_paths
@@ -285,8 +285,9 @@ def test_the_row_before_sparse_training_is_of_the_last_step(undisturbed, tmp_pat
     assert "of stage pretrain only step 4 is left" in caplog.text
 
 
-def test_an_update_that_is_not_finite_stops_the_run(tmp_path):
+def test_an_update_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     config = tiny_config()
+    monkeypatch.setattr(Config, "validate", lambda self: None)  # no rate within its limits does it in one step
     optimizer = config.train.pretrain.optimizer
     optimizer.learning_rate, optimizer.weight_decay = 1e38, 1e4
     with pytest.raises(NotFiniteError, match=r"not finite in stage pretrain, step 1; there is no checkpoint yet\. Lower"):
@@ -302,7 +303,12 @@ def test_what_is_seldom_meant_is_said(tmp_path, caplog):
         retrofit(config, tmp_path / "run")
     assert "train.warmup.optimizer.warmup_steps is 7, of 6 steps in all" in caplog.text
     assert "as most are at a learning rate of 1e-06" in caplog.text
-    assert not retrofit_module._remarks(tiny_config())
+    # Two index heads of 8 channels cost a model of 32 more than they save in rows of 16.
+    (cost,) = retrofit_module._remarks(tiny_config())
+    assert "sparse attention costs more than dense at train.sparse.seq_len 16" in cost
+    config = tiny_config()
+    config.train.sparse.steps = 0
+    assert not retrofit_module._remarks(config)
 
 
 def test_a_stage_without_a_run_is_refused():

@@ -7,8 +7,9 @@ import signal
 
 import pytest
 
-from dsa_jax.config import ConfigError, DataConfig, TextConfig
+from dsa_jax.config import DataConfig, TextConfig
 from dsa_jax.retrofit import retrofit
+from dsa_jax.run.files import RunError
 from dsa_jax.run.metrics import read_metrics
 from dsa_jax.train.judge import Judge
 from tests.dsa_jax.train.tiny import tiny_config
@@ -49,5 +50,5 @@ def test_a_run_within_its_text_goes_on_where_both_have_moved(tmp_path, monkeypat
     shutil.copytree(moved, tmp_path / "copy")
     assert retrofit(recipe(tmp_path / "copy"), moved / "run") == report
     (tmp_path / "copy" / "corpus.jsonl").write_text('{"text": "something else, and long enough to be a row of sixteen"}\n')
-    with pytest.raises(ConfigError, match="is not the text that the run was trained on so far"):
+    with pytest.raises(RunError, match=r"holds a run of another config: data\.text\.path is"):
         retrofit(recipe(tmp_path / "copy"), moved / "run")
