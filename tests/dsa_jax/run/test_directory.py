@@ -59,7 +59,7 @@ def test_what_changes_no_result_may_change(tmp_path, caplog):
     other = Config()
     other.train.nan_policy, other.train.keep_checkpoints, other.parallel.preset = "skip", 5, "fsdp8"
     other.train.sparse.checkpoint_every = other.train.warmup.log_every = 7
-    other.data.text.path = "/elsewhere"
+    other.train.gate, other.train.sparse.evaluate_every = "warn", 3
     caplog.set_level("INFO")
     open_run(tmp_path, other)
     assert run.config() == other and 'train.nan_policy is "stop" there and "skip" here' in caplog.text
