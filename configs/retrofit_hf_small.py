@@ -1,12 +1,14 @@
-"""A small Hugging Face checkpoint made sparse on a laptop, in minutes: up to some 0.4e9 parameters.
+"""A small Hugging Face checkpoint, such as one of 135M parameters, made sparse on a laptop.
 
 Command:   python -m experiments.retrofit --config=configs/retrofit_hf_small.py --config.init.hf_dir=DIR --workdir=runs/small \\
                --config.data.text.path=TEXT
            TEXT is a .txt, .jsonl or .npy file or a directory of them; without it, the Python standard library's own source.
-Hardware:  two CPU cores; `make real` runs it on SmolLM2-135M-Instruct.
+Hardware:  two CPU cores; `make real` runs it on SmolLM2-135M-Instruct. Not timed yet on a machine that did nothing else.
+Result:    SmolLM2-135M on the Python library's source, one seed: text loss 2.072 dense, 2.182 sparse, 5.003 with an untrained
+           indexer; needles found 0.958 dense, 0.042 sparse. So short a run keeps text and loses needles.
 
 The indexer is small (4 heads of 32), as the model is: at 16 heads of 128 it would cost more than the attention that it saves.
-Rows of 256 tokens with 32 keys are short, so that a laptop sees a difference; configs/real_smollm2.py has longer ones.
+Rows of 256 tokens with 32 keys are short, so that a laptop sees a difference.
 """
 
 from configs.retrofit_hf import retrofit_from_checkpoint
