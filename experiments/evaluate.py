@@ -61,7 +61,8 @@ def main(argv: list[str]) -> None:
         return
     print(source)
     print(format_table(table.rows))
-    print(format_verdict({"rows": table.rows, "coverage_by_layer": table.coverage_by_layer}))
+    if not _TOPK.value:  # a verdict is on one budget
+        print(format_verdict({"rows": table.rows, "coverage_by_layer": table.coverage_by_layer}))
     _OUTPUT.write(dataclasses.asdict(table))
 
 

@@ -89,8 +89,8 @@ def _savings(dense: Mapping[str, Any], sparse: Mapping[str, Any], costs: Mapping
             f"computes {after:.2f} GFLOP per token instead of {before:.2f} in a sequence of {costs['lengths'][0]} "
             f"({after / before - 1:+.0%}, by formula)"
         )
-        start = costs["pays_from"]
-        parts.append(f"computes less from {start} tokens on" if start else f"never less up to {costs['lengths'][-1]} tokens")
+        start, longest = costs["pays_from"], costs["lengths"][-1]
+        parts.append(f"computes less from {start} tokens on" if start else f"never computes less up to {longest} tokens")
     return f"It {_listed(parts)}." if parts else ""
 
 
