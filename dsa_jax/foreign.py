@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ MOST_DEPTH = 100
 MOST_DIGITS = 100
 """Of a whole number; transformers writes 31 for a tokenizer without a limit of its length."""
 _MOST_PRINTED = 200
+_ACTED_ON = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+"""Unicode categories of control and format characters, halves of surrogate pairs, and separators of lines and paragraphs."""
+_HARMLESS = "\n\t\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"  # the joiners shape Persian, Hindi and emoji
 
 
 def parse_json(content: bytes | str) -> Any:
@@ -47,7 +51,7 @@ def read_object(file: Path, error: type[Exception], *, remedy: str = "") -> dict
     end = f" {remedy}" if remedy else ""
     try:
         # Opening a pipe would wait for a writer.
-        with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
+        with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as stream:
             status = os.fstat(stream.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise error(f"{printable(file)} cannot be read: expected a regular file.{end}")
@@ -72,6 +76,12 @@ def printable(text: object, most: int = _MOST_PRINTED) -> str:
     if len(whole) > most:
         whole = f"{whole[: most * 2 // 3]} ... {whole[-most // 4 :]}"
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in whole)
+
+
+def printable_text(text: str) -> str:
+    """`text` with its line ends and tabs; what else a terminal acts on, such as escape sequences, as backslash codes."""
+    escape = lambda each: each not in _HARMLESS and unicodedata.category(each) in _ACTED_ON
+    return "".join(each.encode("unicode_escape").decode() if escape(each) else each for each in text)
 
 
 def shown(value: object) -> str:

@@ -120,11 +120,23 @@ def _finished(inputs: _Inputs) -> dict[str, Any] | None:
     """The report of a completed run whose last checkpoint and export are there, too; else None. Nothing is written."""
     config, run = inputs.config, inputs.run
     accepted = inputs.accepted()
-    report = on_main(lambda: run.finished_report(config, accepted))
+    report = on_main(lambda: _showable(run.finished_report(config, accepted), run.report_path))
     exports = config.init.hf_dir and not _not_exported(config)
     if report is None or (exports and not on_main((run.export_path / "config.json").exists)):
         return None
     return report if latest_position(run, config) == _last_position(config) else None
+
+
+def _showable(report: dict[str, Any] | None, file: Path) -> dict[str, Any] | None:
+    """The report, or None where `file` held parts of other kinds than a run writes, of which no table or verdict is made."""
+    try:
+        if report is not None:
+            format_table(report["rows"])
+            format_verdict(report)
+    except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        _LOG.warning("%s is not what a run writes (%s: %s). It is made again.", file, type(error).__name__, error)
+        return None
+    return report
 
 
 def _last_position(config: Config) -> tuple[str, int] | None:

@@ -22,6 +22,7 @@ from dsa_jax.config.checks import shown
 from dsa_jax.config.fields import check_kinds, set_field
 from dsa_jax.config.limits import NAME, Range
 from dsa_jax.extras import MissingExtraError
+from dsa_jax.foreign import printable_text
 from dsa_jax.run.files import RunError
 from experiments.recipes import kind_name, load_config, parse_value, recipe_fields
 from experiments.streams import LastingStream
@@ -108,6 +109,11 @@ class ProcessFlags:
             absl_logging.set_verbosity(absl_logging.WARNING)
 
 
+class _Plain(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_text(super().format(record))
+
+
 def show_in_help(name: str, flag_values: flags.FlagValues) -> None:
     """List a flag that another module defines under the `--help` of the command."""
     flag_values.register_key_flag_for_module(sys.argv[0], flag_values[name])
@@ -121,10 +127,11 @@ def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = N
     when a reader of stdout or stderr goes away; any other failure to write stdout is an error once `main` is done.
     """
 
-    stdout, stderr = LastingStream(sys.stdout), LastingStream(sys.stderr)
+    # Not stderr, on which a live progress line is redrawn by escape sequences.
+    stdout, stderr = LastingStream(sys.stdout, plain=True), LastingStream(sys.stderr)
 
     def guarded(arguments: list[str]) -> int | None:
-        absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
+        absl_logging.get_absl_handler().setFormatter(_Plain("%(message)s"))
         logging.getLogger("jax").setLevel(logging.WARNING)  # else it reports every missing backend
         if len(arguments) > 1:
             _fail(f"unexpected argument {arguments[1]!r}; expected only flags such as --config=configs/quickstart.py.", 2)
@@ -164,7 +171,7 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) ->
 def _fail(message: str, status: int) -> typing.NoReturn:
     # What absl quotes of the command line may be of any length.
     line = " ".join(word if len(word) <= _LONGEST_WORD else shown(word)[1:-1] for word in message.split())
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    print(f"error: {printable_text(line)}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from dsa_jax.config import ConfigError
+from dsa_jax.config.checks import user_path
 from dsa_jax.config.limits import FRACTION, LENGTH, Choices, Range, Text
 from dsa_jax.config.selections import common_selections
 from experiments.flags import run_main
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> None:
     from dsa_jax.generation.text import TextStream
     from dsa_jax.parallel.placement import on_mesh
 
-    texts = [*_PROMPT.value, *([_read(Path(_PROMPT_FILE.value).expanduser())] if _PROMPT_FILE.value else [])]
+    texts = [*_PROMPT.value, *([_read(user_path("--prompt_file", _PROMPT_FILE.value))] if _PROMPT_FILE.value else [])]
     if not texts:
         raise ConfigError("there is nothing to continue. Give --prompt=TEXT or --prompt_file=FILE.")
     for text in texts:

@@ -6,12 +6,18 @@ import os
 from collections.abc import Callable
 from typing import TextIO
 
+from dsa_jax.foreign import printable_text
+
 
 class LastingStream(io.TextIOBase):
-    """Forwards text to `stream` until that fails, then drops it; `error` holds the failure. None drops everything."""
+    """Forwards text to `stream` until that fails, then drops it; `error` holds the failure. None drops everything.
 
-    def __init__(self, stream: TextIO | None) -> None:
-        self._stream = stream
+    `plain`: what a terminal acts on, but for line ends and tabs, goes out as backslash codes, since models and files that
+    others made decide on what is printed.
+    """
+
+    def __init__(self, stream: TextIO | None, *, plain: bool = False) -> None:
+        self._stream, self._plain = stream, plain
         self.error: OSError | None = None
 
     @property
@@ -21,7 +27,7 @@ class LastingStream(io.TextIOBase):
 
     def write(self, text: str) -> int:
         """Forward `text`, with escapes for characters that the encoding lacks."""
-        shown = text.encode(self.encoding, "backslashreplace").decode(self.encoding)
+        shown = (printable_text(text) if self._plain else text).encode(self.encoding, "backslashreplace").decode(self.encoding)
         self._attempt(lambda stream: stream.write(shown))
         return len(text)
 

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 LONGEST_SHOWN = 80
@@ -18,6 +19,18 @@ def shown(value: Any) -> str:
     except ValueError:
         return "a number of thousands of digits"  # which Python refuses to write
     return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN // 2]}...{text[-LONGEST_SHOWN // 4 :]}"
+
+
+def user_path(name: str, text: str) -> Path:
+    """The path that the setting `name` gives, `~` and `~user` being the home of a user.
+
+    Raises:
+        ConfigError: where there is no such user.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{name} is {shown(text)}, but no home directory of that user is known. Write it out.") from None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

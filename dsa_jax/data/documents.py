@@ -118,9 +118,9 @@ def _token_documents(file: Path, tokenizer: Tokenizer) -> Iterator[Document]:
     # open_memmap never unpickles: it refuses object arrays and files that are not .npy.
     try:
         ids = np.lib.format.open_memmap(file, mode="r")
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # a damaged header ends in errors of many kinds, of the tokenizer of Python among them
         raise ConfigError(
-            f"{file} is not a plain .npy array: {error} Save token ids with numpy.save and an integer dtype."
+            f"{file} is not a plain .npy array ({error}). Save token ids with numpy.save and an integer dtype."
         ) from error
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise ConfigError(f"{file} has shape {ids.shape} and dtype {ids.dtype}; expected 1-D integer token ids.")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dsa_jax.config import ConfigError
+from dsa_jax.config.checks import user_path
 from dsa_jax.data.regular_files import read_regular, special_kind
 
 _LOG = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def find_files(path: str, refusal: Callable[[str], str]) -> list[Path]:
         ConfigError: for a path that is missing or neither a regular file nor a directory, a directory that cannot be listed,
             and a link that leads nowhere.
     """
-    root = Path(path).expanduser()
+    root = user_path("data.text.path", path)
     if root.exists() and not root.is_dir():
         if kind := special_kind(root):
             raise ConfigError(f"data.text.path is {path!r}, which is a {kind}; expected a regular file or a directory.")

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Int, UInt
 
 from dsa_jax.config import ConfigError
+from dsa_jax.config.checks import user_path
 from dsa_jax.data.regular_files import read_regular
 from dsa_jax.run.files import RunError, atomic_write_bytes
 
@@ -31,7 +32,7 @@ Ids = Int[np.ndarray, " _"] | UInt[np.ndarray, " _"]
 def default_cache() -> "TokenCache | None":
     """The cache in the directory that DSA_JAX_CACHE names, else in the user's cache directory; None where there is none."""
     if chosen := os.environ.get(VARIABLE):
-        return TokenCache(Path(chosen).expanduser() / "tokens")
+        return TokenCache(user_path(VARIABLE, chosen) / "tokens")
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:

@@ -91,7 +91,8 @@ class JsonTokenizer:
 
         Args:
             path: the file or its directory.
-            control_tokens: whether text that spells a special token, such as `<|endoftext|>`, becomes it.
+            control_tokens: whether text that spells a special token, such as `<|endoftext|>`, becomes it. Where not, and the
+                vocabulary has that spelling as a piece of text, the text is cut within it.
 
         Raises:
             ConfigError: if a file is missing or unreadable, the eos_token, or a bos_token to be added, is none of the tokens,
@@ -113,6 +114,7 @@ class JsonTokenizer:
             self._tokenizer.model.dropout = None
         _declare(self._tokenizer, tokenizers.AddedToken, settings, file)
         self._tokenizer.encode_special_tokens = not control_tokens
+        self._reads_control = control_tokens
         self.file = file
         self.name = file.name if file.name != "tokenizer.json" else f"{file.resolve().parent.name}/tokenizer.json"
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -135,16 +137,18 @@ class JsonTokenizer:
         Raises:
             ConfigError: for text that spells a control token beyond the vocabulary of the model beside the tokenizer.
         """
-        return self._checked(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return self._checked(text, self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_pieces(self, pieces: Sequence[str]) -> list[Int[np.ndarray, " _"]]:
         """Token ids of each piece of a text by itself, on all cores; raises as `encode` does."""
         # Unlike encode_batch it computes no offsets, which take most of its memory.
         encodings = self._tokenizer.encode_batch_fast(list(pieces), add_special_tokens=False)
-        return [self._checked(encoding.ids) for encoding in encodings]
+        return [self._checked(piece, encoding.ids) for piece, encoding in zip(pieces, encodings, strict=True)]
 
-    def _checked(self, ids: Sequence[int]) -> Int[np.ndarray, " N"]:
+    def _checked(self, text: str, ids: Sequence[int]) -> Int[np.ndarray, " N"]:
         tokens = np.asarray(ids, np.int32)
+        if not self._reads_control and len(parts := self._apart(text, tokens)) > 1:
+            return np.concatenate([self.encode(part) for part in parts])
         if tokens.size and tokens.max() >= self.vocab_size:
             token = int(tokens.max())
             raise ConfigError(
@@ -152,6 +156,15 @@ class JsonTokenizer:
                 f"embedding; expected tokens below {self.vocab_size}. Take it out of the text."
             )
         return tokens
+
+    def _apart(self, text: str, tokens: Int[np.ndarray, " N"]) -> list[str]:
+        """`text` cut within each spelling of a control token among its `tokens`.
+
+        The package keeps added tokens out of a text, but a vocabulary may have their spellings as pieces or by merges, too.
+        """
+        found = np.unique(tokens[np.isin(tokens, [*self._control])]).tolist()
+        spelled = [each for id in found if len(each := self._control[id]) > 1 and each in text]
+        return re.split("|".join(f"(?<={re.escape(each[0])})(?={re.escape(each[1:])})" for each in spelled) or r"\Z.", text)
 
     @cached_property
     def cuts(self) -> re.Pattern[str] | None:
@@ -162,7 +175,7 @@ class JsonTokenizer:
     def digest(self) -> str:
         """SHA-256 of all that decides the ids that `encode_pieces` gives."""
         version = import_extra("tokenizers", extra="hf", purpose=str(self.file)).__version__
-        settings = f"{version} {self._tokenizer.encode_special_tokens}\n{self._tokenizer.to_str()}"
+        settings = f"{version} {'all tokens' if self._reads_control else 'no control tokens'}\n{self._tokenizer.to_str()}"
         return hashlib.sha256(settings.encode()).hexdigest()
 
     def encode_prompt(self, text: str) -> Int[np.ndarray, " N"]:

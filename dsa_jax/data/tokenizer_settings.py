@@ -1,10 +1,11 @@
 """What the files beside a tokenizer.json add to it: tokens, their roles, and whether a text starts with begin-of-text."""
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsa_jax.config import ConfigError
-from dsa_jax.foreign import read_object
+from dsa_jax.foreign import read_object, shown
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
@@ -86,7 +87,11 @@ def _roles(content: dict[str, Any]) -> dict[str, str]:
 def _content(token: Any) -> str:
     """The text of a token that is written as a string or as an object with `content`; empty for anything else."""
     text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else ""
+    if not isinstance(text, str):
+        return ""
+    if re.search("[\ud800-\udfff]", text):
+        raise ConfigError(f"a token beside a tokenizer.json is {shown(text)}, with half of a surrogate pair; expected text.")
+    return text
 
 
 def _flags(token: Any, *, special: bool = True) -> dict[str, bool]:
@@ -116,6 +121,6 @@ def _by_id(config: dict[str, Any], folder: Path) -> dict[int, DeclaredToken]:
 def _by_text(file: Path, roles: set[str]) -> dict[int, DeclaredToken]:
     added = _read_object(file)
     for text, token in added.items():
-        if not text or type(token) is not int or token < 0:
+        if not _content(text) or type(token) is not int or token < 0:
             raise ConfigError(f'{file} has {text!r}: {token!r}; expected a token and its id, such as "<a>": 44.')
     return {token: DeclaredToken(text, token, _flags(text, special=text in roles)) for text, token in added.items()}

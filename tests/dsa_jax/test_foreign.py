@@ -1,10 +1,11 @@
 """JSON within bounds, and strings without control characters."""
 
 import json
+import os
 
 import pytest
 
-from dsa_jax.foreign import MOST_DEPTH, parse_json, printable, read_object, shown
+from dsa_jax.foreign import MOST_DEPTH, parse_json, printable, printable_text, read_object, shown
 from dsa_jax.run.files import RunError
 from dsa_jax.run.files import read_object as read_run_file
 
@@ -62,3 +63,27 @@ def test_readers_name_the_file(tmp_path):
             read(tmp_path / "a.json")
     with pytest.raises(RunError, match=r"missing\.json cannot be read: No such file.* Get it\."):
         read_object(tmp_path / "missing.json", RunError, remedy="Get it.")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("two\n\tlines\n", "two\n\tlines\n"),
+        ("größe 模型\u3000\xa0é e\u0301 \U0001f469\u200d\U0001f4bb ن\u200cم \ue000", None),
+        ("\x1b]0;title\x07\x1b[2J", "\\x1b]0;title\\x07\\x1b[2J"),
+        ("done\rover\b\x00\x7f\x9b31m", "done\\rover\\x08\\x00\\x7f\\x9b31m"),
+        ("\u202egpj\u2066\u2028\ud800", "\\u202egpj\\u2066\\u2028\\ud800"),
+    ],
+)
+def test_printable_text_keeps_lines_and_letters(text, expected):
+    assert printable_text(text) == (text if expected is None else expected)
+
+
+def test_what_is_no_file_leaves_no_descriptor_open(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    before = os.listdir("/dev/fd")
+    for name in ("fifo", "folder", "missing"):
+        with pytest.raises(RunError, match="cannot be read"):
+            read_object(tmp_path / name, RunError)
+    assert os.listdir("/dev/fd") == before

@@ -9,7 +9,7 @@ import pytest
 from dsa_jax import build_model, init_params, load_pretrained, save_pretrained
 from dsa_jax.checkpoints.from_hf import keep_source, present_inputs, resolve_checkpoint
 from dsa_jax.config import Config, ConfigError
-from dsa_jax.retrofit import check_places, retrofit
+from dsa_jax.retrofit import _showable, check_places, retrofit
 from dsa_jax.run.files import RunError
 from tests.dsa_jax.train.tiny import tiny_config
 
@@ -103,3 +103,24 @@ def test_what_is_in_the_place_of_the_export_is_found_at_once(tmp_path, dense, ki
     with pytest.raises(RunError, match=r"hf is not what this run wrote"):
         retrofit(recipe(dense), workdir)
     assert [path.name for path in workdir.iterdir()] == ["hf"]
+
+
+ROW = {"name": "dense", "text_loss": 2.0, "tasks": {"mqar": {"accuracy": 0.5}}}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"coverage_by_layer": [0.5]},
+        {"coverage_by_layer": {"sparse": 3}},
+        {"rows": [ROW | {"tasks": {"mqar": {}}}]},
+        {"rows": [ROW, ROW | {"name": "sparse", "tasks": {"mqar": {"accuracy": None}}}]},
+        {"costs": True},
+        {"costs": {"a": 1}},
+    ],
+)
+def test_a_report_with_parts_of_other_kinds_is_made_again(tmp_path, caplog, damage):
+    whole = {"rows": [ROW, ROW | {"name": "sparse"}], "stages": {}}
+    assert _showable(whole, tmp_path) == whole and _showable(None, tmp_path) is None
+    assert _showable(whole | damage, tmp_path) is None
+    assert "is not what a run writes" in caplog.text

@@ -6,6 +6,7 @@ import jax
 
 from dsa_jax.checkpoints.pretrained import Pretrained
 from dsa_jax.data import ByteTokenizer
+from dsa_jax.foreign import printable_text
 from dsa_jax.generation import generate
 from dsa_jax.model import build_model, init_params
 from dsa_jax.run.checkpoints import CheckpointStore
@@ -56,11 +57,11 @@ def test_text_on_stdout_rates_on_stderr_and_errors_in_one_line(tmp_path):
     for name in ("one", "split"):
         status, output, errors = results[name]
         assert status == 0, errors
-        assert output == f"{PROMPT}{texts[1]}\n"
+        assert output == printable_text(f"{PROMPT}{texts[1]}\n")
         assert errors.strip().splitlines()[-1].startswith("prefill 8 tokens, ") and "decode" in errors
     status, output, errors = results["two"]
     assert status == 0, errors
-    assert output == f"b{texts[0]}\n\n{PROMPT}{texts[1]}\n\n"
+    assert output == printable_text(f"b{texts[0]}\n\n{PROMPT}{texts[1]}\n\n")
 
     messages = {
         "nothing": "there is nothing to continue",

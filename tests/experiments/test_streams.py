@@ -1,6 +1,7 @@
 """Output whose reader goes away stops nothing."""
 
 import io
+import os
 import subprocess
 import sys
 
@@ -27,6 +28,37 @@ def test_text_goes_through_with_escapes_for_what_the_encoding_lacks():
     print("naïve", file=stream, flush=True)
     assert raw.getvalue() == b"na\\xefve\n"
     assert stream.finish() is None and not stream.isatty()
+
+
+@pytest.mark.parametrize("pieces", [["a\x1b[2Jb\n"], ["a", "\x1b", "[2", "Jb\n"], ["a\x1b[2J", "b", "\n"]])
+def test_escape_sequences_go_out_as_codes_however_they_arrive(pieces):
+    stream = LastingStream(out := io.StringIO(), plain=True)
+    for piece in pieces:
+        print(piece, end="", file=stream, flush=True)
+    assert out.getvalue() == "a\\x1b[2Jb\n"
+
+
+OUTPUTS = """
+import logging
+from dsa_jax.config import ConfigError
+from experiments.flags import run_main
+
+def main(argv):
+    print("\\x1b[31mfrom a model\\n\\tand on", flush=True)
+    logging.getLogger("dsa_jax").warning("reads %s", "\\x1b[32m.txt")
+    raise ConfigError("\\x1b[33m.json is wrong")
+
+run_main(main, ["program"])
+"""
+
+
+def test_neither_output_nor_log_nor_error_of_a_command_acts_on_the_terminal(tmp_path):
+    (tmp_path / "program.py").write_text(OUTPUTS)
+    command = [sys.executable, tmp_path / "program.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": "."})
+    assert done.stdout == "\\x1b[31mfrom a model\n\tand on\n" and done.returncode == 2
+    assert "reads \\x1b[32m.txt" in done.stderr and "error: \\x1b[33m.json is wrong" in done.stderr
+    assert "\x1b" not in done.stderr
 
 
 def test_a_stream_that_was_closed_from_the_start():

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from dsa_jax.checkpoints.hf import CheckpointError
+from dsa_jax.config.checks import user_path
 from dsa_jax.extras import import_extra
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]+)?")
@@ -23,7 +24,7 @@ def locate_checkpoint(name: str | os.PathLike[str]) -> Path:
         CheckpointError: where it is none of these, or can be neither found nor downloaded, with what to download.
         MissingExtraError: for an id, without the `huggingface_hub` package.
     """
-    path = Path(name).expanduser()
+    path = user_path("the checkpoint", os.fspath(name))
     if (path / "snapshots").is_dir():
         return _snapshot(path)
     if path.exists() or not _ID.fullmatch(os.fspath(name)):

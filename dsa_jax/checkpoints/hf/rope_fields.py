@@ -84,7 +84,8 @@ def _together(fields: Fields) -> Fields:
             says_nothing = [each == "default" and setting == "rope_type" and where != spelled for each in (before, value)]
             if value is None or says_nothing[1]:
                 continue
-            if value != before and not says_nothing[0]:
+            # NaN, which differs from itself, is refused later as what it is.
+            if value is not before and value != before and not says_nothing[0]:
                 raise CheckpointError(
                     f"{fields.file}: {where}{'.' if where else ''}{other} is {shown(before)}, but {spelled}.{name} is "
                     f"{shown(value)}; expected one value. Keep the one that the weights were trained with."

@@ -98,7 +98,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 def _check_ranges(file: Path, tensors: Mapping[str, TensorInfo], data_start: int, file_size: int) -> None:
     end, before = data_start, "the header"
-    for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].n_bytes)):
+    for tensor, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].n_bytes)):
+        name = printable(tensor)
         if info.offset != end:
             raise CheckpointError(
                 f"{file}: {name} begins at byte {info.offset}; expected {end}, where {before} ends. Download it again."
@@ -111,6 +112,7 @@ def _check_ranges(file: Path, tensors: Mapping[str, TensorInfo], data_start: int
 def _tensor_info(file: Path, name: str, entry: Any, data_start: int, file_size: int) -> TensorInfo:
     if len(name) > _MOST_NAME:
         raise CheckpointError(f"{file} names a tensor {shown(name)}, in {len(name)} characters; expected at most {_MOST_NAME}.")
+    name = printable(name)
     try:
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         begin, end = entry["data_offsets"]

@@ -8,6 +8,7 @@ import pytest
 
 from dsa_jax.config import ConfigError, TextConfig
 from dsa_jax.data import ByteTokenizer, load_corpus
+from dsa_jax.data.documents import user_documents
 from dsa_jax.data.split import digest, split_documents
 
 END = ByteTokenizer.end_of_text_id
@@ -226,3 +227,19 @@ def test_an_unreadable_file_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("dsa_jax.data.regular_files.os.open", refuse)
     with pytest.raises(ConfigError, match=r"a\.txt cannot be read: Permission denied"):
         load(file)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"(" * 117,
+        b"{'descr': '<i8', 'fortran_order': False, 'shape': (3L,), 'a': (".ljust(117),
+        b"{'descr': '<i8', 'fortran_order': False, 'shape': (1.5,), }".ljust(117),
+        b"{'descr': '<i8', 'fortran_order': False, 'shape': (-3,), }".ljust(117),
+        b"\x00" * 117,
+    ],
+)
+def test_a_damaged_header_of_token_ids_is_named(tmp_path, header):
+    (tmp_path / "a.npy").write_bytes(b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + header + b"\n" + bytes(24))
+    with pytest.raises(ConfigError, match=r"a\.npy is not a plain \.npy array"):
+        list(user_documents(str(tmp_path), ByteTokenizer()))

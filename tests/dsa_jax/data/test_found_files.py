@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dsa_jax.checkpoints.hf.locate import locate_checkpoint
 from dsa_jax.config import Config, ConfigError, TextConfig
+from dsa_jax.config.checks import user_path
 from dsa_jax.data import ByteTokenizer, load_corpus
 from dsa_jax.data.found_files import find_files
 from dsa_jax.run.directory import open_run
@@ -142,3 +144,14 @@ def test_metrics_of_others_are_text(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"text": word}) + "\n" for word in ("one", "two")))
     assert texts(tmp_path) == ["one", "two"]
+
+
+def test_the_home_of_nobody_is_an_error():
+    readers = {
+        "data.text.path": lambda: find_files("~nobody-of-that-name/text", lambda name: ""),
+        "the checkpoint": lambda: locate_checkpoint("~nobody-of-that-name/hf"),
+        "--prompt_file": lambda: user_path("--prompt_file", "~nobody-of-that-name"),
+    }
+    for name, read in readers.items():
+        with pytest.raises(ConfigError, match=f"{name} is '~nobody-of-that-name.* no home directory of that user is known"):
+            read()

@@ -226,6 +226,47 @@ def test_text_that_spells_a_control_token_stays_text_unless_asked(tmp_path, spel
     assert JsonTokenizer(path).encode_prompt(f"w2 {spelled}").tolist() == [5, token]
 
 
+PIECES = ["<unk>", "<s>", "</s>", "<", "/", "s", ">", "a", "s>", "</"]
+MODELS = {
+    # As those of T5, whose control pieces have the best score of all.
+    "unigram": {"type": "Unigram", "unk_id": 0, "vocab": [[piece, 0.0 if piece in PIECES[:3] else -3.0] for piece in PIECES]},
+    "merges": {
+        "type": "BPE",
+        "vocab": {piece: id for id, piece in enumerate(PIECES)},
+        "merges": [["s", ">"], ["<", "/"], ["</", "s>"]],
+        "unk_token": "<unk>",
+    },
+    "words": {"type": "WordLevel", "vocab": {piece: id for id, piece in enumerate(PIECES)}, "unk_token": "<unk>"},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("text", ["</s>", "a</s>a", "</s></s>", "<</s>>", "a<s></s>"])
+def test_a_vocabulary_that_has_control_tokens_as_text_does_not_read_them(tmp_path, name, text):
+    path = write(tmp_path / name, model=MODELS[name], pre_tokenizer=None)
+    tokenizer = JsonTokenizer(path, control_tokens=False)
+    for ids in (tokenizer.encode(text), *tokenizer.encode_pieces([text])):
+        assert ids.size and not {1, 2} & {*ids.tolist()}
+        if name != "words":
+            assert "".join(PIECES[id] for id in ids) == text
+    assert tokenizer.encode("?").tolist() == [0]  # the unknown token remains
+    assert JsonTokenizer(path).encode("</s>").tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"tokenizer_config": {"added_tokens_decoder": {"44": {"content": "\ud800"}}}},
+        {"special_tokens_map": {"eos_token": "a\udfff"}},
+        {"tokenizer_config": {"extra_special_tokens": ["\udc80"]}},
+        {"added_tokens": {"\ud800": 44}},
+    ],
+)
+def test_half_of_a_surrogate_pair_is_no_token(tmp_path, beside):
+    with pytest.raises(ConfigError, match="half of a surrogate pair"):
+        JsonTokenizer(write(tmp_path / "words", beside=beside))
+
+
 def test_a_padding_token_beyond_the_vocabulary_of_the_model_is_not_counted(tmp_path):
     pad = {"added_tokens": [added(1, "<s>"), added(2, "</s>"), added(44, "[PAD]")]}
     assert load_tokenizer(write(tmp_path / "alone", **pad)).vocab_size == 45

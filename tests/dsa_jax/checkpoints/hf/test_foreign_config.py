@@ -14,6 +14,7 @@ from dsa_jax import load_pretrained
 from dsa_jax.checkpoints.from_hf import resolve_checkpoint
 from dsa_jax.checkpoints.hf import CheckpointError, read_model_config
 from dsa_jax.checkpoints.hf.read_config import parse_config
+from dsa_jax.checkpoints.hf.safetensors_file import read_header
 from dsa_jax.checkpoints.open import is_hf_directory, open_checkpoint
 from dsa_jax.config import Config
 from tests.dsa_jax.checkpoints.hf.tiny import CASES, config_of, tensors_of, write_checkpoint
@@ -174,3 +175,21 @@ def test_tensor_and_file_names_reach_no_terminal_raw(tmp_path, caplog):
         with pytest.raises(CheckpointError, match="names") as caught:
             load_pretrained(directory)
         one_line(caught.value)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]},
+        {"dtype": "F32"},
+    ],
+)
+def test_names_in_a_damaged_header_reach_no_terminal_raw(tmp_path, entry):
+    header = json.dumps({"\x1b[2J\n": entry}).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(CheckpointError, match=r"\\x1b\[2J\\n") as caught:
+        read_header(file)
+    one_line(caught.value)

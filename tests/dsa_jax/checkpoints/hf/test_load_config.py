@@ -234,6 +234,13 @@ def test_rotations_that_disagree_are_an_error(stated, message, tmp_path):
         read_model_config(write_checkpoint(tmp_path, content, {}))
 
 
+@pytest.mark.parametrize("name", ["factor", "mscale_all_dim", "rope_theta"])
+def test_a_rotation_that_is_no_number_is_named_as_such(name, tmp_path):
+    content = config_of("llama", rope_theta=..., rope_scaling=...) | {"rope_parameters": YARN_TWICE | {name: float("nan")}}
+    with pytest.raises(CheckpointError, match=f"{name} is nan; expected a number"):
+        read_model_config(write_checkpoint(tmp_path, content, {}))
+
+
 def test_rotations_that_agree_are_put_together(tmp_path):
     """A scaling by the model card in a config.json that transformers 5 wrote keeps the theta that stands there."""
     base = {"rope_type": "default", "rope_theta": 1e6}
