@@ -24,7 +24,7 @@ from dsa_jax.parallel.placement import on_mesh, place
 from dsa_jax.params import count_parameters, is_indexer_path, split_parameters
 from dsa_jax.report.report import format_row, format_table, format_verdict, write_report
 from dsa_jax.run.checkpoints import latest_position
-from dsa_jax.run.continuation import accepted_fields, set_report_aside, tokenizer_fingerprint
+from dsa_jax.run.continuation import accepted_fields, set_report_aside, stage_lengths, tokenizer_fingerprint
 from dsa_jax.run.directory import RunDirectory, check_run, open_run
 from dsa_jax.run.environment import source_fingerprint
 from dsa_jax.run.export import admit_export, require_own_export
@@ -129,12 +129,12 @@ def _finished(inputs: _Inputs) -> dict[str, Any] | None:
 
 def _last_position(config: Config) -> tuple[str, int] | None:
     """The last stage and its last step."""
-    return next(((name, stage.steps) for name, stage in reversed(_stages(config).items())), None)
+    return next(((name, stage.n_steps) for name, stage in reversed(_stages(config).items())), None)
 
 
 def _stages(config: Config) -> dict[str, StageConfig]:
     """The stages that the recipe has, in order."""
-    return {name: stage for name in STAGE_ORDER if (stage := getattr(config.train, name)).steps}
+    return {name: stage for name in STAGE_ORDER if (stage := getattr(config.train, name)).n_steps}
 
 
 def _shown(report: dict[str, Any], workdir: Path) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def _check(inputs: _Inputs, accepted: frozenset[str], *, is_trained: bool) -> No
 
 def _open(inputs: _Inputs, accepted: frozenset[str]) -> None:
     """Open the run directory, whose earlier report is set aside where more steps will make another."""
-    if any(name.startswith("train.") for name in accepted):
+    if accepted and stage_lengths(inputs.run.config()) != stage_lengths(inputs.config):
         set_report_aside(inputs.run)
     open_run(inputs.run.path, inputs.config, accepted=accepted)
 
@@ -245,10 +245,10 @@ def _remarks(config: Config) -> list[str]:
     """Warnings about settings that run but are seldom intended."""
     stages = _stages(config)
     remarks = [
-        f"train.{name}.optimizer.warmup_steps is {stage.optimizer.warmup_steps}, of {stage.steps} steps in all: the learning "
+        f"train.{name}.optimizer.warmup_steps is {stage.optimizer.warmup_steps}, of {stage.n_steps} steps in all: the learning "
         f"rate never reaches {stage.optimizer.learning_rate:g}"
         for name, stage in stages.items()
-        if stage.optimizer.warmup_steps > stage.steps
+        if stage.optimizer.warmup_steps > stage.n_steps
     ]
     rates = [stage.optimizer.learning_rate for name, stage in stages.items() if name != "warmup"]
     if config.model.param_dtype == "bfloat16" and min(rates, default=1.0) < _COARSE_RATE:
@@ -282,12 +282,12 @@ def check_lengths(config: Config, train_data: TrainData, eval_data: EvalData) ->
 
 def _dense_params_before(run: RunDirectory, config: Config) -> dict[str, Any] | None:
     """Parameters of the dense model that the retrofit started from; None where they are gone."""
-    if not config.train.sparse.steps or trained_attention(config, "warmup") != DENSE:
+    if not config.train.sparse.n_steps or trained_attention(config, "warmup") != DENSE:
         return None
     try:
-        if config.train.pretrain.steps:
+        if config.train.pretrain.n_steps:
             loaded = load_run(run.path, stage="pretrain")
-            if loaded.step != config.train.pretrain.steps:
+            if loaded.step != config.train.pretrain.n_steps:
                 raise RunError(f"of stage pretrain only step {loaded.step} is left")
             return place(loaded.params)
         if not (config.init.hf_dir or config.init.checkpoint):

@@ -13,6 +13,7 @@ from dsa_jax.config.limits import (
     AMOUNT,
     COUNT,
     FRACTION,
+    INT32,
     LENGTH,
     PATH,
     ROWS,
@@ -180,9 +181,12 @@ class OptimizerConfig:
 
 @dataclass
 class StageConfig:
-    """One training stage. `steps` 0 skips it."""
+    """One training stage, as long as `steps` or `tokens` says; with both 0 it is skipped."""
 
     steps: int = limited(0, AMOUNT)
+    tokens: int = limited(
+        0, Range(0, 2**60)
+    )  # instead of steps: that many tokens, padding included, in whole steps, rounded up; 0: by steps
     batch_size: int = limited(16, ROWS)  # sequences per update
     seq_len: int = limited(256, LENGTH)
     curriculum: tuple[tuple[int, int], ...] = limited((), COUNT)  # ((until_step, seq_len), ...) before seq_len applies
@@ -192,6 +196,26 @@ class StageConfig:
     log_every: int = limited(10, COUNT)
     evaluate_every: int = limited(0, AMOUNT)  # steps between looks at held-out rows, dense and sparse; 0: none
     checkpoint_every: int = limited(500, COUNT)  # the last step of a stage is always saved
+
+    @property
+    def n_steps(self) -> int:
+        """Steps of the stage: `steps`, or the fewest that see `tokens`."""
+        if not self.tokens:
+            return self.steps
+        first, left = 0, -(-self.tokens // self.batch_size)
+        for until, seq_len in self.curriculum:
+            if left <= (until - first) * seq_len:
+                return first - (-left // seq_len)
+            first, left = until, left - (until - first) * seq_len
+        return first - (-left // self.seq_len)
+
+    def tokens_after(self, step: int) -> int:
+        """Tokens of the first `step` steps, padding included."""
+        first = per_row = 0
+        for until, seq_len in (*self.curriculum, (step, self.seq_len)):
+            last = max(first, min(until, step))
+            first, per_row = last, per_row + (last - first) * seq_len
+        return self.batch_size * per_row
 
     def seq_len_at(self, step: int) -> int:
         """Sequence length of the 0-based `step`, in tokens."""
@@ -223,6 +247,16 @@ class StageConfig:
                     "rising steps and positive lengths."
                 )
             last = phase[0]
+        if self.steps and self.tokens:
+            raise ConfigError(
+                f"{prefix}.steps is {self.steps} and {prefix}.tokens is {self.tokens}; expected one of them. Drop one: "
+                f"{prefix}.steps=0 trains by tokens, {prefix}.tokens=0 by steps."
+            )
+        if self.n_steps > INT32:
+            raise ConfigError(
+                f"{prefix}.tokens is {self.tokens}, which takes {self.n_steps} steps; expected at most {INT32}. Lower it, or "
+                f"raise {prefix}.batch_size or {prefix}.seq_len."
+            )
         self.optimizer.validate(f"{prefix}.optimizer")
 
 
@@ -381,16 +415,17 @@ class Config:
                 f"({self.data.task.n_needles}), the needles that there are."
             )
         for name in ("pretrain", "sparse"):
-            if getattr(self.train, name).steps:
+            if getattr(self.train, name).n_steps:
                 field_name = f"{name}_attention"
                 self.model.attention.check_can_run(f"train.{field_name}", getattr(self.train, field_name))
         if self.model.attention.indexer.enabled and "coarse_to_fine" in self.eval.rows:
             self.model.attention.check_can_run("eval.rows", "coarse_to_fine")
-        if self.train.warmup.steps and not self.model.attention.indexer.enabled:
+        if self.train.warmup.n_steps and not self.model.attention.indexer.enabled:
             raise ConfigError(
-                "train.warmup.steps is positive, but the model has no indexer. Set model.attention.indexer.enabled=True."
+                f"train.warmup.{'tokens' if self.train.warmup.tokens else 'steps'} is positive, but the model has no indexer. "
+                "Set model.attention.indexer.enabled=True."
             )
-        stages = {name: stage for name in STAGES if (stage := getattr(self.train, name)).steps}
+        stages = {name: stage for name in STAGES if (stage := getattr(self.train, name)).n_steps}
         used = {"recall": self.eval.recall_sequences, "text": self.eval.text_sequences, "task": self.eval.tasks}
         lengths = {f"train.{name}.seq_len": stage.longest for name, stage in stages.items()}
         lengths |= {f"eval.{name}_len": getattr(self.eval, f"{name}_len") for name, is_used in used.items() if is_used}

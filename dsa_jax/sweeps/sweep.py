@@ -142,7 +142,8 @@ def dense_part(config: Config) -> Config | None:
     None where there is nothing to share: no pretraining, nothing after it, or pretraining that is sparse already.
     """
     train = config.train
-    if train.pretrain_attention != "dense" or not train.pretrain.steps or not (train.warmup.steps or train.sparse.steps):
+    has_more = train.warmup.n_steps or train.sparse.n_steps
+    if train.pretrain_attention != "dense" or not train.pretrain.n_steps or not has_more:
         return None
     dense = copy.deepcopy(config)
     dense.name = "dense"

@@ -56,7 +56,7 @@ class Judge:
         record = {name: float(value) for name, value in sorted(read.items()) if not value.ndim and name not in _COUNTERS}
         record |= {f"kl_layer_{i}": float(value) for i, value in enumerate(read.get("kl_layers", ()))}
         settings: StageConfig = getattr(self.config.train, self.stage.name)
-        if step % settings.log_every == 0 or step == settings.steps:
+        if step % settings.log_every == 0 or step == settings.n_steps:
             self.metrics.log(self.stage.name, step, record)
             self.final = record
         return {name: record[name] for name in _SHOWN if name in record}

@@ -112,7 +112,7 @@ def run_stage(
         take_step = _with_votes(training.steps[stage.name])
         flops: dict[int, float | None] = {}  # of a step, by sequence length
         with stage_run.progress:
-            while stage_run.step < settings.steps and not stage_run.stops():
+            while stage_run.step < settings.n_steps and not stage_run.stops():
                 seq_len = settings.seq_len_at(stage_run.step)
                 batch = stage_run.next_batch(seq_len)
                 compiles = seq_len not in flops
@@ -133,7 +133,7 @@ def run_stage(
             stage_run.save(data.state())
             summaries = stage_run.summaries | {stage.name: stage_run.summary()}
         store.wait()
-    return StageResult(stage_run.state.params, summaries, stage_run.step == settings.steps)
+    return StageResult(stage_run.state.params, summaries, stage_run.step == settings.n_steps)
 
 
 class _Pending(NamedTuple):
@@ -183,7 +183,7 @@ class _StageRun:
         _, self.state, notes = self.store.restore(step, abstract)
         self.summaries = notes["summaries"]
         self.data.restore(notes.get("data"))
-        _LOG.info("stage %s continues at step %d of %d", self.stage.name, step, self.settings.steps)
+        _LOG.info("stage %s continues at step %d of %d", self.stage.name, step, self.settings.n_steps)
         self.metrics.truncate_after(STAGE_ORDER, self.stage.name, step)
         n_logged = notes.get("n_logged")
         if is_main() and n_logged is not None and self.metrics.n_steps != n_logged:
@@ -257,17 +257,17 @@ def _make_progress(stage: Stage, settings: StageConfig, step: int) -> Progress:
     peaks = peaks_of(jax.devices()[0].device_kind)
     return Progress(
         stage.name,
-        settings.steps,
+        settings.n_steps,
         start_step=step,
         stream=None if is_main() else Discard(),
         peak_flops=peaks and peaks.flops * jax.device_count(),
-        tokens_left=lambda done: settings.batch_size * sum(map(settings.seq_len_at, range(done, settings.steps))),
+        tokens_left=lambda done: settings.batch_size * sum(map(settings.seq_len_at, range(done, settings.n_steps))),
     )
 
 
 def _first_batch(config: Config, stage: Stage) -> int:
     """Index of the batch of step 0: a stage continues with the batches after those of the stage before."""
-    return sum(getattr(config.train, name).steps for name in STAGE_ORDER[: STAGE_ORDER.index(stage.name)])
+    return sum(getattr(config.train, name).n_steps for name in STAGE_ORDER[: STAGE_ORDER.index(stage.name)])
 
 
 def _step_flops(config: ModelConfig, stage: Stage, batch_size: int, seq_len: int) -> float | None:

@@ -59,4 +59,4 @@ def trained_attention(config: Config, last: str) -> str:
     """
     if last == "sparse":
         return config.train.sparse_attention
-    return config.train.pretrain_attention if last and config.train.pretrain.steps else config.model.attention.mode
+    return config.train.pretrain_attention if last and config.train.pretrain.n_steps else config.model.attention.mode

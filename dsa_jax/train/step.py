@@ -45,7 +45,7 @@ def init_state(params: Params, stage: Stage, config: StageConfig) -> TrainState:
     """A state at step 0 with fresh optimizer state."""
     trainable, _ = split_parameters(params, stage.trains)
     counters = (jnp.zeros((), jnp.int32) for _ in range(3))  # one buffer each, since the step donates them
-    return TrainState(params, make_optimizer(config.optimizer, config.steps).init(trainable), *counters)
+    return TrainState(params, make_optimizer(config.optimizer, config.n_steps).init(trainable), *counters)
 
 
 def _totals(batch: Batch) -> _Totals:
