@@ -219,7 +219,14 @@ class _StageRun:
         if pending is None:
             return
         shown = self.judge.take(pending.step, pending.metrics)
-        self.progress.update(pending.step, tokens=pending.tokens, values=shown, compiled=pending.compiled, flops=pending.flops)
+        self.progress.update(
+            pending.step,
+            tokens=pending.tokens,
+            values=shown,
+            compiled=pending.compiled,
+            flops=pending.flops,
+            seen=self.settings.tokens_after(pending.step),
+        )
         if pending.step % self.settings.log_every == 0:
             clock = {name: value for name, value in self.progress.timing()._asdict().items() if value is not None}
             self.metrics.log_timing(self.stage.name, pending.step, clock)
