@@ -162,7 +162,10 @@ def _retrofit(inputs: _Inputs, tensorboard: bool) -> dict[str, Any] | None:
         params = place(params)
         on_main(lambda: _record_inputs(inputs))
     n_indexer = count_parameters(split_parameters(params, is_indexer_path)[0])
-    _LOG.info("%s: %d parameters, %d of them in indexers", config.name, count_parameters(params), n_indexer)
+    _LOG.info(
+        "%s: %d parameters, %d of them in indexers; trained: %s",
+        *(config.name, count_parameters(params), n_indexer, _trained(config, names, params) or "none"),
+    )
     summaries: dict[str, dict[str, Any]] = {}
     log = MetricsLog(run.metrics_path if is_main() else None, tensorboard=tensorboard)
     with StopRequest() as stop, log as metrics:
@@ -188,6 +191,12 @@ def _retrofit(inputs: _Inputs, tensorboard: bool) -> dict[str, Any] | None:
         if config.init.hf_dir:
             _export(inputs, params)
         return _evaluate_and_report(training, params, summaries, eval_data, eval_steps)
+
+
+def _trained(config: Config, names: list[str], params: dict[str, Any]) -> str:
+    """The parameters that the stages `names` train, in words."""
+    count = lambda name: count_parameters(split_parameters(params, stage_of(config, name).trains)[0])
+    return ", ".join(f"{count(name)} in {name}" for name in names)
 
 
 def _check(inputs: _Inputs, accepted: frozenset[str], *, is_trained: bool) -> None:
@@ -250,7 +259,7 @@ def _remarks(config: Config) -> list[str]:
         for name, stage in stages.items()
         if stage.optimizer.warmup_steps > stage.n_steps
     ]
-    rates = [stage.optimizer.learning_rate for name, stage in stages.items() if name != "warmup"]
+    rates = [stage.optimizer.learning_rate for name, stage in stages.items() if stage_of(config, name).has_lm_loss]
     if config.model.param_dtype == "bfloat16" and min(rates, default=1.0) < _COARSE_RATE:
         remarks.append(
             f"model.param_dtype is bfloat16, in which an update below 1/512 of a weight is lost, as most are at a learning "

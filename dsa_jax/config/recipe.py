@@ -25,7 +25,7 @@ from dsa_jax.config.limits import (
     limited,
 )
 from dsa_jax.config.model import ModelConfig
-from dsa_jax.config.selections import eval_rows, selections
+from dsa_jax.config.selections import DENSE, eval_rows, is_by_indexer, selections
 
 STAGES = ("pretrain", "warmup", "sparse")
 AXES = ("data", "fsdp", "expert", "tensor", "context")
@@ -271,6 +271,12 @@ class TrainConfig:
         "dense", Choices(selections)
     )  # one of {selections}; where the indexer chooses the keys, its KL trains it, too
     sparse_attention: str = limited("sparse", Choices(selections))  # of the third stage; another name trains a baseline instead
+    warmup_attention: str = limited(
+        "dense", Choices(selections)
+    )  # dense, or one in which the indexer chooses the keys: no dense attention, but it learns of no key that it does not pick
+    sparse_trains: str = limited(
+        "all", Choices(("all", "indexer"))
+    )  # all | indexer: the third stage trains the indexer alone, by its KL, and leaves the base as it was loaded
     gate: str = limited(
         "off", Choices(("off", "warn", "stop"))
     )  # off | warn | stop, where the warm-up left layers with less held-out coverage than gate_coverage
@@ -282,6 +288,17 @@ class TrainConfig:
     def validate(self) -> None:
         for name in STAGES:
             getattr(self, name).validate(f"train.{name}")
+        if self.warmup_attention != DENSE and not is_by_indexer(self.warmup_attention):
+            choices = ", ".join(name for name in selections() if is_by_indexer(name))
+            raise ConfigError(
+                f"train.warmup_attention is {self.warmup_attention!r}; expected dense, or an attention in which the indexer "
+                f"chooses the keys: {choices}."
+            )
+        if self.sparse_trains == "indexer" and not is_by_indexer(self.sparse_attention):
+            raise ConfigError(
+                f"train.sparse_trains is 'indexer' with train.sparse_attention {self.sparse_attention!r}, in which no indexer "
+                "learns; expected an attention in which it chooses the keys, such as 'sparse', or train.sparse_trains='all'."
+            )
 
 
 @dataclass
@@ -420,6 +437,14 @@ class Config:
                 self.model.attention.check_can_run(f"train.{field_name}", getattr(self.train, field_name))
         if self.model.attention.indexer.enabled and "coarse_to_fine" in self.eval.rows:
             self.model.attention.check_can_run("eval.rows", "coarse_to_fine")
+        attention, warmup = self.model.attention, self.train.warmup_attention
+        if self.train.warmup.n_steps and warmup != DENSE:
+            attention.check_can_run("train.warmup_attention", warmup)
+            if attention.indexer.coarse_loss_weight:
+                raise ConfigError(
+                    f"model.attention.indexer.coarse_loss_weight is {attention.indexer.coarse_loss_weight} with "
+                    f"train.warmup_attention {warmup!r}; expected 0, since that loss compares blocks with the dense attention."
+                )
         if self.train.warmup.n_steps and not self.model.attention.indexer.enabled:
             raise ConfigError(
                 f"train.warmup.{'tokens' if self.train.warmup.tokens else 'steps'} is positive, but the model has no indexer. "

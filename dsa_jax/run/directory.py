@@ -28,7 +28,7 @@ _WITHOUT_EFFECT = re.compile(
     r"parallel\..*|train\.(nan_policy|max_skipped_steps|keep_checkpoints|gate|gate_coverage|\w+\.(log_every|checkpoint_every|evaluate_every))"
 )
 
-_ADDED = re.compile(r"train\.\w+\.tokens")
+_ADDED = re.compile(r"train\.(\w+\.tokens|warmup_attention|sparse_trains)")
 """Fields that runs of earlier versions did not record: at their defaults they compute what those versions did."""
 
 

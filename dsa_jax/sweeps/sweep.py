@@ -154,7 +154,8 @@ def dense_part(config: Config) -> Config | None:
     attention.layer_types = tuple(FULL if each == SHARED else each for each in attention.layer_types)
     if set(attention.layer_types) == {FULL}:
         attention.layer_types = ()
-    dense.train.warmup, dense.train.sparse, dense.train.sparse_attention = StageConfig(), StageConfig(), "sparse"
+    dense.train.warmup, dense.train.sparse = StageConfig(), StageConfig()
+    dense.train.warmup_attention, dense.train.sparse_attention, dense.train.sparse_trains = "dense", "sparse", "all"
     dense.eval.rows = ("dense",)
     return dense
 
