@@ -170,19 +170,19 @@ def _retrofit(inputs: _Inputs, tensorboard: bool) -> dict[str, Any] | None:
     log = MetricsLog(run.metrics_path if is_main() else None, tensorboard=tensorboard)
     with StopRequest() as stop, log as metrics:
         watch = Watch(run, config, HeldOut(model, eval_data, config, eval_steps), metrics)
-        training = Training(run, config, model, train_data, stop, metrics, steps, watch.look)
+        gates = {"warmup": watch.gate} if config.train.gate != "off" and "sparse" in names else {}
+        training = Training(run, config, model, train_data, stop, metrics, steps, watch.look, gates)
         for name in names:
             resume_step = last_step if name == last_stage else None
             if resume_step is None:
                 params = at_start_of_stage(params, config, name)
             stage = stage_of(config, name)
-            params, summaries, is_complete = run_stage(training, stage, params, resume_step=resume_step, summaries=summaries)
+            result = run_stage(training, stage, params, resume_step=resume_step, summaries=summaries)
+            params, summaries = result.params, result.summaries
             _record_implementations(run)
-            if name == "warmup" and is_complete and "sparse" in names:
-                watch.gate(params)
-            if not is_complete:
-                taken, n_steps = summaries[name]["steps"], getattr(config.train, name).steps
-                where = f"step {taken} of {n_steps} is saved" if taken else "before its first step"
+            if not result.is_complete:
+                taken = summaries[name]["steps"]
+                where = f"step {taken} of {result.n_steps} is saved" if taken else "before its first step"
                 _LOG.warning("stopped by %s in stage %s, %s; the same command continues", _sender(stop), name, where)
                 return None
         if any_process(stop.requested):

@@ -278,9 +278,11 @@ class TrainConfig:
         "all", Choices(("all", "indexer"))
     )  # all | indexer: the third stage trains the indexer alone, by its KL, and leaves the base as it was loaded
     gate: str = limited(
-        "off", Choices(("off", "warn", "stop"))
-    )  # off | warn | stop, where the warm-up left layers with less held-out coverage than gate_coverage
+        "off", Choices(("off", "warn", "stop", "extend"))
+    )  # off | warn | stop | extend, where the warm-up left layers with less held-out coverage than gate_coverage
     gate_coverage: float = limited(0.8, FRACTION)  # share of the dense attention that the selected keys of a layer should hold
+    gate_extend_steps: int = limited(100, COUNT)  # with extend: steps that the warm-up goes on for, at its last learning rate
+    gate_extend_max: int = limited(1000, COUNT)  # with extend: such steps in all; layers that are low then are a warning
     nan_policy: str = limited("stop", Choices(("stop", "skip")))  # stop | skip (leave parameters untouched and count)
     max_skipped_steps: int = limited(10, COUNT)  # with skip: consecutive steps before stopping after all
     keep_checkpoints: int = limited(2, COUNT)  # per stage
@@ -299,6 +301,27 @@ class TrainConfig:
                 f"train.sparse_trains is 'indexer' with train.sparse_attention {self.sparse_attention!r}, in which no indexer "
                 "learns; expected an attention in which it chooses the keys, such as 'sparse', or train.sparse_trains='all'."
             )
+        last = self.warmup.optimizer
+        if self.gate == "extend" and self.warmup.n_steps and last.schedule != "constant" and not last.final_fraction:
+            raise ConfigError(
+                "train.warmup.optimizer.final_fraction is 0 with train.gate 'extend', whose steps would have a learning rate "
+                "of 0; expected more than 0, or train.warmup.optimizer.schedule='constant'."
+            )
+
+    def steps_to_gate(self, stage: str, taken: int) -> int:
+        """The number of steps at which `stage`, `taken` of them done, ends or meets its gate: more than its own if extended."""
+        n_steps = getattr(self, stage).n_steps
+        if stage != "warmup" or taken <= n_steps:
+            return n_steps
+        if self.gate != "extend":
+            return taken
+        rounds = -(-(taken - n_steps) // self.gate_extend_steps)
+        return max(taken, n_steps + min(rounds * self.gate_extend_steps, self.gate_extend_max))
+
+    def gate_extension(self, taken: int) -> int:
+        """Steps that a gate at `taken` steps of the warm-up, which it does not pass, adds; 0 where it may add none."""
+        left = self.warmup.n_steps + self.gate_extend_max - taken
+        return max(0, min(self.gate_extend_steps, left)) if self.gate == "extend" else 0
 
 
 @dataclass

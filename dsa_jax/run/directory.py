@@ -25,10 +25,10 @@ _FILES = ("config.json", "environment.json", "metrics.jsonl", "timing.jsonl", "e
 _FOLDERS = ("checkpoints", *(f"{folder}/{stage}" for folder in ("checkpoints", "tensorboard") for stage in STAGES))
 _FOLDERS += ("tensorboard", "hf_source")
 _WITHOUT_EFFECT = re.compile(
-    r"parallel\..*|train\.(nan_policy|max_skipped_steps|keep_checkpoints|gate|gate_coverage|\w+\.(log_every|checkpoint_every|evaluate_every))"
+    r"parallel\..*|train\.(nan_policy|max_skipped_steps|keep_checkpoints|gate|gate_coverage|gate_extend_steps|gate_extend_max|\w+\.(log_every|checkpoint_every|evaluate_every))"
 )
 
-_ADDED = re.compile(r"train\.(\w+\.tokens|warmup_attention|sparse_trains)")
+_ADDED = re.compile(r"train\.(\w+\.tokens|warmup_attention|sparse_trains|gate_extend_steps|gate_extend_max)")
 """Fields that runs of earlier versions did not record: at their defaults they compute what those versions did."""
 
 

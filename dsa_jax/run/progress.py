@@ -126,6 +126,10 @@ class Progress:
             self._written = now
             self._show(f"{self.line()}, compiled in {_duration(elapsed)}" if compiled else self.line())
 
+    def extend(self, total_steps: int) -> None:
+        """Let the stage have `total_steps` steps."""
+        self._total = total_steps
+
     def pause(self) -> None:
         """Exclude the time since the last step from the rate: call it after a checkpoint or an evaluation."""
         self._before = self._clock()
@@ -139,12 +143,12 @@ class Progress:
         """The text shown: stage, step, values, tokens seen, tokens/s, and MFU and time left where known."""
         parts = [f"{self._stage} {self._step}/{self._total}"]
         parts += [f"{name} {_number(value)}" for name, value in self._values.items()]
+        if self._seen is not None:
+            parts.append(f"{_quantity(self._seen)} tokens")
         seconds, tokens, flops = (sum(column) for column in zip(*self._recent, strict=True)) if self._recent else (0.0, 0, 0.0)
         if seconds > 0:
             rate = tokens / seconds
             parts.append(f"{_quantity(rate)} tokens/s")
-        if self._seen is not None:
-            parts.append(f"{_quantity(self._seen)} tokens")
             if self._peak_flops is not None and not math.isnan(flops):
                 parts.append(f"MFU {flops / seconds / self._peak_flops:.1%}")
             if self._step < self._total and rate:

@@ -41,6 +41,7 @@ class Judge:
         saved_step: the last checkpoint of the stage; None before its first.
         final: the metrics logged last.
         stops: whether a process has voted to stop.
+        extended_to: the steps of a stage whose gate has added some; 0: none.
     """
 
     run: RunDirectory
@@ -50,6 +51,7 @@ class Judge:
     saved_step: int | None
     final: dict[str, float]
     stops: bool = False
+    extended_to: int = 0
 
     def take(self, step: int, values: dict[str, jax.Array]) -> dict[str, float]:
         """Judge and log the 1-based `step`; returns what the progress line shows.
@@ -65,7 +67,9 @@ class Judge:
         record |= {f"kl_layer_{i}": float(value) for i, value in enumerate(read.get("kl_layers", ()))}
         settings: StageConfig = getattr(self.config.train, self.stage.name)
         record["tokens"] = settings.tokens_after(step)
-        if step % settings.log_every == 0 or step == settings.n_steps:
+        if self.extended_to:
+            record["extended_to"] = self.extended_to
+        if step % settings.log_every == 0 or step == (self.extended_to or settings.n_steps):
             self.metrics.log(self.stage.name, step, record)
             self.final = record
         return {shown: record[name] for name, shown in _SHOWN.items() if name in record}

@@ -1,4 +1,4 @@
-"""How long a stage is: in steps or in tokens."""
+"""How long a stage is: in steps, in tokens, and extended by the gate."""
 
 import pytest
 
@@ -56,3 +56,38 @@ def test_a_warmup_by_tokens_needs_an_indexer_too():
     config.train.warmup.tokens = 100
     with pytest.raises(ConfigError, match=r"train\.warmup\.tokens is positive, but the model has no indexer"):
         config.validate()
+
+
+def gated(gate="extend", steps=10, extend=4, most=10):
+    train = tiny_config(steps=steps).train
+    train.gate, train.gate_extend_steps, train.gate_extend_max = gate, extend, most
+    return train
+
+
+def test_a_gate_extends_the_warmup_up_to_a_maximum():
+    train, taken, ends = gated(), 10, []
+    while more := train.gate_extension(taken):
+        taken += more
+        ends.append(taken)
+    assert ends == [14, 18, 20]
+    # A process that continues at any step goes to the same end.
+    want = [*[10] * 11, *[14] * 4, *[18] * 4, *[20] * 2]
+    assert [train.steps_to_gate("warmup", step) for step in range(21)] == want
+
+
+def test_other_gates_and_stages_extend_nothing():
+    assert gated("warn").gate_extension(10) == gated("off").gate_extension(10) == 0
+    assert gated("warn").steps_to_gate("warmup", 13) == 13  # begun under extend, it ends where it is
+    assert gated(most=2).steps_to_gate("warmup", 13) == 13 and gated(most=2).gate_extension(13) == 0
+    assert gated().steps_to_gate("sparse", 3) == gated().steps_to_gate("sparse", 10) == 10
+
+
+def test_an_extension_without_a_learning_rate_is_refused():
+    config = tiny_config()
+    config.train.gate, config.train.warmup.optimizer.final_fraction = "extend", 0.0
+    with pytest.raises(ConfigError, match=r"final_fraction is 0 with train\.gate 'extend'"):
+        config.validate()
+    config.train.warmup.optimizer.schedule = "constant"
+    config.validate()
+    config.train.warmup.optimizer.schedule, config.train.warmup.steps = "linear", 0
+    config.validate()
