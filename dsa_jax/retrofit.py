@@ -24,7 +24,7 @@ from dsa_jax.parallel.placement import on_mesh, place
 from dsa_jax.params import count_parameters, is_indexer_path, split_parameters
 from dsa_jax.report.report import format_row, format_table, format_verdict, write_report
 from dsa_jax.run.checkpoints import latest_position
-from dsa_jax.run.continuation import accepted_fields, set_report_aside, tokenizer_fingerprint
+from dsa_jax.run.continuation import accepted_fields, set_report_aside, stage_lengths, tokenizer_fingerprint
 from dsa_jax.run.directory import RunDirectory, check_run, open_run
 from dsa_jax.run.environment import source_fingerprint
 from dsa_jax.run.export import admit_export, require_own_export
@@ -141,12 +141,12 @@ def _showable(report: dict[str, Any] | None, file: Path) -> dict[str, Any] | Non
 
 def _last_position(config: Config) -> tuple[str, int] | None:
     """The last stage and its last step."""
-    return next(((name, stage.steps) for name, stage in reversed(_stages(config).items())), None)
+    return next(((name, stage.n_steps) for name, stage in reversed(_stages(config).items())), None)
 
 
 def _stages(config: Config) -> dict[str, StageConfig]:
     """The stages that the recipe has, in order."""
-    return {name: stage for name in STAGE_ORDER if (stage := getattr(config.train, name)).steps}
+    return {name: stage for name in STAGE_ORDER if (stage := getattr(config.train, name)).n_steps}
 
 
 def _shown(report: dict[str, Any], workdir: Path) -> dict[str, Any]:
@@ -174,24 +174,27 @@ def _retrofit(inputs: _Inputs, tensorboard: bool) -> dict[str, Any] | None:
         params = place(params)
         on_main(lambda: _record_inputs(inputs))
     n_indexer = count_parameters(split_parameters(params, is_indexer_path)[0])
-    _LOG.info("%s: %d parameters, %d of them in indexers", config.name, count_parameters(params), n_indexer)
+    _LOG.info(
+        "%s: %d parameters, %d of them in indexers; trained: %s",
+        *(config.name, count_parameters(params), n_indexer, _trained(config, names, params) or "none"),
+    )
     summaries: dict[str, dict[str, Any]] = {}
     log = MetricsLog(run.metrics_path if is_main() else None, tensorboard=tensorboard)
     with StopRequest() as stop, log as metrics:
         watch = Watch(run, config, HeldOut(model, eval_data, config, eval_steps), metrics)
-        training = Training(run, config, model, train_data, stop, metrics, steps, watch.look)
+        gates = {"warmup": watch.gate} if config.train.gate != "off" and "sparse" in names else {}
+        training = Training(run, config, model, train_data, stop, metrics, steps, watch.look, gates)
         for name in names:
             resume_step = last_step if name == last_stage else None
             if resume_step is None:
                 params = at_start_of_stage(params, config, name)
             stage = stage_of(config, name)
-            params, summaries, is_complete = run_stage(training, stage, params, resume_step=resume_step, summaries=summaries)
+            result = run_stage(training, stage, params, resume_step=resume_step, summaries=summaries)
+            params, summaries = result.params, result.summaries
             _record_implementations(run)
-            if name == "warmup" and is_complete and "sparse" in names:
-                watch.gate(params)
-            if not is_complete:
-                taken, n_steps = summaries[name]["steps"], getattr(config.train, name).steps
-                where = f"step {taken} of {n_steps} is saved" if taken else "before its first step"
+            if not result.is_complete:
+                taken = summaries[name]["steps"]
+                where = f"step {taken} of {result.n_steps} is saved" if taken else "before its first step"
                 _LOG.warning("stopped by %s in stage %s, %s; the same command continues", _sender(stop), name, where)
                 return None
         if any_process(stop.requested):
@@ -200,6 +203,12 @@ def _retrofit(inputs: _Inputs, tensorboard: bool) -> dict[str, Any] | None:
         if config.init.hf_dir:
             _export(inputs, params)
         return _evaluate_and_report(training, params, summaries, eval_data, eval_steps)
+
+
+def _trained(config: Config, names: list[str], params: dict[str, Any]) -> str:
+    """The parameters that the stages `names` train, in words."""
+    count = lambda name: count_parameters(split_parameters(params, stage_of(config, name).trains)[0])
+    return ", ".join(f"{count(name)} in {name}" for name in names)
 
 
 def _check(inputs: _Inputs, accepted: frozenset[str], *, is_trained: bool) -> None:
@@ -212,7 +221,7 @@ def _check(inputs: _Inputs, accepted: frozenset[str], *, is_trained: bool) -> No
 
 def _open(inputs: _Inputs, accepted: frozenset[str]) -> None:
     """Open the run directory, whose earlier report is set aside where more steps will make another."""
-    if any(name.startswith("train.") for name in accepted):
+    if accepted and stage_lengths(inputs.run.config()) != stage_lengths(inputs.config):
         set_report_aside(inputs.run)
     open_run(inputs.run.path, inputs.config, accepted=accepted)
 
@@ -257,12 +266,12 @@ def _remarks(config: Config) -> list[str]:
     """Warnings about settings that run but are seldom intended."""
     stages = _stages(config)
     remarks = [
-        f"train.{name}.optimizer.warmup_steps is {stage.optimizer.warmup_steps}, of {stage.steps} steps in all: the learning "
+        f"train.{name}.optimizer.warmup_steps is {stage.optimizer.warmup_steps}, of {stage.n_steps} steps in all: the learning "
         f"rate never reaches {stage.optimizer.learning_rate:g}"
         for name, stage in stages.items()
-        if stage.optimizer.warmup_steps > stage.steps
+        if stage.optimizer.warmup_steps > stage.n_steps
     ]
-    rates = [stage.optimizer.learning_rate for name, stage in stages.items() if name != "warmup"]
+    rates = [stage.optimizer.learning_rate for name, stage in stages.items() if stage_of(config, name).has_lm_loss]
     if config.model.param_dtype == "bfloat16" and min(rates, default=1.0) < _COARSE_RATE:
         remarks.append(
             f"model.param_dtype is bfloat16, in which an update below 1/512 of a weight is lost, as most are at a learning "
@@ -294,12 +303,12 @@ def check_lengths(config: Config, train_data: TrainData, eval_data: EvalData) ->
 
 def _dense_params_before(run: RunDirectory, config: Config) -> dict[str, Any] | None:
     """Parameters of the dense model that the retrofit started from; None where they are gone."""
-    if not config.train.sparse.steps or trained_attention(config, "warmup") != DENSE:
+    if not config.train.sparse.n_steps or trained_attention(config, "warmup") != DENSE:
         return None
     try:
-        if config.train.pretrain.steps:
+        if config.train.pretrain.n_steps:
             loaded = load_run(run.path, stage="pretrain")
-            if loaded.step != config.train.pretrain.steps:
+            if loaded.step != config.train.pretrain.n_steps:
                 raise RunError(f"of stage pretrain only step {loaded.step} is left")
             return place(loaded.params)
         if not (config.init.hf_dir or config.init.checkpoint):

@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
     if compiles_here and not _TARGET.value and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", n_devices)
 
-    stages = [name for name in STAGES if getattr(config.train, name).steps]
+    stages = [name for name in STAGES if getattr(config.train, name).n_steps]
     step = _STEP.value or (stages[-1] if stages else "decode")
     shape = DecodeShape(_ROWS.value, _CONTEXT.value, _CACHE_DTYPE.value)
     if _WEAK_SCALING.value:

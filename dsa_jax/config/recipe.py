@@ -13,6 +13,7 @@ from dsa_jax.config.limits import (
     AMOUNT,
     COUNT,
     FRACTION,
+    INT32,
     LENGTH,
     PATH,
     ROWS,
@@ -24,7 +25,7 @@ from dsa_jax.config.limits import (
     limited,
 )
 from dsa_jax.config.model import ModelConfig
-from dsa_jax.config.selections import eval_rows, selections
+from dsa_jax.config.selections import DENSE, eval_rows, is_by_indexer, selections
 
 STAGES = ("pretrain", "warmup", "sparse")
 AXES = ("data", "fsdp", "expert", "tensor", "context")
@@ -180,9 +181,12 @@ class OptimizerConfig:
 
 @dataclass
 class StageConfig:
-    """One training stage. `steps` 0 skips it."""
+    """One training stage, as long as `steps` or `tokens` says; with both 0 it is skipped."""
 
     steps: int = limited(0, AMOUNT)
+    tokens: int = limited(
+        0, Range(0, 2**60)
+    )  # instead of steps: that many tokens, padding included, in whole steps, rounded up; 0: by steps
     batch_size: int = limited(16, ROWS)  # sequences per update
     seq_len: int = limited(256, LENGTH)
     curriculum: tuple[tuple[int, int], ...] = limited((), COUNT)  # ((until_step, seq_len), ...) before seq_len applies
@@ -192,6 +196,26 @@ class StageConfig:
     log_every: int = limited(10, COUNT)
     evaluate_every: int = limited(0, AMOUNT)  # steps between looks at held-out rows, dense and sparse; 0: none
     checkpoint_every: int = limited(500, COUNT)  # the last step of a stage is always saved
+
+    @property
+    def n_steps(self) -> int:
+        """Steps of the stage: `steps`, or the fewest that see `tokens`."""
+        if not self.tokens:
+            return self.steps
+        first, left = 0, -(-self.tokens // self.batch_size)
+        for until, seq_len in self.curriculum:
+            if left <= (until - first) * seq_len:
+                return first - (-left // seq_len)
+            first, left = until, left - (until - first) * seq_len
+        return first - (-left // self.seq_len)
+
+    def tokens_after(self, step: int) -> int:
+        """Tokens of the first `step` steps, padding included."""
+        first = per_row = 0
+        for until, seq_len in (*self.curriculum, (step, self.seq_len)):
+            last = max(first, min(until, step))
+            first, per_row = last, per_row + (last - first) * seq_len
+        return self.batch_size * per_row
 
     def seq_len_at(self, step: int) -> int:
         """Sequence length of the 0-based `step`, in tokens."""
@@ -223,6 +247,16 @@ class StageConfig:
                     "rising steps and positive lengths."
                 )
             last = phase[0]
+        if self.steps and self.tokens:
+            raise ConfigError(
+                f"{prefix}.steps is {self.steps} and {prefix}.tokens is {self.tokens}; expected one of them. Drop one: "
+                f"{prefix}.steps=0 trains by tokens, {prefix}.tokens=0 by steps."
+            )
+        if self.n_steps > INT32:
+            raise ConfigError(
+                f"{prefix}.tokens is {self.tokens}, which takes {self.n_steps} steps; expected at most {INT32}. Lower it, or "
+                f"raise {prefix}.batch_size or {prefix}.seq_len."
+            )
         self.optimizer.validate(f"{prefix}.optimizer")
 
 
@@ -237,10 +271,18 @@ class TrainConfig:
         "dense", Choices(selections)
     )  # one of {selections}; where the indexer chooses the keys, its KL trains it, too
     sparse_attention: str = limited("sparse", Choices(selections))  # of the third stage; another name trains a baseline instead
+    warmup_attention: str = limited(
+        "dense", Choices(selections)
+    )  # dense, or one in which the indexer chooses the keys: no dense attention, but it learns of no key that it does not pick
+    sparse_trains: str = limited(
+        "all", Choices(("all", "indexer"))
+    )  # all | indexer: the third stage trains the indexer alone, by its KL, and leaves the base as it was loaded
     gate: str = limited(
-        "off", Choices(("off", "warn", "stop"))
-    )  # off | warn | stop, where the warm-up left layers with less held-out coverage than gate_coverage
+        "off", Choices(("off", "warn", "stop", "extend"))
+    )  # off | warn | stop | extend, where the warm-up left layers with less held-out coverage than gate_coverage
     gate_coverage: float = limited(0.8, FRACTION)  # share of the dense attention that the selected keys of a layer should hold
+    gate_extend_steps: int = limited(100, COUNT)  # with extend: steps that the warm-up goes on for, at its last learning rate
+    gate_extend_max: int = limited(1000, COUNT)  # with extend: such steps in all; layers that are low then are a warning
     nan_policy: str = limited("stop", Choices(("stop", "skip")))  # stop | skip (leave parameters untouched and count)
     max_skipped_steps: int = limited(10, COUNT)  # with skip: consecutive steps before stopping after all
     keep_checkpoints: int = limited(2, COUNT)  # per stage
@@ -248,6 +290,38 @@ class TrainConfig:
     def validate(self) -> None:
         for name in STAGES:
             getattr(self, name).validate(f"train.{name}")
+        if self.warmup_attention != DENSE and not is_by_indexer(self.warmup_attention):
+            choices = ", ".join(name for name in selections() if is_by_indexer(name))
+            raise ConfigError(
+                f"train.warmup_attention is {self.warmup_attention!r}; expected dense, or an attention in which the indexer "
+                f"chooses the keys: {choices}."
+            )
+        if self.sparse_trains == "indexer" and not is_by_indexer(self.sparse_attention):
+            raise ConfigError(
+                f"train.sparse_trains is 'indexer' with train.sparse_attention {self.sparse_attention!r}, in which no indexer "
+                "learns; expected an attention in which it chooses the keys, such as 'sparse', or train.sparse_trains='all'."
+            )
+        last = self.warmup.optimizer
+        if self.gate == "extend" and self.warmup.n_steps and last.schedule != "constant" and not last.final_fraction:
+            raise ConfigError(
+                "train.warmup.optimizer.final_fraction is 0 with train.gate 'extend', whose steps would have a learning rate "
+                "of 0; expected more than 0, or train.warmup.optimizer.schedule='constant'."
+            )
+
+    def steps_to_gate(self, stage: str, taken: int) -> int:
+        """The number of steps at which `stage`, `taken` of them done, ends or meets its gate: more than its own if extended."""
+        n_steps = getattr(self, stage).n_steps
+        if stage != "warmup" or taken <= n_steps:
+            return n_steps
+        if self.gate != "extend":
+            return taken
+        rounds = -(-(taken - n_steps) // self.gate_extend_steps)
+        return max(taken, n_steps + min(rounds * self.gate_extend_steps, self.gate_extend_max))
+
+    def gate_extension(self, taken: int) -> int:
+        """Steps that a gate at `taken` steps of the warm-up, which it does not pass, adds; 0 where it may add none."""
+        left = self.warmup.n_steps + self.gate_extend_max - taken
+        return max(0, min(self.gate_extend_steps, left)) if self.gate == "extend" else 0
 
 
 @dataclass
@@ -381,16 +455,25 @@ class Config:
                 f"({self.data.task.n_needles}), the needles that there are."
             )
         for name in ("pretrain", "sparse"):
-            if getattr(self.train, name).steps:
+            if getattr(self.train, name).n_steps:
                 field_name = f"{name}_attention"
                 self.model.attention.check_can_run(f"train.{field_name}", getattr(self.train, field_name))
         if self.model.attention.indexer.enabled and "coarse_to_fine" in self.eval.rows:
             self.model.attention.check_can_run("eval.rows", "coarse_to_fine")
-        if self.train.warmup.steps and not self.model.attention.indexer.enabled:
+        attention, warmup = self.model.attention, self.train.warmup_attention
+        if self.train.warmup.n_steps and warmup != DENSE:
+            attention.check_can_run("train.warmup_attention", warmup)
+            if attention.indexer.coarse_loss_weight:
+                raise ConfigError(
+                    f"model.attention.indexer.coarse_loss_weight is {attention.indexer.coarse_loss_weight} with "
+                    f"train.warmup_attention {warmup!r}; expected 0, since that loss compares blocks with the dense attention."
+                )
+        if self.train.warmup.n_steps and not self.model.attention.indexer.enabled:
             raise ConfigError(
-                "train.warmup.steps is positive, but the model has no indexer. Set model.attention.indexer.enabled=True."
+                f"train.warmup.{'tokens' if self.train.warmup.tokens else 'steps'} is positive, but the model has no indexer. "
+                "Set model.attention.indexer.enabled=True."
             )
-        stages = {name: stage for name in STAGES if (stage := getattr(self.train, name)).steps}
+        stages = {name: stage for name in STAGES if (stage := getattr(self.train, name)).n_steps}
         used = {"recall": self.eval.recall_sequences, "text": self.eval.text_sequences, "task": self.eval.tasks}
         lengths = {f"train.{name}.seq_len": stage.longest for name, stage in stages.items()}
         lengths |= {f"eval.{name}_len": getattr(self.eval, f"{name}_len") for name, is_used in used.items() if is_used}

@@ -43,7 +43,7 @@ def summarize(config: Config) -> dict[str, Any]:
     count = lambda rule: count_parameters(split_parameters(params, rule)[0])
     active = active_weights(config.model)
     stages = {name: stage_of(config, name) for name in STAGE_ORDER}
-    run = [name for name in STAGE_ORDER if getattr(config.train, name).steps]
+    run = [name for name in STAGE_ORDER if getattr(config.train, name).n_steps]
     modes = ATTENTIONS if has_indexer else ATTENTIONS[:1]
     lengths = sorted({getattr(config.train, name).longest for name in run} | {config.model.max_positions})
     return {

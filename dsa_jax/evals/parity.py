@@ -136,7 +136,7 @@ def rehearsed_rows(model: Transformer, data: EvalData, config: Config) -> dict[s
     settings, params = config.eval, with_shardings(abstract_params(model))
     shapes = {(_n_rows(settings, n), length) for n, length in _sizes(data, settings).values()}
     rows = [row for key in settings.rows if can_run(row := eval_rows()[key], config)]
-    if config.train.sparse.steps:
+    if config.train.sparse.n_steps:
         rows.insert(0, BEFORE)
     steps = {attention: make_eval_step(model, attention) for attention in dict.fromkeys(row.attention for row in rows)}
     for row in rows:

@@ -31,7 +31,7 @@ def check_layout(config: Config) -> None:
     model = build_model(config.model)
     check_divisible(abstract_params(model), sizes)
 
-    for name in (name for name in STAGES if getattr(config.train, name).steps):
+    for name in (name for name in STAGES if getattr(config.train, name).n_steps):
         check_stage(config, name)
     _multiple("eval.batch_size", config.eval.batch_size, _ROWS, math.prod(sizes[name] for name in BATCH_AXES))
     used = {"recall": config.eval.recall_sequences, "text": config.eval.text_sequences, "task": len(config.eval.tasks)}

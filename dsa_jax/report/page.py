@@ -296,8 +296,8 @@ def _curves(entries: Sequence[Mapping[str, Any]]) -> str:
     kl = plots.training_curves(entries, "kl", STAGES, "KL (nats, summed over layers)", is_log=True)
     of_loss = "Loss on training batches, all kinds of data together."
     of_kl = (
-        "Divergence of the indexer's distribution from the attention's, over all visible keys in the warm-up and over the "
-        "selected ones in the sparse stage; logarithmic scale."
+        "Divergence of the indexer's distribution from the attention's, over all visible keys in a dense warm-up and over the "
+        "selected ones elsewhere; logarithmic scale."
     )
     parts = []
     for svg, title, subject, caption in (

@@ -261,7 +261,7 @@ def newest_checkpoint(run: RunDirectory, stages: Sequence[str]) -> tuple[str, in
 
 def latest_position(run: RunDirectory, config: Config) -> tuple[str, int] | None:
     """The furthest stage of the recipe with a valid checkpoint, and that checkpoint's step."""
-    return newest_checkpoint(run, [name for name in STAGES if getattr(config.train, name).steps])
+    return newest_checkpoint(run, [name for name in STAGES if getattr(config.train, name).n_steps])
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:

@@ -24,7 +24,8 @@ def accepted_fields(run: RunDirectory, config: Config, text_digest: Callable[[],
     """The fields whose values in `config` continue the run, although config.json has others.
 
     - Paths of `init` and of the tokenizer and the text, where what they name holds what environment.json recorded: it moved.
-    - `train.STAGE.steps`, raised, of the last stage of a run that has taken all its steps; any field of a stage after it.
+    - `train.STAGE.steps` and `tokens`, where they make as many steps; or more of them, in the last stage of a run that has
+      taken all its steps; any field of a stage after it.
     - `eval` and `name` while there is no report, or where more steps will make another one.
 
     Every process calls this.
@@ -42,7 +43,7 @@ def accepted_fields(run: RunDirectory, config: Config, text_digest: Callable[[],
     differing = {name for name in there if there[name] != here[name]}
     more_steps = _with_more_steps(run, recorded, config, differing)
     moved = on_main(lambda: sorted(_moved(recorded, config, environment, differing, text_digest)))
-    accepted = {*more_steps, *moved}
+    accepted = {*more_steps, *moved, *(differing & _of_equal_length(recorded, config))}
     if more_steps or not found["has_report"]:
         accepted |= {name for name in differing if _OF_THE_REPORT.fullmatch(name)}
     return frozenset(accepted)
@@ -69,10 +70,10 @@ def tokenizer_fingerprint(name: str) -> str | None:
 def set_report_aside(run: RunDirectory) -> None:
     """Rename report.json and report.html after the stage and step that they are of: the run goes on."""
     recorded = run.config()
-    last = next(name for name in reversed(STAGES) if getattr(recorded.train, name).steps)
+    last = next(name for name in reversed(STAGES) if getattr(recorded.train, name).n_steps)
     for path in (run.report_path, run.report_path.with_suffix(".html")):
         if path.exists():
-            kept = path.with_name(f"report_{last}_{getattr(recorded.train, last).steps}{path.suffix}")
+            kept = path.with_name(f"report_{last}_{getattr(recorded.train, last).n_steps}{path.suffix}")
             path.rename(kept)
             _LOG.info("%s goes on; its report so far is %s", run.path, kept)
 
@@ -97,15 +98,30 @@ def _moved(
     return moved
 
 
+def stage_lengths(config: Config) -> dict[str, int]:
+    """The steps of every stage."""
+    return {name: getattr(config.train, name).n_steps for name in STAGES}
+
+
+def _of_equal_length(recorded: Config, config: Config) -> set[str]:
+    """The fields that say how long the stages are which are equally long in both configs, in steps or in tokens."""
+    there, here = stage_lengths(recorded), stage_lengths(config)
+    return {field for name in STAGES if there[name] == here[name] for field in _length_fields(name)}
+
+
+def _length_fields(stage: str) -> set[str]:
+    return {f"train.{stage}.steps", f"train.{stage}.tokens"}
+
+
 def _with_more_steps(run: RunDirectory, recorded: Config, config: Config, differing: set[str]) -> set[str]:
     """The differing fields of stages, where they ask for more steps after all those of a run are taken; else none."""
-    stages = [name for name in STAGES if getattr(recorded.train, name).steps]
+    stages = [name for name in STAGES if getattr(recorded.train, name).n_steps]
     if not stages:
         return set()
     last = stages[-1]
-    n_taken, n_asked = getattr(recorded.train, last).steps, getattr(config.train, last).steps
-    later = [name for name in STAGES[STAGES.index(last) + 1 :] if getattr(config.train, name).steps]
-    asked = {f"train.{last}.steps"} & differing if n_asked > n_taken else set()
+    n_taken, n_asked = getattr(recorded.train, last).n_steps, getattr(config.train, last).n_steps
+    later = [name for name in STAGES[STAGES.index(last) + 1 :] if getattr(config.train, name).n_steps]
+    asked = _length_fields(last) & differing if n_asked > n_taken else set()
     asked |= {name for name in differing for stage in later if name.startswith(f"train.{stage}.")}
     if not asked or n_asked < n_taken:
         return set()

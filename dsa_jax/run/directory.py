@@ -25,8 +25,11 @@ _FILES = ("config.json", "environment.json", "metrics.jsonl", "timing.jsonl", "e
 _FOLDERS = ("checkpoints", *(f"{folder}/{stage}" for folder in ("checkpoints", "tensorboard") for stage in STAGES))
 _FOLDERS += ("tensorboard", "hf_source")
 _WITHOUT_EFFECT = re.compile(
-    r"parallel\..*|train\.(nan_policy|max_skipped_steps|keep_checkpoints|gate|gate_coverage|\w+\.(log_every|checkpoint_every|evaluate_every))"
+    r"parallel\..*|train\.(nan_policy|max_skipped_steps|keep_checkpoints|gate|gate_coverage|gate_extend_steps|gate_extend_max|\w+\.(log_every|checkpoint_every|evaluate_every))"
 )
+
+_ADDED = re.compile(r"train\.(\w+\.tokens|warmup_attention|sparse_trains|gate_extend_steps|gate_extend_max)")
+"""Fields that runs of earlier versions did not record: at their defaults they compute what those versions did."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,7 +289,8 @@ def find_run(directory: str | os.PathLike[str]) -> RunDirectory:
 
 def _differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, str]:
     """The differing fields by name, each with both values in words."""
-    there, here = flatten(recorded), flatten(wanted)
+    added = {name: value for name, value in flatten(to_dict(Config())).items() if _ADDED.fullmatch(name)}
+    there, here = added | flatten(recorded), flatten(wanted)
     names = sorted(name for name in there.keys() | here.keys() if there.get(name, "absent") != here.get(name, "absent"))
     return {
         name: f"{name} is {json.dumps(there[name]) if name in there else 'absent'} there and "

@@ -74,6 +74,10 @@ class MetricsLog:
         if self._events is not None:
             self._events.write(stage, step, {f"held_out/{name}": value for name, value in values.items()})
 
+    def has_evaluation(self, stage: str, step: int) -> bool:
+        """Whether the last logged evaluation is of this step; never where nothing is logged."""
+        return self.evaluations_path is not None and self._last.get(self.evaluations_path) == (stage, step)
+
     def truncate_after(self, stage_order: Sequence[str], stage: str, step: int) -> None:
         """Drop every entry that comes after `step` of `stage`. Call it when a run resumes.
 

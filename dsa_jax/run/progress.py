@@ -75,6 +75,7 @@ class Progress:
         self._clock = clock
         self._live = _is_terminal(self._stream) if live is None else live
         self._display: Any = None
+        self._seen: int | None = None
         self._values: dict[str, float] = {}
         self._recent: deque[tuple[float, int, float]] = deque(maxlen=_WINDOW)
         self._steps = self._tokens = self._timed_tokens = 0
@@ -96,6 +97,7 @@ class Progress:
         values: Mapping[str, Any] | None = None,
         compiled: bool = False,
         flops: float | int | None = None,
+        seen: int | None = None,
     ) -> None:
         """Report that `step` steps of the stage are done.
 
@@ -105,6 +107,7 @@ class Progress:
             values: values to show (`loss`, `kl`, ...), until given again.
             compiled: this step included a compilation, for instance because the sequence length changed.
             flops: FLOPs of this step; None where unknown.
+            seen: tokens of the stage so far, those before this process included; None: not shown.
         """
         now = self._clock()
         elapsed, self._before = now - self._before, now
@@ -116,11 +119,16 @@ class Progress:
             self._seconds += elapsed
             self._timed_tokens += tokens
             self._recent.append((elapsed, tokens, math.nan if flops is None else flops))
+        self._seen = seen
         self._values |= {name: float(value) for name, value in (values or {}).items()}
         due = self._written is None or now - self._written >= (_LIVE_SECONDS if self._live else self._every)
         if due or step >= self._total or (compiled and not self._live):
             self._written = now
             self._show(f"{self.line()}, compiled in {_duration(elapsed)}" if compiled else self.line())
+
+    def extend(self, total_steps: int) -> None:
+        """Let the stage have `total_steps` steps."""
+        self._total = total_steps
 
     def pause(self) -> None:
         """Exclude the time since the last step from the rate: call it after a checkpoint or an evaluation."""
@@ -132,9 +140,11 @@ class Progress:
         return Timing(self._steps, self._seconds, self._compile_seconds, self._tokens, self._timed_tokens, rate)
 
     def line(self) -> str:
-        """The text shown: stage, step, values, tokens/s, and MFU and time left where known."""
+        """The text shown: stage, step, values, tokens seen, tokens/s, and MFU and time left where known."""
         parts = [f"{self._stage} {self._step}/{self._total}"]
         parts += [f"{name} {_number(value)}" for name, value in self._values.items()]
+        if self._seen is not None:
+            parts.append(f"{_quantity(self._seen)} tokens")
         seconds, tokens, flops = (sum(column) for column in zip(*self._recent, strict=True)) if self._recent else (0.0, 0, 0.0)
         if seconds > 0:
             rate = tokens / seconds
@@ -183,7 +193,7 @@ def _number(value: float) -> str:
     return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.2e}"
 
 
-def _quantity(value: float) -> str:
+def _quantity(value: float | int) -> str:
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if value >= limit:
             return f"{value / (1e3 if unit == 'k' else limit):.1f}{unit}"

@@ -142,7 +142,8 @@ def dense_part(config: Config) -> Config | None:
     None where there is nothing to share: no pretraining, nothing after it, or pretraining that is sparse already.
     """
     train = config.train
-    if train.pretrain_attention != "dense" or not train.pretrain.steps or not (train.warmup.steps or train.sparse.steps):
+    has_more = train.warmup.n_steps or train.sparse.n_steps
+    if train.pretrain_attention != "dense" or not train.pretrain.n_steps or not has_more:
         return None
     dense = copy.deepcopy(config)
     dense.name = "dense"
@@ -153,7 +154,8 @@ def dense_part(config: Config) -> Config | None:
     attention.layer_types = tuple(FULL if each == SHARED else each for each in attention.layer_types)
     if set(attention.layer_types) == {FULL}:
         attention.layer_types = ()
-    dense.train.warmup, dense.train.sparse, dense.train.sparse_attention = StageConfig(), StageConfig(), "sparse"
+    dense.train.warmup, dense.train.sparse = StageConfig(), StageConfig()
+    dense.train.warmup_attention, dense.train.sparse_attention, dense.train.sparse_trains = "dense", "sparse", "all"
     dense.eval.rows = ("dense",)
     return dense
 

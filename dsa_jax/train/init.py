@@ -174,7 +174,7 @@ def at_start_of_stage(params: Params, config: Config, name: str) -> Params:
     Where a model that was trained under another attention turns to one that its attention kind alone answers, the kind says
     where the parameters of that one start (`AttentionKind.turned`).
     """
-    has_learned = bool(config.init.checkpoint or config.init.hf_dir or (name == "sparse" and config.train.pretrain.steps))
+    has_learned = bool(config.init.checkpoint or config.init.hf_dir or (name == "sparse" and config.train.pretrain.n_steps))
     before, attention = trained_attention(config, "warmup" if name == "sparse" else ""), stage_of(config, name).attention
     if not selection(attention).kind or before == attention or not has_learned:
         return params

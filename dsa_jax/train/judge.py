@@ -16,7 +16,15 @@ from dsa_jax.run.metrics import MetricsLog
 from dsa_jax.train.stages import Stage
 
 _LOG = logging.getLogger(__name__)
-_SHOWN = ("loss", "kl")
+_SHOWN = {
+    "loss": "loss",
+    "kl": "kl",
+    "grad_norm_base": "base gradient",
+    "grad_norm_indexer": "indexer gradient",
+    "learning_rate_base": "base rate",
+    "learning_rate_indexer": "indexer rate",
+}
+"""Metrics of the progress line with their names there."""
 _LOSSES = ("loss", "kl_layers")
 _COUNTERS = ("is_finite", "skipped_in_a_row", "stop")
 
@@ -33,6 +41,7 @@ class Judge:
         saved_step: the last checkpoint of the stage; None before its first.
         final: the metrics logged last.
         stops: whether a process has voted to stop.
+        extended_to: the steps of a stage whose gate has added some; 0: none.
     """
 
     run: RunDirectory
@@ -42,6 +51,7 @@ class Judge:
     saved_step: int | None
     final: dict[str, float]
     stops: bool = False
+    extended_to: int = 0
 
     def take(self, step: int, values: dict[str, jax.Array]) -> dict[str, float]:
         """Judge and log the 1-based `step`; returns what the progress line shows.
@@ -56,10 +66,13 @@ class Judge:
         record = {name: float(value) for name, value in sorted(read.items()) if not value.ndim and name not in _COUNTERS}
         record |= {f"kl_layer_{i}": float(value) for i, value in enumerate(read.get("kl_layers", ()))}
         settings: StageConfig = getattr(self.config.train, self.stage.name)
-        if step % settings.log_every == 0 or step == settings.steps:
+        record["tokens"] = settings.tokens_after(step)
+        if self.extended_to:
+            record["extended_to"] = self.extended_to
+        if step % settings.log_every == 0 or step == (self.extended_to or settings.n_steps):
             self.metrics.log(self.stage.name, step, record)
             self.final = record
-        return {name: record[name] for name in _SHOWN if name in record}
+        return {shown: record[name] for name, shown in _SHOWN.items() if name in record}
 
     def _not_finite(self, step: int, read: Mapping[str, Any]) -> None:
         in_a_row = int(read["skipped_in_a_row"])

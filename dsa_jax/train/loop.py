@@ -36,7 +36,8 @@ class Training(NamedTuple):
     """State that the stages of a run share: `stop` is set by a signal, `metrics` is the run's log.
 
     `steps` holds the steps of the stages that `rehearsed_steps` has traced; `look` is called with the stage, the step and the
-    parameters after every `evaluate_every` steps.
+    parameters after every `evaluate_every` steps. A stage among `gates` is done when its gate, called with the step and the
+    parameters after the last one, adds no more steps.
     """
 
     run: RunDirectory
@@ -47,13 +48,15 @@ class Training(NamedTuple):
     metrics: MetricsLog
     steps: Mapping[str, Step]
     look: Callable[[str, int, Any], None]
+    gates: Mapping[str, Callable[[int, Any], int]]
 
 
 class StageResult(NamedTuple):
-    """Result of one stage: parameters, report entries of this and earlier stages, and whether it completed."""
+    """Result of one stage: parameters, report entries of this and earlier stages, its steps, and whether it completed."""
 
     params: dict[str, Any]
     summaries: dict[str, dict[str, Any]]
+    n_steps: int
     is_complete: bool
 
 
@@ -102,7 +105,8 @@ def run_stage(
 
     Raises:
         NotFiniteError: by `train.nan_policy`.
-        RunError: where there is no batch for a step; the steps before it are saved (by a single process).
+        RunError: where there is no batch for a step; the steps before it are saved (by a single process). Where the gate of the
+            stage stops the run; all its steps are saved.
         StageCheckpointError: where saving or restoring fails.
     """
     config, data, stop = training.config, training.data, training.stop
@@ -112,7 +116,7 @@ def run_stage(
         take_step = _with_votes(training.steps[stage.name])
         flops: dict[int, float | None] = {}  # of a step, by sequence length
         with stage_run.progress:
-            while stage_run.step < settings.steps and not stage_run.stops():
+            while stage_run.goes_on() and not stage_run.stops():
                 seq_len = settings.seq_len_at(stage_run.step)
                 batch = stage_run.next_batch(seq_len)
                 compiles = seq_len not in flops
@@ -133,7 +137,7 @@ def run_stage(
             stage_run.save(data.state())
             summaries = stage_run.summaries | {stage.name: stage_run.summary()}
         store.wait()
-    return StageResult(stage_run.state.params, summaries, stage_run.step == settings.steps)
+    return StageResult(stage_run.state.params, summaries, stage_run.n_steps, stage_run.is_complete)
 
 
 class _Pending(NamedTuple):
@@ -149,7 +153,8 @@ class _Pending(NamedTuple):
 class _StageRun:
     """A stage in progress: the state after `step` steps, with its log, progress line and checkpoints.
 
-    `summaries` are those of earlier stages, and of this one that of earlier processes.
+    `summaries` are those of earlier stages, and of this one that of earlier processes. `n_steps` are the steps of the stage as
+    far as its gate has added any; `is_complete` says that they are taken and that the gate adds no more.
     """
 
     def __init__(
@@ -166,15 +171,19 @@ class _StageRun:
         self.data, self.stop, self.metrics = training.data, training.stop, training.metrics
         self.stage, self.store, self.step, self.summaries = stage, store, resume_step or 0, summaries
         self.settings: StageConfig = getattr(config.train, stage.name)
+        self.n_steps, self.is_complete = config.train.steps_to_gate(stage.name, self.step), False
         if resume_step is None:
             self.state = place(init_state(params, stage, self.settings))
             self.metrics.truncate_after(STAGE_ORDER, stage.name, 0)
+            _LOG.info("stage %s: %d steps, %d tokens", stage.name, self.n_steps, self.settings.tokens_after(self.n_steps))
         else:
             self._resume(resume_step, params)
         self.before = self.summaries.get(stage.name, {})
-        self.first_batch = _first_batch(config, stage)
+        self.first_batch = _first_batch(self.summaries, stage)
         self.judge = Judge(run, stage, config, self.metrics, saved_step=resume_step, final=self.before.get("final", {}))
-        self.progress = _make_progress(stage, self.settings, self.step)
+        if self.n_steps > self.settings.n_steps:
+            self.judge.extended_to = self.n_steps
+        self.progress = self._make_progress()
         self.pending: _Pending | None = None
 
     def _resume(self, step: int, params: dict[str, Any]) -> None:
@@ -183,7 +192,7 @@ class _StageRun:
         _, self.state, notes = self.store.restore(step, abstract)
         self.summaries = notes["summaries"]
         self.data.restore(notes.get("data"))
-        _LOG.info("stage %s continues at step %d of %d", self.stage.name, step, self.settings.steps)
+        _LOG.info("stage %s continues at step %d of %d", self.stage.name, step, self.n_steps)
         self.metrics.truncate_after(STAGE_ORDER, self.stage.name, step)
         n_logged = notes.get("n_logged")
         if is_main() and n_logged is not None and self.metrics.n_steps != n_logged:
@@ -192,9 +201,43 @@ class _StageRun:
                 *(self.metrics.path, self.metrics.n_steps, n_logged),
             )
 
+    def _make_progress(self) -> Progress:
+        peaks, settings = peaks_of(jax.devices()[0].device_kind), self.settings
+        return Progress(
+            self.stage.name,
+            self.n_steps,
+            start_step=self.step,
+            stream=None if is_main() else Discard(),
+            peak_flops=peaks and peaks.flops * jax.device_count(),
+            tokens_left=lambda done: settings.tokens_after(self.n_steps) - settings.tokens_after(done),
+        )
+
     def stops(self) -> bool:
         """Whether to stop before the next step: several processes stop together, by the vote that all have read."""
         return self.judge.stops if jax.process_count() > 1 else self.stop.requested
+
+    def goes_on(self) -> bool:
+        """Whether there is a step to take: after the last one all are saved, and the gate of the stage may add more.
+
+        A stop request comes before the gate, which the next process then meets.
+
+        Raises:
+            RunError: where the gate stops the run.
+        """
+        if self.step < self.n_steps:
+            return True
+        self.save(self.data.state())
+        gate = self.training.gates.get(self.stage.name)
+        if gate is not None:
+            if self.stops():
+                return False
+            self.n_steps += gate(self.step, self.state.params)
+            self.progress.pause()
+        self.is_complete = self.step == self.n_steps
+        if not self.is_complete:
+            self.judge.extended_to = self.n_steps
+            self.progress.extend(self.n_steps)
+        return not self.is_complete
 
     def next_batch(self, seq_len: int) -> Batch:
         """The batch of the next step.
@@ -219,7 +262,14 @@ class _StageRun:
         if pending is None:
             return
         shown = self.judge.take(pending.step, pending.metrics)
-        self.progress.update(pending.step, tokens=pending.tokens, values=shown, compiled=pending.compiled, flops=pending.flops)
+        self.progress.update(
+            pending.step,
+            tokens=pending.tokens,
+            values=shown,
+            compiled=pending.compiled,
+            flops=pending.flops,
+            seen=self.settings.tokens_after(pending.step),
+        )
         if pending.step % self.settings.log_every == 0:
             clock = {name: value for name, value in self.progress.timing()._asdict().items() if value is not None}
             self.metrics.log_timing(self.stage.name, pending.step, clock)
@@ -253,21 +303,10 @@ def _with_votes(step: Step) -> Callable[[TrainState, Batch, bool], tuple[TrainSt
     return with_votes(step) if jax.process_count() > 1 else lambda state, batch, _: step(state, batch)
 
 
-def _make_progress(stage: Stage, settings: StageConfig, step: int) -> Progress:
-    peaks = peaks_of(jax.devices()[0].device_kind)
-    return Progress(
-        stage.name,
-        settings.steps,
-        start_step=step,
-        stream=None if is_main() else Discard(),
-        peak_flops=peaks and peaks.flops * jax.device_count(),
-        tokens_left=lambda done: settings.batch_size * sum(map(settings.seq_len_at, range(done, settings.steps))),
-    )
-
-
-def _first_batch(config: Config, stage: Stage) -> int:
-    """Index of the batch of step 0: a stage continues with the batches after those of the stage before."""
-    return sum(getattr(config.train, name).steps for name in STAGE_ORDER[: STAGE_ORDER.index(stage.name)])
+def _first_batch(summaries: Mapping[str, Mapping[str, Any]], stage: Stage) -> int:
+    """Index of the batch of step 0: a stage continues with the batches after those that the stages before have taken."""
+    earlier = STAGE_ORDER[: STAGE_ORDER.index(stage.name)]
+    return sum(summaries[name]["steps"] for name in earlier if name in summaries)
 
 
 def _step_flops(config: ModelConfig, stage: Stage, batch_size: int, seq_len: int) -> float | None:

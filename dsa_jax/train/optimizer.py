@@ -31,6 +31,12 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
     return optax.join_schedules([ramp, body], [config.warmup_steps])
 
 
+def learning_rates(config: OptimizerConfig, total_steps: int) -> dict[str, optax.Schedule]:
+    """The schedules of the `base` and of the `indexer` by 0-based update; equal without `indexer_learning_rate`."""
+    of_indexers = dataclasses.replace(config, learning_rate=config.indexer_learning_rate or config.learning_rate)
+    return {"base": learning_rate_schedule(config, total_steps), "indexer": learning_rate_schedule(of_indexers, total_steps)}
+
+
 def _by_path(tree: Any, rule: Any) -> Any:
     return nested_parameters({path: rule(path, leaf) for path, leaf in parameter_paths(tree).items()})
 

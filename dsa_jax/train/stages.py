@@ -38,17 +38,28 @@ def language_stage(name: str, attention: str) -> Stage:
     return Stage(name, attention, "sparse" if by_indexer else None, True, trains)
 
 
+def indexer_stage(name: str, attention: str) -> Stage:
+    """A stage that trains the indexers alone, by their KL over the keys that `attention` reads; the base stays as it is.
+
+    Unless `attention` is dense, no dense attention is computed.
+    """
+    loss: Literal["dense", "sparse"] = "dense" if attention == DENSE else "sparse"
+    return Stage(name, attention, loss, False, lambda path: learns_from(path) == INDEXER)
+
+
 PRETRAIN = language_stage("pretrain", DENSE)
-WARMUP = Stage("warmup", DENSE, "dense", False, lambda path: learns_from(path) == INDEXER)
+WARMUP = indexer_stage("warmup", DENSE)
 SPARSE = language_stage("sparse", "sparse")
 STAGES: dict[str, Stage] = {stage.name: stage for stage in (PRETRAIN, WARMUP, SPARSE)}
-"""As a retrofit runs them unless its recipe names other attentions."""
+"""As a retrofit runs them unless its recipe says otherwise."""
 
 
 def stage_of(config: Config, name: str) -> Stage:
     """The stage `name` as the recipe trains it."""
     if name == "warmup":
-        return WARMUP
+        return indexer_stage(name, config.train.warmup_attention)
+    if name == "sparse" and config.train.sparse_trains == "indexer":
+        return indexer_stage(name, config.train.sparse_attention)
     return language_stage(name, getattr(config.train, f"{name}_attention"))
 
 
@@ -59,4 +70,4 @@ def trained_attention(config: Config, last: str) -> str:
     """
     if last == "sparse":
         return config.train.sparse_attention
-    return config.train.pretrain_attention if last and config.train.pretrain.steps else config.model.attention.mode
+    return config.train.pretrain_attention if last and config.train.pretrain.n_steps else config.model.attention.mode

@@ -11,9 +11,16 @@ from dsa_jax.config import Config, StageConfig
 from dsa_jax.data import Batch
 from dsa_jax.model import Transformer, updated_score_bias
 from dsa_jax.parallel.placement import hold, replicate
-from dsa_jax.params import is_score_bias_path, merge_parameters, nested_parameters, parameter_paths, split_parameters
+from dsa_jax.params import (
+    is_indexer_path,
+    is_score_bias_path,
+    merge_parameters,
+    nested_parameters,
+    parameter_paths,
+    split_parameters,
+)
 from dsa_jax.train.loss import forward_with_loss, forward_without_head
-from dsa_jax.train.optimizer import make_optimizer
+from dsa_jax.train.optimizer import learning_rates, make_optimizer
 from dsa_jax.train.stages import Stage
 
 Params = dict[str, Any]
@@ -45,7 +52,7 @@ def init_state(params: Params, stage: Stage, config: StageConfig) -> TrainState:
     """A state at step 0 with fresh optimizer state."""
     trainable, _ = split_parameters(params, stage.trains)
     counters = (jnp.zeros((), jnp.int32) for _ in range(3))  # one buffer each, since the step donates them
-    return TrainState(params, make_optimizer(config.optimizer, config.steps).init(trainable), *counters)
+    return TrainState(params, make_optimizer(config.optimizer, config.n_steps).init(trainable), *counters)
 
 
 def _totals(batch: Batch) -> _Totals:
@@ -63,14 +70,17 @@ def make_train_step(model: Transformer, stage: Stage, config: Config) -> Callabl
 
     Metrics (scalars, float32): `loss` and `accuracy` where the stage has an LM loss, `kl` (summed over layers)
     and `kl_layers` where the indexer learns, `balance_loss` and `expert_load_max` (largest share of a layer's tokens times
-    the number of experts) for MoE models, `grad_norm`, `is_finite`, `skipped`, `skipped_in_a_row`.
+    the number of experts) for MoE models, `grad_norm` of all that learns, `grad_norm_base` and `grad_norm_indexer` of its two
+    parts and their `learning_rate_base` and `learning_rate_indexer` in this update, for the parts that learn, `is_finite`,
+    `skipped`, `skipped_in_a_row`.
 
     Raises:
         ConfigError: for a model whose weights are kept in fp8.
     """
     config.model.check_trainable()
     stage_config: StageConfig = getattr(config.train, stage.name)
-    optimizer = make_optimizer(stage_config.optimizer, stage_config.steps)
+    optimizer = make_optimizer(stage_config.optimizer, stage_config.n_steps)
+    rates = learning_rates(stage_config.optimizer, stage_config.n_steps)
     moe = config.model.moe
 
     def loss_fn(trainable: Params, frozen: Params, batch: Batch, totals: _Totals) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -136,6 +146,11 @@ def make_train_step(model: Transformer, stage: Stage, config: Config) -> Callabl
         in_a_row = jnp.where(is_finite, 0, state.skipped_in_a_row + 1)
         if "kl_layers" in metrics:
             metrics["kl"] = metrics["kl_layers"].sum()
+        n_updates = state.step - state.skipped
+        for name, part in zip(("indexer", "base"), split_parameters(grads, is_indexer_path), strict=True):
+            if part:
+                metrics[f"grad_norm_{name}"] = optax.tree.norm(part)
+                metrics[f"learning_rate_{name}"] = jnp.asarray(rates[name](n_updates), jnp.float32)
         metrics |= {"grad_norm": grad_norm, "is_finite": is_finite, "skipped": skipped, "skipped_in_a_row": in_a_row}
         return hold(TrainState(params, opt_state, state.step + 1, skipped, in_a_row)), replicate(metrics)
 

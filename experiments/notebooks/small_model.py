@@ -49,9 +49,9 @@ def train_stage(config: Config, name: str, model: Transformer, params: Params, d
     settings, stage = getattr(config.train, name), stage_of(config, name)
     step = make_train_step(model, stage, config)
     state = init_state(jax.tree.map(lambda x: x.copy(), params), stage, settings)
-    first = sum(getattr(config.train, earlier).steps for earlier in STAGES[: STAGES.index(name)])
+    first = sum(getattr(config.train, earlier).n_steps for earlier in STAGES[: STAGES.index(name)])
     entries = []
-    for i in range(settings.steps):
+    for i in range(settings.n_steps):
         state, metrics = step(state, data.batch(first + i, batch_size=settings.batch_size, seq_len=settings.seq_len))
         entries.append(metrics)
     entries = jax.device_get(entries)

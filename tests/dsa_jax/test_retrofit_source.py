@@ -4,13 +4,16 @@ import json
 import shutil
 
 import jax
+import numpy as np
 import pytest
 
 from dsa_jax import build_model, init_params, load_pretrained, save_pretrained
 from dsa_jax.checkpoints.from_hf import keep_source, present_inputs, resolve_checkpoint
 from dsa_jax.config import Config, ConfigError
+from dsa_jax.params import count_parameters, is_indexer_path, parameter_paths, split_parameters
 from dsa_jax.retrofit import _showable, check_places, retrofit
 from dsa_jax.run.files import RunError
+from dsa_jax.train.init import load_run
 from tests.dsa_jax.train.tiny import tiny_config
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -124,3 +127,39 @@ def test_a_report_with_parts_of_other_kinds_is_made_again(tmp_path, caplog, dama
     assert _showable(whole, tmp_path) == whole and _showable(None, tmp_path) is None
     assert _showable(whole | damage, tmp_path) is None
     assert "is not what a run writes" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_frozen_base_is_exported_bit_for_bit(tmp_path, dense, dtype, caplog):
+    config = recipe(dense, steps=2)
+    config.train.sparse_trains, config.train.warmup.steps = "indexer", 1
+    config.model.param_dtype, config.eval.recall_sequences = dtype, 2
+    source = tmp_path / "source"
+    loaded = load_pretrained(dense, dtype=dtype)
+    save_pretrained(source, loaded.config, loaded.params)
+    config.init.hf_dir = str(source)
+    with caplog.at_level("INFO"):
+        retrofit(config, tmp_path / "run")
+    before, after = (read_tensors(directory) for directory in (source, tmp_path / "run" / "hf"))
+    assert before.keys() == {name for name in after if "indexer" not in name} < after.keys()
+    for name, tensor in before.items():
+        assert tensor == after[name] and tensor[0] == {"float32": "F32", "bfloat16": "BF16"}[dtype], name
+    start = load_run(tmp_path / "run", stage="warmup").params
+    end = load_run(tmp_path / "run").params
+    changed = {path for path, leaf in parameter_paths(start).items() if not np.array_equal(leaf, parameter_paths(end)[path])}
+    assert changed and all(map(is_indexer_path, changed))
+    n_indexer = count_parameters(split_parameters(end, is_indexer_path)[0])
+    assert f"{n_indexer} of them in indexers; trained: {n_indexer} in warmup, {n_indexer} in sparse" in caplog.text
+
+
+def read_tensors(directory):
+    """(dtype, shape, bytes) of every tensor by name."""
+    found = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        raw = file.read_bytes()
+        start = 8 + int.from_bytes(raw[:8], "little")
+        for name, entry in json.loads(raw[8:start]).items():
+            if name != "__metadata__":
+                first, last = entry["data_offsets"]
+                found[name] = entry["dtype"], entry["shape"], raw[start + first : start + last]
+    return found

@@ -3,6 +3,8 @@
 import json
 import logging
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from dsa_jax.retrofit import retrofit
 from dsa_jax.run.files import RunError
 from dsa_jax.run.metrics import read_metrics
 from dsa_jax.train.init import load_run
+from dsa_jax.train.judge import Judge
+from dsa_jax.watch import _or_dense
 from tests.dsa_jax.train.tiny import tiny_config
 
 
@@ -66,3 +70,53 @@ def test_a_gate_stops_before_the_sparse_stage_and_the_run_goes_on(tmp_path, capl
 def test_low_layers_are_named_lowest_first():
     assert low_layers((0.9, 0.5, 0.79, 0.8), 0.8) == [1, 2]
     assert low_layers((0.9,), 0.8) == []
+
+
+@pytest.mark.usefixtures("undrawn", "traced_once")
+def test_a_gate_extends_the_warmup_and_a_killed_run_goes_on_inside_it(tmp_path, caplog, monkeypatch):
+    config = recipe()
+    config.train.gate, config.train.gate_coverage = "extend", 1.0
+    config.train.gate_extend_steps, config.train.gate_extend_max = 3, 4
+    config.train.sparse.steps, config.train.sparse.evaluate_every, config.eval.rows = 1, 0, ("dense",)
+    report = retrofit(config, tmp_path / "whole")
+    assert report["stages"]["warmup"]["steps"] == 8
+    (low,) = [each for each in caplog.messages if "It goes on to step 7, and to 8 at most (train.gate_extend_max)" in each]
+    assert low.startswith("after 4 steps of the warm-up") and "in 2 of 2 layers: " in low
+    assert any(each.startswith("after 8 steps of the warm-up") and "More warm-up or" in each for each in caplog.messages)
+    entries = {
+        entry["step"]: entry for entry in read_metrics(tmp_path / "whole" / "metrics.jsonl") if entry["stage"] == "warmup"
+    }
+    assert [entries[step].get("extended_to") for step in range(1, 9)] == [None] * 4 + [7, 7, 7, 8]
+    looks = [look["step"] for look in read_metrics(tmp_path / "whole" / "evaluations.jsonl")]
+    assert looks == [2, 4, 6, 7, 8]
+
+    take = Judge.take
+
+    def take_and_stop(self, step, values):
+        if (self.stage.name, step) == ("warmup", 5):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(self, step, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Judge, "take", take_and_stop)
+        assert retrofit(config, tmp_path / "killed") is None
+    assert "in stage warmup, step 6 of 7 is saved" in caplog.text
+    retrofit(config, tmp_path / "killed")
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("hf_dir", "low", "said"),
+    [
+        ("model", [1, 0], "--config.init.dense_layers=2 leaves them dense"),
+        ("model", [1], "--config.init.dense_layers=2 leaves them, and all before the last of them, dense"),
+        ("model", [2, 0], ""),
+        ("", [2, 0], "'dense' for them in model.attention.layer_types leaves them dense"),
+        ("", [0, 1, 2], ""),
+    ],
+)
+def test_layers_that_stay_low_are_named_with_the_setting_that_leaves_them_dense(hf_dir, low, said):
+    config = tiny_config()
+    config.model.n_layers, config.init.hf_dir = 3, hf_dir
+    assert _or_dense(config, low).removeprefix("; ") == said

@@ -129,3 +129,49 @@ def test_nothing_is_accepted_where_there_is_no_run(tmp_path):
     assert not accepted(RunDirectory(tmp_path, resumed=True), config())
     (tmp_path / "config.json").write_text("{")
     assert not accepted(RunDirectory(tmp_path, resumed=True), config())
+
+
+def by_tokens(tokens, **others):
+    made = config(pretrain=4, sparse=0)
+    made.train.sparse.tokens = tokens
+    for name, value in others.items():
+        setattr(made.train.sparse, name, value)
+    return made
+
+
+def test_a_finished_run_can_be_given_more_tokens(tmp_path):
+    step = 16 * 256
+    run = begun(tmp_path, by_tokens(2 * step), report=True)
+    assert accepted(run, by_tokens(3 * step)) == {"train.sparse.tokens"}
+    assert accepted(run, config(pretrain=4, sparse=9)) == {"train.sparse.tokens", "train.sparse.steps"}
+    assert not accepted(run, by_tokens(step))
+    # More steps, since a step has become smaller: not the run that this one is.
+    assert "train.sparse.batch_size" not in accepted(run, by_tokens(2 * step, batch_size=4))
+
+
+def test_a_run_begun_by_steps_goes_on_by_as_many_tokens(tmp_path):
+    step = 16 * 256
+    run = begun(tmp_path, config(pretrain=4, sparse=3), step=1)
+    for tokens in (3 * step, 3 * step - 1, 2 * step + 1):
+        assert accepted(run, by_tokens(tokens)) == {"train.sparse.steps", "train.sparse.tokens"}
+        check_run(run, by_tokens(tokens), accepted=accepted(run, by_tokens(tokens)))
+    for tokens in (3 * step + 1, 2 * step):
+        assert not accepted(run, by_tokens(tokens))
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path):
+    ours = config()
+    run = begun(tmp_path, ours)
+    recorded = json.loads(run.config_path.read_text())
+    train = recorded["train"]
+    for name in ("warmup_attention", "sparse_trains", "gate_extend_steps", "gate_extend_max"):
+        del train[name]
+    for stage in ("pretrain", "warmup", "sparse"):
+        del train[stage]["tokens"]
+    run.config_path.write_text(json.dumps(recorded))
+    assert not check_run(run, ours, accepted=accepted(run, ours))
+    more = config(pretrain=4, sparse=9)
+    assert accepted(run, more) == {"train.sparse.steps"}
+    ours.train.sparse_trains = "indexer"
+    with pytest.raises(RunError, match=r'train\.sparse_trains is "all" there and "indexer" here'):
+        check_run(run, ours, accepted=accepted(run, ours))

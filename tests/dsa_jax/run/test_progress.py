@@ -131,3 +131,13 @@ def test_a_stage_without_steps_prints_nothing(clock):
     with Progress("sparse", 0, stream=stream, clock=clock) as progress:
         assert progress.timing().tokens_per_second is None
     assert stream.getvalue() == ""
+
+
+def test_tokens_seen_are_those_of_the_whole_stage():
+    progress = Progress("sparse", 100, start_step=90, stream=io.StringIO(), clock=lambda: 0.0)
+    progress.update(91, tokens=64, seen=5_824_000)
+    assert progress.line() == "sparse 91/100, 5.8M tokens"
+    progress.extend(120)
+    assert progress.line() == "sparse 91/120, 5.8M tokens"
+    progress.update(92, tokens=64)
+    assert progress.line() == "sparse 92/120"

@@ -107,3 +107,21 @@ def test_moe_bias_moves_in_training_and_reports_load():
     np.testing.assert_allclose(change[change > 0], 0.001, rtol=1e-5)
     assert change.max() > 0
     assert 1.0 <= metrics["expert_load_max"] <= 4.0
+
+
+def test_gradient_norms_and_learning_rates_of_base_and_indexer_are_told_apart():
+    """Rates are those of the update: the schedule stands still where one was dropped."""
+    config = tiny_config()
+    config.train.sparse.optimizer = dataclasses.replace(config.train.sparse.optimizer, indexer_learning_rate=3e-2)
+    model, stage = build_model(config.model), STAGES["sparse"]
+    state = init_state(init_params(model, jax.random.key(0)), stage, config.train.sparse)
+    step, batch = make_train_step(model, stage, config), padded_batch(config)
+    for n_updates in (0, 1):
+        state, metrics = step(state, batch)
+        share = (n_updates + 1) / 2  # of two warm-up steps
+        assert float(metrics["learning_rate_base"]) == pytest.approx(1e-2 * share)
+        assert float(metrics["learning_rate_indexer"]) == pytest.approx(3e-2 * share)
+        parts = [float(metrics[f"grad_norm_{name}"]) for name in ("base", "indexer")]
+        assert min(parts) > 0 and np.hypot(*parts) == pytest.approx(float(metrics["grad_norm"]), rel=1e-5)
+    _, metrics = step(state._replace(skipped=state.skipped + 1), batch)
+    assert float(metrics["learning_rate_base"]) == pytest.approx(1e-2)
