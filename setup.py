@@ -48,6 +48,8 @@ setup(
         "data": DATA,
         "real": [*GGUF, *HF, *PLOT],
         "tensorboard": ["tensorboardX>=2.6.5"],
+        "wandb": ["wandb>=0.31"],
+        "trackio": ["trackio>=0.43"],
         "notebooks": ["jupytext>=1.19", "nbclient>=0.10", "ipykernel", *PLOT],
         "parity": PARITY,
         "test": TEST,

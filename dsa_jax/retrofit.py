@@ -32,6 +32,7 @@ from dsa_jax.run.files import RunError, claimed
 from dsa_jax.run.metrics import MetricsLog
 from dsa_jax.run.processes import any_process, is_main, on_main
 from dsa_jax.run.signals import StopRequest
+from dsa_jax.run.trackers import open_trackers, require_trackers
 from dsa_jax.train.init import at_start_of_stage, initial_params, load_run, resolve_run
 from dsa_jax.train.loop import Training, rehearsed_steps, run_stage
 from dsa_jax.train.stages import stage_of, trained_attention
@@ -42,7 +43,7 @@ _LOG = logging.getLogger(__name__)
 _COARSE_RATE = 1e-4  # at this learning rate Adam moves a weight of 0.05 by 1/512
 
 
-def retrofit(config: Config, workdir: Path, *, tensorboard: bool = False) -> dict[str, Any] | None:
+def retrofit(config: Config, workdir: Path) -> dict[str, Any] | None:
     """Run every stage with a positive number of steps, then the parity table; continue where an earlier call stopped.
 
     A run that starts from a Hugging Face directory writes one, `workdir`/hf, unless the model has native sparse attention. The
@@ -53,11 +54,13 @@ def retrofit(config: Config, workdir: Path, *, tensorboard: bool = False) -> dic
 
     Raises:
         ConfigError, RunError: with one line that says what was wrong and what to do.
+        MissingExtraError: where the package of a tracker is not installed.
     """
     check_places(config, workdir)
     run = RunDirectory(workdir, resumed=True)
     config = resolve_run(resolve_checkpoint(config, run.source_path), workdir)
     config.validate()
+    require_trackers(config)
     if _stages(config):
         config.model.check_trainable()
     check_layout(config)
@@ -69,7 +72,7 @@ def retrofit(config: Config, workdir: Path, *, tensorboard: bool = False) -> dic
             _LOG.info("%s is complete; without its report.json it would be evaluated again", workdir)
             return _shown(report, workdir)
         on_main(lambda: claim.enter_context(claimed(workdir)))
-        return _retrofit(inputs, tensorboard)
+        return _retrofit(inputs)
 
 
 def check_places(config: Config, workdir: Path) -> None:
@@ -145,7 +148,7 @@ def _shown(report: dict[str, Any], workdir: Path) -> dict[str, Any]:
     return report
 
 
-def _retrofit(inputs: _Inputs, tensorboard: bool) -> dict[str, Any] | None:
+def _retrofit(inputs: _Inputs) -> dict[str, Any] | None:
     config, run = inputs.config, inputs.run
     accepted, position = inputs.accepted(), latest_position(run, config)
     on_main(lambda: _check(inputs, accepted, is_trained=position == _last_position(config)))
@@ -164,7 +167,8 @@ def _retrofit(inputs: _Inputs, tensorboard: bool) -> dict[str, Any] | None:
     n_indexer = count_parameters(split_parameters(params, is_indexer_path)[0])
     _LOG.info("%s: %d parameters, %d of them in indexers", config.name, count_parameters(params), n_indexer)
     summaries: dict[str, dict[str, Any]] = {}
-    log = MetricsLog(run.metrics_path if is_main() else None, tensorboard=tensorboard)
+    trackers = open_trackers(run.path, config) if is_main() else []
+    log = MetricsLog(run.metrics_path if is_main() else None, trackers=trackers)
     with StopRequest() as stop, log as metrics:
         watch = Watch(run, config, HeldOut(model, eval_data, config, eval_steps), metrics)
         training = Training(run, config, model, train_data, stop, metrics, steps, watch.look)

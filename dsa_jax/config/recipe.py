@@ -50,6 +50,8 @@ TEXT_TASKS = (
     "text_quote",
 )
 """Tasks in plain words among held-out text, for models that know language. The place of a name is part of its rows' seed."""
+TRACKERS = ("tensorboard", "wandb", "trackio")
+"""Where metrics go beside metrics.jsonl; each is an extra of this name."""
 _AXIS_OF = {"dp": "data", "fsdp": "fsdp", "ep": "expert", "tp": "tensor", "cp": "context"}
 
 
@@ -244,8 +246,18 @@ class TrainConfig:
     nan_policy: str = limited("stop", Choices(("stop", "skip")))  # stop | skip (leave parameters untouched and count)
     max_skipped_steps: int = limited(10, COUNT)  # with skip: consecutive steps before stopping after all
     keep_checkpoints: int = limited(2, COUNT)  # per stage
+    trackers: tuple[str, ...] = limited(
+        (), Choices(TRACKERS)
+    )  # of tensorboard, wandb, trackio (extras of these names): metrics go there, too
+    tracker_project: str = limited("dsa-jax", Text(128))  # of wandb and trackio; the rest is said by their WANDB_*, TRACKIO_*
 
     def validate(self) -> None:
+        if len(set(self.trackers)) != len(self.trackers):
+            raise ConfigError(f"train.trackers names {shown(', '.join(self.trackers))}; expected each tracker once.")
+        if not re.fullmatch(r"\w[\w. -]*", self.tracker_project):
+            raise ConfigError(
+                f"train.tracker_project is {shown(self.tracker_project)}; expected letters, digits, '.', '-', '_' and spaces."
+            )
         for name in STAGES:
             getattr(self, name).validate(f"train.{name}")
 

@@ -123,7 +123,7 @@ def evaluation_config(config: Config, variant: Variant) -> Config:
 
 
 # Names and logging intervals do not change what a run computes.
-_WITHOUT_EFFECT = ("log_every", "checkpoint_every", "keep_checkpoints")
+_WITHOUT_EFFECT = ("log_every", "checkpoint_every", "keep_checkpoints", "trackers", "tracker_project")
 
 
 def run_key(config: Config) -> str:
