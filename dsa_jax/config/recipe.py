@@ -24,6 +24,7 @@ from dsa_jax.config.limits import (
     limited,
 )
 from dsa_jax.config.model import ModelConfig
+from dsa_jax.config.profile_steps import check_profiled_steps
 from dsa_jax.config.selections import eval_rows, selections
 
 STAGES = ("pretrain", "warmup", "sparse")
@@ -246,6 +247,7 @@ class TrainConfig:
     nan_policy: str = limited("stop", Choices(("stop", "skip")))  # stop | skip (leave parameters untouched and count)
     max_skipped_steps: int = limited(10, COUNT)  # with skip: consecutive steps before stopping after all
     keep_checkpoints: int = limited(2, COUNT)  # per stage
+    profile_steps: str = limited("", Text(20))  # FIRST:LAST, steps of each stage to trace into profile/STAGE; empty: none
     trackers: tuple[str, ...] = limited(
         (), Choices(TRACKERS)
     )  # of tensorboard, wandb, trackio (extras of these names): metrics go there, too
@@ -260,6 +262,7 @@ class TrainConfig:
             )
         for name in STAGES:
             getattr(self, name).validate(f"train.{name}")
+        check_profiled_steps(self.profile_steps, {name: stage for name in STAGES if (stage := getattr(self, name)).steps})
 
 
 @dataclass

@@ -24,10 +24,10 @@ _FILLED_IN = ("implementations", *_KEPT)  # entries of environment.json that are
 _LEFTOVER = re.compile(r"\..+\.\d+\.tmp|\.probe\.\S+")  # left by `atomic_write_text`, and by a probe, of a killed process
 _LOGS = ("metrics.jsonl", "timing.jsonl", "evaluations.jsonl", TRACKED_FILE)
 _FILES = ("config.json", "environment.json", *_LOGS, "report.json", "report.html")
-_FOLDERS = ("checkpoints", *(f"{folder}/{stage}" for folder in ("checkpoints", "tensorboard") for stage in STAGES))
-_FOLDERS += ("tensorboard", "wandb", "hf_source")
+_FOLDERS = ("checkpoints", *(f"{folder}/{stage}" for folder in ("checkpoints", "tensorboard", "profile") for stage in STAGES))
+_FOLDERS += ("tensorboard", "wandb", "profile", "hf_source")
 _WITHOUT_EFFECT = re.compile(
-    r"parallel\..*|train\.(nan_policy|max_skipped_steps|keep_checkpoints|gate|gate_coverage|trackers|tracker_project"
+    r"parallel\..*|train\.(nan_policy|max_skipped_steps|keep_checkpoints|gate|gate_coverage|profile_steps|trackers|tracker_project"
     r"|\w+\.(log_every|checkpoint_every|evaluate_every))"
 )
 
@@ -73,6 +73,10 @@ class RunDirectory:
     def has_begun(self) -> bool:
         """Whether the run has saved anything: a checkpoint, whole or not, or its report."""
         return self.report_path.exists() or any(self.path.glob("checkpoints/*/*"))
+
+    def profile_dir(self, stage: str) -> Path:
+        """The folder of the profiler traces of `stage`."""
+        return self.path / "profile" / stage
 
     def checkpoint_dir(self, stage: str) -> Path:
         """The folder whose subfolders are the steps of `stage`."""
@@ -186,7 +190,7 @@ def open_run(workdir: str | os.PathLike[str], config: Config, *, accepted: Colle
         if not run.has_begun and any(not _WITHOUT_EFFECT.fullmatch(name) for name in differences):
             for leftover in _LOGS:
                 (run.path / leftover).unlink(missing_ok=True)
-            for folder in (run.path / "tensorboard", run.path / "wandb", run.source_path):
+            for folder in (*(run.path / name for name in ("tensorboard", "wandb", "profile")), run.source_path):
                 shutil.rmtree(folder, ignore_errors=True)
         _LOG.info("%s continues with other settings: %s", path, "; ".join(differences.values()))
         write_object(run.config_path, wanted)

@@ -123,7 +123,7 @@ def evaluation_config(config: Config, variant: Variant) -> Config:
 
 
 # Names and logging intervals do not change what a run computes.
-_WITHOUT_EFFECT = ("log_every", "checkpoint_every", "keep_checkpoints", "trackers", "tracker_project")
+_WITHOUT_EFFECT = ("log_every", "checkpoint_every", "keep_checkpoints", "profile_steps", "trackers", "tracker_project")
 
 
 def run_key(config: Config) -> str:
@@ -154,6 +154,7 @@ def dense_part(config: Config) -> Config | None:
     if set(attention.layer_types) == {FULL}:
         attention.layer_types = ()
     dense.train.warmup, dense.train.sparse, dense.train.sparse_attention = StageConfig(), StageConfig(), "sparse"
+    dense.train.profile_steps = ""
     dense.eval.rows = ("dense",)
     return dense
 
