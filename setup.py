@@ -37,6 +37,7 @@ setup(
         "absl-py>=2.3",
         "safetensors>=0.8",
         "jaxtyping>=0.3.11",
+        "pyyaml>=6",
         "rich>=14",
     ],
     extras_require={

@@ -3,13 +3,14 @@
 import functools
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from dsa_jax.checkpoints.from_hf import export_checkpoint, keep_source, present_inputs, resolve_checkpoint
 from dsa_jax.checkpoints.hf import CheckpointError
+from dsa_jax.checkpoints.hf.weights import read_json
 from dsa_jax.config import STAGES as STAGE_ORDER
 from dsa_jax.config import Config, ConfigError, StageConfig, to_dict
 from dsa_jax.config.selections import DENSE
@@ -22,12 +23,13 @@ from dsa_jax.model.attention.kinds import kinds_of
 from dsa_jax.parallel.check import check_layout
 from dsa_jax.parallel.placement import on_mesh, place
 from dsa_jax.params import count_parameters, is_indexer_path, split_parameters
-from dsa_jax.report.report import format_row, format_table, format_verdict, write_report
+from dsa_jax.report.card import base_of, model_card
+from dsa_jax.report.report import format_row, format_table, format_verdict, to_plain, write_report
 from dsa_jax.run.checkpoints import latest_position
 from dsa_jax.run.continuation import accepted_fields, set_report_aside, tokenizer_fingerprint
 from dsa_jax.run.directory import RunDirectory, check_run, open_run
 from dsa_jax.run.environment import source_fingerprint
-from dsa_jax.run.export import admit_export, require_own_export
+from dsa_jax.run.export import admit_export, require_own_export, write_card
 from dsa_jax.run.files import RunError, claimed
 from dsa_jax.run.metrics import MetricsLog
 from dsa_jax.run.processes import any_process, is_main, on_main
@@ -191,7 +193,8 @@ def _retrofit(inputs: _Inputs) -> dict[str, Any] | None:
             return None
         if config.init.hf_dir:
             _export(inputs, params)
-        return _evaluate_and_report(training, params, summaries, eval_data, eval_steps)
+        card = functools.partial(_write_card, inputs)
+        return _evaluate_and_report(training, params, summaries, eval_data, eval_steps, before_report=card)
 
 
 def _check(inputs: _Inputs, accepted: frozenset[str], *, is_trained: bool) -> None:
@@ -235,6 +238,15 @@ def _export(inputs: _Inputs, params: dict[str, Any]) -> None:
     export_checkpoint(run.export_path, inputs.present, params, attention=attention, before_replacing=admit)
     if is_main():
         print(f"Hugging Face checkpoint: {run.export_path}")
+
+
+def _write_card(inputs: _Inputs, report: dict[str, Any]) -> None:
+    """Write the model card of the export, where there is one, from the report."""
+    config, run = inputs.config, inputs.run
+    if config.init.hf_dir and not _not_exported(config):
+        base = base_of(config.init.hf_dir, Path(inputs.present.init.hf_dir))
+        model_type = read_json(run.export_path / "config.json")["model_type"]
+        write_card(run, model_card(to_plain(report), base, model_type))
 
 
 def _not_exported(config: Config) -> str:
@@ -314,9 +326,12 @@ def _evaluate_and_report(
     summaries: dict[str, dict[str, Any]],
     data: EvalData,
     steps: Mapping[str, EvalStep],
+    *,
+    before_report: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any] | None:
     """Evaluate the parity table, write report.json and report.html (in the first process), and return the report.
 
+    The first process calls `before_report` with the report before it is written, which marks the run as complete.
     On a stop request, of any process, the row in progress is finished and None returned.
     """
     run, config, model, stop = training.run, training.config, training.model, training.stop
@@ -341,11 +356,13 @@ def _evaluate_and_report(
         "stages": summaries | {"evaluate": {"seconds": time.perf_counter() - started}},
         "coverage_by_layer": table.coverage_by_layer,
         "loss_by_position": {"positions": table.position_ends, **table.loss_by_position},
+        "loss_difference_by_position": table.loss_difference_by_position,
         "costs": dense_and_sparse(config.model, config.eval.text_len),
         "corpus": data.describe(),
         "config": to_dict(config),
         "environment": run.environment(),
     }
+    on_main(lambda: before_report(report))
     on_main(lambda: write_report(run.path, report))
     return _shown(report, run.path)
 
