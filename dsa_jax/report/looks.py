@@ -77,7 +77,7 @@ def _selection_maps(evaluations: Sequence[Mapping[str, Any]]) -> str:
 
 def _by_layer(entry: Mapping[str, Any], name: str) -> list[float]:
     """The values of a measure, layer by layer."""
-    values = []
+    values: list[float] = []
     while (value := entry.get(f"{name}_layer_{len(values)}")) is not None:
         values.append(value)
     return values

@@ -188,10 +188,10 @@ def open_run(workdir: str | os.PathLike[str], config: Config, *, accepted: Colle
         write_object(run.config_path, wanted)
     elif differences:
         if not run.has_begun and any(not _WITHOUT_EFFECT.fullmatch(name) for name in differences):
-            for leftover in _LOGS:
-                (run.path / leftover).unlink(missing_ok=True)
-            for folder in (*(run.path / name for name in ("tensorboard", "wandb", "profile")), run.source_path):
-                shutil.rmtree(folder, ignore_errors=True)
+            for name in _LOGS:
+                (run.path / name).unlink(missing_ok=True)
+            for name in ("tensorboard", "wandb", "profile", "hf_source"):
+                shutil.rmtree(run.path / name, ignore_errors=True)
         _LOG.info("%s continues with other settings: %s", path, "; ".join(differences.values()))
         write_object(run.config_path, wanted)
     for leftover in path.iterdir():

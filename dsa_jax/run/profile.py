@@ -14,7 +14,7 @@ class StepProfile:
     """The trace of the steps of one stage, into a directory that XProf, TensorBoard and Perfetto read.
 
     Call `around` with every step: what it encloses is traced where the step is among those wanted and compiles nothing. Steps
-    overlap with their dispatch, so the caller waits for the one before the first and for the last (`starts_at`, `ends_after`).
+    overlap with their dispatch, so the caller waits for the one before the first and for the last.
     """
 
     def __init__(self, directory: Path | None, steps: range) -> None:
@@ -27,8 +27,8 @@ class StepProfile:
         """Whether the trace starts with `step`: with the first one wanted, or the next after it that compiles nothing."""
         return step in self._steps and not compiles and not self._is_tracing and not self._has_failed and not self._traced
 
-    def ends_before(self, step: int, *, compiles: bool) -> bool:
-        """Whether the trace has to end before `step`, which compiles."""
+    def ends_before(self, *, compiles: bool) -> bool:
+        """Whether the trace has to end before the next step."""
         return self._is_tracing and compiles
 
     def ends_after(self, step: int) -> bool:

@@ -22,4 +22,4 @@ def is_signed(path: Path) -> bool:
     except OSError:
         return False
     last = _LAST_LINE.search(content)
-    return bool(last) and hashlib.sha256(content[: last.start()]).hexdigest() == last[1].decode()
+    return last is not None and hashlib.sha256(content[: last.start()]).hexdigest() == last[1].decode()

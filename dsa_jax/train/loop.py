@@ -132,8 +132,7 @@ def run_stage(
                 tokens = settings.batch_size * seq_len
                 stage_run.pending = _Pending(stage_run.step, metrics, tokens, flops[seq_len], compiles)
                 if stage_run.profile.ends_after(stage_run.step):
-                    stage_run.report()
-                    stage_run.profile.stop()
+                    stage_run.between_steps(stage_run.profile.stop)
                 if settings.evaluate_every and stage_run.step % settings.evaluate_every == 0:
                     stage_run.look()
                 if stage_run.step % settings.checkpoint_every == 0:
@@ -192,14 +191,17 @@ class _StageRun:
         self.profile.stop()
 
     def prepare_profile(self, *, compiles: bool) -> None:
-        """Start or end the trace before the next step, with no step in progress."""
-        step = self.step + 1
-        if self.profile.ends_before(step, compiles=compiles):
-            self.report()
-            self.profile.stop()
-        elif self.profile.starts_at(step, compiles=compiles):
-            self.report()
-            self.profile.start()
+        """Start or end the trace before the next step."""
+        if self.profile.ends_before(compiles=compiles):
+            self.between_steps(self.profile.stop)
+        elif self.profile.starts_at(self.step + 1, compiles=compiles):
+            self.between_steps(self.profile.start)
+
+    def between_steps(self, act: Callable[[], None]) -> None:
+        """Do something with no step in progress, which the clock of the stage excludes."""
+        self.report()
+        act()
+        self.progress.pause()
 
     def _resume(self, step: int, params: dict[str, Any]) -> None:
         """Restore the checkpoint of `step`; `params` gives its structure and shapes."""

@@ -58,7 +58,7 @@ def selection_health(
         index_heads: of its own indexer, if it has one.
         topk: the budget.
     """
-    spread = per_device(functools.partial(_per_query, topk), in_specs=(ROWS, ROWS, ROWS), out_specs=_PerQuery(*[ROWS] * 3))
+    spread = per_device(functools.partial(_per_query, topk), in_specs=(ROWS, ROWS, ROWS), out_specs=_PerQuery._make([ROWS] * 3))
     queries = spread(selected, neighbour, visible)
     choosing = (visible.end - visible.start > topk) & (selected[..., 0] >= 0)
     is_finite = jnp.isfinite(hidden).all(-1)

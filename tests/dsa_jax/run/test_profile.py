@@ -50,7 +50,7 @@ def steps_traced(wanted, compiling, last=9, first=1):
     """The steps inside the trace of a loop from `first` to `last`, with the calls made."""
     traced, is_open = [], False
     for step in range(first, last + 1):
-        if wanted.ends_before(step, compiles=step in compiling):
+        if wanted.ends_before(compiles=step in compiling):
             wanted.stop()
         elif wanted.starts_at(step, compiles=step in compiling):
             wanted.start()
