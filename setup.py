@@ -37,6 +37,7 @@ setup(
         "absl-py>=2.3",
         "safetensors>=0.8",
         "jaxtyping>=0.3.11",
+        "pyyaml>=6",
         "rich>=14",
     ],
     extras_require={
@@ -48,6 +49,8 @@ setup(
         "data": DATA,
         "real": [*GGUF, *HF, *PLOT],
         "tensorboard": ["tensorboardX>=2.6.5"],
+        "wandb": ["wandb>=0.31"],
+        "trackio": ["trackio>=0.43"],
         "notebooks": ["jupytext>=1.19", "nbclient>=0.10", "ipykernel", *PLOT],
         "parity": PARITY,
         "test": TEST,

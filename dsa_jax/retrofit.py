@@ -3,13 +3,14 @@
 import functools
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from dsa_jax.checkpoints.from_hf import export_checkpoint, keep_source, present_inputs, resolve_checkpoint
 from dsa_jax.checkpoints.hf import CheckpointError
+from dsa_jax.checkpoints.hf.weights import read_json
 from dsa_jax.config import STAGES as STAGE_ORDER
 from dsa_jax.config import Config, ConfigError, StageConfig, to_dict
 from dsa_jax.config.selections import DENSE
@@ -22,16 +23,18 @@ from dsa_jax.model.attention.kinds import kinds_of
 from dsa_jax.parallel.check import check_layout
 from dsa_jax.parallel.placement import on_mesh, place
 from dsa_jax.params import count_parameters, is_indexer_path, split_parameters
-from dsa_jax.report.report import format_row, format_table, format_verdict, write_report
+from dsa_jax.report.card import base_of, model_card
+from dsa_jax.report.report import format_row, format_table, format_verdict, to_plain, write_report
 from dsa_jax.run.checkpoints import latest_position
 from dsa_jax.run.continuation import accepted_fields, set_report_aside, stage_lengths, tokenizer_fingerprint
 from dsa_jax.run.directory import RunDirectory, check_run, open_run
 from dsa_jax.run.environment import source_fingerprint
-from dsa_jax.run.export import admit_export, require_own_export
+from dsa_jax.run.export import admit_export, require_own_export, write_card
 from dsa_jax.run.files import RunError, claimed
 from dsa_jax.run.metrics import MetricsLog
 from dsa_jax.run.processes import any_process, is_main, on_main
 from dsa_jax.run.signals import StopRequest
+from dsa_jax.run.trackers import open_trackers, require_trackers
 from dsa_jax.train.init import at_start_of_stage, initial_params, load_run, resolve_run
 from dsa_jax.train.loop import Training, rehearsed_steps, run_stage
 from dsa_jax.train.stages import stage_of, trained_attention
@@ -42,7 +45,7 @@ _LOG = logging.getLogger(__name__)
 _COARSE_RATE = 1e-4  # at this learning rate Adam moves a weight of 0.05 by 1/512
 
 
-def retrofit(config: Config, workdir: Path, *, tensorboard: bool = False) -> dict[str, Any] | None:
+def retrofit(config: Config, workdir: Path) -> dict[str, Any] | None:
     """Run every stage with a positive number of steps, then the parity table; continue where an earlier call stopped.
 
     A run that starts from a Hugging Face directory writes one, `workdir`/hf, unless the model has native sparse attention. The
@@ -53,11 +56,13 @@ def retrofit(config: Config, workdir: Path, *, tensorboard: bool = False) -> dic
 
     Raises:
         ConfigError, RunError: with one line that says what was wrong and what to do.
+        MissingExtraError: where the package of a tracker is not installed.
     """
     check_places(config, workdir)
     run = RunDirectory(workdir, resumed=True)
     config = resolve_run(resolve_checkpoint(config, run.source_path), workdir)
     config.validate()
+    require_trackers(config)
     if _stages(config):
         config.model.check_trainable()
     check_layout(config)
@@ -69,7 +74,7 @@ def retrofit(config: Config, workdir: Path, *, tensorboard: bool = False) -> dic
             _LOG.info("%s is complete; without its report.json it would be evaluated again", workdir)
             return _shown(report, workdir)
         on_main(lambda: claim.enter_context(claimed(workdir)))
-        return _retrofit(inputs, tensorboard)
+        return _retrofit(inputs)
 
 
 def check_places(config: Config, workdir: Path) -> None:
@@ -157,7 +162,7 @@ def _shown(report: dict[str, Any], workdir: Path) -> dict[str, Any]:
     return report
 
 
-def _retrofit(inputs: _Inputs, tensorboard: bool) -> dict[str, Any] | None:
+def _retrofit(inputs: _Inputs) -> dict[str, Any] | None:
     config, run = inputs.config, inputs.run
     accepted, position = inputs.accepted(), latest_position(run, config)
     on_main(lambda: _check(inputs, accepted, is_trained=position == _last_position(config)))
@@ -179,7 +184,8 @@ def _retrofit(inputs: _Inputs, tensorboard: bool) -> dict[str, Any] | None:
         *(config.name, count_parameters(params), n_indexer, _trained(config, names, params) or "none"),
     )
     summaries: dict[str, dict[str, Any]] = {}
-    log = MetricsLog(run.metrics_path if is_main() else None, tensorboard=tensorboard)
+    trackers = open_trackers(run.path, config) if is_main() else []
+    log = MetricsLog(run.metrics_path if is_main() else None, trackers=trackers)
     with StopRequest() as stop, log as metrics:
         watch = Watch(run, config, HeldOut(model, eval_data, config, eval_steps), metrics)
         gates = {"warmup": watch.gate} if config.train.gate != "off" and "sparse" in names else {}
@@ -202,7 +208,8 @@ def _retrofit(inputs: _Inputs, tensorboard: bool) -> dict[str, Any] | None:
             return None
         if config.init.hf_dir:
             _export(inputs, params)
-        return _evaluate_and_report(training, params, summaries, eval_data, eval_steps)
+        card = functools.partial(_write_card, inputs)
+        return _evaluate_and_report(training, params, summaries, eval_data, eval_steps, before_report=card)
 
 
 def _trained(config: Config, names: list[str], params: dict[str, Any]) -> str:
@@ -252,6 +259,15 @@ def _export(inputs: _Inputs, params: dict[str, Any]) -> None:
     export_checkpoint(run.export_path, inputs.present, params, attention=attention, before_replacing=admit)
     if is_main():
         print(f"Hugging Face checkpoint: {run.export_path}")
+
+
+def _write_card(inputs: _Inputs, report: dict[str, Any]) -> None:
+    """Write the model card of the export, where there is one, from the report."""
+    config, run = inputs.config, inputs.run
+    if config.init.hf_dir and not _not_exported(config):
+        base = base_of(config.init.hf_dir, Path(inputs.present.init.hf_dir))
+        model_type = read_json(run.export_path / "config.json")["model_type"]
+        write_card(run, model_card(to_plain(report), base, model_type))
 
 
 def _not_exported(config: Config) -> str:
@@ -331,9 +347,12 @@ def _evaluate_and_report(
     summaries: dict[str, dict[str, Any]],
     data: EvalData,
     steps: Mapping[str, EvalStep],
+    *,
+    before_report: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any] | None:
     """Evaluate the parity table, write report.json and report.html (in the first process), and return the report.
 
+    The first process calls `before_report` with the report before it is written, which marks the run as complete.
     On a stop request, of any process, the row in progress is finished and None returned.
     """
     run, config, model, stop = training.run, training.config, training.model, training.stop
@@ -358,11 +377,13 @@ def _evaluate_and_report(
         "stages": summaries | {"evaluate": {"seconds": time.perf_counter() - started}},
         "coverage_by_layer": table.coverage_by_layer,
         "loss_by_position": {"positions": table.position_ends, **table.loss_by_position},
+        "loss_difference_by_position": table.loss_difference_by_position,
         "costs": dense_and_sparse(config.model, config.eval.text_len),
         "corpus": data.describe(),
         "config": to_dict(config),
         "environment": run.environment(),
     }
+    on_main(lambda: before_report(report))
     on_main(lambda: write_report(run.path, report))
     return _shown(report, run.path)
 

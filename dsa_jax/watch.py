@@ -84,7 +84,9 @@ def _or_dense(config: Config, layers: list[int]) -> str:
 
 def _words(result: HeldOutResult) -> str:
     mean, error = result.difference
+    n_not_finite = sum(result.by_layer.get("n_not_finite", ()))
     return (
         f"dense {result.dense_loss:.3f}, sparse {result.sparse_loss:.3f} nats per token ({mean:+.3f} ± {error:.3f}), coverage "
         f"{sum(result.coverage) / len(result.coverage):.3f}, lowest {min(result.coverage):.3f}"
+        + (f"; {n_not_finite:.0f} queries with values that are not finite, over all layers" if n_not_finite else "")
     )

@@ -16,7 +16,7 @@ from experiments.values import path_flag
 _CONFIG = ConfigFlag("configs/quickstart.py")
 _WORKDIR = path_flag("workdir", "runs/quickstart", "Run directory: created, or continued if it holds the same configuration.")
 _PROCESSES = ProcessFlags()
-_TENSORBOARD = flags.DEFINE_boolean("tensorboard", False, "Also write TensorBoard events (extra `tensorboard`).")
+_TENSORBOARD = flags.DEFINE_boolean("tensorboard", False, "Add tensorboard to --config.train.trackers.")
 
 
 def main(argv: list[str]) -> None:
@@ -28,7 +28,10 @@ def main(argv: list[str]) -> None:
     if not _WORKDIR.value:
         raise ConfigError("--workdir is empty; expected a directory.")
     _PROCESSES.start()
-    retrofit(_CONFIG.checked, Path(_WORKDIR.value), tensorboard=_TENSORBOARD.value)
+    config = _CONFIG.checked
+    if _TENSORBOARD.value and "tensorboard" not in config.train.trackers:
+        config.train.trackers = (*config.train.trackers, "tensorboard")
+    retrofit(config, Path(_WORKDIR.value))
 
 
 if __name__ == "__main__":

@@ -107,12 +107,14 @@ def present_inputs(config: Config, kept: Path) -> Config:
 
 
 def keep_source(hf_dir: str, kept: Path) -> None:
-    """Copy the config and the tokenizer of a checkpoint, from which a run continues when the checkpoint is gone."""
+    """Copy config, tokenizer and model card of a checkpoint, from which a run continues when the checkpoint is gone."""
     if (kept / "config.json").exists():
         return
     kept.mkdir(exist_ok=True)
     for name, file in tokenizer_files(Path(hf_dir)).items():
         shutil.copyfile(file, kept / name)
+    if (card := Path(hf_dir) / "README.md").is_file():
+        shutil.copyfile(card, kept / card.name)
     content = read_json(Path(hf_dir) / "config.json")
     if stated_dtype(content) is None:
         content["torch_dtype"] = "float32"  # else it is read from the weights; a run has its own

@@ -25,6 +25,7 @@ from dsa_jax.config.limits import (
     limited,
 )
 from dsa_jax.config.model import ModelConfig
+from dsa_jax.config.profile_steps import check_profiled_steps
 from dsa_jax.config.selections import DENSE, eval_rows, is_by_indexer, selections
 
 STAGES = ("pretrain", "warmup", "sparse")
@@ -51,6 +52,8 @@ TEXT_TASKS = (
     "text_quote",
 )
 """Tasks in plain words among held-out text, for models that know language. The place of a name is part of its rows' seed."""
+TRACKERS = ("tensorboard", "wandb", "trackio")
+"""Where metrics go beside metrics.jsonl; each is an extra of this name."""
 _AXIS_OF = {"dp": "data", "fsdp": "fsdp", "ep": "expert", "tp": "tensor", "cp": "context"}
 
 
@@ -286,10 +289,22 @@ class TrainConfig:
     nan_policy: str = limited("stop", Choices(("stop", "skip")))  # stop | skip (leave parameters untouched and count)
     max_skipped_steps: int = limited(10, COUNT)  # with skip: consecutive steps before stopping after all
     keep_checkpoints: int = limited(2, COUNT)  # per stage
+    profile_steps: str = limited("", Text(20))  # FIRST:LAST, steps of each stage to trace into profile/STAGE; empty: none
+    trackers: tuple[str, ...] = limited(
+        (), Choices(TRACKERS)
+    )  # of tensorboard, wandb, trackio (extras of these names): metrics go there, too
+    tracker_project: str = limited("dsa-jax", Text(128))  # of wandb and trackio; the rest is said by their WANDB_*, TRACKIO_*
 
     def validate(self) -> None:
+        if len(set(self.trackers)) != len(self.trackers):
+            raise ConfigError(f"train.trackers names {shown(', '.join(self.trackers))}; expected each tracker once.")
+        if not re.fullmatch(r"\w[\w. -]*", self.tracker_project):
+            raise ConfigError(
+                f"train.tracker_project is {shown(self.tracker_project)}; expected letters, digits, '.', '-', '_' and spaces."
+            )
         for name in STAGES:
             getattr(self, name).validate(f"train.{name}")
+        check_profiled_steps(self.profile_steps, {name: stage for name in STAGES if (stage := getattr(self, name)).n_steps})
         if self.warmup_attention != DENSE and not is_by_indexer(self.warmup_attention):
             choices = ", ".join(name for name in selections() if is_by_indexer(name))
             raise ConfigError(

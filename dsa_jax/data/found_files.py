@@ -15,7 +15,7 @@ from dsa_jax.data.regular_files import read_regular, special_kind
 _LOG = logging.getLogger(__name__)
 # What a run writes into its directory, which may lie inside that of its text.
 _RUN_FILES = frozenset({"metrics.jsonl", "timing.jsonl", "evaluations.jsonl"})
-_RUN_FOLDERS = frozenset({"checkpoints", "hf", "tensorboard"})
+_RUN_FOLDERS = frozenset({"checkpoints", "hf", "profile", "tensorboard", "wandb"})
 _RUN_SECTIONS = frozenset({"model", "data", "train", "eval"})  # of its config.json
 _MOST_REASONS_SHOWN = 12
 

@@ -148,6 +148,8 @@ def _by_budget(
         whole.rows += [row | {"name": name(row["name"])} for row in table.rows if not place or row["name"] != name(row["name"])]
         whole.coverage_by_layer |= {name(title): values for title, values in table.coverage_by_layer.items()}
         whole.loss_by_position |= {name(title): values for title, values in table.loss_by_position.items()}
+        differences = table.loss_difference_by_position.items()
+        whole.loss_difference_by_position |= {name(title): values for title, values in differences}
         whole.position_ends = table.position_ends
     return whole
 

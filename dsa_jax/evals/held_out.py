@@ -1,7 +1,7 @@
 """A short look at held-out rows while training goes on: dense and sparse loss on the same rows, coverage by layer."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,18 +14,24 @@ from dsa_jax.model import Transformer
 
 @dataclass(frozen=True)
 class HeldOutResult:
-    """Losses in nats per target, the difference of sparse and dense, and the share of attention each layer's keys hold."""
+    """Losses in nats per target, the difference of sparse and dense, and by layer how the sparse selection is.
+
+    `coverage` is the share of attention that the keys of each layer hold; `by_layer` has the other measurements of the same
+    forward pass by name: those of `SelectionHealth` and, where blocks are chosen, `indexer_recall`.
+    """
 
     dense_loss: float
     sparse_loss: float
     difference: Difference
     coverage: tuple[float, ...]
+    by_layer: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """The numbers by the names under which they are logged."""
         values = {"dense_loss": self.dense_loss, "sparse_loss": self.sparse_loss, "difference": self.difference.mean}
         values["standard_error"] = self.difference.standard_error
-        return values | {f"coverage_layer_{layer}": value for layer, value in enumerate(self.coverage)}
+        measured = {"coverage": self.coverage, **self.by_layer}
+        return values | {f"{name}_layer_{i}": value for name, layers in measured.items() for i, value in enumerate(layers)}
 
 
 class HeldOut:
@@ -44,7 +50,9 @@ class HeldOut:
     def __call__(self, params: Params) -> HeldOutResult:
         """Evaluate `params`."""
         dense, sparse = (evaluate_task(self._steps[name], params, self._batches(), 1) for name in (DENSE, self._sparse))
-        return HeldOutResult(dense.loss, sparse.loss, difference(sparse.row_losses, dense.row_losses), tuple(sparse.coverage))
+        by_layer = sparse.health | ({"indexer_recall": recall} if (recall := sparse.indexer_recall_by_layer) else {})
+        change = difference(sparse.row_losses, dense.row_losses)
+        return HeldOutResult(dense.loss, sparse.loss, change, tuple(sparse.coverage), by_layer)
 
     def _batches(self) -> Iterator[Batch]:
         settings = self._settings

@@ -34,6 +34,7 @@ class Parity:
     rows: list[dict[str, Any]] = field(default_factory=list)
     coverage_by_layer: dict[str, list[float]] = field(default_factory=dict)
     loss_by_position: dict[str, list[float]] = field(default_factory=dict)
+    loss_difference_by_position: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     position_ends: list[int] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
@@ -117,6 +118,8 @@ def evaluate_parity(
         if TEXT in results:
             table.loss_by_position[row.title] = results[TEXT].loss_by_position
             if dense and results is not dense:
+                changes = _differences_by_position(results[TEXT], dense[TEXT])
+                table.loss_difference_by_position[row.title] = changes
                 entry["text_loss_difference"] = difference(results[TEXT].row_losses, dense[TEXT].row_losses)._asdict()
         kept = [t.indexer_recall for t in done if t.indexer_recall is not None]
         if kept:
@@ -252,6 +255,15 @@ def _summary(result: TaskResult, grouping: str) -> dict[str, Any]:
         "keys_per_query": result.keys_per_query,
         f"by_{grouping}": result.accuracy_by_group,
     }
+
+
+def _differences_by_position(result: TaskResult, dense: TaskResult) -> list[dict[str, float]]:
+    """Mean and standard error of the difference in each bucket of positions, over the rows that have targets there."""
+    columns = zip(
+        zip(*result.row_losses_by_position, strict=True), zip(*dense.row_losses_by_position, strict=True), strict=True
+    )
+    pairs = [[(a, b) for a, b in zip(ours, theirs, strict=True) if not math.isnan(a)] for ours, theirs in columns]
+    return [difference([a for a, _ in each], [b for _, b in each])._asdict() for each in pairs]
 
 
 def _weighted(values: Sequence[np.ndarray], tasks: Sequence[TaskResult]) -> np.ndarray:

@@ -11,9 +11,12 @@ import numpy as np
 from dsa_jax.data import Batch
 from dsa_jax.data.text_tasks import Answers, TextRows
 from dsa_jax.model import Transformer
+from dsa_jax.model.attention.health import SelectionHealth, n_choosing
+from dsa_jax.model.attention.visibility import causal_visibility
 from dsa_jax.parallel.placement import place_batch, replicate
 from dsa_jax.train.loss import forward_with_loss
 
+_HEALTH = "health_"
 Params = dict[str, Any]
 EvalStep = Callable[[Params, Batch], dict[str, jax.Array]]
 
@@ -31,9 +34,13 @@ class TaskResult:
             indexer; None for other selections.
         loss_by_position: nats per target in equal buckets of positions; nan where a bucket has no target.
         accuracy_by_group: share of the answers of each group that argmax hits; nan for an empty group, empty without groups.
+        indexer_recall_by_layer: the same by layer, nan in one without an indexer; empty for other selections.
+        health: by the names of `SelectionHealth`, a value per layer: means over the queries that have a choice, nan where there
+            are none; `n_not_finite` is a number of queries. Empty for dense attention and modes of a single kind.
         n_targets: positions that counted.
         n_queries: queries that coverage and keys_per_query are means over.
         row_losses: nats per target of each row that has targets, in order.
+        row_losses_by_position: the same in the buckets of positions; nan where a bucket of the row has no target.
         hits: whether each answer was hit, in order.
     """
 
@@ -46,7 +53,10 @@ class TaskResult:
     accuracy_by_group: list[float]
     n_targets: int
     n_queries: int
+    indexer_recall_by_layer: list[float] = field(default_factory=list)
+    health: dict[str, list[float]] = field(default_factory=dict)
     row_losses: list[float] = field(default_factory=list)
+    row_losses_by_position: list[list[float]] = field(default_factory=list)
     hits: list[bool] = field(default_factory=list)
 
 
@@ -76,15 +86,29 @@ def make_eval_step(model: Transformer, attention: str) -> EvalStep:
             "hits": per_token.correct,
             "targets": jnp.sum(jnp.asarray(batch.target_mask), axis=0),
             "row_nll": per_token.nll.sum(1),
+            "token_nll": per_token.nll,
             "coverage": output.coverage * queries,
             "keys": output.keys_per_query * queries,
             "queries": queries,
         }
         if output.indexer_recall is not None:
             sums["indexer_recall"] = jnp.nanmean(output.indexer_recall) * queries
+            sums["indexer_recall_by_layer"] = output.indexer_recall * queries
+        if output.health is not None:
+            visible = causal_visibility(jnp.asarray(batch.segment_ids))
+            sums["choosing"] = n_choosing(visible, model.config.attention.indexer.topk)
+            sums |= {f"{_HEALTH}{name}": value for name, value in _health_sums(output.health, sums["choosing"]).items()}
         return replicate(sums)
 
     return jax.jit(eval_step)
+
+
+def _health_sums(health: SelectionHealth, choosing: jax.Array) -> dict[str, jax.Array]:
+    """The means times their number of queries, 0 where there are none; numbers as they are."""
+    means = health._asdict()
+    n_not_finite = means.pop("n_not_finite")
+    sums = {name: jnp.where(choosing > 0, mean * choosing, 0.0) for name, mean in means.items()}
+    return sums | {"n_not_finite": n_not_finite}
 
 
 def evaluate_task(
@@ -102,6 +126,7 @@ def evaluate_task(
     hits: list[np.ndarray] = []
     group_of: list[np.ndarray] = []
     row_losses: list[np.ndarray] = []
+    by_position: list[np.ndarray] = []
     for item in batches:
         batch, answers = item if isinstance(item, TextRows) else (item, _each_target(item, groups))
         results = jax.device_get(step(params, place_batch(batch)))
@@ -109,13 +134,16 @@ def evaluate_task(
         group_of.append(answers.groups)
         row_nll, row_targets = results.pop("row_nll"), batch.target_mask.sum(1)
         row_losses.append(row_nll[row_targets > 0] / row_targets[row_targets > 0])
+        by_position.append(_bucket_means(results.pop("token_nll"), batch.target_mask, n_buckets)[row_targets > 0])
         for name, value in results.items():
             total[name] = total.get(name, 0) + np.asarray(value, np.float64)
-    buckets = np.array_split(np.arange(len(total["nll"])), min(n_buckets, len(total["nll"])))
+    buckets = _buckets(len(total["nll"]), n_buckets)
     mean = lambda sums, counts: float(sums / counts) if counts else float("nan")
     n_targets, n_queries = total["targets"].sum(), total["queries"]
     all_hits, all_groups = np.concatenate(hits), np.concatenate(group_of)
     n_groups = groups.n if groups else int(all_groups.max(initial=-1)) + 1
+    health = {name: total.pop(f"{_HEALTH}{name}") for name in SelectionHealth._fields if f"{_HEALTH}{name}" in total}
+    n_of = {name: 1 if name == "n_not_finite" else total["choosing"] for name in health}
     return TaskResult(
         loss=mean(total["nll"].sum(), n_targets),
         accuracy=mean(all_hits.sum(), all_hits.size),
@@ -124,11 +152,27 @@ def evaluate_task(
         indexer_recall=mean(total["indexer_recall"], n_queries) if "indexer_recall" in total else None,
         loss_by_position=[mean(total["nll"][b].sum(), total["targets"][b].sum()) for b in buckets],
         accuracy_by_group=[mean(all_hits[all_groups == g].sum(), (all_groups == g).sum()) for g in range(n_groups)],
+        indexer_recall_by_layer=[mean(x, n_queries) for x in total.get("indexer_recall_by_layer", ())],
+        health={name: [mean(x, n_of[name]) for x in values] for name, values in health.items()},
         n_targets=int(n_targets),
         n_queries=int(n_queries),
         row_losses=np.concatenate(row_losses).tolist(),
+        row_losses_by_position=np.concatenate(by_position).tolist(),
         hits=all_hits.tolist(),
     )
+
+
+def _buckets(length: int, n_buckets: int) -> list[np.ndarray]:
+    """Positions 0 to length - 1 in equal stretches."""
+    return np.array_split(np.arange(length), min(n_buckets, length))
+
+
+def _bucket_means(nll: np.ndarray, mask: np.ndarray, n_buckets: int) -> np.ndarray:
+    """Nats per target of each row in each bucket of positions; nan where it has no target."""
+    starts = [bucket[0] for bucket in _buckets(nll.shape[1], n_buckets)]
+    sums = np.add.reduceat(np.where(mask, nll, 0.0).astype(np.float64), starts, axis=1)
+    counts = np.add.reduceat(mask.astype(np.int64), starts, axis=1)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
 def difference(values: Iterable[float | bool], baseline: Iterable[float | bool]) -> Difference:

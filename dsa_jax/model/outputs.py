@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from dsa_jax.config.selections import DENSE, is_by_indexer, selection
 from dsa_jax.model.attention.cache import Cache
+from dsa_jax.model.attention.health import SelectionHealth
 from pallas_kernels import IndexHeads, Visible
 
 
@@ -32,6 +33,11 @@ class AttentionRequest:
     def by_indexer(self) -> bool:
         """Whether the indexer's scores choose the keys."""
         return is_by_indexer(self.attention)
+
+    @property
+    def measures_health(self) -> bool:
+        """Whether the selection is measured beyond its coverage."""
+        return self.coverage and self.has_topk_indices
 
     @property
     def has_topk_indices(self) -> bool:
@@ -79,6 +85,7 @@ class LayerStatistics(NamedTuple):
     moe: MoEStatistics | None
     index_heads: IndexHeads | None = None
     indexer_recall: Float[Array, "*L"] | None = None
+    health: SelectionHealth | None = None
 
 
 class ModelOutput(NamedTuple):
@@ -96,6 +103,7 @@ class ModelOutput(NamedTuple):
         moe: `MoEStatistics` stacked over the MoE layers; None in a model without any.
         indexer_recall: float32 [n_layers], where blocks were chosen ("coarse_to_fine", "blocks") and coverage measured: the
             share of the layer's own top-k keys that the selection holds, mean over valid queries; nan in a layer that shares.
+        health: `SelectionHealth` by layer, where one selection serves all heads and coverage is measured.
     """
 
     logits: Float[Array, "B T V"] | None
@@ -106,6 +114,7 @@ class ModelOutput(NamedTuple):
     keys_per_query: Float[Array, " L"]
     moe: MoEStatistics | None
     indexer_recall: Float[Array, " L"] | None = None
+    health: SelectionHealth | None = None
 
 
 class ExtendOutput(NamedTuple):

@@ -15,6 +15,7 @@ from dsa_jax.config.attention import DENSE, FULL, SHARED
 from dsa_jax.model.attention.attend import TOPK_NAME
 from dsa_jax.model.attention.cache import INDEX_KEYS, Cache, CacheEntry, LayerCache, allocate_cache, token_slots
 from dsa_jax.model.attention.check import check_request
+from dsa_jax.model.attention.health import selection_health
 from dsa_jax.model.attention.indexer import zero_index_heads
 from dsa_jax.model.attention.kinds import attention_kind
 from dsa_jax.model.attention.selection import all_slots
@@ -124,6 +125,7 @@ class Transformer(nn.Module):
             keys_per_query=statistics.keys_per_query,
             moe=statistics.moe,
             indexer_recall=statistics.indexer_recall,
+            health=statistics.health,
         )
 
     @nn.nowrap
@@ -259,7 +261,8 @@ class Transformer(nn.Module):
         config = self.config
         distils = config.attention.indexer.distill_shared and request.indexer_loss is not None
         last_heads: Any = None  # of the last layer with an indexer, where layers after it have a loss against them
-        carried, collected = context.previous_topk, []
+        carried, collected, topk = context.previous_topk, [], config.attention.indexer.topk
+        neighbour = self._no_topk(x.shape[:2], n_keys=x.shape[1]) if request.measures_health else None
         for number, (stack, params) in enumerate(zip(self.stacks, self.layer_params, strict=True)):
             role, serves = stack.layer.role, distils and self._is_shared(number)
             # All layers of a stack that shares are served by the same one: a constant of the loop, where a carry would be
@@ -269,18 +272,24 @@ class Transformer(nn.Module):
             def layer(
                 state: Any, layer_params: Any, block: Any = stack.block, serves: bool = serves, shared: Any = shared
             ) -> Any:
-                hidden, previous_topk, _ = state
+                hidden, previous_topk, neighbour, _ = state
                 own = shared._replace(previous_topk=previous_topk)
                 hidden, statistics = block.apply({"params": layer_params}, constrain(hidden), own, request)
-                following = next_topk(block.layer, previous_topk, statistics.topk_indices)
+                selected = statistics.topk_indices
+                following = next_topk(block.layer, previous_topk, selected)
                 heads = statistics.index_heads if serves else None
+                if request.measures_health:
+                    health = selection_health(selected, neighbour, own.visible, hidden, statistics.index_heads, topk=topk)
+                    statistics, neighbour = statistics._replace(health=health), selected
                 if not return_topk_indices:
                     statistics = statistics._replace(topk_indices=None)
-                return (hidden, following, heads), statistics._replace(index_heads=None)
+                return (hidden, following, neighbour, heads), statistics._replace(index_heads=None)
 
             layer = rematerialised(layer, config.remat, in_scan=config.scan_layers)
-            state = x, carried, zero_index_heads(config, *x.shape[:2]) if serves else None
-            (x, carried, heads), statistics = run_stack(layer, state, params, stack.n_layers, scan=config.scan_layers)
+            state = x, carried, neighbour, zero_index_heads(config, *x.shape[:2]) if serves else None
+            (x, carried, neighbour, heads), statistics = run_stack(
+                layer, state, params, stack.n_layers, scan=config.scan_layers
+            )
             last_heads = heads if serves else last_heads
             collected.append(statistics)
         moe = [s.moe for s in collected if s.moe is not None]
@@ -325,8 +334,11 @@ class Transformer(nn.Module):
     def _first_topk(self, shape: tuple[int, ...], request: AttentionRequest, *, n_keys: int) -> Int[Array, "B T K"] | None:
         """The first value of the previous selection that the loop over the layers carries; None where no layer shares one."""
         if request.by_indexer and any(stack.layer.role == SHARED for stack in self.stacks):
-            return jnp.full((*shape, min(self.config.attention.indexer.topk, n_keys)), -1, jnp.int32)
+            return self._no_topk(shape, n_keys=n_keys)
         return None
+
+    def _no_topk(self, shape: tuple[int, ...], *, n_keys: int) -> Int[Array, "B T K"]:
+        return jnp.full((*shape, min(self.config.attention.indexer.topk, n_keys)), -1, jnp.int32)
 
     def _is_shared(self, number: int) -> bool:
         """Whether layers that share follow the stack `number`, before the next one with an indexer of its own."""

@@ -12,6 +12,8 @@ from dsa_jax.data.tasks import SYNTHETIC_TASKS
 from dsa_jax.data.text_tasks import TEXT_TASKS
 from dsa_jax.extras import is_installed
 from dsa_jax.report import plots
+from dsa_jax.report.looks import held_out_section, position_of
+from dsa_jax.report.parts import figure, format_cell, table
 from dsa_jax.report.verdict import verdict
 
 COLUMNS = (
@@ -82,12 +84,12 @@ def render_page(
     sections = [
         _verdict(report),
         _parity(rows, report.get("remarks") or [], has_plots),
-        _by_length(rows),
+        _by_length(rows, has_plots),
         _costs(report.get("costs")),
         _by_group(rows),
         _by_place(report, "coverage_by_layer", has_plots),
         _by_place(report, "loss_by_position", has_plots),
-        _held_out(evaluations, has_plots),
+        held_out_section(evaluations, has_plots),
         _curves(entries) if has_plots else "",
         _stages(report.get("stages") or {}),
         _facts("What text was it?", report.get("corpus")),
@@ -104,11 +106,16 @@ def render_progress(
 ) -> str:
     """The HTML of a run that is still training: what there is of `render_page` before the parity table."""
     has_plots = is_installed("matplotlib")
-    last = entries[-1] if entries else {"stage": "-", "step": 0}
-    where = f"<p>Stage {escape(str(last['stage']))}, step {last['step']}. Reload for more; the parity table comes last.</p>"
-    sections = [where, _held_out(evaluations, has_plots), _curves(entries) if has_plots else "", _config(content.get("config"))]
+    where = position_of(content.get("config") or {}, [*entries, *evaluations])
+    told = f"<p>{escape(where.in_stage)}. Reload for more; the parity table comes last.</p>"
+    sections = [
+        told,
+        held_out_section(evaluations, has_plots),
+        _curves(entries) if has_plots else "",
+        _config(content.get("config")),
+    ]
     name = str(content["name"])
-    return _page(f"{name}: training", f"{name}: still training", has_plots, sections)
+    return _page(f"{name}: training, {where.in_all}", f"{name}: still training, {where.in_all}", has_plots, sections)
 
 
 def _page(title: str, heading: str, has_plots: bool, sections: Sequence[str]) -> str:
@@ -121,30 +128,6 @@ def _page(title: str, heading: str, has_plots: bool, sections: Sequence[str]) ->
         + "\n".join(section for section in (*sections[:1], hint, *sections[1:]) if section)
         + "\n</body>\n</html>\n"
     )
-
-
-def _held_out(evaluations: Sequence[Mapping[str, Any]], has_plots: bool) -> str:
-    """What held-out rows said in training: difference of sparse and dense by step, coverage of the layers at the last look."""
-    if not evaluations:
-        return ""
-    header = ["stage", "step", "dense loss", "sparse loss", "difference", "lowest coverage", "mean coverage"]
-    cells = []
-    for entry in evaluations:
-        coverage = [value for name, value in entry.items() if name.startswith("coverage_layer_")]
-        losses = [f"{entry[name]:.3f}" for name in ("dense_loss", "sparse_loss")]
-        change = f"{entry['difference']:+.3f} ± {entry['standard_error']:.3f}"
-        spread = [f"{min(coverage):.3f}", f"{sum(coverage) / len(coverage):.3f}"]
-        cells.append([str(entry["stage"]), str(entry["step"]), *losses, change, *spread])
-    figure = ""
-    if has_plots:
-        label = "sparse minus dense (nats per token)"
-        figure = _figure(
-            plots.training_curves(evaluations, "difference", STAGES, label),
-            "Held-out loss of sparse minus dense by step",
-            "What sparse attention loses to dense on the same held-out rows, as training goes on.",
-        )
-    table = _table("Held-out rows while training", header, cells)
-    return f"<h2>Does training close the gap?</h2>\n{figure}{table}"
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -163,13 +146,6 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
 def with_tasks(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of the report by the keys of `columns_of`: the accuracy of each task under the task's name."""
     return {**row, **{name: result["accuracy"] for name, result in (row.get("tasks") or {}).items()}}
-
-
-def format_cell(column: str, value: Any) -> str:
-    """One number of the parity table as text; a dash for None."""
-    if value is None:
-        return "-"
-    return f"{value:.1f}" if column == "keys_per_query" else f"{value:.3f}"
 
 
 def _verdict(report: Mapping[str, Any]) -> str:
@@ -191,11 +167,11 @@ def _costs(costs: Mapping[str, Any] | None) -> str:
         f"A token takes {costs['dense_cache_bytes'] / 1024:.1f} KiB of KV cache in bfloat16, with its index keys "
         f"{costs['sparse_cache_bytes'] / 1024:.1f} KiB."
     )
-    return f"<h2>What does a token cost?</h2>\n{_table(caption, header, cells)}<p>{cache}</p>"
+    return f"<h2>What does a token cost?</h2>\n{table(caption, header, cells)}<p>{cache}</p>"
 
 
-def _by_length(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The accuracy of each text task by length, and what it loses to dense, one table each."""
+def _by_length(rows: Sequence[Mapping[str, Any]], has_plots: bool) -> str:
+    """The accuracy of each text task by length, and what it loses to dense, one plot and one table each."""
     tables = []
     for name, task in TEXT_TASKS.items():
         results = {row["name"]: row["tasks"][name]["by_length"] for row in rows if name in (row.get("tasks") or {})}
@@ -203,14 +179,34 @@ def _by_length(rows: Sequence[Mapping[str, Any]]) -> str:
             lengths = list(next(iter(results.values())))
             cells = [[row, *(_against_dense(entries[length]) for length in lengths)] for row, entries in results.items()]
             header = ["row", *(f"{length} tokens" for length in lengths)]
-            tables.append(_table(f"{name}: share of {task.summary}", header, cells))
+            if has_plots:
+                tables.append(_differences_figure(name, lengths, results))
+            tables.append(table(f"{name}: share of {task.summary}", header, cells))
     note = "In brackets the difference to dense and its standard error."
     return f"<h2>What is found in longer texts?</h2>\n<p>{note}</p>{''.join(tables)}" if tables else ""
 
 
+def _differences_figure(name: str, lengths: Sequence[str], results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The difference of each row to dense by length, where any has one."""
+    differences = {
+        row: [_mean_and_error(entries[length].get("difference")) for length in lengths] for row, entries in results.items()
+    }
+    y_label = "minus dense (share of answers)"
+    svg = plots.differences_by_row(
+        lengths, differences, list(results), name=f"difference-{name}", x_label="length (tokens)", y_label=y_label
+    )
+    return figure(
+        svg, f"Difference to dense on {name} by length", "Bars are standard errors over the same answers; 0 is dense."
+    )
+
+
+def _mean_and_error(difference: Mapping[str, Any] | None) -> tuple[float | None, float | None]:
+    difference = difference or {}
+    return difference.get("mean"), difference.get("standard_error")
+
+
 def _against_dense(entry: Mapping[str, Any]) -> str:
-    difference = entry.get("difference") or {}
-    mean, error = difference.get("mean"), difference.get("standard_error")
+    mean, error = _mean_and_error(entry.get("difference"))
     if mean is None:
         return format_cell("accuracy", entry["accuracy"])
     return f"{format_cell('accuracy', entry['accuracy'])} ({mean:+.3f}{'' if error is None else f' ± {error:.3f}'})"
@@ -219,7 +215,7 @@ def _against_dense(entry: Mapping[str, Any]) -> str:
 def _parity(rows: Sequence[Mapping[str, Any]], remarks: Sequence[str], has_plots: bool) -> str:
     columns, rows = columns_of(rows), [with_tasks(row) for row in rows]
     cells = [[row["name"], *(format_cell(column, row.get(column)) for column, _ in columns[1:])] for row in rows]
-    table = _table("Parity table, on held-out data", [title for _, title in columns], cells)
+    numbers = table("Parity table, on held-out data", [title for _, title in columns], cells)
     tasks = [name for name, _ in columns if name in _SUMMARIES]
     titles = {title for _, title in columns}
     column_meanings = [(title, meaning) for title, meaning in _COLUMN_MEANINGS if title in titles]
@@ -230,13 +226,13 @@ def _parity(rows: Sequence[Mapping[str, Any]], remarks: Sequence[str], has_plots
     if has_plots:
         recall = plots.parity_bars(rows, "recall_accuracy", "recall accuracy (share of queries)", upper=1.0)
         text = plots.parity_bars(rows, "text_loss", "text loss (nats per token)")
-        figures = _figure(recall, "Recall accuracy by row", "How much is recalled? Longer is better.", rows, "recall_accuracy")
-        figures += _figure(text, "Text loss by row", "How well is text predicted? Shorter is better.", rows, "text_loss")
+        figures = figure(recall, "Recall accuracy by row", "How much is recalled? Longer is better.", rows, "recall_accuracy")
+        figures += figure(text, "Text loss by row", "How well is text predicted? Shorter is better.", rows, "text_loss")
         for name in tasks:
             bars = plots.parity_bars(rows, name, f"{name} (share of answers)", upper=1.0)
-            figures += _figure(bars, f"Accuracy on {name} by row", "How much is answered? Longer is better.", rows, name)
+            figures += figure(bars, f"Accuracy on {name} by row", "How much is answered? Longer is better.", rows, name)
     return (
-        f"<h2>How close is sparse to dense?</h2>\n{table}\n{notes}"
+        f"<h2>How close is sparse to dense?</h2>\n{numbers}\n{notes}"
         "<details open><summary>What the rows and columns mean</summary>"
         f"{_definitions(meanings)}{_definitions(column_meanings)}</details>\n{figures}"
     )
@@ -252,7 +248,7 @@ def _by_group(rows: Sequence[Mapping[str, Any]]) -> str:
         if n_groups:
             header = ["row", *(_group_title(task.grouping, i, n_groups) for i in range(n_groups))]
             cells = [[row, *(format_cell(name, value) for value in result[key])] for row, result in results.items()]
-            tables.append(_table(f"{name}: accuracy by {task.grouping}", header, cells))
+            tables.append(table(f"{name}: accuracy by {task.grouping}", header, cells))
     return f"<h2>Where do the tasks fail?</h2>\n{''.join(tables)}" if tables else ""
 
 
@@ -276,19 +272,42 @@ def _by_place(report: Mapping[str, Any], key: str, has_plots: bool) -> str:
     else:
         title, place = "Does the loss grow with position?", "up to position"
         x_label, y_label = "position in the sequence (tokens, upper end of bucket)", "text loss (nats per token)"
-        caption = "Sparse attention reads few keys late in a sequence; lines that stay together mean that it misses nothing."
-    figure = ""
+        caption = (
+            "Sparse attention reads few keys late in a sequence; differences near 0 there mean that it misses nothing. Bars "
+            "are standard errors over the same rows."
+        )
+    drawn = ""
     if has_plots:
         order = [row["name"] for row in report["rows"]]
-        svg = plots.lines_by_row(places, series, order, name=key, x_label=x_label, y_label=y_label, is_share=is_coverage)
-        figure = _figure(svg, f"{y_label} against {x_label}, one line per row of the table", caption)
+        if is_coverage or "dense" not in series:
+            svg = plots.lines_by_row(places, series, order, name=key, x_label=x_label, y_label=y_label, is_share=is_coverage)
+            drawn = figure(svg, f"{y_label} against {x_label}, one line per row of the table", caption)
+        else:
+            differences, y_label_plot = _loss_differences(report, series), "minus dense (nats per token)"
+            svg = plots.differences_by_row(places, differences, order, name=key, x_label=x_label, y_label=y_label_plot)
+            drawn = figure(svg, f"{y_label_plot} against {x_label}, one row of the table beside another", caption)
     cells = [
         [str(where), *("-" if i >= len(values) or values[i] is None else f"{values[i]:.3f}" for values in series.values())]
         for i, where in enumerate(places)
     ]
-    table = _table(y_label, [place, *series], cells)
-    numbers = f"<details{'' if has_plots else ' open'}><summary>The numbers</summary>{table}</details>"
-    return f"<h2>{title}</h2>\n{figure}{numbers}"
+    shown = table(y_label, [place, *series], cells)
+    numbers = f"<details{'' if has_plots else ' open'}><summary>The numbers</summary>{shown}</details>"
+    return f"<h2>{title}</h2>\n{drawn}{numbers}"
+
+
+def _loss_differences(
+    report: Mapping[str, Any], series: Mapping[str, Sequence[float | None]]
+) -> dict[str, list[tuple[float | None, float | None]]]:
+    """(mean, standard error) of each row minus dense by position; without an error where the report has none."""
+    measured = report.get("loss_difference_by_position") or {}
+    differences = {}
+    for row, values in series.items():
+        if row in measured:
+            differences[row] = [_mean_and_error(each) for each in measured[row]]
+        elif row != "dense":
+            pairs = zip(values, series["dense"], strict=True)
+            differences[row] = [(None if a is None or b is None else a - b, None) for a, b in pairs]
+    return differences
 
 
 def _curves(entries: Sequence[Mapping[str, Any]]) -> str:
@@ -304,7 +323,7 @@ def _curves(entries: Sequence[Mapping[str, Any]]) -> str:
         (loss, "Did the model keep learning?", "Training loss by step, one panel per stage", of_loss),
         (kl, "Did the indexer learn where attention looks?", "Indexer KL by step, one panel per stage", of_kl),
     ):
-        parts += [f"<h2>{title}</h2>", _figure(svg, subject, caption)] if svg else []
+        parts += [f"<h2>{title}</h2>", figure(svg, subject, caption)] if svg else []
     return "\n".join(parts)
 
 
@@ -321,7 +340,7 @@ def _stages(stages: Mapping[str, Mapping[str, Any]]) -> str:
         rate = f"{timed / seconds:,.0f}" if timed and seconds else "-"
         times = [_time(seconds), _time(stage.get("compile_seconds"))]
         cells.append([stage_name, _count(stage.get("steps")), _count(tokens), *times, rate, last or "-"])
-    return f"<h2>How long did it take?</h2>\n{_table('Time without compilation; tokens/s over the whole stage', header, cells)}"
+    return f"<h2>How long did it take?</h2>\n{table('Time without compilation; tokens/s over the whole stage', header, cells)}"
 
 
 def _facts(title: str, facts: Any) -> str:
@@ -341,28 +360,6 @@ def _config(config: Any) -> str:
         return ""
     text = escape(json.dumps(config, indent=2, sort_keys=True))
     return f"<h2>What was configured?</h2>\n<details><summary>The whole configuration</summary><pre>{text}</pre></details>"
-
-
-def _figure(svg: str | None, subject: str, caption: str, rows: Sequence[Mapping[str, Any]] = (), metric: str = "") -> str:
-    """An SVG with its caption; the alternative text names the subject and, given rows, their values."""
-    if svg is None:
-        return ""
-    values = "; ".join(f"{row['name']} {format_cell(metric, row[metric])}" for row in rows if row.get(metric) is not None)
-    label = escape(f"{subject}: {values}." if values else f"{subject}.", quote=True)
-    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
-    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>\n"
-
-
-def _table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in header)
-    body = "".join(
-        f'<tr><th scope="row">{escape(str(row[0]))}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>\n'
-        for row in rows
-    )
-    return (
-        f'<div class="scroll"><table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>\n'
-        f"<tbody>{body}</tbody></table></div>"
-    )
 
 
 def _definitions(pairs: Sequence[tuple[str, str]]) -> str:

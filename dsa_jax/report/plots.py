@@ -12,6 +12,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # Placeholder of the page's text colour until the SVG is inlined.
 _INK = "#010203"
 _MOST_POINTS = 1000
+_MOST_COLUMNS = 48
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -134,6 +135,93 @@ def lines_by_row(
         panel.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
     return _svg(draw, name, width=8.4, height=3.0)
+
+
+def differences_by_row(
+    places: Sequence[float | int | str],
+    series: Mapping[str, Sequence[tuple[float | None, float | None]]],
+    order: Sequence[str],
+    *,
+    name: str,
+    x_label: str,
+    y_label: str,
+) -> str | None:
+    """Differences to dense, which is the line at 0, with their standard errors; None when there is nothing to draw.
+
+    The rows stand side by side at each place, so that none hides another.
+
+    Args:
+        places: what stands below each group of points.
+        series: (mean, standard error) at each place by row name; None or NaN where missing.
+        order, name, x_label, y_label: as in `lines_by_row`.
+    """
+    shown = {row: points for row, points in series.items() if any(_is_number(mean) for mean, _ in points)}
+    if not shown or not len(places):
+        return None
+    order = [*order, *(row for row in shown if row not in order)]
+
+    def draw(figure: Any) -> None:
+        panel = figure.subplots()
+        panel.axhline(0.0, color=_INK, linewidth=1.0, linestyle="--", alpha=0.6, label="dense")
+        step = 0.7 / len(shown)
+        for number, (row, points) in enumerate(shown.items()):
+            i, shift = order.index(row), (number - (len(shown) - 1) / 2) * step
+            means, errors = (_with_gaps(column) for column in zip(*points, strict=True))
+            panel.errorbar(
+                [place + shift for place in range(len(places))], means,
+                yerr=[0.0 if math.isnan(error) else error for error in errors], color=_colour(i),
+                marker=_MARKERS[i % len(_MARKERS)], markersize=5, linestyle="none", elinewidth=1.4, capsize=3, label=row,
+            )  # fmt: skip
+        stride = math.ceil(len(places) / 16)
+        panel.set_xticks(range(0, len(places), stride), [str(place) for place in places[::stride]])
+        panel.set_xlim(-0.5, len(places) - 0.5)
+        panel.set_xlabel(x_label)
+        panel.set_ylabel(y_label)
+        panel.grid(True, axis="y")
+        panel.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+    return _svg(draw, name, width=8.4, height=3.0)
+
+
+def heat_maps(looks: Sequence[str], measures: Mapping[str, Sequence[Sequence[float]]], *, name: str) -> str | None:
+    """One map of shares by layer and look for each measure that has any; None when none has.
+
+    Args:
+        looks: what stands below each column; beyond 48 every n-th is drawn, the last one included.
+        measures: by title, the values of each layer at each look, from 0 to 1; NaN where there is none, left blank.
+        name: unique among the plots of the page.
+    """
+    shown = {title: rows for title, rows in measures.items() if any(_is_number(value) for row in rows for value in row)}
+    if not shown or not looks:
+        return None
+    stride = math.ceil(len(looks) / _MOST_COLUMNS)
+    kept = range((len(looks) - 1) % stride, len(looks), stride)
+
+    def draw(figure: Any) -> None:
+        import matplotlib
+        import numpy as np
+
+        n_columns = min(2, len(shown))
+        panels = figure.subplots(math.ceil(len(shown) / n_columns), n_columns, squeeze=False)
+        # With many colours the bar beside the maps would become a bitmap.
+        colours = matplotlib.colormaps["viridis"].resampled(20)
+        for panel, (title, rows) in zip(panels.flat, shown.items(), strict=False):
+            values = np.ma.masked_invalid([[row[i] for i in kept] for row in rows])
+            mesh = panel.pcolormesh(values, cmap=colours, vmin=0.0, vmax=1.0, edgecolors="face", linewidth=0.3)
+            panel.set_title(title)
+            every = math.ceil(len(kept) / 3)
+            panel.set_xticks([i + 0.5 for i in range(0, len(kept), every)], [looks[i] for i in kept[::every]], fontsize=8)
+            every = math.ceil(len(rows) / 8)
+            panel.set_yticks([i + 0.5 for i in range(0, len(rows), every)], range(0, len(rows), every))
+            panel.set_ylabel("layer")
+            panel.invert_yaxis()
+        for panel in panels.flat[len(shown) :]:
+            panel.set_visible(False)
+        figure.colorbar(mesh, ax=panels, fraction=0.03)
+
+    n_layers = max(len(rows) for rows in shown.values())
+    height = (1.0 + min(0.12 * n_layers + 0.5, 3.0)) * math.ceil(len(shown) / 2)
+    return _svg(draw, name, width=8.4, height=height)
 
 
 def _svg(draw: Callable[[Any], None], name: str, *, width: float, height: float) -> str:

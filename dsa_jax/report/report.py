@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsa_jax.report.page import columns_of, format_cell, render_page, render_progress, with_tasks
+from dsa_jax.report.page import columns_of, render_page, render_progress, with_tasks
+from dsa_jax.report.parts import format_cell
 from dsa_jax.report.verdict import verdict
 from dsa_jax.run.files import atomic_write_text
 from dsa_jax.run.metrics import read_metrics
@@ -23,7 +24,8 @@ def write_report(run_dir: str | os.PathLike[str], report: Mapping[str, Any]) -> 
             `keys_per_query`, None where not measured, and optionally `tasks` (by name `accuracy`, `loss` and a list of
             accuracies `by_depth`, `by_hops` or `by_rank`); and, each optional, `stages` (by stage `steps`, `seconds`,
             `compile_seconds`, `tokens`, `final`), `remarks` (sentences below the table), `coverage_by_layer` (by row),
-            `loss_by_position` (`positions`, the upper end of each bucket, and losses by row), `costs` (see
+            `loss_by_position` (`positions`, the upper end of each bucket, and losses by row), `loss_difference_by_position`
+            (by row `mean` and `standard_error` of the difference to dense in each bucket), `costs` (see
             `dsa_jax.costs.comparison`), `config`, `environment`, `corpus`. NaN and infinities become null.
 
     Raises:

@@ -14,6 +14,7 @@ from dsa_jax.config import STAGES, Config, ConfigError, from_dict, to_dict
 from dsa_jax.config.fields import flatten
 from dsa_jax.run.environment import describe_environment
 from dsa_jax.run.files import RunError, make_writable_directory, read_object, write_object
+from dsa_jax.run.trackers import TRACKED_FILE
 
 _LOG = logging.getLogger(__name__)
 _MOST_DIFFERENCES_SHOWN = 12
@@ -21,11 +22,13 @@ _SECTIONS = {"model", "data", "train", "eval"}  # every version of a run's confi
 _KEPT = ("source", "tokenizer", "text", "exports")  # entries of environment.json about the run, not about a process
 _FILLED_IN = ("implementations", *_KEPT)  # entries of environment.json that are added when they are known
 _LEFTOVER = re.compile(r"\..+\.\d+\.tmp|\.probe\.\S+")  # left by `atomic_write_text`, and by a probe, of a killed process
-_FILES = ("config.json", "environment.json", "metrics.jsonl", "timing.jsonl", "evaluations.jsonl", "report.json", "report.html")
-_FOLDERS = ("checkpoints", *(f"{folder}/{stage}" for folder in ("checkpoints", "tensorboard") for stage in STAGES))
-_FOLDERS += ("tensorboard", "hf_source")
+_LOGS = ("metrics.jsonl", "timing.jsonl", "evaluations.jsonl", TRACKED_FILE)
+_FILES = ("config.json", "environment.json", *_LOGS, "report.json", "report.html")
+_FOLDERS = ("checkpoints", *(f"{folder}/{stage}" for folder in ("checkpoints", "tensorboard", "profile") for stage in STAGES))
+_FOLDERS += ("tensorboard", "wandb", "profile", "hf_source")
 _WITHOUT_EFFECT = re.compile(
-    r"parallel\..*|train\.(nan_policy|max_skipped_steps|keep_checkpoints|gate|gate_coverage|gate_extend_steps|gate_extend_max|\w+\.(log_every|checkpoint_every|evaluate_every))"
+    r"parallel\..*|train\.(nan_policy|max_skipped_steps|keep_checkpoints|gate|gate_coverage|gate_extend_steps|gate_extend_max"
+    r"|profile_steps|trackers|tracker_project|\w+\.(log_every|checkpoint_every|evaluate_every))"
 )
 
 _ADDED = re.compile(r"train\.(\w+\.tokens|warmup_attention|sparse_trains|gate_extend_steps|gate_extend_max)")
@@ -73,6 +76,10 @@ class RunDirectory:
     def has_begun(self) -> bool:
         """Whether the run has saved anything: a checkpoint, whole or not, or its report."""
         return self.report_path.exists() or any(self.path.glob("checkpoints/*/*"))
+
+    def profile_dir(self, stage: str) -> Path:
+        """The folder of the profiler traces of `stage`."""
+        return self.path / "profile" / stage
 
     def checkpoint_dir(self, stage: str) -> Path:
         """The folder whose subfolders are the steps of `stage`."""
@@ -184,10 +191,10 @@ def open_run(workdir: str | os.PathLike[str], config: Config, *, accepted: Colle
         write_object(run.config_path, wanted)
     elif differences:
         if not run.has_begun and any(not _WITHOUT_EFFECT.fullmatch(name) for name in differences):
-            for leftover in (run.metrics_path, run.path / "timing.jsonl", run.path / "evaluations.jsonl"):
-                leftover.unlink(missing_ok=True)
-            for folder in (run.path / "tensorboard", run.source_path):
-                shutil.rmtree(folder, ignore_errors=True)
+            for name in _LOGS:
+                (run.path / name).unlink(missing_ok=True)
+            for name in ("tensorboard", "wandb", "profile", "hf_source"):
+                shutil.rmtree(run.path / name, ignore_errors=True)
         _LOG.info("%s continues with other settings: %s", path, "; ".join(differences.values()))
         write_object(run.config_path, wanted)
     for leftover in path.iterdir():

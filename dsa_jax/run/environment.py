@@ -66,13 +66,15 @@ def source_fingerprint(init: InitConfig) -> str | None:
     return None
 
 
-def fingerprint(root: Path, *patterns: str) -> str:
+def fingerprint(root: Path, *patterns: str, without: str = "") -> str:
     """A hexadecimal digest of the regular files below `root` that match: names, sizes, and the content of small files.
 
-    Of a large one it has 16 evenly spaced samples of 64 KiB, which further training changes. Missing files are left out.
+    Of a large one it has 16 evenly spaced samples of 64 KiB, which further training changes. Missing files are left out, and
+    so is the file `without`.
     """
     digest = hashlib.sha256()
-    for file in sorted({file for pattern in patterns for file in root.glob(pattern) if file.is_file()}):
+    found = {file for pattern in patterns for file in root.glob(pattern) if file.is_file()}
+    for file in sorted(found - {root / without}):
         digest.update(f"{file.relative_to(root)} {file.stat().st_size}\n".encode(errors="surrogateescape"))
         digest.update(_samples(file))
     return digest.hexdigest()

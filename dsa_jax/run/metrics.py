@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dsa_jax.extras import import_extra
 from dsa_jax.run.files import RunError, atomic_write_text, open_regular, read_regular
+from dsa_jax.run.trackers import Tracker
 
 _LOG = logging.getLogger(__name__)
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -26,21 +26,20 @@ class MetricsLog:
     line cut off by a crash is dropped when the log is opened.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, *, tensorboard: bool = False) -> None:
-        """Open for appending; with `tensorboard` also write event files to `tensorboard/<stage>/` beside the log.
+    def __init__(self, path: str | os.PathLike[str] | None, *, trackers: Sequence[Tracker] = ()) -> None:
+        """Open for appending; `trackers` get the same steps and evaluations.
 
         Without a path nothing is logged: for processes beside the one that writes the run's files.
 
         Raises:
             RunError: when the file cannot be written or holds a damaged line.
-            MissingExtraError: when tensorboardX is not installed.
         """
         self.path = None if path is None else Path(path)
         self.timing_path = self.path and self.path.with_name("timing.jsonl")
         self.evaluations_path = self.path and self.path.with_name("evaluations.jsonl")
         self._files: dict[Path, BinaryIO] = {}
         self._last: dict[Path, tuple[str, int]] = {}
-        self._events = EventFiles(self.path.with_name("tensorboard")) if tensorboard and self.path else None
+        self._trackers = tuple(trackers)
         self.n_steps = 0  # that metrics.jsonl holds, of all stages
         if self.timing_path:
             _drop_damaged(self.timing_path)
@@ -61,8 +60,7 @@ class MetricsLog:
         """
         self._append(self.path, stage, step, values)
         self.n_steps += 1
-        if self._events is not None:
-            self._events.write(stage, step, values)
+        self._track(stage, step, values)
 
     def log_timing(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one step's seconds, rates and the like; raises as `log` does."""
@@ -71,8 +69,7 @@ class MetricsLog:
     def log_evaluation(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
         """Append what held-out rows said after a step; raises as `log` does."""
         self._append(self.evaluations_path, stage, step, values)
-        if self._events is not None:
-            self._events.write(stage, step, {f"held_out/{name}": value for name, value in values.items()})
+        self._track(stage, step, {f"held_out/{name}": value for name, value in values.items()})
 
     def has_evaluation(self, stage: str, step: int) -> bool:
         """Whether the last logged evaluation is of this step; never where nothing is logged."""
@@ -95,7 +92,7 @@ class MetricsLog:
                 raise RunError(f"{file} has an entry of stage {entry['stage']!r}; expected one of {', '.join(stage_order)}.")
             return (stage_order.index(entry["stage"]), entry["step"]) > last
 
-        self.close()
+        self._close_files()
         self._drop(comes_later)
 
     def sync(self) -> None:
@@ -111,12 +108,19 @@ class MetricsLog:
                 raise _refused(path, error) from error
 
     def close(self) -> None:
-        """Close the files; the next `log` opens them again."""
+        """Close the files and the trackers; the next `log` opens them again."""
+        self._close_files()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def _close_files(self) -> None:
         for file in self._files.values():
             file.close()
         self._files.clear()
-        if self._events is not None:
-            self._events.close()
+
+    def _track(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
+        for tracker in self._trackers:
+            tracker.write(stage, step, values)
 
     def _append(self, path: Path | None, stage: str, step: int, values: Mapping[str, Any]) -> None:
         if path is None:
@@ -147,28 +151,6 @@ class MetricsLog:
                 self._last[file] = (entries[-1]["stage"], entries[-1]["step"])
             if file == self.path:
                 self.n_steps = len(entries)
-
-
-class EventFiles:
-    """TensorBoard events, one folder per stage, each with its own step count."""
-
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self._tensorboard = import_extra("tensorboardX", extra="tensorboard", purpose="--tensorboard")
-        self._directory = Path(directory)
-        self._writers: dict[str, Any] = {}
-
-    def write(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
-        """Add scalars. The first of a stage hides later steps that an interrupted run had written."""
-        if stage not in self._writers:
-            self._writers[stage] = self._tensorboard.SummaryWriter(str(self._directory / stage), purge_step=step)
-        for name, value in values.items():
-            self._writers[stage].add_scalar(name, float(value), step)
-
-    def close(self) -> None:
-        """Flush and close; a later `write` starts new files."""
-        for writer in self._writers.values():
-            writer.close()
-        self._writers.clear()
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -123,7 +123,7 @@ def evaluation_config(config: Config, variant: Variant) -> Config:
 
 
 # Names and logging intervals do not change what a run computes.
-_WITHOUT_EFFECT = ("log_every", "checkpoint_every", "keep_checkpoints")
+_WITHOUT_EFFECT = ("log_every", "checkpoint_every", "keep_checkpoints", "profile_steps", "trackers", "tracker_project")
 
 
 def run_key(config: Config) -> str:
@@ -156,6 +156,7 @@ def dense_part(config: Config) -> Config | None:
         attention.layer_types = ()
     dense.train.warmup, dense.train.sparse = StageConfig(), StageConfig()
     dense.train.warmup_attention, dense.train.sparse_attention, dense.train.sparse_trains = "dense", "sparse", "all"
+    dense.train.profile_steps = ""
     dense.eval.rows = ("dense",)
     return dense
 

@@ -1,5 +1,6 @@
 """The training loop of one stage: batches, updates, logging, checkpoints and signals."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ import jax
 
 from dsa_jax.config import STAGES as STAGE_ORDER
 from dsa_jax.config import Config, ModelConfig, StageConfig
+from dsa_jax.config.profile_steps import profiled_steps
 from dsa_jax.costs.model import training_flops_per_token
 from dsa_jax.costs.ops import peaks_of
 from dsa_jax.data import Batch, TrainData
@@ -19,6 +21,7 @@ from dsa_jax.run.directory import RunDirectory
 from dsa_jax.run.files import RunError
 from dsa_jax.run.metrics import MetricsLog
 from dsa_jax.run.processes import is_main, with_votes
+from dsa_jax.run.profile import StepProfile
 from dsa_jax.run.progress import Discard, Progress
 from dsa_jax.run.signals import StopRequest
 from dsa_jax.train.judge import Judge
@@ -115,7 +118,7 @@ def run_stage(
         stage_run = _StageRun(training, stage, store, params, resume_step, summaries)
         take_step = _with_votes(training.steps[stage.name])
         flops: dict[int, float | None] = {}  # of a step, by sequence length
-        with stage_run.progress:
+        with stage_run.progress, contextlib.closing(stage_run):
             while stage_run.goes_on() and not stage_run.stops():
                 seq_len = settings.seq_len_at(stage_run.step)
                 batch = stage_run.next_batch(seq_len)
@@ -124,12 +127,16 @@ def run_stage(
                     flops[seq_len] = _step_flops(config.model, stage, settings.batch_size, seq_len)
                     # Compiling blocks the host: report the step before it first, so that its time excludes it.
                     stage_run.report()
-                stage_run.state, metrics = take_step(stage_run.state, place_batch(batch), stop.requested)
+                stage_run.prepare_profile(compiles=compiles)
+                with stage_run.profile.around(stage_run.step + 1):
+                    stage_run.state, metrics = take_step(stage_run.state, place_batch(batch), stop.requested)
                 # Metrics are read one step late, so that the device does not wait for the host.
                 stage_run.report()
                 stage_run.step += 1
                 tokens = settings.batch_size * seq_len
                 stage_run.pending = _Pending(stage_run.step, metrics, tokens, flops[seq_len], compiles)
+                if stage_run.profile.ends_after(stage_run.step):
+                    stage_run.between_steps(stage_run.profile.stop)
                 if settings.evaluate_every and stage_run.step % settings.evaluate_every == 0:
                     stage_run.look()
                 if stage_run.step % settings.checkpoint_every == 0:
@@ -184,7 +191,26 @@ class _StageRun:
         if self.n_steps > self.settings.n_steps:
             self.judge.extended_to = self.n_steps
         self.progress = self._make_progress()
+        directory = run.profile_dir(stage.name) if is_main() else None
+        self.profile = StepProfile(directory, profiled_steps(config.train.profile_steps))
         self.pending: _Pending | None = None
+
+    def close(self) -> None:
+        """End a trace that a stop request, or an error, has cut short."""
+        self.profile.stop()
+
+    def prepare_profile(self, *, compiles: bool) -> None:
+        """Start or end the trace before the next step."""
+        if self.profile.ends_before(compiles=compiles):
+            self.between_steps(self.profile.stop)
+        elif self.profile.starts_at(self.step + 1, compiles=compiles):
+            self.between_steps(self.profile.start)
+
+    def between_steps(self, act: Callable[[], None]) -> None:
+        """Do something with no step in progress, which the clock of the stage excludes."""
+        self.report()
+        act()
+        self.progress.pause()
 
     def _resume(self, step: int, params: dict[str, Any]) -> None:
         """Restore the checkpoint of `step`; `params` gives its structure and shapes."""

@@ -36,12 +36,15 @@ def test_looks_are_logged_shown_and_equal_the_table(tmp_path):
     loaded = load_run(tmp_path)
     held_out = HeldOut(loaded.model, make_eval_data(config.data, config.seed, config.model.vocab_size), config, {})
     for name, value in held_out(loaded.params).metrics().items():
-        assert looks[-1][name] == pytest.approx(value, rel=1e-6), name
+        assert looks[-1][name] == pytest.approx(value, rel=1e-6, nan_ok=True), name
     # The same rows as the table's, of which there are six here.
     table = report["coverage_by_layer"]["sparse"]
     np.testing.assert_allclose([looks[-1][f"coverage_layer_{i}"] for i in range(2)], table, rtol=1e-6)
     assert looks[-1]["difference"] == pytest.approx(looks[-1]["sparse_loss"] - looks[-1]["dense_loss"], abs=1e-6)
     assert math.isfinite(looks[-1]["standard_error"])
+    for name in ("entropy", "local_share", "overlap"):
+        assert 0 <= looks[-1][f"{name}_layer_1"] <= 1
+    assert math.isnan(looks[-1]["overlap_layer_0"]) and looks[-1]["n_not_finite_layer_1"] == 0
     assert "Does training close the gap?" in (tmp_path / "report.html").read_text()
 
 

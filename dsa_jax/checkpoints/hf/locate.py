@@ -9,7 +9,7 @@ from dsa_jax.config.checks import user_path
 from dsa_jax.extras import import_extra
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]+)?")
-_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt")
+_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "README.md")
 
 
 def locate_checkpoint(name: str | os.PathLike[str]) -> Path:

@@ -38,6 +38,7 @@ from dsa_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 from dsa_jax.model import abstract_params, build_model, layer_stacks
 from dsa_jax.params import is_block_scales_path, parameter_paths
 from dsa_jax.run.files import exchange
+from dsa_jax.run.signed import is_signed
 
 _LOG = logging.getLogger(__name__)
 _METADATA = {"format": "pt"}
@@ -68,7 +69,7 @@ def save_pretrained(
 
     Args:
         directory: new, empty, or a checkpoint, which is replaced in one step once the new one is complete: whenever the process
-            is killed, one of both is there, whole.
+            is killed, one of both is there, whole. A README.md that somebody wrote or edited stays in it.
         config: the model.
         params: its parameters, of the shapes and types that `init_params` gives.
         tokenizer: one of ours, or the path of a directory or of the file of a tokenizer; its files are copied, and its end
@@ -108,6 +109,7 @@ def save_pretrained(
                 shutil.copyfile(file, temporary / name)
             _state_end_tokens(temporary / "generation_config.json", config)
             _write_json(temporary / "config.json", content)
+            _keep_card(target, temporary)
             _sync(temporary)
             before_replacing(temporary)
             _replace(temporary, target)
@@ -284,6 +286,14 @@ def _check_target(target: Path) -> None:
         raise CheckpointError(
             f"{target} is a checkpoint that also holds {others[0].name}, which saving would remove; choose another directory."
         )
+
+
+def _keep_card(target: Path, temporary: Path) -> None:
+    """Bring a README.md over that is not, or no more, what we wrote."""
+    card = target / "README.md"
+    if card.is_file() and not is_signed(card):
+        shutil.copyfile(card, temporary / "README.md")
+        _LOG.info("%s is kept", card)
 
 
 def _beside(target: Path, suffix: str) -> Path:

@@ -102,7 +102,11 @@ def test_padding_rows_count_in_nothing(setting):
         if value is None:
             assert getattr(other, name) is None
             continue
-        np.testing.assert_allclose(getattr(other, name), value, rtol=1e-5, err_msg=name)
+        values, others = ((list(x.values()) if isinstance(x, dict) else x) for x in (value, getattr(other, name)))
+        np.testing.assert_allclose(others, values, rtol=1e-5, err_msg=name)
+    assert np.isfinite(one.health["entropy"]).all() and np.isfinite(one.health["overlap"][1:]).all()
+    for row, means in zip(one.row_losses, one.row_losses_by_position, strict=True):
+        assert min(means) - 1e-6 <= row <= max(means) + 1e-6
 
 
 def test_fresh_indexer_replaces_the_indexer_only(setting):
