@@ -9,10 +9,10 @@ from dsa_jax.config import STAGES
 from dsa_jax.config.fields import flatten
 from dsa_jax.config.selections import row_meaning
 from dsa_jax.data.tasks import SYNTHETIC_TASKS
-from dsa_jax.data.text_tasks import TEXT_TASKS
+from dsa_jax.data.text_tasks import TEXT_TASKS, generated
 from dsa_jax.extras import is_installed
 from dsa_jax.report import plots
-from dsa_jax.report.verdict import verdict
+from dsa_jax.report.verdict import about, verdict
 
 COLUMNS = (
     ("name", "row"),
@@ -31,6 +31,7 @@ _COLUMN_MEANINGS = (
     ("index recall", "share of the indexer's top-k keys that a selection by blocks holds"),
 )
 _SUMMARIES = {name: task.summary for name, task in (SYNTHETIC_TASKS | TEXT_TASKS).items()}
+_SUMMARIES |= {generated(name): f"{task.summary}: in generated text" for name, task in TEXT_TASKS.items()}
 _INSTALL_HINT = "Plots need matplotlib. Install it with: pip install 'dsa-jax[plot]'"
 _CSS = """
 :root { color-scheme: light dark; --ink: #1d2127; --soft: #5c6570; --line: #d9dde3; --page: #ffffff; --card: #f6f7f9; }
@@ -55,6 +56,9 @@ td.text { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; font-size: .92rem; }
 dt { font-weight: 600; }
 dd { margin: 0; color: var(--soft); }
+.samples { margin: 1rem 0; }
+.samples dd { min-width: 0; }
+.samples pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 figure { margin: .6rem 0 0; padding: .8rem 1rem; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 figure svg { display: block; width: auto; height: auto; max-width: 100%; }
 figcaption { font-size: .9rem; margin-top: .4rem; }
@@ -83,6 +87,7 @@ def render_page(
         _verdict(report),
         _parity(rows, report.get("remarks") or [], has_plots),
         _by_length(rows),
+        _samples(report.get("samples") or []),
         _costs(report.get("costs")),
         _by_group(rows),
         _by_place(report, "coverage_by_layer", has_plots),
@@ -173,9 +178,11 @@ def format_cell(column: str, value: Any) -> str:
 
 
 def _verdict(report: Mapping[str, Any]) -> str:
-    """What the report says first: the sentences of the verdict, doubts set apart."""
+    """What the report says first: what it is of, then the sentences of the verdict, doubts set apart."""
     quality, savings, doubts = verdict(report)
-    first = "".join(f"<p>{escape(sentence)}</p>\n" for sentence in (quality, savings) if sentence)
+    setup = about(report)
+    first = f'<p class="soft">{escape(setup)}</p>\n' if setup else ""
+    first += "".join(f"<p>{escape(sentence)}</p>\n" for sentence in (quality, savings) if sentence)
     return first + "".join(f'<p class="hint">Doubtful: {escape(doubt)}</p>\n' for doubt in doubts)
 
 
@@ -197,15 +204,28 @@ def _costs(costs: Mapping[str, Any] | None) -> str:
 def _by_length(rows: Sequence[Mapping[str, Any]]) -> str:
     """The accuracy of each text task by length, and what it loses to dense, one table each."""
     tables = []
-    for name, task in TEXT_TASKS.items():
+    for name in (column for task in TEXT_TASKS for column in (task, generated(task))):
         results = {row["name"]: row["tasks"][name]["by_length"] for row in rows if name in (row.get("tasks") or {})}
         if results:
             lengths = list(next(iter(results.values())))
             cells = [[row, *(_against_dense(entries[length]) for length in lengths)] for row, entries in results.items()]
             header = ["row", *(f"{length} tokens" for length in lengths)]
-            tables.append(_table(f"{name}: share of {task.summary}", header, cells))
+            tables.append(_table(f"{name}: share of {_SUMMARIES[name]}", header, cells))
     note = "In brackets the difference to dense and its standard error."
     return f"<h2>What is found in longer texts?</h2>\n<p>{note}</p>{''.join(tables)}" if tables else ""
+
+
+def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
+    """Held-out text with what the model writes instead of its continuation, a list each."""
+    if not samples:
+        return ""
+    lists = []
+    for sample in samples:
+        shown = {"prompt, its end": sample["prompt"], "the text itself": sample["text"], **sample["continuations"]}
+        items = "".join(f"<dt>{escape(name)}</dt><dd><pre>{escape(text)}</pre></dd>" for name, text in shown.items())
+        lists.append(f'<dl class="samples">{items}</dl>')
+    note = "Held-out text, continued greedily by the same weights. One different token changes all that follow it."
+    return f"<h2>How does it write?</h2>\n<p>{note}</p>{''.join(lists)}"
 
 
 def _against_dense(entry: Mapping[str, Any]) -> str:
