@@ -11,6 +11,7 @@ from typing import Any
 from dsa_jax.checkpoints.from_hf import export_checkpoint, keep_source, present_inputs, resolve_checkpoint
 from dsa_jax.checkpoints.hf import CheckpointError
 from dsa_jax.checkpoints.hf.weights import read_json
+from dsa_jax.checkpoints.text_record import write_text_record
 from dsa_jax.config import STAGES as STAGE_ORDER
 from dsa_jax.config import Config, ConfigError, StageConfig, to_dict
 from dsa_jax.config.selections import DENSE
@@ -255,7 +256,13 @@ def _export(inputs: _Inputs, params: dict[str, Any]) -> None:
         _LOG.warning("no Hugging Face checkpoint: no published format holds %s", reason)
         return
     attention = trained_attention(config, next(reversed(_stages(config)), ""))
-    admit = lambda complete: admit_export(run, complete)
+    text = inputs.data[1].describe()["text"]
+
+    def admit(complete: Path) -> None:
+        if text:
+            write_text_record(complete, text, config.data.text)
+        admit_export(run, complete)
+
     export_checkpoint(run.export_path, inputs.present, params, attention=attention, before_replacing=admit)
     if is_main():
         print(f"Hugging Face checkpoint: {run.export_path}")
@@ -374,11 +381,13 @@ def _evaluate_and_report(
         "name": config.name,
         "rows": table.rows,
         "remarks": table.remarks,
+        "setup": {"checkpoint": run.words_for(next(reversed(_stages(config)), "")), **table.setup},
+        "samples": table.samples,
         "stages": summaries | {"evaluate": {"seconds": time.perf_counter() - started}},
         "coverage_by_layer": table.coverage_by_layer,
         "loss_by_position": {"positions": table.position_ends, **table.loss_by_position},
         "loss_difference_by_position": table.loss_difference_by_position,
-        "costs": dense_and_sparse(config.model, config.eval.text_len),
+        "costs": table.costs,
         "corpus": data.describe(),
         "config": to_dict(config),
         "environment": run.environment(),

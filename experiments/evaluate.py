@@ -13,7 +13,7 @@ several processes are launched as for experiments.retrofit.
 import dataclasses
 from pathlib import Path
 
-from dsa_jax.config import TASKS, TEXT_TASKS
+from dsa_jax.config import ARGMAX, BOTH, GENERATION, TASKS, TEXT_TASKS
 from dsa_jax.config.limits import COUNT, LENGTH, Choices
 from dsa_jax.config.selections import eval_rows
 from experiments.flags import ConfigFlag, ProcessFlags, run_main
@@ -29,6 +29,13 @@ _TEXT_TASKS = list_flag(
     "text_tasks", [], Choices(TEXT_TASKS), "Tasks in plain words, a column each; empty: as the configuration has it."
 )
 _LENGTHS = list_flag("lengths", [], LENGTH, "Tokens in a row of the text tasks; empty: as the configuration has it.", int)
+_SCORING = limited_flag(
+    "text_task_scoring",
+    None,
+    str,
+    Choices((ARGMAX, GENERATION, BOTH)),
+    "What counts as an answer to a text task; empty: as the configuration has it.",
+)
 _TOPK = list_flag("topk", [], COUNT, "Keys to select, each number a set of rows of its own; empty: as the model has it.", int)
 _OUTPUT = OutputFlag("JSON file for the table; empty: none.")
 _CONFIG = ConfigFlag("configs/retrofit_hf.py")
@@ -39,12 +46,12 @@ def main(argv: list[str]) -> None:
     """Evaluate and print."""
     del argv
     from dsa_jax.evals.checkpoint import evaluate_checkpoint
-    from dsa_jax.report.report import format_row, format_table, format_verdict
+    from dsa_jax.report.report import format_about, format_row, format_samples, format_table, format_verdict
     from dsa_jax.run.processes import is_main, on_main
 
     _PROCESSES.start()
     on_main(_OUTPUT.check)
-    source, table = evaluate_checkpoint(
+    _, table = evaluate_checkpoint(
         Path(_CHECKPOINT.value),
         _CONFIG.checked,
         _ROWS.value,
@@ -53,17 +60,20 @@ def main(argv: list[str]) -> None:
         task_sequences=_TASK_SEQUENCES.value,
         text_tasks=_TEXT_TASKS.value,
         lengths=[int(length) for length in _LENGTHS.value],
+        text_task_scoring=_SCORING.value,
         topk=[int(budget) for budget in _TOPK.value],
         overrides=_CONFIG.overrides,
         on_row=lambda row: print(format_row(row), flush=True) if is_main() else None,
     )
     if not is_main():
         return
-    print(source)
+    report = dataclasses.asdict(table)
     print(format_table(table.rows))
-    if not _TOPK.value:  # a verdict is on one budget
-        print(format_verdict({"rows": table.rows, "coverage_by_layer": table.coverage_by_layer}))
-    _OUTPUT.write(dataclasses.asdict(table))
+    # A verdict is on one budget.
+    print("\n".join(format_about(report)) if _TOPK.value else format_verdict(report))
+    if table.samples:
+        print(format_samples(report))
+    _OUTPUT.write(report)
 
 
 if __name__ == "__main__":

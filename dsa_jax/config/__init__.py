@@ -5,7 +5,11 @@ from dsa_jax.config.checks import ConfigError
 from dsa_jax.config.fields import from_dict, to_dict
 from dsa_jax.config.model import LayerSpec, ModelConfig, MoEConfig
 from dsa_jax.config.recipe import (
+    ARGMAX,
     AXES,
+    BOTH,
+    GENERATION,
+    GENERATION_ROOM,
     STAGES,
     TASKS,
     TEXT_TASKS,
@@ -23,7 +27,11 @@ from dsa_jax.config.recipe import (
 )
 
 __all__ = [
+    "ARGMAX",
     "AXES",
+    "BOTH",
+    "GENERATION",
+    "GENERATION_ROOM",
     "STAGES",
     "TASKS",
     "TEXT_TASKS",

@@ -54,6 +54,10 @@ TEXT_TASKS = (
 """Tasks in plain words among held-out text, for models that know language. The place of a name is part of its rows' seed."""
 TRACKERS = ("tensorboard", "wandb", "trackio")
 """Where metrics go beside metrics.jsonl; each is an extra of this name."""
+ARGMAX, GENERATION, BOTH = "argmax", "generation", "both"
+"""Scorings of text tasks: every token of an answer, given those before it; the answer in generated text; a column for each."""
+GENERATION_ROOM = 64
+"""Positions behind a row of a text task that its generated answers may take."""
 _AXIS_OF = {"dp": "data", "fsdp": "fsdp", "ep": "expert", "tp": "tensor", "cp": "context"}
 
 
@@ -354,6 +358,10 @@ class EvalConfig:
     text_tasks: tuple[str, ...] = limited((), Choices(TEXT_TASKS))  # tasks in plain words among held-out text, a column each
     text_task_lens: tuple[int, ...] = limited((512,), LENGTH)  # tokens of their rows; every task is evaluated at each length
     text_task_sequences: int = limited(32, COUNT)  # rows of each text task at each length
+    text_task_scoring: str = limited(
+        ARGMAX, Choices((ARGMAX, GENERATION, BOTH))
+    )  # argmax of the answer's tokens, each after the right ones; greedy generation that contains the answer; or both
+    samples: int = limited(2, AMOUNT)  # held-out rows continued greedily, dense and sparse, for the report; 0: none
     batch_size: int = limited(16, ROWS)
     rows: tuple[str, ...] = limited(
         ("dense", "sparse", "untrained", "window", "oracle"), Choices(lambda: tuple(eval_rows()))
@@ -494,6 +502,9 @@ class Config:
         lengths |= {f"eval.{name}_len": getattr(self.eval, f"{name}_len") for name, is_used in used.items() if is_used}
         if self.eval.text_tasks:
             lengths["eval.text_task_lens"] = max(self.eval.text_task_lens)
+            if self.eval.text_task_scoring != ARGMAX:
+                generated = f"eval.text_task_lens with the {GENERATION_ROOM} that text_task_scoring={GENERATION} may write"
+                lengths[generated] = lengths["eval.text_task_lens"] + GENERATION_ROOM
         longest, limit = max(lengths.values(), default=0), self.model.max_positions
         if longest > limit:
             too_long = ", ".join(f"{name} is {length}" for name, length in lengths.items() if length > limit)

@@ -11,13 +11,14 @@ from dsa_jax.checkpoints.from_hf import load_for_evaluation, resolve_checkpoint
 from dsa_jax.checkpoints.hf import read_model_config
 from dsa_jax.checkpoints.hf.locate import locate_checkpoint
 from dsa_jax.checkpoints.open import is_hf_directory
+from dsa_jax.checkpoints.text_record import TextRecord, read_text_record
 from dsa_jax.config import Config, ConfigError, TrainConfig, to_dict
 from dsa_jax.config.checks import positive
-from dsa_jax.config.fields import flatten
-from dsa_jax.config.selections import DENSE, eval_rows
+from dsa_jax.config.fields import check_kinds, flatten
+from dsa_jax.config.selections import eval_rows
 from dsa_jax.data import EvalData, make_eval_data
 from dsa_jax.evals.parity import Parity, can_run, evaluate_parity
-from dsa_jax.model import Transformer, build_model
+from dsa_jax.foreign import printable
 from dsa_jax.parallel.check import check_layout
 from dsa_jax.parallel.placement import on_mesh
 from dsa_jax.run.directory import RunDirectory, find_run
@@ -38,6 +39,7 @@ def evaluate_checkpoint(
     task_sequences: int | None = None,
     text_tasks: Sequence[str] = (),
     lengths: Sequence[int] = (),
+    text_task_scoring: str | None = None,
     topk: Sequence[int] = (),
     overrides: Sequence[str] = (),
     on_row: Callable[[dict[str, Any]], None] | None = None,
@@ -54,6 +56,7 @@ def evaluate_checkpoint(
         task_sequences: rows of each; None: as the configuration has it.
         text_tasks: tasks in plain words to evaluate; none: as the configuration has it.
         lengths: their lengths in tokens; none: as the configuration has it.
+        text_task_scoring: argmax, generation or both; None: as the configuration has it.
         topk: budgets, of which each gives the rows that depend on it; none: that of the model.
         overrides: fields of `config` that somebody asked for, by names such as `config.eval.text_len`.
         on_row: called with each finished row.
@@ -90,13 +93,16 @@ def evaluate_checkpoint(
     own.eval.task_sequences = own.eval.task_sequences if task_sequences is None else task_sequences
     own.eval.text_tasks = tuple(text_tasks) or own.eval.text_tasks
     own.eval.text_task_lens = tuple(lengths) or own.eval.text_task_lens
+    own.eval.text_task_scoring = text_task_scoring or own.eval.text_task_scoring
     for budget in topk:
         positive("--topk", budget)
     own.validate()
     trained_on = None
     _check_rows(rows, dataclasses.replace(own, model=read_model_config(directory)) if is_hf else own)
     check_layout(dataclasses.replace(own, train=TrainConfig()))
-    data = make_eval_data(own.data, own.seed, own.model.vocab_size)
+    record = on_main(lambda: read_text_record(directory)) if is_hf and own.data.text_fraction else None
+    is_named = bool(own.data.text.path) or any(name.startswith("config.data.") for name in overrides)
+    data = (None if is_named or record is None else data_of_report(record, own)) or _eval_data(own)
     data.check(own.eval)
     with on_mesh(config.parallel):
         if is_hf:
@@ -106,7 +112,7 @@ def evaluate_checkpoint(
             run = load_run(directory)
             run.config.parallel, run.config.eval = own.parallel, own.eval
             own, model, params, trained_on = run.config, run.model, run.params, run.text
-            source = f"{directory}, stage {run.stage}"
+            source = found.words_for(run.stage)
         text = data.text.describe() if data.has_text and data.text is not None else None
         if text is not None:
             _LOG.info("text: %s, tokenizer %s", text["source"], text["tokenizer"])
@@ -116,42 +122,41 @@ def evaluate_checkpoint(
                 "the numbers of the report, or set these fields as in its config.json",
                 *(directory, directory.resolve().parent, ", ".join(others), directory.resolve().parent),
             )
+        if record is not None and text is not None and text["sha256"] != record.sha256:
+            _LOG.warning(
+                "the report of %s is of the text %s (sha256 %s), and this evaluation of %s (sha256 %s): numbers on text differ",
+                *(directory, printable(record.source), printable(record.sha256[:12])),
+                *(text["source"], text["sha256"][:12]),
+            )
         if trained_on and data.text is not None and data.text.describe()["sha256"] != trained_on:
             _LOG.warning(
                 "data.text.path %r holds other text than the run was trained on: what is held out of it now may have been "
                 "trained on, and text_loss is not that of the run's report",
                 own.data.text.path,
             )
-        return source, _by_budget(model, params, data, own, topk, on_row)
+        table = evaluate_parity(model, params, data, own, on_row=on_row, budgets=tuple(dict.fromkeys(topk)))
+        table.setup = {"checkpoint": source, **table.setup}
+        return source, table
 
 
-def _by_budget(
-    model: Transformer,
-    params: Any,
-    data: EvalData,
-    config: Config,
-    topk: Sequence[int],
-    on_row: Callable[[dict[str, Any]], None] | None,
-) -> Parity:
-    """The table of `config`, or the rows of each budget of `topk` with it in their names, after those of all budgets."""
-    if not topk:
-        return evaluate_parity(model, params, data, config, on_row=on_row)
-    whole = Parity()
-    for place, budget in enumerate(topk):
-        own = copy.deepcopy(config)
-        own.model.attention.indexer.topk = budget
-        # Dense attention is every budget's measure, and belongs to none.
-        name = lambda title, budget=budget: title if title == eval_rows()[DENSE].title else f"{title}, topk {budget}"
-        if DENSE not in own.eval.rows:
-            own.eval.rows = (DENSE, *own.eval.rows)
-        table = evaluate_parity(build_model(own.model), params, data, own, on_row=on_row)
-        whole.rows += [row | {"name": name(row["name"])} for row in table.rows if not place or row["name"] != name(row["name"])]
-        whole.coverage_by_layer |= {name(title): values for title, values in table.coverage_by_layer.items()}
-        whole.loss_by_position |= {name(title): values for title, values in table.loss_by_position.items()}
-        differences = table.loss_difference_by_position.items()
-        whole.loss_difference_by_position |= {name(title): values for title, values in differences}
-        whole.position_ends = table.position_ends
-    return whole
+def data_of_report(record: TextRecord, config: Config) -> EvalData | None:
+    """The data of `config` with the text of `record`, which `config` then names; None where that is not found."""
+    theirs = dataclasses.replace(config.data, text=dataclasses.replace(record.settings, tokenizer=config.data.text.tokenizer))
+    try:
+        check_kinds(theirs, "data.")
+        data = make_eval_data(theirs, config.seed, config.model.vocab_size)
+    except ConfigError as error:
+        _LOG.warning("the text of the report, %s, is not found: %s", printable(record.source), error)
+        return None
+    assert data.text is not None
+    if data.text.describe()["sha256"] != record.sha256:
+        return None
+    config.data = theirs
+    return data
+
+
+def _eval_data(config: Config) -> EvalData:
+    return make_eval_data(config.data, config.seed, config.model.vocab_size)
 
 
 def unlike_report(directory: Path, config: Config, text_digest: str | None) -> list[str]:

@@ -1,7 +1,7 @@
 """One task under one attention: held-out batches through the model, reduced to means that can be compared pairwise."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +27,8 @@ class TaskResult:
 
     Attributes:
         loss: nats per target.
-        accuracy: share of answers that argmax over the vocabulary hits; of one with several tokens, in all of them.
+        accuracy: share of answers that argmax over the vocabulary hits; of one with several tokens, in all of them. Of
+            `scored_by`, the share that those hits say.
         coverage: per layer, the share of dense attention mass that the attended keys hold, over queries and heads.
         keys_per_query: keys attended, mean over queries and layers.
         indexer_recall: share of the indexer's top-k keys that a selection of blocks holds, mean over queries and layers with an
@@ -42,6 +43,7 @@ class TaskResult:
         row_losses: nats per target of each row that has targets, in order.
         row_losses_by_position: the same in the buckets of positions; nan where a bucket of the row has no target.
         hits: whether each answer was hit, in order.
+        groups: the group of each answer, in order.
     """
 
     loss: float
@@ -58,6 +60,11 @@ class TaskResult:
     row_losses: list[float] = field(default_factory=list)
     row_losses_by_position: list[list[float]] = field(default_factory=list)
     hits: list[bool] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+
+    def scored_by(self, hits: np.ndarray) -> "TaskResult":
+        """The same result with other `hits` [A], and the accuracies that they give."""
+        return replace(self, **_accuracies(hits, np.asarray(self.groups), len(self.accuracy_by_group)))
 
 
 class Groups(NamedTuple):
@@ -138,27 +145,25 @@ def evaluate_task(
         for name, value in results.items():
             total[name] = total.get(name, 0) + np.asarray(value, np.float64)
     buckets = _buckets(len(total["nll"]), n_buckets)
-    mean = lambda sums, counts: float(sums / counts) if counts else float("nan")
     n_targets, n_queries = total["targets"].sum(), total["queries"]
     all_hits, all_groups = np.concatenate(hits), np.concatenate(group_of)
     n_groups = groups.n if groups else int(all_groups.max(initial=-1)) + 1
     health = {name: total.pop(f"{_HEALTH}{name}") for name in SelectionHealth._fields if f"{_HEALTH}{name}" in total}
     n_of = {name: 1 if name == "n_not_finite" else total["choosing"] for name in health}
     return TaskResult(
-        loss=mean(total["nll"].sum(), n_targets),
-        accuracy=mean(all_hits.sum(), all_hits.size),
-        coverage=[mean(x, n_queries) for x in total["coverage"]],
-        keys_per_query=mean(total["keys"].mean(), n_queries),
-        indexer_recall=mean(total["indexer_recall"], n_queries) if "indexer_recall" in total else None,
-        loss_by_position=[mean(total["nll"][b].sum(), total["targets"][b].sum()) for b in buckets],
-        accuracy_by_group=[mean(all_hits[all_groups == g].sum(), (all_groups == g).sum()) for g in range(n_groups)],
-        indexer_recall_by_layer=[mean(x, n_queries) for x in total.get("indexer_recall_by_layer", ())],
-        health={name: [mean(x, n_of[name]) for x in values] for name, values in health.items()},
+        loss=_mean(total["nll"].sum(), n_targets),
+        coverage=[_mean(x, n_queries) for x in total["coverage"]],
+        keys_per_query=_mean(total["keys"].mean(), n_queries),
+        indexer_recall=_mean(total["indexer_recall"], n_queries) if "indexer_recall" in total else None,
+        loss_by_position=[_mean(total["nll"][b].sum(), total["targets"][b].sum()) for b in buckets],
+        indexer_recall_by_layer=[_mean(x, n_queries) for x in total.get("indexer_recall_by_layer", ())],
+        health={name: [_mean(x, n_of[name]) for x in values] for name, values in health.items()},
         n_targets=int(n_targets),
         n_queries=int(n_queries),
         row_losses=np.concatenate(row_losses).tolist(),
         row_losses_by_position=np.concatenate(by_position).tolist(),
-        hits=all_hits.tolist(),
+        groups=all_groups.tolist(),
+        **_accuracies(all_hits, all_groups, n_groups),
     )
 
 
@@ -188,11 +193,20 @@ def difference(values: Iterable[float | bool], baseline: Iterable[float | bool])
     return Difference(float(each.mean()), float(each.std(ddof=1) / np.sqrt(each.size)))
 
 
+def _mean(sums: Any, counts: Any) -> float:
+    return float(sums / counts) if counts else float("nan")
+
+
+def _accuracies(hits: np.ndarray, groups: np.ndarray, n_groups: int) -> dict[str, Any]:
+    by_group = [_mean(hits[groups == g].sum(), (groups == g).sum()) for g in range(n_groups)]
+    return {"accuracy": _mean(hits.sum(), hits.size), "accuracy_by_group": by_group, "hits": hits.tolist()}
+
+
 def _each_target(batch: Batch, groups: Groups | None) -> Answers:
     numbers = np.full(batch.target_mask.shape, -1)
     n = int(batch.target_mask.sum())
     numbers[batch.target_mask] = np.arange(n)
-    return Answers(numbers, groups.of(batch)[batch.target_mask] if groups else np.full(n, -1))
+    return Answers(numbers, groups.of(batch)[batch.target_mask] if groups else np.full(n, -1), np.ones(n, bool))
 
 
 def _answers_hit(hits: np.ndarray, batch: Batch, answers: Answers) -> np.ndarray:

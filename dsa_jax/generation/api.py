@@ -19,7 +19,7 @@ from dsa_jax.model.attention.cache import Cache
 from dsa_jax.model.attention.check import check_request
 from dsa_jax.model.outputs import AttentionRequest
 
-SMALLEST_CHUNK = 16
+SMALLEST_CHUNK, PREFILL_CHUNK = 16, 512
 
 
 class Timings(NamedTuple):
@@ -68,7 +68,7 @@ def generate(
     stop_tokens: Sequence[int] | None = None,
     cache_dtype: str | None = None,
     page_size: int | None = None,
-    prefill_chunk: int = 512,
+    prefill_chunk: int = PREFILL_CHUNK,
     on_token: Callable[[int, int], object] | None = None,
 ) -> GenerateOutput:
     """Continue every prompt, all rows together.
@@ -117,7 +117,7 @@ def generate(
     sampling = Sampling(jnp.uint32(seed), jnp.float32(temperature), jnp.float32(top_p), jnp.asarray(stop, jnp.int32))
     # The last new token of a row is never read again, so it needs no slot.
     needs = [len(row) + max_new_tokens - 1 for row in rows]
-    cache = _new_cache(model, needs, cache_dtype, page_size, with_index_keys=request.by_indexer)
+    cache = new_cache(model, needs, cache_dtype, page_size, with_index_keys=request.by_indexer)
     state = State(cache, jnp.zeros(len(rows), jnp.int32), jnp.ones(len(rows), bool), jnp.zeros((), jnp.int32))
     mode = Mode(request.attention, samples=temperature > 0.0, nucleus=top_p < 1.0, top_k=top_k if temperature > 0.0 else 0)
 
@@ -249,9 +249,10 @@ def _check_numbers(temperature: float, top_p: float, top_k: int, seed: int, pref
         raise ConfigError(f"prefill_chunk is {prefill_chunk}; expected at least 1.")
 
 
-def _new_cache(
+def new_cache(
     model: Transformer, needs: Sequence[int], dtype: str | None, page_size: int | None, *, with_index_keys: bool
 ) -> Cache:
+    """An empty cache with `needs` tokens for each row; the other arguments are those of `generate` and `init_cache`."""
     if page_size is None:
         return model.init_cache(len(needs), _rounded(max(needs)), dtype=dtype, with_index_keys=with_index_keys)
     if page_size < 1:
@@ -276,10 +277,15 @@ def _rounded(n: int) -> int:
     return -(-n // step) * step
 
 
+def chunk_size(longest: int, prefill_chunk: int = PREFILL_CHUNK) -> int:
+    """Tokens of a chunk of prompts of which the longest has `longest`."""
+    return min(prefill_chunk, max(SMALLEST_CHUNK, 1 << (longest - 1).bit_length()))
+
+
 def _chunks(rows: Sequence[np.ndarray], prefill_chunk: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """The prompts as chunks (input_ids [B, T], n_new [B]) of one shape, padding with token 0."""
     lengths = np.array([len(row) for row in rows])
-    size = min(prefill_chunk, max(SMALLEST_CHUNK, 1 << (int(lengths.max()) - 1).bit_length()))
+    size = chunk_size(int(lengths.max()), prefill_chunk)
     n_chunks = -(-int(lengths.max()) // size)
     padded = np.zeros((len(rows), n_chunks * size), np.int32)
     for i, row in enumerate(rows):

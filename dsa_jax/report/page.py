@@ -9,12 +9,12 @@ from dsa_jax.config import STAGES
 from dsa_jax.config.fields import flatten
 from dsa_jax.config.selections import row_meaning
 from dsa_jax.data.tasks import SYNTHETIC_TASKS
-from dsa_jax.data.text_tasks import TEXT_TASKS
+from dsa_jax.data.text_tasks import TEXT_TASKS, generated
 from dsa_jax.extras import is_installed
 from dsa_jax.report import plots
 from dsa_jax.report.looks import held_out_section, position_of
 from dsa_jax.report.parts import figure, format_cell, table
-from dsa_jax.report.verdict import verdict
+from dsa_jax.report.verdict import about, verdict
 
 COLUMNS = (
     ("name", "row"),
@@ -33,6 +33,7 @@ _COLUMN_MEANINGS = (
     ("index recall", "share of the indexer's top-k keys that a selection by blocks holds"),
 )
 _SUMMARIES = {name: task.summary for name, task in (SYNTHETIC_TASKS | TEXT_TASKS).items()}
+_SUMMARIES |= {generated(name): f"{task.summary}: in generated text" for name, task in TEXT_TASKS.items()}
 _INSTALL_HINT = "Plots need matplotlib. Install it with: pip install 'dsa-jax[plot]'"
 _CSS = """
 :root { color-scheme: light dark; --ink: #1d2127; --soft: #5c6570; --line: #d9dde3; --page: #ffffff; --card: #f6f7f9; }
@@ -57,6 +58,9 @@ td.text { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; font-size: .92rem; }
 dt { font-weight: 600; }
 dd { margin: 0; color: var(--soft); }
+.samples { margin: 1rem 0; }
+.samples dd { min-width: 0; }
+.samples pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 figure { margin: .6rem 0 0; padding: .8rem 1rem; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 figure svg { display: block; width: auto; height: auto; max-width: 100%; }
 figcaption { font-size: .9rem; margin-top: .4rem; }
@@ -85,6 +89,7 @@ def render_page(
         _verdict(report),
         _parity(rows, report.get("remarks") or [], has_plots),
         _by_length(rows, has_plots),
+        _samples(report.get("samples") or []),
         _costs(report.get("costs")),
         _by_group(rows),
         _by_place(report, "coverage_by_layer", has_plots),
@@ -149,9 +154,11 @@ def with_tasks(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _verdict(report: Mapping[str, Any]) -> str:
-    """What the report says first: the sentences of the verdict, doubts set apart."""
+    """What the report says first: what it is of, then the sentences of the verdict, doubts set apart."""
     quality, savings, doubts = verdict(report)
-    first = "".join(f"<p>{escape(sentence)}</p>\n" for sentence in (quality, savings) if sentence)
+    setup = about(report)
+    first = f'<p class="soft">{escape(setup)}</p>\n' if setup else ""
+    first += "".join(f"<p>{escape(sentence)}</p>\n" for sentence in (quality, savings) if sentence)
     return first + "".join(f'<p class="hint">Doubtful: {escape(doubt)}</p>\n' for doubt in doubts)
 
 
@@ -173,7 +180,7 @@ def _costs(costs: Mapping[str, Any] | None) -> str:
 def _by_length(rows: Sequence[Mapping[str, Any]], has_plots: bool) -> str:
     """The accuracy of each text task by length, and what it loses to dense, one plot and one table each."""
     tables = []
-    for name, task in TEXT_TASKS.items():
+    for name in (column for task in TEXT_TASKS for column in (task, generated(task))):
         results = {row["name"]: row["tasks"][name]["by_length"] for row in rows if name in (row.get("tasks") or {})}
         if results:
             lengths = list(next(iter(results.values())))
@@ -181,7 +188,7 @@ def _by_length(rows: Sequence[Mapping[str, Any]], has_plots: bool) -> str:
             header = ["row", *(f"{length} tokens" for length in lengths)]
             if has_plots:
                 tables.append(_differences_figure(name, lengths, results))
-            tables.append(table(f"{name}: share of {task.summary}", header, cells))
+            tables.append(table(f"{name}: share of {_SUMMARIES[name]}", header, cells))
     note = "In brackets the difference to dense and its standard error."
     return f"<h2>What is found in longer texts?</h2>\n<p>{note}</p>{''.join(tables)}" if tables else ""
 
@@ -203,6 +210,19 @@ def _differences_figure(name: str, lengths: Sequence[str], results: Mapping[str,
 def _mean_and_error(difference: Mapping[str, Any] | None) -> tuple[float | None, float | None]:
     difference = difference or {}
     return difference.get("mean"), difference.get("standard_error")
+
+
+def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
+    """Held-out text with what the model writes instead of its continuation, a list each."""
+    if not samples:
+        return ""
+    lists = []
+    for sample in samples:
+        shown = {"prompt, its end": sample["prompt"], "the text itself": sample["text"], **sample["continuations"]}
+        items = "".join(f"<dt>{escape(name)}</dt><dd><pre>{escape(text)}</pre></dd>" for name, text in shown.items())
+        lists.append(f'<dl class="samples">{items}</dl>')
+    note = "Held-out text, continued greedily by the same weights. One different token changes all that follow it."
+    return f"<h2>How does it write?</h2>\n<p>{note}</p>{''.join(lists)}"
 
 
 def _against_dense(entry: Mapping[str, Any]) -> str:

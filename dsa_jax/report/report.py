@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dsa_jax.foreign import printable
 from dsa_jax.report.page import columns_of, render_page, render_progress, with_tasks
 from dsa_jax.report.parts import format_cell
-from dsa_jax.report.verdict import verdict
+from dsa_jax.report.verdict import about, verdict
 from dsa_jax.run.files import atomic_write_text
 from dsa_jax.run.metrics import read_metrics
 
@@ -26,7 +27,9 @@ def write_report(run_dir: str | os.PathLike[str], report: Mapping[str, Any]) -> 
             `compile_seconds`, `tokens`, `final`), `remarks` (sentences below the table), `coverage_by_layer` (by row),
             `loss_by_position` (`positions`, the upper end of each bucket, and losses by row), `loss_difference_by_position`
             (by row `mean` and `standard_error` of the difference to dense in each bucket), `costs` (see
-            `dsa_jax.costs.comparison`), `config`, `environment`, `corpus`. NaN and infinities become null.
+            `dsa_jax.costs.comparison`), `setup` (see `verdict.about`), `samples` (held-out text with its continuations, each
+            with `prompt`, `text` and `continuations` by row), `config`, `environment`, `corpus`. NaN and infinities become
+            null.
 
     Raises:
         RunError: when a file cannot be written.
@@ -75,8 +78,23 @@ def format_row(row: Mapping[str, Any]) -> str:
 
 
 def format_verdict(report: Mapping[str, Any]) -> str:
-    """The sentences of the verdict, one per line, as report.html has them."""
-    return "\n".join(verdict(to_plain(report)).lines())
+    """What the report is of and the sentences of the verdict, one per line, as report.html has them."""
+    return "\n".join([*format_about(report), *verdict(to_plain(report)).lines()])
+
+
+def format_about(report: Mapping[str, Any]) -> list[str]:
+    """What the report is of, in a line; none where it does not say."""
+    sentence = about(to_plain(report))
+    return [printable(sentence, most=len(sentence))] if sentence else []
+
+
+def format_samples(report: Mapping[str, Any]) -> str:
+    """Held-out text and its continuations, a line each, with control characters spelled out."""
+    lines = []
+    for sample in to_plain(report).get("samples") or ():
+        shown = {"prompt": sample["prompt"], "the text": sample["text"], **sample["continuations"]}
+        lines += ["", *(f"{name}: {printable(text, most=len(text))}" for name, text in shown.items())]
+    return "\n".join(lines)
 
 
 def to_plain(value: Any) -> Any:

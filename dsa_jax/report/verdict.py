@@ -1,4 +1,4 @@
-"""The verdict of a parity table in sentences: what sparse attention keeps, what it saves, what is doubtful."""
+"""The verdict of a parity table in sentences: what was compared, what sparse attention keeps and saves, what is doubtful."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -51,6 +51,26 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
     return Verdict(quality, _savings(dense, sparse, report.get("costs")), tuple(_doubts(rows, measures, report)))
 
 
+def about(report: Mapping[str, Any]) -> str:
+    """What a report is of, in one sentence: checkpoint, text, budget, indexer, rows and lengths; empty without `setup`."""
+    setup = report.get("setup")
+    if not setup:
+        return ""
+    parts = [str(setup["checkpoint"])] if setup.get("checkpoint") else []
+    if text := setup.get("text"):
+        parts.append(f"text {text['source']} (tokenizer {text['tokenizer']})")
+    if indexer := setup.get("indexer"):
+        parts.append(f"topk {_listed([str(topk) for topk in setup['topk']])}")
+        parts.append(f"indexer of {indexer['n_heads']} heads x {indexer['head_dim']}")
+    else:
+        parts.append("no indexer")
+    lengths: dict[tuple[str, int], list[str]] = {}
+    for name, (n_rows, length) in setup["sizes"].items():
+        lengths.setdefault((name.partition("@")[0], n_rows), []).append(str(length))
+    sizes = [f"{name} {n_rows} rows of {_listed(each)} tokens" for (name, n_rows), each in lengths.items()]
+    return f"Evaluated: {', '.join(parts)}; {', '.join(sizes)}."
+
+
 def _measures(dense: Mapping[str, Any], sparse: Mapping[str, Any]) -> Iterator[_Measure]:
     before, after = dense.get("text_loss"), sparse.get("text_loss")
     if before is not None and after is not None:
@@ -75,8 +95,9 @@ def _accuracies(dense: Mapping[str, Any], sparse: Mapping[str, Any]) -> Iterator
         if "by_length" not in result:
             yield name, theirs["accuracy"], result["accuracy"], None
         for length, entry in (result.get("by_length") or {}).items():
-            error = (entry.get("difference") or {}).get("standard_error")
-            yield f"{name} at {length} tokens", theirs["by_length"][length]["accuracy"], entry["accuracy"], error
+            before, error = theirs["by_length"][length]["accuracy"], (entry.get("difference") or {}).get("standard_error")
+            if before is not None and entry["accuracy"] is not None:
+                yield f"{name} at {length} tokens", before, entry["accuracy"], error
 
 
 def _savings(dense: Mapping[str, Any], sparse: Mapping[str, Any], costs: Mapping[str, Any] | None) -> str:

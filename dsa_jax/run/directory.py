@@ -81,6 +81,10 @@ class RunDirectory:
         """The folder of the profiler traces of `stage`."""
         return self.path / "profile" / stage
 
+    def words_for(self, stage: str) -> str:
+        """The parameters at the end of `stage`, for readers; those that a run began with where it has no stage."""
+        return f"{self.path}, stage {stage}" if stage else str(self.path)
+
     def checkpoint_dir(self, stage: str) -> Path:
         """The folder whose subfolders are the steps of `stage`."""
         return self.path / "checkpoints" / stage

@@ -153,7 +153,9 @@ class TrackioRun:
 
     def __init__(self, trackio: Any, run: TrackedRun) -> None:
         """Resume the run of this name, or make it; `trackio` is the package."""
-        steps = [getattr(run.config.train, stage).steps for stage in STAGES]
+        train = run.config.train
+        most = {"warmup": train.gate_extend_max if train.gate == "extend" else 0}
+        steps = [getattr(train, stage).n_steps + most.get(stage, 0) for stage in STAGES]
         self._before = {stage: sum(steps[:place]) for place, stage in enumerate(STAGES)}
         config = to_dict(run.config)
         self._run = trackio.init(project=run.config.train.tracker_project, name=run.name, config=config, resume="allow")

@@ -42,8 +42,10 @@ from dsa_jax.run.signed import is_signed
 
 _LOG = logging.getLogger(__name__)
 _METADATA = {"format": "pt"}
+TEXT_RECORD = "dsa_jax_text.json"
+"""File beside the weights that says which text they were evaluated on."""
 # Files of a checkpoint directory beside its .safetensors, which saving may replace.
-_REPLACEABLE = frozenset({"config.json", INDEX_FILE, *TOKENIZER_FILES, "README.md", "LICENSE", ".gitattributes"})
+_REPLACEABLE = frozenset({"config.json", INDEX_FILE, *TOKENIZER_FILES, TEXT_RECORD, "README.md", "LICENSE", ".gitattributes"})
 
 
 def save_pretrained(

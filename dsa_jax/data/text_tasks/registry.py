@@ -66,7 +66,7 @@ def _needle(word: str, number: str) -> str:
 
 
 def _asked(word: str, number: str, depth: float) -> Question:
-    return Question(f"\nThe secret number of the {word} is", f" {number}", depth_group(depth))
+    return Question(f"\nThe secret number of the {word} is", [f" {number}"], [depth_group(depth)])
 
 
 def _words(draw: TextDraw, n: int) -> list[str]:
@@ -100,12 +100,8 @@ def _multivalue(draw: TextDraw) -> _Row:
     depths = np.sort(draw.rng.random(N_ASKED))
     numbers = [_number(draw.rng) for _ in depths]
     hidden = [Hidden(_needle(word, number), depth) for number, depth in zip(numbers, depths, strict=True)]
-    prompts = [f"\nThe secret numbers of the {word}, in order, are", *([","] * (N_ASKED - 1))]
-    questions = [
-        Question(prompt, f" {number}", depth_group(depth))
-        for prompt, number, depth in zip(prompts, numbers, depths, strict=True)
-    ]
-    return hidden, questions
+    prompt = f"\nThe secret numbers of the {word}, in order, are"
+    return hidden, [Question(prompt, [f" {number}" for number in numbers], [depth_group(depth) for depth in depths])]
 
 
 def _variables(draw: TextDraw) -> _Row:
@@ -121,10 +117,8 @@ def _variables(draw: TextDraw) -> _Row:
             for name, source, depth in zip(chain, sources, depths, strict=True)
         ]
         if not questions:
-            prompts = [f"\nThe names that are equal to {value}, in order, are", *([","] * (N_ASKED - 1))]
-            questions = [
-                Question(prompt, f" {name}", hops) for hops, (prompt, name) in enumerate(zip(prompts, chain, strict=True))
-            ]
+            prompt = f"\nThe names that are equal to {value}, in order, are"
+            questions = [Question(prompt, [f" {name}" for name in chain], range(N_ASKED))]
     return hidden, questions
 
 
@@ -147,9 +141,8 @@ def _counted(draw: TextDraw, shares: np.ndarray, what: str) -> _Row:
     listed = draw.rng.permuted(np.repeat(words, counts))
     lines = np.array_split(listed, min(N_DEPTHS, listed.size))
     hidden = [Hidden(f"Words: {', '.join(line)}.\n", (i + 0.5) / len(lines)) for i, line in enumerate(lines)]
-    prompts = [f"\nThe {what} words in the lists above, most frequent first, are", *([","] * (N_ASKED - 1))]
-    answers = zip(prompts, words[:N_ASKED], strict=True)
-    return hidden, [Question(prompt, f" {word}", rank) for rank, (prompt, word) in enumerate(answers)]
+    prompt = f"\nThe {what} words in the lists above, most frequent first, are"
+    return hidden, [Question(prompt, [f" {word}" for word in words[:N_ASKED]], range(N_ASKED))]
 
 
 def _common(draw: TextDraw) -> _Row:
@@ -195,6 +188,11 @@ _TASKS = (
 TEXT_TASKS = {task.name: task for task in _TASKS}
 """By name, in the order of `dsa_jax.config.TEXT_TASKS`."""
 assert tuple(TEXT_TASKS) == TASK_NAMES
+
+
+def generated(name: str) -> str:
+    """The column of a text task that is scored by generation."""
+    return f"{name}, generated"
 
 
 def get_text_task(name: str) -> TextTask:

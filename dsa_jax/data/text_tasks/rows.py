@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from dsa_jax.config import ConfigError
 from dsa_jax.data.batch import Batch, pad_to, stack_rows
@@ -40,18 +40,23 @@ class Hidden(NamedTuple):
 
 
 class Question(NamedTuple):
-    """A question at the end of a row: the text up to the answer, the answer, and the group that it is counted in."""
+    """A question at the end of a row: the text up to its answers, the answers, listed with commas, and the group of each."""
 
     prompt: str
-    answer: str
-    group: int
+    answers: Sequence[str]
+    groups: Sequence[int]
 
 
 class Answers(NamedTuple):
-    """The answers of a batch: the number of the answer that each target belongs to, -1 elsewhere; the group of each answer."""
+    """The answers of a batch.
+
+    Fields: `of_target` the number of the answer that each target belongs to, -1 elsewhere; `groups` the group of each answer;
+    `opens` whether it is the first one of a question, whose list those after it continue.
+    """
 
     of_target: Int[np.ndarray, "B T"]
     groups: Int[np.ndarray, " A"]
+    opens: Bool[np.ndarray, " A"]
 
 
 class TextRows(NamedTuple):
@@ -121,7 +126,8 @@ def make_rows(draw: TextDraw, row_of: Callable[[TextDraw], tuple[Sequence[Hidden
         text = draw.haystack.stretch(draw.rng, draw.room(*pieces, tail))
         body = _with_hidden(text, pieces, [each.depth for each in hidden])
         rows.append(np.concatenate([draw.prefix, body, tail]))
-        targets.append((of_target, [question.group for question in questions]))
+        groups = [group for question in questions for group in question.groups]
+        targets.append((of_target, groups, [place == 0 for each in questions for place in range(len(each.answers))]))
     return _stacked(draw, rows, targets)
 
 
@@ -130,12 +136,13 @@ def stack_text_rows(parts: Sequence[TextRows], n_rows: int) -> TextRows:
     batch = pad_to(stack_rows([part.batch for part in parts]), n_rows)
     numbers = np.full(batch.target_mask.shape, -1)
     groups = np.concatenate([part.answers.groups for part in parts])
+    opens = np.concatenate([part.answers.opens for part in parts])
     row = first = 0
     for part in parts:
         of_target = part.answers.of_target
         numbers[row : row + len(of_target)] = np.where(of_target < 0, -1, of_target + first)
         row, first = row + len(of_target), first + part.answers.groups.size
-    return TextRows(batch, Answers(numbers, groups))
+    return TextRows(batch, Answers(numbers, groups, opens))
 
 
 def quoting_rows(draw: TextDraw, n_asked: int, n_answer: int) -> TextRows:
@@ -155,7 +162,7 @@ def quoting_rows(draw: TextDraw, n_asked: int, n_answer: int) -> TextRows:
         rows.append(np.concatenate([draw.prefix, text.tokens, opening, quoted]))
         of_target = np.full(opening.size + quoted.size, -1)
         of_target[-n_answer:] = 0
-        targets.append((of_target, [start * N_DEPTHS // n_text]))
+        targets.append((of_target, [start * N_DEPTHS // n_text], [True]))
     return _stacked(draw, rows, targets)
 
 
@@ -171,9 +178,10 @@ def _tail(draw: TextDraw, questions: Sequence[Question]) -> tuple[Tokens, Tokens
     """
     text, bounds = "\n", []
     for question in questions:
-        text += question.prompt
-        bounds.append((text, text + question.answer))
-        text += question.answer
+        for before, answer in zip((question.prompt, *[","] * (len(question.answers) - 1)), question.answers, strict=True):
+            text += before
+            bounds.append((text, text + answer))
+            text += answer
     tail = draw.encode(text)
     of_target = np.full(tail.size, -1)
     for number, (before, after) in enumerate(bounds):
@@ -199,15 +207,17 @@ def _with_hidden(text: Haystack, pieces: Sequence[Tokens], depths: Sequence[floa
     return np.concatenate([*parts, text.tokens[last:]])
 
 
-def _stacked(draw: TextDraw, rows: Sequence[Tokens], targets: Sequence[tuple[Tokens, list[int]]]) -> TextRows:
+def _stacked(draw: TextDraw, rows: Sequence[Tokens], targets: Sequence[tuple[Tokens, list[int], list[bool]]]) -> TextRows:
     """Rows of `seq_len` + 1 tokens as inputs and targets; answers are numbered through the batch."""
     shape = (draw.n_rows, draw.seq_len)
     whole = np.stack(rows).astype(np.int32) if rows else np.zeros((0, draw.seq_len + 1), np.int32)
     of_target = np.full(shape, -1)
     groups: list[int] = []
-    for row, (numbers, group) in enumerate(targets):
+    opens: list[bool] = []
+    for row, (numbers, group, first) in enumerate(targets):
         of_target[row, draw.seq_len - numbers.size :] = np.where(numbers < 0, -1, numbers + len(groups))
         groups += group
+        opens += first
     mask = of_target >= 0
     batch = Batch(whole[:, :-1], np.where(mask, whole[:, 1:], 0).astype(np.int32), mask, np.ones(shape, np.int32))
-    return TextRows(batch, Answers(of_target, np.asarray(groups, np.int64)))
+    return TextRows(batch, Answers(of_target, np.asarray(groups, np.int64), np.asarray(opens, bool)))

@@ -4,10 +4,14 @@ import numpy as np
 import pytest
 
 from dsa_jax import save_pretrained
-from dsa_jax.config import Config, ConfigError, DataConfig, RecallConfig
+from dsa_jax.checkpoints.hf import CheckpointError
+from dsa_jax.checkpoints.hf.save import TEXT_RECORD
+from dsa_jax.checkpoints.text_record import read_text_record, write_text_record
+from dsa_jax.config import Config, ConfigError, DataConfig, RecallConfig, TextConfig
+from dsa_jax.data import make_eval_data
 from dsa_jax.data.tokenizer import ByteTokenizer
 from dsa_jax.evals import checkpoint as checkpoint_module
-from dsa_jax.evals.checkpoint import evaluate_checkpoint, unlike_report
+from dsa_jax.evals.checkpoint import data_of_report, evaluate_checkpoint, unlike_report
 from dsa_jax.run.directory import open_run
 from dsa_jax.run.files import RunError
 from tests.dsa_jax.model.small import built, small_config
@@ -139,10 +143,13 @@ def test_each_budget_gives_rows_of_its_own_against_the_same_dense_one(tmp_path):
     asks.data.text.max_tokens = 60_000
     seen = []
     _, table = evaluate_checkpoint(
-        *(directory, asks, ("dense", "sparse")), text_tasks=("needle",), lengths=(200, 300), topk=(8, 300), on_row=seen.append
+        *(directory, asks, ("sparse",)), text_tasks=("needle",), lengths=(200, 300), topk=(8, 300, 8), on_row=seen.append
     )
     names = [row["name"] for row in table.rows]
-    assert names == ["dense", "sparse, topk 8", "sparse, topk 300"] and len(seen) == 4
+    # Dense attention, which has no budget, is computed once.
+    assert names == ["dense", "sparse, topk 8", "sparse, topk 300"] and seen == table.rows
+    assert table.setup["topk"] == [8, 300] and table.setup["sizes"] == {"needle@200": [4, 200], "needle@300": [4, 300]}
+    assert ["topk is 300" in remark for remark in table.remarks] == [True] and table.costs is None and table.samples == []
     dense, few, everything = (row["tasks"]["needle"] for row in table.rows)
     assert list(dense["by_length"]) == ["200", "300"] and "difference" not in dense["by_length"]["200"]
     for length in (200, 300):
@@ -154,3 +161,52 @@ def test_each_budget_gives_rows_of_its_own_against_the_same_dense_one(tmp_path):
     assert few["loss"] == pytest.approx(np.mean([each["loss"] for each in few["by_length"].values()]))
     with pytest.raises(ConfigError, match="--topk is 0"):
         evaluate_checkpoint(directory, asks, ("dense",), topk=(0,))
+
+
+def exported(directory, text, settings):
+    """A checkpoint whose report is of the text of `settings`, which `text` describes."""
+    checkpoint(directory, 282)
+    write_text_record(directory, text, settings)
+    return directory
+
+
+def test_the_text_of_the_report_is_used_where_none_is_named(tmp_path, caplog):
+    theirs, own = DataConfig(recall_fraction=0.0), Config(data=DataConfig(recall_fraction=0.0))
+    (tmp_path / "theirs.txt").write_text("A line of the text that the run was trained on.\n" * 40)
+    theirs.text.path, own.model.vocab_size = str(tmp_path / "theirs.txt"), 282
+    text = make_eval_data(theirs, 0, 282).text.describe()
+    theirs.text.tokenizer = "elsewhere"  # where the checkpoint was made; the tokenizer is the one that came along
+    record = read_text_record(exported(tmp_path / "hf", text, theirs.text))
+    assert (record.source, record.sha256, record.settings) == (theirs.text.path, text["sha256"], theirs.text)
+    data = data_of_report(record, own)
+    assert data.text.describe() == text
+    assert own.data.text.path == theirs.text.path and own.data.text.tokenizer == "bytes"
+
+    other = Config(data=DataConfig(recall_fraction=0.0))
+    (tmp_path / "theirs.txt").write_text("Another line.\n" * 40)
+    assert data_of_report(record, other) is None and other.data.text.path == ""
+    (tmp_path / "theirs.txt").unlink()
+    assert data_of_report(record, other) is None
+    assert f"the text of the report, {theirs.text.path}, is not found" in caplog.text
+    assert read_text_record(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "content", ["3", "{}", '{"source": "a", "sha256": 1, "settings": {}}', '{"source": "a", "settings": {"pth": 1}}']
+)
+def test_a_record_that_no_run_wrote_is_refused(content, tmp_path):
+    (tmp_path / TEXT_RECORD).write_text(content)
+    with pytest.raises(CheckpointError, match=rf"{TEXT_RECORD}.*Delete it, and name the text\."):
+        read_text_record(tmp_path)
+
+
+def test_a_text_that_is_not_that_of_the_report_is_named_beside_it(tmp_path, caplog):
+    asks = recipe()
+    asks.data, asks.eval.text_sequences, asks.eval.text_len, asks.eval.samples = DataConfig(recall_fraction=0.0), 2, 16, 0
+    asks.data.text.path = str(tmp_path / "mine.txt")
+    (tmp_path / "mine.txt").write_text("A line that somebody names.\n" * 60)
+    directory = exported(tmp_path / "hf", {"source": "theirs\x1b", "sha256": "0123456789abcdef"}, TextConfig(path="theirs"))
+    _, table = evaluate_checkpoint(directory, asks, ("dense",))
+    (line,) = [record.getMessage() for record in caplog.records if "the report of" in record.getMessage()]
+    assert "is of the text theirs\\x1b (sha256 0123456789ab)" in line and f"evaluation of {asks.data.text.path}" in line
+    assert table.setup["checkpoint"] == str(directory) and table.setup["text"]["source"] == asks.data.text.path
