@@ -61,6 +61,7 @@ def retrofit(config: Config, workdir: Path, *, tensorboard: bool = False) -> dic
     if _stages(config):
         config.model.check_trainable()
     check_layout(config)
+    config = config.laid_out()
     for remark in _remarks(config):
         _LOG.warning("%s", remark)
     with ExitStack() as claim, on_mesh(config.parallel):

@@ -6,6 +6,7 @@ from dsa_jax.config.fields import from_dict, to_dict
 from dsa_jax.config.model import LayerSpec, ModelConfig, MoEConfig
 from dsa_jax.config.recipe import (
     AXES,
+    BATCH_AXES,
     STAGES,
     TASKS,
     TEXT_TASKS,
@@ -24,6 +25,7 @@ from dsa_jax.config.recipe import (
 
 __all__ = [
     "AXES",
+    "BATCH_AXES",
     "STAGES",
     "TASKS",
     "TEXT_TASKS",

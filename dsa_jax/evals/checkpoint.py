@@ -96,6 +96,7 @@ def evaluate_checkpoint(
     trained_on = None
     _check_rows(rows, dataclasses.replace(own, model=read_model_config(directory)) if is_hf else own)
     check_layout(dataclasses.replace(own, train=TrainConfig()))
+    own = own.laid_out()
     data = make_eval_data(own.data, own.seed, own.model.vocab_size)
     data.check(own.eval)
     with on_mesh(config.parallel):

@@ -24,8 +24,10 @@ _LEFTOVER = re.compile(r"\..+\.\d+\.tmp|\.probe\.\S+")  # left by `atomic_write_
 _FILES = ("config.json", "environment.json", "metrics.jsonl", "timing.jsonl", "evaluations.jsonl", "report.json", "report.html")
 _FOLDERS = ("checkpoints", *(f"{folder}/{stage}" for folder in ("checkpoints", "tensorboard") for stage in STAGES))
 _FOLDERS += ("tensorboard", "hf_source")
+_OF_A_STAGE = r"(accumulation|log_every|checkpoint_every|evaluate_every)"
 _WITHOUT_EFFECT = re.compile(
-    r"parallel\..*|train\.(nan_policy|max_skipped_steps|keep_checkpoints|gate|gate_coverage|\w+\.(log_every|checkpoint_every|evaluate_every))"
+    r"parallel\..*|eval\.batch_size|"
+    rf"train\.(nan_policy|max_skipped_steps|keep_checkpoints|gate|gate_coverage|\w+\.{_OF_A_STAGE})"
 )
 
 
@@ -163,7 +165,8 @@ class RunDirectory:
 def open_run(workdir: str | os.PathLike[str], config: Config, *, accepted: Collection[str] = ()) -> RunDirectory:
     """Create the run directory of `config`, or continue the run in it; only fields that change no result may differ.
 
-    Those are `parallel`, the policy on non-finite losses, how often is logged and saved, and the fields `accepted`.
+    Those are `parallel` and the rows computed at a time, the policy on non-finite losses, how often is logged and saved, and
+    the fields `accepted`.
 
     Writes config.json and environment.json. Where the run continues in another environment, the recorded one is appended to
     `history`, oldest first. A directory with neither a checkpoint nor a report, left by a command that could not begin, may
