@@ -19,9 +19,9 @@ from dsa_jax.evals.held_out import HeldOut
 from dsa_jax.evals.parity import EvalStep, evaluate_parity, rehearsed_rows
 from dsa_jax.model import build_model
 from dsa_jax.model.attention.kinds import kinds_of
+from dsa_jax.opening import opening_of
 from dsa_jax.parallel.check import check_layout
 from dsa_jax.parallel.placement import on_mesh, place
-from dsa_jax.params import count_parameters, is_indexer_path, split_parameters
 from dsa_jax.report.report import format_row, format_table, format_verdict, write_report
 from dsa_jax.run.checkpoints import latest_position
 from dsa_jax.run.continuation import accepted_fields, set_report_aside, tokenizer_fingerprint
@@ -55,13 +55,15 @@ def retrofit(config: Config, workdir: Path, *, tensorboard: bool = False) -> dic
         ConfigError, RunError: with one line that says what was wrong and what to do.
     """
     check_places(config, workdir)
-    run = RunDirectory(workdir, resumed=True)
+    run, dtype = RunDirectory(workdir, resumed=True), config.model.dtype
     config = resolve_run(resolve_checkpoint(config, run.source_path), workdir)
     config.validate()
     if _stages(config):
         config.model.check_trainable()
     check_layout(config)
     config = config.laid_out()
+    if is_main():
+        print(opening_of(config, dtype=dtype), flush=True)
     for remark in _remarks(config):
         _LOG.warning("%s", remark)
     with ExitStack() as claim, on_mesh(config.parallel):
@@ -162,8 +164,6 @@ def _retrofit(inputs: _Inputs, tensorboard: bool) -> dict[str, Any] | None:
     if position is None:
         params = place(params)
         on_main(lambda: _record_inputs(inputs))
-    n_indexer = count_parameters(split_parameters(params, is_indexer_path)[0])
-    _LOG.info("%s: %d parameters, %d of them in indexers", config.name, count_parameters(params), n_indexer)
     summaries: dict[str, dict[str, Any]] = {}
     log = MetricsLog(run.metrics_path if is_main() else None, tensorboard=tensorboard)
     with StopRequest() as stop, log as metrics:

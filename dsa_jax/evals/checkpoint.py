@@ -18,6 +18,7 @@ from dsa_jax.config.selections import DENSE, eval_rows
 from dsa_jax.data import EvalData, make_eval_data
 from dsa_jax.evals.parity import Parity, can_run, evaluate_parity
 from dsa_jax.model import Transformer, build_model
+from dsa_jax.opening import opening_line
 from dsa_jax.parallel.check import check_layout
 from dsa_jax.parallel.placement import on_mesh
 from dsa_jax.run.directory import RunDirectory, find_run
@@ -41,6 +42,7 @@ def evaluate_checkpoint(
     topk: Sequence[int] = (),
     overrides: Sequence[str] = (),
     on_row: Callable[[dict[str, Any]], None] | None = None,
+    on_open: Callable[[str], None] = lambda line: None,
 ) -> tuple[str, Parity]:
     """(where the parameters are from, the table) of a run directory or a Hugging Face one.
 
@@ -57,6 +59,7 @@ def evaluate_checkpoint(
         topk: budgets, of which each gives the rows that depend on it; none: that of the model.
         overrides: fields of `config` that somebody asked for, by names such as `config.eval.text_len`.
         on_row: called with each finished row.
+        on_open: called with the line that `opening_line` makes of the model, once it is loaded.
 
     Raises:
         ConfigError: where the model cannot run a row of `rows` or none of the configuration's, a run cannot follow the
@@ -108,6 +111,7 @@ def evaluate_checkpoint(
             run.config.parallel, run.config.eval = own.parallel, own.eval
             own, model, params, trained_on = run.config, run.model, run.params, run.text
             source = f"{directory}, stage {run.stage}"
+        on_open(opening_line(own.model, own.parallel, dtype=config.model.dtype if is_hf else ""))
         text = data.text.describe() if data.has_text and data.text is not None else None
         if text is not None:
             _LOG.info("text: %s, tokenizer %s", text["source"], text["tokenizer"])
