@@ -17,8 +17,10 @@ from dsa_jax.config import Config, IndexerConfig, OptimizerConfig
 
 def get_config() -> Config:
     config = Config(name="retrofit_hf_small")
+    config.model.dtype = "checkpoint"
     config.model.attention.indexer = IndexerConfig(enabled=True, n_heads=4, head_dim=32, rope_dim=16, topk=32)
-    retrofit_from_checkpoint(config, batch_size=2, seq_len=256, sparse_steps=12, text_sequences=32, eval_batch_size=8)
+    sizes = {"batch_size": 2, "seq_len": 256, "accumulation": 1, "eval_batch_size": 8}
+    retrofit_from_checkpoint(config, **sizes, sparse_steps=12, text_sequences=32)
     warmup, sparse = config.train.warmup, config.train.sparse
     warmup.steps, warmup.optimizer = 150, OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup_steps=5)
     sparse.optimizer = OptimizerConfig(learning_rate=1e-5, schedule="constant", warmup_steps=4, indexer_learning_rate=3e-4)

@@ -21,9 +21,9 @@ from dsa_jax.evals.held_out import HeldOut
 from dsa_jax.evals.parity import EvalStep, evaluate_parity, rehearsed_rows
 from dsa_jax.model import build_model
 from dsa_jax.model.attention.kinds import kinds_of
+from dsa_jax.opening import opening_of
 from dsa_jax.parallel.check import check_layout
 from dsa_jax.parallel.placement import on_mesh, place
-from dsa_jax.params import count_parameters, is_indexer_path, split_parameters
 from dsa_jax.report.card import base_of, model_card
 from dsa_jax.report.report import format_row, format_table, format_verdict, to_plain, write_report
 from dsa_jax.run.checkpoints import latest_position
@@ -60,13 +60,16 @@ def retrofit(config: Config, workdir: Path) -> dict[str, Any] | None:
         MissingExtraError: where the package of a tracker is not installed.
     """
     check_places(config, workdir)
-    run = RunDirectory(workdir, resumed=True)
+    run, dtype = RunDirectory(workdir, resumed=True), config.model.dtype
     config = resolve_run(resolve_checkpoint(config, run.source_path), workdir)
     config.validate()
     require_trackers(config)
     if _stages(config):
         config.model.check_trainable()
     check_layout(config)
+    config = config.laid_out()
+    if is_main():
+        print(opening_of(config, dtype=dtype), flush=True)
     for remark in _remarks(config):
         _LOG.warning("%s", remark)
     with ExitStack() as claim, on_mesh(config.parallel):
@@ -179,11 +182,6 @@ def _retrofit(inputs: _Inputs) -> dict[str, Any] | None:
     if position is None:
         params = place(params)
         on_main(lambda: _record_inputs(inputs))
-    n_indexer = count_parameters(split_parameters(params, is_indexer_path)[0])
-    _LOG.info(
-        "%s: %d parameters, %d of them in indexers; trained: %s",
-        *(config.name, count_parameters(params), n_indexer, _trained(config, names, params) or "none"),
-    )
     summaries: dict[str, dict[str, Any]] = {}
     trackers = open_trackers(run.path, config) if is_main() else []
     log = MetricsLog(run.metrics_path if is_main() else None, trackers=trackers)
@@ -211,12 +209,6 @@ def _retrofit(inputs: _Inputs) -> dict[str, Any] | None:
             _export(inputs, params)
         card = functools.partial(_write_card, inputs)
         return _evaluate_and_report(training, params, summaries, eval_data, eval_steps, before_report=card)
-
-
-def _trained(config: Config, names: list[str], params: dict[str, Any]) -> str:
-    """The parameters that the stages `names` train, in words."""
-    count = lambda name: count_parameters(split_parameters(params, stage_of(config, name).trains)[0])
-    return ", ".join(f"{count(name)} in {name}" for name in names)
 
 
 def _check(inputs: _Inputs, accepted: frozenset[str], *, is_trained: bool) -> None:

@@ -33,6 +33,7 @@ def main(argv: list[str]) -> int | None:
     del argv
     from dsa_jax.benchmarks import layer, ops, peers, train_step
     from dsa_jax.benchmarks.op_checks import CheckError
+    from dsa_jax.opening import opening_line
     from dsa_jax.run.environment import describe_environment
 
     _OUTPUT.check()
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> int | None:
     if is_op:
         if _PEERS.value:
             peers.share_memory(os.environ)
+        print(opening_line(None), flush=True)
         lines: list[str] = []
         try:
             rows = ops.run(_OP.value, _SHAPE.value, _IMPLEMENTATION.value, with_peers=_PEERS.value, report=lines.append)
@@ -54,6 +56,8 @@ def main(argv: list[str]) -> int | None:
         print("\n".join(lines))
     else:
         lengths = [int(text) for text in _LENGTHS.value] or DEFAULT_LENGTHS[_OP.value]
+        if _OP.value == "layer":  # the other one leaves the devices to processes of its own
+            print(opening_line(None), flush=True)
         rows = {"layer": layer, "train_step": train_step}[_OP.value].run(lengths)
     where = describe_environment()
     _OUTPUT.append({**row, "environment": where} for row in rows)

@@ -31,15 +31,18 @@ def main(argv: list[str]) -> None:
 
     jax.config.update("jax_platforms", "cpu")
     from dsa_jax.checkpoints.convert import to_hf, to_run
+    from dsa_jax.opening import opening_line
 
     if bool(_TO_HF.value) == bool(_TO_RUN.value):
         raise ConfigError("give exactly one of --to_hf=DIR and --to_run=DIR.")
     if _TO_RUN.value and _WEIGHT_FORMAT.value != "plain":
         raise ConfigError(f"--weight_format is {_WEIGHT_FORMAT.value}, but a run has plain weights; it goes with --to_hf=DIR.")
+    opened = lambda model: print(opening_line(model), flush=True)
+    source = Path(_CHECKPOINT.value)
     if _TO_HF.value:
-        print(to_hf(Path(_CHECKPOINT.value), Path(_TO_HF.value), weight_format=_WEIGHT_FORMAT.value))
+        print(to_hf(source, Path(_TO_HF.value), weight_format=_WEIGHT_FORMAT.value, opened=opened))
     else:
-        print(to_run(Path(_CHECKPOINT.value), Path(_TO_RUN.value)))
+        print(to_run(source, Path(_TO_RUN.value), opened=opened))
 
 
 if __name__ == "__main__":

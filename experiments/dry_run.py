@@ -1,13 +1,15 @@
 r"""Needs of a recipe, with nothing allocated: parameters, FLOPs, cache, bytes per device, sharding, compiled memory.
 
+    python -m experiments.dry_run --config=configs/retrofit_hf.py --config.init.hf_dir=DIR           # config.json is enough
     python -m experiments.dry_run --config=configs/h200x8_deepseek_v2_lite.py
     python -m experiments.dry_run --config=configs/h200x8_deepseek_v2_lite.py --compile              # emulated devices
     python -m experiments.dry_run --config=configs/h200x8_deepseek_v2_lite.py --target=h200x8        # GPUs that are not here
     python -m experiments.dry_run --config=configs/deepseek_v32.py --config.parallel.preset=ep8 --step=decode --target=h200x8
 
-Without --compile or --target all of it follows from shapes, in seconds. Both compile the real step of --step, which also tells
-the collectives: --compile for emulated CPU devices, whose memory is not a GPU's, --target for the named GPUs, with the compiler
-of the extra `aot`.
+First comes a verdict: on which --gpus it fits, hours and dollars of its stages, and from which length sparse attention pays.
+Without --compile or --target all of it follows from shapes, in seconds, for a model that computes on a GPU. Both compile the
+real step of --step, which also tells the collectives: --compile for emulated CPU devices, whose memory is not a GPU's, --target
+for the named GPUs, with the compiler of the extra `aot`.
 """
 
 import math
@@ -37,6 +39,16 @@ _CACHE_DTYPE = flags.DEFINE_enum(
 _MEMORY = limited_flag(
     "device_gb", 141.0, float, Range(1.0, 1e6), "Memory of a device in GB (1e9 bytes), to say whether it fits."
 )
+_GPUS = list_flag("gpus", ["1x80", "8x80"], NAME, "Machines of the verdict: number of GPUs x memory of one in GB, 1e9 bytes.")
+_MFU = limited_flag("mfu", 0.35, float, Range(1e-3, 1.0), "verdict: share of the peak that training is taken to reach.")
+_PEAK = limited_flag(
+    "peak_tflops",
+    None,
+    float,
+    Range(1e-3, 1e6),
+    "verdict: peak TFLOP/s of a GPU; empty: an H100's in the dtype of the matmuls.",
+)
+_PRICE = limited_flag("dollars_per_gpu_hour", 2.50, float, Range(0, 1e6), "verdict: rent of one GPU.")
 _OUTPUT = OutputFlag("JSON file for everything that is printed; empty: none.")
 
 
@@ -50,22 +62,27 @@ def main(argv: list[str]) -> None:
     from dsa_jax.checkpoints.from_hf import resolve_checkpoint
     from dsa_jax.config import STAGES, ParallelConfig
     from dsa_jax.dryrun import (
+        Assumed,
         DecodeShape,
         compile_step,
         emulated_mesh,
         format_compiled,
         format_summary,
+        format_verdict,
         format_weak_scaling,
+        judge,
+        parse_machine,
         summarize,
         target_mesh,
         weak_scaling,
     )
 
     _check_flags()
+    machines = [parse_machine(text) for text in _GPUS.value]
     _OUTPUT.check()
     config = _CONFIG.checked
     if config.init.hf_dir:
-        config = resolve_checkpoint(config)
+        config = resolve_checkpoint(config, platform="gpu")
     config.validate()
     jax.config.update("jax_platforms", "cpu")
     layouts = [config.parallel, *(ParallelConfig(preset=preset) for preset in _WEAK_SCALING.value)]
@@ -85,7 +102,9 @@ def main(argv: list[str]) -> None:
 
     device_bytes = 1e9 * _MEMORY.value
     summary = summarize(config)
-    print(format_summary(summary, device_bytes), flush=True)
+    verdict = judge(config, machines, Assumed(_MFU.value, _PRICE.value, _PEAK.value))
+    summary["verdict"] = verdict
+    print(format_verdict(verdict, config) + "\n\n" + format_summary(summary, device_bytes), flush=True)
     if _COMPILE.value or _TARGET.value:
         if _TARGET.value:
             mesh, device_bytes = target_mesh(config, _TARGET.value)

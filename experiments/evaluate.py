@@ -49,6 +49,10 @@ def main(argv: list[str]) -> None:
     from dsa_jax.report.report import format_about, format_row, format_samples, format_table, format_verdict
     from dsa_jax.run.processes import is_main, on_main
 
+    def show(line: str) -> None:
+        if is_main():
+            print(line, flush=True)
+
     _PROCESSES.start()
     on_main(_OUTPUT.check)
     _, table = evaluate_checkpoint(
@@ -63,7 +67,8 @@ def main(argv: list[str]) -> None:
         text_task_scoring=_SCORING.value,
         topk=[int(budget) for budget in _TOPK.value],
         overrides=_CONFIG.overrides,
-        on_row=lambda row: print(format_row(row), flush=True) if is_main() else None,
+        on_row=lambda row: show(format_row(row)),
+        on_open=show,
     )
     if not is_main():
         return

@@ -55,6 +55,7 @@ def main(argv: list[str]) -> None:
     from dsa_jax.data.documents import unpaired_surrogate
     from dsa_jax.generation import generate
     from dsa_jax.generation.text import TextStream
+    from dsa_jax.opening import opening_line
     from dsa_jax.parallel.placement import on_mesh
 
     texts = [*_PROMPT.value, *([_read(user_path("--prompt_file", _PROMPT_FILE.value))] if _PROMPT_FILE.value else [])]
@@ -63,8 +64,10 @@ def main(argv: list[str]) -> None:
     for text in texts:
         if unpaired_surrogate(text):
             raise ConfigError(f"--prompt is {text!r}, which is not UTF-8. Put it into a file and give --prompt_file=FILE.")
-    with on_mesh(ParallelConfig(preset=_PARALLEL.value)):
+    parallel = ParallelConfig(preset=_PARALLEL.value)
+    with on_mesh(parallel):
         loaded = open_checkpoint(_CHECKPOINT.value, weight_format=_WEIGHT_FORMAT.value)
+    print(opening_line(loaded.config, parallel), file=sys.stderr)  # stdout is the text alone
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise ConfigError(

@@ -6,10 +6,32 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dsa_jax.config import Config, StageConfig
+
 
 def _peak_bytes() -> int:
     """Largest resident size of this process so far, in bytes (Linux counts in KiB)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def recipe(length: int, topk: int) -> Config:
+    """The small model and its sparse stage, of one sequence of `length` tokens."""
+    config = Config()
+    config.model.max_positions = length
+    config.model.remat = "full"
+    config.model.attention.indexer.enabled = True
+    config.model.attention.indexer.n_heads = 4
+    config.model.attention.indexer.head_dim = 32
+    config.model.attention.indexer.rope_dim = 32
+    config.model.attention.indexer.topk = topk
+    config.train.sparse = StageConfig(steps=3, batch_size=1, seq_len=length)
+    return config
+
+
+def _opening(length: int, topk: int) -> str:
+    from dsa_jax.opening import opening_of
+
+    return opening_of(recipe(length, topk))
 
 
 def measure(length: int, topk: int) -> dict[str, Any]:
@@ -22,21 +44,12 @@ def measure(length: int, topk: int) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from dsa_jax.config import Config, StageConfig
     from dsa_jax.data import Batch
     from dsa_jax.model import build_model, init_params
     from dsa_jax.train.stages import SPARSE
     from dsa_jax.train.step import init_state, make_train_step
 
-    config = Config()
-    config.model.max_positions = length
-    config.model.remat = "full"
-    config.model.attention.indexer.enabled = True
-    config.model.attention.indexer.n_heads = 4
-    config.model.attention.indexer.head_dim = 32
-    config.model.attention.indexer.rope_dim = 32
-    config.model.attention.indexer.topk = topk
-    config.train.sparse = StageConfig(steps=3, batch_size=1, seq_len=length)
+    config = recipe(length, topk)
     config.validate()
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, config.model.vocab_size, (1, length + 1), dtype=np.int32)
@@ -67,9 +80,14 @@ def measure(length: int, topk: int) -> dict[str, Any]:
 
 
 def run(lengths: Sequence[int], topk: int = 512, *, report: Callable[[str], None] = print) -> list[dict[str, Any]]:
-    """`measure` each length in a fresh process, so that one peak does not hide another; `report` gets the table at the end."""
+    """`measure` each length in a fresh process, so that one peak does not hide another.
+
+    `report` gets the opening line, and the table at the end. This process takes no accelerator from those that measure.
+    """
     context = multiprocessing.get_context("spawn")
     rows = []
+    with context.Pool(1) as pool:
+        report(pool.apply(_opening, (lengths[0], topk)))
     for length in lengths:
         with context.Pool(1) as pool:
             rows.append(pool.apply(measure, (length, topk)))

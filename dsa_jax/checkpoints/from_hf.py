@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from dsa_jax.checkpoints.hf import load_pretrained, read_model_config, save_pretrained
 from dsa_jax.checkpoints.hf.locate import locate_checkpoint
 from dsa_jax.checkpoints.hf.read_config import stated_dtype
@@ -16,10 +18,12 @@ from dsa_jax.checkpoints.hf.weights import read_json
 from dsa_jax.config import Config, ConfigError, ModelConfig, to_dict
 from dsa_jax.config.attention import FULL, extended
 from dsa_jax.config.fields import flatten
+from dsa_jax.config.model import OF_CHECKPOINT
 from dsa_jax.config.selections import DENSE
+from dsa_jax.costs.indexer_size import paying_heads
 from dsa_jax.data import load_tokenizer
 from dsa_jax.data.tokenizer import Tokenizer
-from dsa_jax.model import Transformer
+from dsa_jax.model import Transformer, build_model
 from dsa_jax.model.attention.indexer_scale import divided_by_gain
 from dsa_jax.parallel.placement import current_mesh
 from dsa_jax.params import is_indexer_path, nested_parameters, parameter_paths
@@ -33,12 +37,14 @@ _OF_THE_RUN = ("param_dtype", "dtype", "weight_format", "scan_layers", "remat")
 CHECKPOINT_TOKENIZER = "checkpoint"
 
 
-def resolve_checkpoint(config: Config, kept: Path | None = None) -> Config:
+def resolve_checkpoint(config: Config, kept: Path | None = None, *, platform: str | None = None) -> Config:
     """`config` with the model and tokenizer of `init.hf_dir`, and that as a directory; the same config where it is not set.
 
     The model is the checkpoint's. From the recipe come `model.param_dtype`, `dtype`, `weight_format`, `scan_layers`, `remat`,
     `attention.implementation`, an attention kind that extends the checkpoint's, the experts' balance settings and, where
-    the checkpoint has no indexer, `attention.indexer` and `attention.layer_types`.
+    the checkpoint has no indexer, `attention.indexer` and `attention.layer_types`. `model.dtype` "checkpoint" becomes the
+    checkpoint's, on a CPU float32, since bfloat16 is emulated there; `attention.indexer.n_heads` 0 what `paying_heads` finds
+    for `train.sparse`. `platform` is where the model computes, "cpu" or "gpu"; None: where this process does.
     `data.text.tokenizer` "checkpoint" becomes the directory, or "bytes" where the checkpoint says so. Where the directory is
     gone, what `keep_source` wrote to `kept` is read.
 
@@ -57,7 +63,11 @@ def resolve_checkpoint(config: Config, kept: Path | None = None) -> Config:
             _LOG.info("%s has indexers of its own: model.attention.indexer is taken from there", config.init.hf_dir)
         if config.init.dense_layers:
             config.model.attention.layer_types = _first_dense(config, theirs)
+        if config.model.dtype == OF_CHECKPOINT:
+            config.model.dtype = "float32" if (platform or jax.default_backend()) == "cpu" else theirs.dtype
         config.model = _merged(config.model, theirs)
+        if config.model.attention.indexer.enabled and not config.model.attention.indexer.n_heads:
+            config.model.attention.indexer.n_heads = paying_heads(config.model, config.train.sparse.longest)
     if config.data.text.tokenizer == CHECKPOINT_TOKENIZER:
         if not config.init.hf_dir:
             raise ConfigError(
@@ -117,7 +127,7 @@ def keep_source(hf_dir: str, kept: Path) -> None:
         shutil.copyfile(card, kept / card.name)
     content = read_json(Path(hf_dir) / "config.json")
     if stated_dtype(content) is None:
-        content["torch_dtype"] = "float32"  # else it is read from the weights; a run has its own
+        content["torch_dtype"] = read_model_config(hf_dir).dtype  # it was read from the weights, which may go
     write_object(kept / "config.json", content)  # last: it marks the copy as complete
 
 
@@ -176,8 +186,9 @@ def load_for_evaluation(config: Config) -> tuple[Config, Transformer, dict[str, 
         weight_format=config.model.weight_format,
         mesh=current_mesh(),
     )
-    config.model = loaded.config
-    return config, loaded.model, loaded.params
+    # Weights are stored as model.param_dtype says, and multiplied as model.dtype does.
+    config.model = dataclasses.replace(loaded.config, dtype=config.model.dtype)
+    return config, build_model(config.model), loaded.params
 
 
 def export_checkpoint(

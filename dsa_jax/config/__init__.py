@@ -7,6 +7,7 @@ from dsa_jax.config.model import LayerSpec, ModelConfig, MoEConfig
 from dsa_jax.config.recipe import (
     ARGMAX,
     AXES,
+    BATCH_AXES,
     BOTH,
     GENERATION,
     GENERATION_ROOM,
@@ -29,6 +30,7 @@ from dsa_jax.config.recipe import (
 __all__ = [
     "ARGMAX",
     "AXES",
+    "BATCH_AXES",
     "BOTH",
     "GENERATION",
     "GENERATION_ROOM",

@@ -67,7 +67,9 @@ class IndexerConfig(Settings):
     """The lightning indexer (DeepSeek-V3.2 report, section 1)."""
 
     enabled: bool = False
-    n_heads: int = limited(64, HEADS_IF_USED)
+    n_heads: int = limited(
+        64, HEADS_IF_USED
+    )  # 0, with init.hf_dir: as many, up to 16, as leave sparse attention no dearer than dense at train.sparse.seq_len
     head_dim: int = limited(128, Range(0, 2**16))
     rope_dim: int = limited(64, Range(0, 2**16))  # leading channels of each head that are rotated
     topk: int = limited(2048, COUNT)  # k in the paper
@@ -101,7 +103,12 @@ class IndexerConfig(Settings):
                     "model.attention.indexer.enabled=True."
                 )
             return
-        for name in ("n_heads", "head_dim", "coarse_block_size", "coarse_blocks"):
+        if not self.n_heads:
+            raise ConfigError(
+                "model.attention.indexer.n_heads is 0 without a checkpoint to size it by; expected a positive number. Set it, "
+                "or give --config.init.hf_dir=DIR."
+            )
+        for name in ("head_dim", "coarse_block_size", "coarse_blocks"):
             positive(f"model.attention.indexer.{name}", getattr(self, name))
         if 0 < self.forced_sink + self.forced_local >= self.topk:
             raise ConfigError(

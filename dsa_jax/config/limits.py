@@ -142,6 +142,7 @@ HEADS = Range(1, 4096)
 HEADS_IF_USED = Range(0, 4096)
 ROWS = Range(1, 2**20)
 """Sequences, records or symbols."""
+ROWS_IF_SET = Range(0, 2**20)
 FRACTION = Range(0, 1.0)
 WEIGHT = Range(0, 1e6)
 """Of a loss."""

@@ -25,6 +25,7 @@ PLAIN, FP8_BLOCKS = "plain", "fp8_blocks"
 WEIGHT_FORMATS = (PLAIN, FP8_BLOCKS)
 """Storage of a model's kernels: in `param_dtype`, or in e4m3 with a float32 scale per block of 128 x 128."""
 DTYPE = Choices(("float32", "bfloat16"))
+OF_CHECKPOINT = "checkpoint"
 DENSE_MLP, MOE = "dense", "moe"
 
 
@@ -102,7 +103,9 @@ class ModelConfig(Settings):
     bos_token_id: int = limited(-1, Range(-1, 2**24))  # -1: none
     eos_token_ids: tuple[int, ...] = limited((), Range(0, 2**24))  # tokens that end a generated text
     param_dtype: str = limited("float32", DTYPE)
-    dtype: str = limited("float32", DTYPE)  # of activations and matmuls; float32 is never rounded to tf32
+    dtype: str = limited(
+        "float32", Choices((*DTYPE.known, OF_CHECKPOINT))
+    )  # of activations and matmuls; float32 is never rounded to tf32; checkpoint: that of init.hf_dir, on a CPU float32
     weight_format: str = limited(
         PLAIN, Choices(WEIGHT_FORMATS)
     )  # plain | fp8_blocks (e4m3 kernels with block scales, but for head and router; for serving)
@@ -135,6 +138,11 @@ class ModelConfig(Settings):
 
     def validate(self) -> None:
         check_kinds(self, "model.")
+        if self.dtype == OF_CHECKPOINT:
+            raise ConfigError(
+                f"model.dtype is {OF_CHECKPOINT!r} without a checkpoint; expected {' or '.join(DTYPE.known)}. Set it, or give "
+                "--config.init.hf_dir=DIR."
+            )
         for name, tokens in (("bos_token_id", (self.bos_token_id,)), ("eos_token_ids", self.eos_token_ids)):
             if max(tokens, default=-1) >= self.vocab_size:
                 raise ConfigError(

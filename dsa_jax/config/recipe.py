@@ -4,6 +4,8 @@ The dataclasses stay unfrozen because flag overrides are assigned after construc
 have been. Lengths are in tokens, learning rates are absolute, fractions lie in [0, 1].
 """
 
+import copy
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -17,6 +19,7 @@ from dsa_jax.config.limits import (
     LENGTH,
     PATH,
     ROWS,
+    ROWS_IF_SET,
     SEED,
     WEIGHT,
     Choices,
@@ -58,6 +61,8 @@ ARGMAX, GENERATION, BOTH = "argmax", "generation", "both"
 """Scorings of text tasks: every token of an answer, given those before it; the answer in generated text; a column for each."""
 GENERATION_ROOM = 64
 """Positions behind a row of a text task that its generated answers may take."""
+BATCH_AXES = ("data", "fsdp", "expert")
+"""Axes over which the rows of a batch are split."""
 _AXIS_OF = {"dp": "data", "fsdp": "fsdp", "ep": "expert", "tp": "tensor", "cp": "context"}
 
 
@@ -197,7 +202,9 @@ class StageConfig:
     batch_size: int = limited(16, ROWS)  # sequences per update
     seq_len: int = limited(256, LENGTH)
     curriculum: tuple[tuple[int, int], ...] = limited((), COUNT)  # ((until_step, seq_len), ...) before seq_len applies
-    accumulation: int = limited(1, ROWS)  # micro-batches per update
+    accumulation: int = limited(
+        1, ROWS_IF_SET
+    )  # micro-batches per update; 0: as many as leave each device one row, whatever the layout
     indexer_loss_weight: float = limited(1.0, WEIGHT)  # multiplies the KL, summed over layers
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     log_every: int = limited(10, COUNT)
@@ -242,7 +249,7 @@ class StageConfig:
         return max(self.lengths)
 
     def validate(self, prefix: str) -> None:
-        if self.batch_size % self.accumulation:
+        if self.accumulation and self.batch_size % self.accumulation:
             raise ConfigError(
                 f"{prefix}.batch_size is {self.batch_size}; expected a multiple of accumulation ({self.accumulation})."
             )
@@ -362,7 +369,7 @@ class EvalConfig:
         ARGMAX, Choices((ARGMAX, GENERATION, BOTH))
     )  # argmax of the answer's tokens, each after the right ones; greedy generation that contains the answer; or both
     samples: int = limited(2, AMOUNT)  # held-out rows continued greedily, dense and sparse, for the report; 0: none
-    batch_size: int = limited(16, ROWS)
+    batch_size: int = limited(16, ROWS_IF_SET)  # rows evaluated at a time; 0: one on each device, whatever the layout
     rows: tuple[str, ...] = limited(
         ("dense", "sparse", "untrained", "window", "oracle"), Choices(lambda: tuple(eval_rows()))
     )  # of {eval_rows}
@@ -428,6 +435,12 @@ class ParallelConfig:
         """Devices along each axis, in the order of the mesh."""
         return {name: getattr(self, name) or size for name, size in _preset_sizes(self.preset).items()}
 
+    @property
+    def row_parts(self) -> int:
+        """Parts that the rows of a batch are split into: devices along `BATCH_AXES`."""
+        sizes = self.sizes()
+        return math.prod(sizes[axis] for axis in BATCH_AXES)
+
 
 def _preset_sizes(preset: str) -> dict[str, int]:
     sizes = dict.fromkeys(AXES, 1)
@@ -457,6 +470,19 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     init: InitConfig = field(default_factory=InitConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def laid_out(self) -> "Config":
+        """A copy in which `train.STAGE.accumulation` and `eval.batch_size` of 0 are the numbers that the layout gives.
+
+        Both leave one row to each device, the least that a mesh can split: the memory of a step then does not depend on the
+        batch. A batch that does not divide by the devices is left whole, for `dsa_jax.parallel.check` to refuse.
+        """
+        config, n_parts = copy.deepcopy(self), self.parallel.row_parts
+        for stage in (getattr(config.train, name) for name in STAGES):
+            if not stage.accumulation:
+                stage.accumulation = 1 if stage.batch_size % n_parts else stage.batch_size // n_parts
+        config.eval.batch_size = config.eval.batch_size or n_parts
+        return config
 
     def validate(self) -> None:
         """Check every field against the others.

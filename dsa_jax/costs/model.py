@@ -226,6 +226,19 @@ def training_flops_per_token(config: ModelConfig, length: int, attention: str) -
     return 6.0 * (weights.model + weights.indexers) + work.selected + work.dense + scores + kl
 
 
+def warmup_flops_per_token(config: ModelConfig, length: int) -> float:
+    """FLOPs of one token of the indexer's warm-up, in a causal sequence of `length` tokens, on average.
+
+    The frozen model's forward pass under dense attention up to its last layer, without the head; the indexers' weights three
+    times, an upper bound since no gradient reaches their input; and the KL over every visible key.
+    """
+    weights, costs, visible = active_weights(config), kind_costs(config), (length + 1) / 2
+    work = attention_work(config, "dense", "expanded", visible, lambda most: mean_kept(most, length))
+    head = config.vocab_size * config.hidden_dim
+    kl = n_indexers(config) * visible * kl_flops(costs.expanded, costs.score)
+    return 2.0 * (weights.model - head) + 6.0 * weights.indexers + work.dense + kl
+
+
 def pays_from(dense: Sequence[float], sparse: Sequence[float], positions: Sequence[int]) -> int | None:
     """The first position from which sparse stays below dense; None if it never does."""
     for i, position in enumerate(positions):

@@ -37,6 +37,7 @@ def summarize(config: Config) -> dict[str, Any]:
         ConfigError: when something does not divide over the mesh, or a stage is to train weights in fp8.
     """
     check_layout(config)
+    config = config.laid_out()
     model = build_model(config.model)
     params = abstract_params(model)
     sizes, has_indexer = config.parallel.sizes(), config.model.attention.indexer.enabled

@@ -19,6 +19,7 @@ from dsa_jax.config.selections import eval_rows
 from dsa_jax.data import EvalData, make_eval_data
 from dsa_jax.evals.parity import Parity, can_run, evaluate_parity
 from dsa_jax.foreign import printable
+from dsa_jax.opening import opening_line
 from dsa_jax.parallel.check import check_layout
 from dsa_jax.parallel.placement import on_mesh
 from dsa_jax.run.directory import RunDirectory, find_run
@@ -43,6 +44,7 @@ def evaluate_checkpoint(
     topk: Sequence[int] = (),
     overrides: Sequence[str] = (),
     on_row: Callable[[dict[str, Any]], None] | None = None,
+    on_open: Callable[[str], None] = lambda line: None,
 ) -> tuple[str, Parity]:
     """(where the parameters are from, the table) of a run directory or a Hugging Face one.
 
@@ -60,6 +62,7 @@ def evaluate_checkpoint(
         topk: budgets, of which each gives the rows that depend on it; none: that of the model.
         overrides: fields of `config` that somebody asked for, by names such as `config.eval.text_len`.
         on_row: called with each finished row.
+        on_open: called with the line that `opening_line` makes of the model, once it is loaded.
 
     Raises:
         ConfigError: where the model cannot run a row of `rows` or none of the configuration's, a run cannot follow the
@@ -100,6 +103,7 @@ def evaluate_checkpoint(
     trained_on = None
     _check_rows(rows, dataclasses.replace(own, model=read_model_config(directory)) if is_hf else own)
     check_layout(dataclasses.replace(own, train=TrainConfig()))
+    own = own.laid_out()
     record = on_main(lambda: read_text_record(directory)) if is_hf and own.data.text_fraction else None
     is_named = bool(own.data.text.path) or any(name.startswith("config.data.") for name in overrides)
     data = (None if is_named or record is None else data_of_report(record, own)) or _eval_data(own)
@@ -113,6 +117,7 @@ def evaluate_checkpoint(
             run.config.parallel, run.config.eval = own.parallel, own.eval
             own, model, params, trained_on = run.config, run.model, run.params, run.text
             source = found.words_for(run.stage)
+        on_open(opening_line(own.model, own.parallel, dtype=config.model.dtype if is_hf else ""))
         text = data.text.describe() if data.has_text and data.text is not None else None
         if text is not None:
             _LOG.info("text: %s, tokenizer %s", text["source"], text["tokenizer"])

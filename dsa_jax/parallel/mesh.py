@@ -8,9 +8,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from dsa_jax.config import AXES, ConfigError, ParallelConfig
-
-BATCH_AXES = ("data", "fsdp", "expert")
-"""Axes over which the rows of a batch are sharded."""
+from dsa_jax.config import BATCH_AXES as BATCH_AXES
 
 
 def make_mesh(config: ParallelConfig, devices: Sequence[Any] | None = None) -> Mesh:

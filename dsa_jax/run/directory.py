@@ -26,9 +26,10 @@ _LOGS = ("metrics.jsonl", "timing.jsonl", "evaluations.jsonl", TRACKED_FILE)
 _FILES = ("config.json", "environment.json", *_LOGS, "report.json", "report.html")
 _FOLDERS = ("checkpoints", *(f"{folder}/{stage}" for folder in ("checkpoints", "tensorboard", "profile") for stage in STAGES))
 _FOLDERS += ("tensorboard", "wandb", "profile", "hf_source")
+_OF_A_STAGE = r"(accumulation|log_every|checkpoint_every|evaluate_every)"
 _WITHOUT_EFFECT = re.compile(
-    r"parallel\..*|train\.(nan_policy|max_skipped_steps|keep_checkpoints|gate|gate_coverage|gate_extend_steps|gate_extend_max"
-    r"|profile_steps|trackers|tracker_project|\w+\.(log_every|checkpoint_every|evaluate_every))"
+    r"parallel\..*|eval\.batch_size|train\.(nan_policy|max_skipped_steps|keep_checkpoints|profile_steps|trackers|tracker_project"
+    rf"|gate|gate_coverage|gate_extend_steps|gate_extend_max|\w+\.{_OF_A_STAGE})"
 )
 
 _ADDED = re.compile(r"train\.(\w+\.tokens|warmup_attention|sparse_trains|gate_extend_steps|gate_extend_max)")
@@ -177,7 +178,8 @@ class RunDirectory:
 def open_run(workdir: str | os.PathLike[str], config: Config, *, accepted: Collection[str] = ()) -> RunDirectory:
     """Create the run directory of `config`, or continue the run in it; only fields that change no result may differ.
 
-    Those are `parallel`, the policy on non-finite losses, how often is logged and saved, and the fields `accepted`.
+    Those are `parallel` and the rows computed at a time, the policy on non-finite losses, how often is logged and saved, and
+    the fields `accepted`.
 
     Writes config.json and environment.json. Where the run continues in another environment, the recorded one is appended to
     `history`, oldest first. A directory with neither a checkpoint nor a report, left by a command that could not begin, may

@@ -78,7 +78,7 @@ def make_train_step(model: Transformer, stage: Stage, config: Config) -> Callabl
         ConfigError: for a model whose weights are kept in fp8.
     """
     config.model.check_trainable()
-    stage_config: StageConfig = getattr(config.train, stage.name)
+    stage_config: StageConfig = getattr(config.laid_out().train, stage.name)
     optimizer = make_optimizer(stage_config.optimizer, stage_config.n_steps)
     rates = learning_rates(stage_config.optimizer, stage_config.n_steps)
     moe = config.model.moe

@@ -1,11 +1,13 @@
 """Indexers attached to a checkpoint: their initial scale, and layers that get none."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
+from configs import retrofit_hf
 from dsa_jax import load_pretrained, save_pretrained
-from dsa_jax.checkpoints.from_hf import checkpoint_params, resolve_checkpoint
-from dsa_jax.config import Config, ConfigError, DataConfig, IndexerConfig
+from dsa_jax.checkpoints.from_hf import checkpoint_params, keep_source, load_for_evaluation, resolve_checkpoint
+from dsa_jax.config import AttentionConfig, Config, ConfigError, DataConfig, IndexerConfig
 from dsa_jax.params import is_indexer_path, parameter_paths
 from tests.dsa_jax.checkpoints.hf.tiny import HIDDEN, LAYERS, config_of, tensors_of, write_checkpoint
 
@@ -87,3 +89,66 @@ def test_dense_layers_that_cannot_be_are_refused(tmp_path, case, init, message):
     config.init.dense_layers = 2
     with pytest.raises(ConfigError, match=r"init.dense_layers is 2 without init.hf_dir"):
         config.validate()
+
+
+def of_recipe(directory, *, platform, **model):
+    config = retrofit_hf.get_config()
+    config.init.hf_dir, config.data.text.tokenizer = str(directory), "bytes"
+    config.train.sparse.seq_len = 32
+    for name, value in model.items():
+        setattr(config.model, name, value)
+    return resolve_checkpoint(config, platform=platform)
+
+
+@pytest.mark.parametrize(
+    ("stated", "platform", "asked", "computed"),
+    [
+        ("bfloat16", "gpu", "checkpoint", "bfloat16"),
+        ("bfloat16", "cpu", "checkpoint", "float32"),
+        ("bfloat16", None, "checkpoint", "float32"),  # where the tests run
+        ("float32", "gpu", "checkpoint", "float32"),
+        ("float16", "gpu", "checkpoint", "float32"),  # which float16 is read as
+        ("bfloat16", "gpu", "float32", "float32"),
+        ("float32", "gpu", "bfloat16", "bfloat16"),
+        ("bfloat16", "cpu", "bfloat16", "bfloat16"),
+    ],
+)
+def test_matmuls_follow_the_checkpoint_unless_told(tmp_path, stated, platform, asked, computed):
+    content = config_of("qwen3") | {"dtype": stated}
+    directory = write_checkpoint(tmp_path, content, tensors_of(content))
+    config = of_recipe(directory, platform=platform, dtype=asked)
+    assert (config.model.param_dtype, config.model.dtype) == ("float32", computed)
+
+
+def test_an_evaluation_computes_in_the_dtype_that_is_asked_for(tmp_path):
+    config = recipe(source(tmp_path, "llama"))
+    config.model.dtype = "bfloat16"
+    found, model, params = load_for_evaluation(config)
+    assert found.model.dtype == model.config.dtype == "bfloat16" and found.model.param_dtype == "float32"
+    assert all(leaf.dtype == np.float32 for leaf in parameter_paths(params).values())
+
+
+@pytest.mark.parametrize("asked", [{"dtype": "checkpoint"}, {"n_heads": 0}])
+def test_what_a_checkpoint_decides_needs_one(asked):
+    config = Config()
+    config.model.attention.indexer = IndexerConfig(enabled=True, n_heads=asked.get("n_heads", 4))
+    config.model.dtype = asked.get("dtype", "float32")
+    with pytest.raises(ConfigError, match=r"without a checkpoint.*--config\.init\.hf_dir=DIR"):
+        config.validate()
+
+
+def test_index_heads_are_sized_by_the_model_unless_told(tmp_path):
+    directory = source(tmp_path, "qwen3")
+    assert of_recipe(directory, platform="gpu").model.attention.indexer.n_heads == 1  # topk is beyond these rows
+    told = IndexerConfig(enabled=True, n_heads=7, head_dim=16, rope_dim=8, topk=5)
+    assert of_recipe(directory, platform="gpu", attention=AttentionConfig(indexer=told)).model.attention.indexer == told
+
+
+def test_a_copy_of_the_source_states_the_dtype_of_weights_that_may_go(tmp_path):
+    content = config_of("qwen3")
+    content.pop("dtype", None), content.pop("torch_dtype", None)
+    tensors = {name: value.astype(ml_dtypes.bfloat16) for name, value in tensors_of(content).items()}
+    directory = write_checkpoint(tmp_path / "source", content, tensors)
+    keep_source(str(directory), tmp_path / "kept")
+    before, after = (of_recipe(path, platform="gpu").model.dtype for path in (directory, tmp_path / "kept"))
+    assert before == after == "bfloat16"

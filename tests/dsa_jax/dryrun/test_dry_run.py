@@ -10,6 +10,7 @@ import pytest
 
 import configs
 from configs import h200x8_deepseek_v2_lite
+from dsa_jax.checkpoints.from_hf import resolve_checkpoint
 from dsa_jax.config import Config, ConfigError, OptimizerConfig, StageConfig
 from dsa_jax.dryrun import (
     Collective,
@@ -35,6 +36,7 @@ from dsa_jax.train import loss as loss_module
 from dsa_jax.train.stages import STAGES
 from dsa_jax.train.step import init_state
 from tests.dsa_jax.train.tiny import tiny_config
+from tests.experiments.commands import ROOT
 
 RECIPES = [name for _, name, is_package in pkgutil.iter_modules(configs.__path__) if not is_package]
 
@@ -53,13 +55,14 @@ def recipe(preset="fsdp4_tp2", **tiny):
 def test_every_recipe(name):
     """Builds, validates, divides over its mesh, and the whole text comes out."""
     config = importlib.import_module(f"configs.{name}").get_config()
-    if name == "retrofit_hf":  # what a checkpoint would decide
-        config.model.max_positions = 8192
+    if name.startswith("retrofit_hf"):
+        config.init.hf_dir = str(ROOT / "tests" / "fixtures" / "configs" / "qwen3_8b")
+        config = resolve_checkpoint(config)
     config.validate()
     summary = summarize(config)
     text = format_summary(summary, 141e9)
     assert f"{summary['parameters']['total']:,}" in text and "GB per device" in text
-    assert summary["n_devices"] == (8 if name.startswith("h200x8") else 1)
+    assert summary["n_devices"] == (8 if name.startswith("h200x8") or name == "retrofit_qwen3_8b" else 1)
     assert sum(row["bytes"] for row in summary["sharding"]) == summary["parameter_bytes"]
     assert set(summary["stages"]) == {stage for stage in STAGES if getattr(config.train, stage).steps}
 
