@@ -2,12 +2,9 @@
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from dsa_jax.config.checks import ConfigError, shown
-
-if TYPE_CHECKING:
-    from dsa_jax.config.recipe import StageConfig
+from dsa_jax.config.stage import StageConfig
 
 _MOST = 100  # a trace of more steps is too large to open
 
@@ -30,7 +27,7 @@ def profiled_steps(text: str) -> range:
     return steps
 
 
-def check_profiled_steps(text: str, stages: Mapping[str, "StageConfig"]) -> None:
+def check_profiled_steps(text: str, stages: Mapping[str, StageConfig]) -> None:
     """Require a stage that has the steps, in none of which anything is compiled.
 
     Args:
