@@ -4,12 +4,13 @@ Command:   python -m experiments.retrofit --config=configs/retrofit_qwen3_8b.py 
                --config.data.text.path=TEXT --workdir=runs/qwen3_8b
            TEXT is a .txt, .jsonl or .npy file or a directory of them. The result is runs/qwen3_8b/hf.
            configs/retrofit_qwen3_8b.py:1gpu is for one GPU; its hf continues on eight with --config.init.hf_dir=runs/...
-           --config.train.warmup.steps=0.
+           --config.train.warmup.tokens=0.
 Hardware:  eight GPUs of 80 GB; experiments.dry_run with the same --config says the bytes, hours and dollars.
-One GPU:   only the warm-up fits, 100e6 tokens at 16K with the base frozen. Sparse training does not: float32 parameters,
-           gradients and two moments of 8.3e9 parameters take 133 GB before the first activation. What comes out attends densely
-           as it did, and sparsely (--attention=sparse) with a base that has not adapted: SpotAttention reports parity so, with
-           another selection rule (top-p); GLM-5 lost RULER 128K 79.21 -> 71.35 after the warm-up alone.
+One GPU:   the warm-up fits, 100e6 tokens at 16K with the base frozen. Sparse training of the whole model does not: float32
+           parameters, gradients and two moments of 8.3e9 parameters take 133 GB before the first activation;
+           --config.train.sparse.tokens=N --config.train.sparse_trains=indexer goes on with the indexer alone. What comes out
+           attends densely as it did, and sparsely (--attention=sparse) with a base that has not adapted: SpotAttention reports
+           parity so, with another selection rule (top-p); GLM-5 lost RULER 128K 79.21 -> 71.35 after the warm-up alone.
 Not measured: time, and the quality that comes out. Nothing here has run on a GPU yet.
 
 Where the numbers come from:
@@ -44,9 +45,10 @@ def get_config(arg: str = "") -> Config:
     model.attention.layer_types = (DENSE,) * N_DENSE + (FULL,) * (model.n_layers - N_DENSE)
     if arg:
         retrofit_from_checkpoint(config, batch_size=8, seq_len=16384, sparse_steps=0)
-        train.warmup.steps = 763
+        train.warmup.steps, train.warmup.tokens = 0, 100_000_000
     else:
         config.parallel.preset = "fsdp8"
-        retrofit_from_checkpoint(config, batch_size=64, seq_len=32768, sparse_steps=9540)
+        retrofit_from_checkpoint(config, batch_size=64, seq_len=32768, sparse_steps=0)
+        train.warmup.steps, train.warmup.tokens, train.sparse.tokens = 0, 2_100_000_000, 20_000_000_000
     train.sparse.optimizer.learning_rate, train.sparse.optimizer.indexer_learning_rate = 5e-6, 1e-4
     return config
