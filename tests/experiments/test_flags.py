@@ -253,5 +253,6 @@ def test_errors_inside_main_are_one_line(capsys, monkeypatch):
     assert failure(capsys, 1, fails(RunError("no space"))) == "error: no space\n"
     assert failure(capsys, 1, fails(MissingExtraError("Run: pip install x"))) == "error: Run: pip install x\n"
     assert failure(capsys, 2, fails(flags.ValidationError("--lengths"))) == "error: --lengths\n"
+    assert failure(capsys, 130, fails(KeyboardInterrupt())).startswith("error: interrupted; ")
     with pytest.raises(ZeroDivisionError):
         fails(ZeroDivisionError())()
