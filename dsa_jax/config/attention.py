@@ -66,7 +66,7 @@ class RopeConfig(Settings):
 class IndexerConfig(Settings):
     """The lightning indexer (DeepSeek-V3.2 report, section 1)."""
 
-    enabled: bool = False
+    enabled: bool = False  # the layers get an indexer
     n_heads: int = limited(64, HEADS_IF_USED)
     head_dim: int = limited(128, Range(0, 2**16))
     rope_dim: int = limited(64, Range(0, 2**16))  # leading channels of each head that are rotated
