@@ -262,8 +262,8 @@ def _remarks(config: Config) -> list[str]:
             start = costs["pays_from"]
             where = f"from {start} tokens on it costs less" if start else f"so it does up to {costs['lengths'][-1]} tokens"
             remarks.append(
-                f"sparse attention costs more than dense at train.sparse.seq_len {trained.longest}: {sparse / 1e9:.2f} GFLOP a "
-                f"token instead of {dense / 1e9:.2f}; {where}. A smaller model.attention.indexer (n_heads, head_dim) costs less"
+                f"sparse attention costs more than dense at train.sparse.seq_len {trained.longest}: {sparse / 1e9:.3g} GFLOP a "
+                f"token instead of {dense / 1e9:.3g}; {where}. A smaller model.attention.indexer (n_heads, head_dim) costs less"
             )
     return remarks
 
