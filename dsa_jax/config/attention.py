@@ -36,10 +36,10 @@ last full layer, always attends densely, or always attends to the last `window` 
 class RopeConfig(Settings):
     """Rotary position embedding and its long-context scaling."""
 
-    theta: float = limited(10000.0, Range(1e-6, 1e15))
+    theta: float = limited(10000.0, Range(1e-6, 1e15))  # base of the rotary frequencies
     scaling: str = limited("none", Choices(("none", "yarn", "llama3")))  # none | yarn | llama3
-    factor: float = limited(1.0, FACTOR)
-    original_max_positions: int = limited(4096, Range(0, 2**30))
+    factor: float = limited(1.0, FACTOR)  # by which yarn and llama3 stretch positions
+    original_max_positions: int = limited(4096, Range(0, 2**30))  # positions that the model had before it was stretched
     beta_fast: float = limited(32.0, FACTOR)  # yarn
     beta_slow: float = limited(1.0, FACTOR)  # yarn
     mscale: float = limited(1.0, Range(0, 1e3))  # yarn: numerator of the cos/sin magnitude
@@ -66,11 +66,11 @@ class RopeConfig(Settings):
 class IndexerConfig(Settings):
     """The lightning indexer (DeepSeek-V3.2 report, section 1)."""
 
-    enabled: bool = False
+    enabled: bool = False  # the layers get an indexer
     n_heads: int = limited(
         64, HEADS_IF_USED
     )  # 0, with init.hf_dir: as many, up to 16, as leave sparse attention no dearer than dense at train.sparse.seq_len
-    head_dim: int = limited(128, Range(0, 2**16))
+    head_dim: int = limited(128, Range(0, 2**16))  # channels of each index head and of the index key
     rope_dim: int = limited(64, Range(0, 2**16))  # leading channels of each head that are rotated
     topk: int = limited(2048, COUNT)  # k in the paper
     rope_layout: str = limited("half_split", ROPE_LAYOUT)  # half_split (V3.2) | interleaved (GLM-5)
@@ -196,7 +196,7 @@ class AttentionConfig(Settings):
         (), Choices(lambda: (*ROLES, *kinds()))
     )  # per layer full | shared (reuses the last full one) | dense | window | a kind; empty: full
     window: int = limited(0, AMOUNT)  # keys that a layer of type window attends to
-    n_heads: int = limited(4, HEADS)
+    n_heads: int = limited(4, HEADS)  # of queries
     n_kv_heads: int = limited(4, HEADS_IF_USED)  # gqa
     head_dim: int = limited(32, Range(0, 2**16))  # gqa
     q_lora_rank: int = limited(0, WIDTH_IF_USED)  # mla; 0: queries straight from the hidden state

@@ -30,9 +30,9 @@ TASKS = (
 class RecallConfig:
     """Record-token recall: the vocabulary of the task and how densely records are scattered."""
 
-    n_keys: int = limited(32, ROWS)
-    n_values: int = limited(8, ROWS)
-    n_fillers: int = limited(64, ROWS)
+    n_keys: int = limited(32, ROWS)  # distinct key tokens
+    n_values: int = limited(8, ROWS)  # distinct value tokens
+    n_fillers: int = limited(64, ROWS)  # distinct tokens between the records
     tokens_per_record: int = limited(16, ROWS)  # a sequence of length L holds L // tokens_per_record records
 
 
@@ -62,7 +62,7 @@ class TextConfig:
     tokenizer: str = limited(
         "bytes", PATH
     )  # bytes | checkpoint (that of init.hf_dir) | none | path of a tokenizer.json (extra `hf`)
-    held_out_fraction: float = limited(0.1, Range(1e-9, 1 - 1e-9))
+    held_out_fraction: float = limited(0.1, Range(1e-9, 1 - 1e-9))  # of the documents, for evaluation only
     max_tokens: int = limited(0, Range(0, 2**60))  # 0: no limit
     source: str = limited(
         "memory", Choices(("memory", "grain"))

@@ -36,12 +36,12 @@ GENERATION_ROOM = 64
 class EvalConfig:
     """The parity table."""
 
-    recall_len: int = limited(256, LENGTH)
-    recall_sequences: int = limited(128, AMOUNT)
-    text_len: int = limited(128, LENGTH)
-    text_sequences: int = limited(256, AMOUNT)
+    recall_len: int = limited(256, LENGTH)  # tokens of the rows of the recall task
+    recall_sequences: int = limited(128, AMOUNT)  # rows of the recall task; 0: left out
+    text_len: int = limited(128, LENGTH)  # tokens of the rows of held-out text
+    text_sequences: int = limited(256, AMOUNT)  # rows of held-out text; 0: left out
     tasks: tuple[str, ...] = limited((), Choices(TASKS))  # synthetic tasks, a column each; they need not be in data.tasks
-    task_len: int = limited(256, LENGTH)
+    task_len: int = limited(256, LENGTH)  # tokens of the rows of the synthetic tasks
     task_sequences: int = limited(128, COUNT)  # of each task
     loop_sequences: int = limited(16, COUNT)  # held-out rows of a look while training (train.STAGE.evaluate_every, train.gate)
     text_tasks: tuple[str, ...] = limited((), Choices(TEXT_TASKS))  # tasks in plain words among held-out text, a column each
@@ -53,9 +53,9 @@ class EvalConfig:
     samples: int = limited(2, AMOUNT)  # held-out rows continued greedily, dense and sparse, for the report; 0: none
     batch_size: int = limited(16, ROWS_IF_SET)  # rows evaluated at a time; 0: one on each device, whatever the layout
     rows: tuple[str, ...] = limited(
-        ("dense", "sparse", "untrained", "window", "oracle"), Choices(lambda: tuple(eval_rows()))
+        ("dense", "sparse", "untrained", "window", "sink_window", "oracle"), Choices(lambda: tuple(eval_rows()))
     )  # of {eval_rows}
-    position_buckets: int = limited(8, ROWS)
+    position_buckets: int = limited(8, ROWS)  # parts of a row that losses by position are means over
 
     def validate(self) -> None:
         if not self.rows:

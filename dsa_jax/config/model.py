@@ -42,19 +42,19 @@ class LayerSpec(NamedTuple):
 class MoEConfig(Settings):
     """DeepSeek mixture of experts; `n_routed_experts` 0 means every MLP is dense."""
 
-    n_routed_experts: int = limited(0, Range(0, 2**16))
-    n_experts_per_token: int = limited(2, Range(0, 2**16))
-    n_shared_experts: int = limited(0, Range(0, 2**12))
-    expert_dim: int = limited(64, WIDTH_IF_USED)
+    n_routed_experts: int = limited(0, Range(0, 2**16))  # 0: every MLP is dense
+    n_experts_per_token: int = limited(2, Range(0, 2**16))  # routed experts that a token visits
+    n_shared_experts: int = limited(0, Range(0, 2**12))  # experts that every token visits
+    expert_dim: int = limited(64, WIDTH_IF_USED)  # hidden width of an expert
     n_dense_layers: int = limited(0, Range(0, 10_000))  # first_k_dense_replace: leading layers that keep a dense MLP
     scoring: str = limited("sigmoid", Choices(("sigmoid", "softmax")))  # sigmoid (V3) | softmax (V2, Qwen3)
-    n_groups: int = limited(1, Range(0, 2**16))
-    topk_groups: int = limited(1, Range(0, 2**16))
+    n_groups: int = limited(1, Range(0, 2**16))  # groups of experts that the router chooses among first
+    topk_groups: int = limited(1, Range(0, 2**16))  # groups that a token may choose experts from
     group_score: str = limited("top2_sum", Choices(("top2_sum", "max")))  # top2_sum (V3) | max (V2)
-    normalize_weights: bool = True
-    routed_scale: float = limited(1.0, FACTOR)
+    normalize_weights: bool = True  # a token's chosen weights sum to one
+    routed_scale: float = limited(1.0, FACTOR)  # multiplies the weights of routed experts
     use_score_bias: bool = True  # e_score_correction_bias, moved by load and not by gradient
-    bias_update_rate: float = limited(0.001, FRACTION)
+    bias_update_rate: float = limited(0.001, FRACTION)  # step of the score bias towards equal load
     balance_loss_weight: float = limited(0.0, WEIGHT)  # sequence-wise
 
     def validate(self, n_layers: int) -> None:
@@ -85,24 +85,24 @@ class MoEConfig(Settings):
 class ModelConfig(Settings):
     """A decoder-only transformer."""
 
-    vocab_size: int = limited(640, WIDTH)
-    hidden_dim: int = limited(64, WIDTH)
-    n_layers: int = limited(2, Range(1, 10_000))
-    mlp_dim: int = limited(128, WIDTH)
-    norm_eps: float = limited(1e-6, EPSILON)
-    tie_embeddings: bool = True
+    vocab_size: int = limited(640, WIDTH)  # tokens of the embedding, padding included
+    hidden_dim: int = limited(64, WIDTH)  # channels of the residual stream
+    n_layers: int = limited(2, Range(1, 10_000))  # transformer blocks
+    mlp_dim: int = limited(128, WIDTH)  # hidden channels of a dense MLP
+    norm_eps: float = limited(1e-6, EPSILON)  # of RMSNorm
+    tie_embeddings: bool = True  # the output head is the embedding, transposed
     initializer_range: float = limited(0.02, DEVIATION)  # standard deviation of kernels; the embedding has its own
-    embedding_initializer_range: float = limited(1.0, DEVIATION)
+    embedding_initializer_range: float = limited(1.0, DEVIATION)  # standard deviation of new embeddings
     logits_scale: float = limited(
         1.0, Range(1e-9, 1e9)
     )  # multiplies the logits; hidden_dim ** -0.5 for a tied embedding of unit variance
-    max_positions: int = limited(4096, LENGTH)
+    max_positions: int = limited(4096, LENGTH)  # longest sequence
     family: str = limited(
         "", Choices(families, or_empty=True)
     )  # Hugging Face model_type that the weights came from; empty: trained here
     bos_token_id: int = limited(-1, Range(-1, 2**24))  # -1: none
     eos_token_ids: tuple[int, ...] = limited((), Range(0, 2**24))  # tokens that end a generated text
-    param_dtype: str = limited("float32", DTYPE)
+    param_dtype: str = limited("float32", DTYPE)  # of the parameters, and of what is exported
     dtype: str = limited(
         "float32", Choices((*DTYPE.known, OF_CHECKPOINT))
     )  # of activations and matmuls; float32 is never rounded to tf32; checkpoint: that of init.hf_dir, on a CPU float32

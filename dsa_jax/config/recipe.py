@@ -57,8 +57,8 @@ class InitConfig:
 class Config:
     """Everything a run needs."""
 
-    name: str = limited("unnamed", Text(200))
-    seed: int = limited(0, SEED)
+    name: str = limited("unnamed", Text(200))  # of the recipe, in reports and trackers
+    seed: int = limited(0, SEED)  # of new parameters, batches and synthetic rows
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

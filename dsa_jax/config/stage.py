@@ -23,15 +23,15 @@ class OptimizerConfig:
     """One optimizer with its schedule."""
 
     name: str = limited("adamw", Choices(("adamw", "muon")))  # adamw | muon (matrices by Muon, the rest by AdamW)
-    learning_rate: float = limited(3e-3, Range(1e-15, 1e3))
+    learning_rate: float = limited(3e-3, Range(1e-15, 1e3))  # peak, after the warm-up
     schedule: str = limited(
         "cosine", Choices(("constant", "linear", "cosine"))
     )  # constant | linear | cosine, after the warm-up
-    warmup_steps: int = limited(20, AMOUNT)
+    warmup_steps: int = limited(20, AMOUNT)  # over which the learning rate rises linearly
     final_fraction: float = limited(0.1, FRACTION)  # of learning_rate, where the schedule ends, one step after the last
-    b1: float = limited(0.9, FRACTION)
-    b2: float = limited(0.95, FRACTION)
-    eps: float = limited(1e-8, Range(1e-30, 1e3))
+    b1: float = limited(0.9, FRACTION)  # decay of the mean of gradients
+    b2: float = limited(0.95, FRACTION)  # decay of the mean of squared gradients
+    eps: float = limited(1e-8, Range(1e-30, 1e3))  # added to the root of the mean of squared gradients
     weight_decay: float = limited(0.0, Range(0, 1e3))  # on matrices only
     clip_norm: float = limited(1.0, Range(1e-9, 1e9, or_zero=True))  # global gradient norm; 0: no clipping
     indexer_learning_rate: float = limited(
@@ -54,19 +54,19 @@ class OptimizerConfig:
 class StageConfig:
     """One training stage, as long as `steps` or `tokens` says; with both 0 it is skipped."""
 
-    steps: int = limited(0, AMOUNT)
+    steps: int = limited(0, AMOUNT)  # updates; 0: by tokens
     tokens: int = limited(
         0, Range(0, 2**60)
     )  # instead of steps: that many tokens, padding included, in whole steps, rounded up; 0: by steps
     batch_size: int = limited(16, ROWS)  # sequences per update
-    seq_len: int = limited(256, LENGTH)
+    seq_len: int = limited(256, LENGTH)  # tokens of each row
     curriculum: tuple[tuple[int, int], ...] = limited((), COUNT)  # ((until_step, seq_len), ...) before seq_len applies
     accumulation: int = limited(
         1, ROWS_IF_SET
     )  # micro-batches per update; 0: as many as leave each device one row, whatever the layout
     indexer_loss_weight: float = limited(1.0, WEIGHT)  # multiplies the KL, summed over layers
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    log_every: int = limited(10, COUNT)
+    log_every: int = limited(10, COUNT)  # steps between lines of metrics.jsonl
     evaluate_every: int = limited(0, AMOUNT)  # steps between looks at held-out rows, dense and sparse; 0: none
     checkpoint_every: int = limited(500, COUNT)  # the last step of a stage is always saved
 

@@ -44,6 +44,9 @@ def build(name: str) -> float:
 
 def main(names: list[str]) -> int:
     """The command."""
+    if {"-h", "--help"} & set(names):
+        print(__doc__)
+        return 0
     unknown = [name for name in names if name not in NAMES]
     if unknown:
         print(f"error: there is no notebook {unknown[0]}; expected one of {', '.join(NAMES)}.", file=sys.stderr)

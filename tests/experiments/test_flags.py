@@ -231,8 +231,9 @@ def test_command_line_as_a_user_sees_it(command):
 
 def test_help_lists_every_field_with_its_comment(command):
     text = " ".join(command("--helpfull").stdout.split())
-    for name, *_ in recipe_fields(Config):
+    for name, kind, _, comment in recipe_fields(Config):
         assert f"--config.{name}:" in text
+        assert comment and ("; " in comment or kind not in (int, float)), f"{name} has a limit at most"
     assert "--config.model.attention.indexer.topk: a whole number, 2048 unless the recipe sets it. k in the paper" in text
 
 
@@ -253,5 +254,6 @@ def test_errors_inside_main_are_one_line(capsys, monkeypatch):
     assert failure(capsys, 1, fails(RunError("no space"))) == "error: no space\n"
     assert failure(capsys, 1, fails(MissingExtraError("Run: pip install x"))) == "error: Run: pip install x\n"
     assert failure(capsys, 2, fails(flags.ValidationError("--lengths"))) == "error: --lengths\n"
+    assert failure(capsys, 130, fails(KeyboardInterrupt())).startswith("error: interrupted; ")
     with pytest.raises(ZeroDivisionError):
         fails(ZeroDivisionError())()

@@ -14,7 +14,7 @@ import pytest
 
 from configs.ablations import base
 from dsa_jax.sweeps.sweep import Ablation, Variant
-from experiments.notebooks.build import FOLDER, NAMES
+from experiments.notebooks.build import FOLDER, NAMES, main
 
 HELPERS = {"__init__", "build", "settings", "small_model"}
 
@@ -150,3 +150,9 @@ def test_small_model_is_kept_and_read_back(small, monkeypatch):
         "sparse.npz",
         "warmup.npz",
     ]
+
+
+def test_help_is_no_notebook(capsys):
+    assert main(["--help"]) == main(["-h"]) == 0
+    assert capsys.readouterr().out.count("experiments.notebooks.build costs") == 2
+    assert main(["--halp"]) == 2

@@ -306,6 +306,7 @@ def test_what_is_seldom_meant_is_said(tmp_path, caplog):
     # Two index heads of 8 channels cost a model of 32 more than they save in rows of 16.
     (cost,) = retrofit_module._remarks(tiny_config())
     assert "sparse attention costs more than dense at train.sparse.seq_len 16" in cost
+    assert "0.00 GFLOP" not in cost
     config = tiny_config()
     config.train.sparse.steps = 0
     assert not retrofit_module._remarks(config)
