@@ -1,5 +1,6 @@
 """Greedy generation in an evaluation: the answers of text tasks, found in generated text."""
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -92,8 +93,7 @@ def _questions(rows: TextRows, first_number: int) -> list[_Question]:
     """The questions of a batch, whose answers are numbered from `first_number` on."""
     batch, answers = rows
     questions = []
-    starts = np.nonzero(answers.opens)[0]
-    for start, stop in zip(starts, [*starts[1:], answers.groups.size], strict=True):
+    for start, stop in itertools.pairwise([*np.nonzero(answers.opens)[0], answers.groups.size]):
         row, places = np.nonzero((answers.of_target >= start) & (answers.of_target < stop))
         if places.size:
             b, begin, end = row[0], places[0], places[-1] + 1

@@ -32,7 +32,9 @@ _WITHOUT_EFFECT = re.compile(
     rf"|gate|gate_coverage|gate_extend_steps|gate_extend_max|\w+\.{_OF_A_STAGE})"
 )
 
-_ADDED = re.compile(r"train\.(\w+\.tokens|warmup_attention|sparse_trains|gate_extend_steps|gate_extend_max)")
+_ADDED = re.compile(
+    r"train\.(\w+\.tokens|warmup_attention|sparse_trains|gate_extend_steps|gate_extend_max)|eval\.(text_task_scoring|samples)"
+)
 """Fields that runs of earlier versions did not record: at their defaults they compute what those versions did."""
 
 
