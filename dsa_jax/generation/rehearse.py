@@ -33,19 +33,10 @@ def rehearse_generation(
     """
     is_by_indexer = AttentionRequest(attention).by_indexer
     needs = [prompt_len + max_new_tokens - 1] * n_rows
-<<<<<<< HEAD
-    # Shapes stand for arrays.
-    whole: Any = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-    single: Any = lambda dtype: jax.ShapeDtypeStruct((), dtype)
-    cache = jax.eval_shape(lambda: new_cache(model, needs, None, None, with_index_keys=is_by_indexer))
-    state = State(cache, whole(n_rows), whole(n_rows).update(dtype=jnp.bool_), whole())
-    sampling = Sampling(single(jnp.uint32), single(jnp.float32), single(jnp.float32), whole(1))
-=======
     array: Callable[..., Any] = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
     cache = jax.eval_shape(lambda: new_cache(model, needs, None, None, with_index_keys=is_by_indexer))
     state = State(cache, array(jnp.int32, n_rows), array(jnp.bool_, n_rows), array(jnp.int32))
     sampling = Sampling(array(jnp.uint32), array(jnp.float32), array(jnp.float32), array(jnp.int32, 1))
->>>>>>> tasks
     mode = Mode(attention, samples=False, nucleus=False)
     chunk = array(jnp.int32, n_rows, chunk_size(prompt_len)), array(jnp.int32, n_rows)
     rehearse(what, functools.partial(prefill, model, mode), params, sampling, state, *chunk)
