@@ -54,6 +54,11 @@ class Block(nn.Module):
         )
         return x + transformed.out, statistics
 
+    def touch(self, x: Float[Array, "B T E"], context: LayerContext) -> None:
+        """Use every parameter, for `init`: far less to trace than a layer that attends."""
+        self.attention.touch(self.attention_norm(x), context.positions)
+        self.mlp(self.mlp_norm(x), context.visible.some)
+
     def extend(
         self, x: Float[Array, "B T E"], context: LayerContext, cache: LayerCache, request: AttentionRequest
     ) -> CachedAttentionOutput:

@@ -44,5 +44,5 @@ def abstract_params(model: Transformer) -> dict[str, Any]:
 @functools.partial(jax.jit, static_argnums=0)
 def _init_params(model: Transformer, key: PRNGKeyArray) -> dict[str, Any]:
     with no_mesh():  # the single token that shapes are drawn from cannot be split
-        params = model.init(key, jnp.ones((1, 1), jnp.int32), attention="dense")["params"]
+        params = model.init(key, jnp.ones((1, 1), jnp.int32), method="touch")["params"]
     return hold(params)

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dsa_jax.config import LayerSpec, ModelConfig
-from dsa_jax.config.attention import DENSE, FULL, SHARED
+from dsa_jax.config.attention import FULL, SHARED
 from dsa_jax.model.attention.attend import TOPK_NAME
 from dsa_jax.model.attention.cache import INDEX_KEYS, Cache, CacheEntry, LayerCache, allocate_cache, token_slots
 from dsa_jax.model.attention.check import check_request
@@ -224,6 +224,10 @@ class Transformer(nn.Module):
             cache=cache._replace(pools=pools, lengths=cache.lengths + n_new),
         )
 
+    def touch(self, input_ids: Int[Array, "B T"]) -> None:
+        """Use every parameter, for `init`: far less to trace than a forward pass."""
+        self.unembed(self.final_norm(self.embed(input_ids)))
+
     def unembed(self, hidden: Float[Array, "*N E"]) -> Float[Array, "*N V"]:
         """Logits of final hidden states, float32."""
         kernel = self.embed.embedding.T if self.config.tie_embeddings else self.lm_head.kernel
@@ -244,13 +248,11 @@ class Transformer(nn.Module):
 
     def _init_stack(self, key: PRNGKeyArray, stack: BlockStack) -> dict[str, Any]:
         ones = jnp.ones((1, 1), jnp.int32)
-        # The dense loss makes every parameter of a layer take part, whatever mode the model will run in.
-        request = AttentionRequest(DENSE, indexer_loss="dense" if self.config.attention.indexer.enabled else None)
         context = LayerContext(ones - 1, causal_visibility(ones))
 
         def one(layer_key: PRNGKeyArray) -> dict[str, Any]:
             x = jnp.zeros((1, 1, self.config.hidden_dim), jnp.dtype(self.config.dtype))
-            return stack.block.init(layer_key, x, context, request)["params"]
+            return stack.block.init(layer_key, x, context, method="touch")["params"]
 
         return jax.vmap(one)(jax.random.split(key, stack.n_layers))
 

@@ -82,7 +82,8 @@ class AttentionKind(NamedTuple):
 
     The module that `build` returns is called with (x, LayerContext, AttentionRequest) and gives an `AttentionOutput`; its
     `extend` takes (x, LayerContext, LayerCache, AttentionRequest) and gives a `CachedAttentionOutput`; its `parts` takes
-    (x, positions) and gives `AttentionParts`.
+    (x, positions) and gives `AttentionParts`; its `touch` takes the same and uses every parameter, so that they can be made
+    without tracing an attention.
 
     Fields:
         fields: name, config fields and their check; no JAX in it.

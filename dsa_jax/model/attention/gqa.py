@@ -87,6 +87,10 @@ class GQA(nn.Module):
         """Heads and index heads of the normed `x`."""
         return AttentionParts(self.heads(x, positions), self.index_heads(x, positions), self.softmax_scale)
 
+    def touch(self, x: Float[Array, "B T E"], positions: Int[Array, "B T"]) -> None:
+        """Use every parameter."""
+        self.project_out(self.parts(x, positions).heads.q)
+
     @property
     def softmax_scale(self) -> float:
         """Inverse root of the head dimension."""

@@ -115,6 +115,12 @@ class MLA(nn.Module):
         latents = self.project(x, positions)
         return AttentionParts(self.mha_heads(latents), self.index_heads(x, latents, positions), self.softmax_scale)
 
+    def touch(self, x: Float[Array, "B T E"], positions: Int[Array, "B T"]) -> None:
+        """Use every parameter."""
+        values = self.parts(x, positions).heads.v
+        assert values is not None
+        self.project_out(values)
+
     @property
     def softmax_scale(self) -> float:
         """Inverse root of the query dimension, times YaRN's squared temperature."""

@@ -82,14 +82,18 @@ class NSA(gqa.GQA):
 
     def __call__(self, x: Float[Array, "B T E"], context: LayerContext, request: AttentionRequest) -> AttentionOutput:
         """Attend; `x` is normed."""
-        if request.attention != MODE and not self.is_initializing():
+        if request.attention != MODE:
             return super().__call__(x, context, request)
         heads = self.heads(x, context.positions)
         assert heads.v is not None
         branches = self.nsa(x, context.positions)
         result = attend_natively(self.call(request), heads.q, Branch(heads.k, heads.v), branches, context.visible)
-        natively = result._replace(out=self.project_out(result.out))
-        return natively if request.attention == MODE else super().__call__(x, context, request)
+        return result._replace(out=self.project_out(result.out))
+
+    def touch(self, x: Float[Array, "B T E"], positions: Int[Array, "B T"]) -> None:
+        """Use every parameter."""
+        super().touch(x, positions)
+        self.nsa(x, positions)
 
 
 class Branches(nn.Module):
