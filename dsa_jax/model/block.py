@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dsa_jax.config import LayerSpec, ModelConfig
 from dsa_jax.config.attention import WINDOW
@@ -54,10 +54,10 @@ class Block(nn.Module):
         )
         return x + transformed.out, statistics
 
-    def touch(self, x: Float[Array, "B T E"], context: LayerContext) -> None:
+    def touch(self, x: Float[Array, "B T E"], positions: Int[Array, "B T"]) -> None:
         """Use every parameter, for `init`: far less to trace than a layer that attends."""
-        self.attention.touch(self.attention_norm(x), context.positions)
-        self.mlp(self.mlp_norm(x), context.visible.some)
+        self.attention.touch(self.attention_norm(x), positions)
+        self.mlp.touch(self.mlp_norm(x))
 
     def extend(
         self, x: Float[Array, "B T E"], context: LayerContext, cache: LayerCache, request: AttentionRequest

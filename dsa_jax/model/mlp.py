@@ -34,3 +34,7 @@ class MLP(nn.Module):
         """Apply to every position; `valid` is only there because a mixture of experts counts its tokens."""
         del valid
         return FeedForwardOutput(self.down(jax.nn.silu(self.gate(x)) * self.up(x)), None)
+
+    def touch(self, x: Float[Array, "B T E"]) -> None:
+        """Use every parameter."""
+        self.down(self.gate(x) * self.up(x))

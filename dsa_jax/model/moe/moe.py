@@ -68,3 +68,10 @@ class MoE(nn.Module):
         if self.config.moe.n_shared_experts:
             out = out + self.shared(x, valid).out
         return FeedForwardOutput(out, expert_load(routing, valid))
+
+    def touch(self, x: Float[Array, "B T E"]) -> None:
+        """Use every parameter."""
+        self.router(x)
+        self.experts()
+        if self.config.moe.n_shared_experts:
+            self.shared.touch(x)
