@@ -63,9 +63,9 @@ def drawn(model):
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
-        noise = jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype)
-        spread = {"kernel": 0.15, "embedding": 1.0}.get(path.split("/")[-1], 0.05)
-        return noise * spread + (1 if path.endswith("scale") else 0)
+        spread = np.asarray({"kernel": 0.15, "embedding": 1.0}.get(path.split("/")[-1], 0.05), leaf.dtype)
+        first = np.asarray(1 if path.endswith("scale") else 0, leaf.dtype)
+        return jnp.asarray(rng.standard_normal(leaf.shape).astype(leaf.dtype) * spread + first)
 
     shapes = parameter_paths(abstract_params(model))
     return nested_parameters({path: draw(path, leaf) for path, leaf in shapes.items()})
