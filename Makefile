@@ -47,7 +47,7 @@ test-all: test test-rest  ## everything that CI runs
 test-rest: test-slow parity test-versions
 
 test-slow: $(VENV)/.has-test
-	$(BIN)/python $(PYTEST) -m slow
+	$(BIN)/python $(PYTEST) -m slow --jaxtyping-packages=
 
 HAS_312 = $(PYTHON312) -c "import sys; sys.exit(sys.version_info[:2] != (3, 12))" 2>/dev/null
 MAKE_312 = $(MAKE) $(VENV312)/.has-test VENV=$(VENV312) PYTHON=$(PYTHON312) PINS="jax==0.11.2"

@@ -82,6 +82,10 @@ def _of_eval(config: Config) -> Iterator[_Complaint]:
     used = {"recall": settings.recall_sequences, "text": settings.text_sequences, "task": len(settings.tasks)}
     for name in (f"{name}_len" for name, is_used in used.items() if is_used):
         yield from _positions(f"eval.{name}", getattr(settings, name), config.parallel.sizes()["context"])
+    if settings.text_tasks and (size := 2 * config.parallel.sizes()["context"]) > 2:
+        remedy = f"--config.eval.text_task_lens={tuple(_next(length, size) for length in settings.text_task_lens)}"
+        for length in settings.text_task_lens:
+            yield from _multiple("eval.text_task_lens", length, "2 x context", size, f"'{remedy}'")
 
 
 def _positions(name: str, length: int, n_context: int) -> Iterator[_Complaint]:

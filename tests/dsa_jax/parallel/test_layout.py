@@ -1,5 +1,6 @@
 """Micro-batches and evaluation batches that follow the layout, and what does not divide, said at once."""
 
+import ast
 import copy
 import re
 
@@ -65,12 +66,22 @@ def wrong(preset, **fields):
     return config
 
 
+def needles(*lengths):
+    return {"eval__text_tasks": ("needle",), "eval__text_task_lens": lengths}
+
+
 @pytest.mark.parametrize(
     ("config", "named"),
     [
         (wrong("fsdp8", train__warmup__accumulation=8, train__sparse__accumulation=4, eval__batch_size=1), 3),
         (wrong("fsdp8", train__warmup__batch_size=12, train__sparse__batch_size=3, train__sparse__accumulation=0), 2),
-        (wrong("dp2_cp4", train__sparse__seq_len=20, train__pretrain__seq_len=12, eval__text_len=4, eval__batch_size=3), 4),
+        (wrong("dp2_cp4", train__sparse__seq_len=20, train__pretrain__seq_len=12, eval__text_len=4, eval__batch_size=3), 3),
+        (
+            wrong(
+                "dp2_cp4", eval__text_sequences=4, eval__text_len=4, eval__text_tasks=("needle",), eval__text_task_lens=(64, 68)
+            ),
+            2,
+        ),
     ],
 )
 def test_everything_is_said_at_once_and_the_overrides_mend_it(config, named):
@@ -78,10 +89,10 @@ def test_everything_is_said_at_once_and_the_overrides_mend_it(config, named):
         check_layout(config)
     message = str(refused.value)
     assert message.count("expected a multiple of") >= named and "\n" not in message
-    mended, overrides = copy.deepcopy(config), re.findall(r"--config\.([\w.]+)=(\d+)", message)
+    mended, overrides = copy.deepcopy(config), re.findall(r"--config\.([\w.]+)=(\d+|\([^)]*\))", message)
     assert overrides
     for name, value in overrides:
-        set_field(mended, name, int(value))
+        set_field(mended, name, ast.literal_eval(value))
     check_layout(mended)
 
 
