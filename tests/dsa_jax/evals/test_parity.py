@@ -106,7 +106,7 @@ def test_padding_rows_count_in_nothing(setting):
         np.testing.assert_allclose(others, values, rtol=1e-5, err_msg=name)
     assert np.isfinite(one.health["entropy"]).all() and np.isfinite(one.health["overlap"][1:]).all()
     for row, means in zip(one.row_losses, one.row_losses_by_position, strict=True):
-        assert min(means) - 1e-6 <= row <= max(means) + 1e-6
+        assert np.nanmin(means) * (1 - 1e-5) <= row <= np.nanmax(means) * (1 + 1e-5)  # nan: no target in that bucket
 
 
 def test_fresh_indexer_replaces_the_indexer_only(setting):
