@@ -28,7 +28,7 @@ def test_a_row_ends_where_its_text_would_go_on(text_len, n_new, tmp_path):
     samples = make_samples({"dense": continued, "sparse": continued}, data, settings)
     assert sample_tokens(settings) == n_new and seen[0] == seen[1]
     assert len(samples) == (0 if text_len == 1 else 2)
-    held_out = data.tokenizer.decode(data.text.held_out.tokens)
+    held_out = data.tokenizer.decode(data.text.held_out.tokens.tolist())
     for sample, prompt in zip(samples, seen[0][0], strict=True):
         assert sample.prompt + sample.text in held_out and len(sample.text) == n_new
         assert len(prompt) + n_new <= text_len and data.tokenizer.decode(prompt).endswith(sample.prompt)
