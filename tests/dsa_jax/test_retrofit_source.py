@@ -55,6 +55,15 @@ def test_a_run_does_not_write_into_its_source(tmp_path, source, workdir):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_the_home_directory_is_no_way_round(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = Config()
+    for source, workdir in (("~/m/hf", "m"), ("~/m", "m/runs/a"), ("~", "m")):
+        config.init.hf_dir = source
+        with pytest.raises(ConfigError, match=r"init\.hf_dir is ~.* neither lies in the other"):
+            check_places(config, tmp_path / workdir)
+
+
 def test_config_and_tokenizer_stay_when_the_source_goes(tmp_path, dense):
     source = shutil.copytree(dense, tmp_path / "source")
     content = json.loads((source / "config.json").read_text())
