@@ -8,6 +8,7 @@ the embedding counts for more than `tie_word_embeddings`, as in transformers and
 
 import contextlib
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ from dsa_jax.model.rope import Rope, rotary_magnitude
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = {"float32": "float32", "float": "float32", "bfloat16": "bfloat16", "float16": "float32", "half": "float32"}
+_OF_POSITIONS = re.compile(r"rope|rotary|alibi|position_embedding|(^|_)ntk(_|$)|use_nope|nope_layer")
+_IS_ROTATED = re.compile(r"((use|apply|enable)_)?(rope|rotary|rotary_emb|rotary_(position_)?embeddings?)")
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float32"}
 
 
@@ -186,12 +189,24 @@ def _refuse_windows(fields: Fields, family: Family, n_layers: int) -> None:
 
 
 def _refuse_rotation(fields: Fields, unknown: list[str]) -> None:
-    """Refuse a field that by its name changes the rotary embedding; programs that know it would compute another model."""
-    for name in unknown:
+    """Refuse a field that by its name changes how positions enter; programs that know it would compute another model."""
+    for name in filter(_OF_POSITIONS.search, unknown):
         value = fields.content[name]
-        is_neutral = not value or value == "default" or (type(value) in (int, float) and value == 1)
-        if ("rope" in name or "rotary" in name) and not is_neutral:
+        if _IS_ROTATED.fullmatch(name):
+            if value not in (None, True):
+                fields.fail(name, "true: queries and keys are rotated in every layer")
+        elif not _changes_no_rotation(name, value):
             fields.fail(name, "null or false: it changes the rotary embedding, and is not computed")
+
+
+def _changes_no_rotation(name: str, value: Any) -> bool:
+    """Whether a value is off or, of a factor or a share, 1; a share of 0 rotates nothing, an interval of 0 is none.
+
+    Of another family's "absolute" embeddings there would be weights, which are refused.
+    """
+    if type(value) in (int, float):
+        return value == (0 if name.endswith("interval") else 1)
+    return not value or value in ("default", "rope", "rotary", "absolute")
 
 
 def _flag(fields: Fields, name: str, always: bool | None) -> bool:

@@ -188,6 +188,14 @@ def test_an_unknown_family_gets_the_list_of_known_ones(tmp_path):
         ("deepseek_v3", {"rope_interleaved": False}, "rope_interleaved is False; expected true"),
         ("llama", {"rotary_pct": 0.25}, "rotary_pct is 0.25; expected null or false"),
         ("llama", {"rope_ratio": 16}, "rope_ratio is 16; expected null or false"),
+        ("llama", {"use_rope": False}, "use_rope is False; expected true"),
+        ("deepseek_v3", {"use_rotary_embedding": False}, "use_rotary_embedding is False; expected true"),
+        ("llama", {"rotary_dim": 0}, "rotary_dim is 0; expected null or false"),
+        ("qwen3", {"position_embedding_type": "alibi"}, "position_embedding_type is 'alibi'; expected null or false"),
+        ("llama", {"use_alibi": True}, "use_alibi is True; expected null or false"),
+        ("llama", {"use_dynamic_ntk": True}, "use_dynamic_ntk is True; expected null or false"),
+        ("llama", {"nope_layer_interval": 4}, "nope_layer_interval is 4; expected null or false"),
+        ("llama", {"neox_style": False}, "neox_style is False; expected true"),
     ],
 )
 def test_fields_that_turn_other_channels_are_no_unknown_fields(case, changes, message, tmp_path):
@@ -197,6 +205,7 @@ def test_fields_that_turn_other_channels_are_no_unknown_fields(case, changes, me
 
 def test_spellings_of_the_rotation_that_is_computed_are_read(tmp_path):
     neutral = {"rope_interleaved": False, "is_neox_style": True, "rotary_pct": 1.0, "rope_ratio": None}
+    neutral |= {"use_rope": True, "position_embedding_type": "rope", "nope_layer_interval": 0, "use_alibi": False}
     llama = read_model_config(write_checkpoint(tmp_path, config_of("llama", **neutral), {}))
     assert llama.attention.rope_layout == "half_split"
     deepseek = read_model_config(write_checkpoint(tmp_path, config_of("deepseek_v3", rope_interleaved=True), {}))
