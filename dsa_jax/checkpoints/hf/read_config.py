@@ -68,8 +68,11 @@ def read_model_config(directory: str | Path) -> ModelConfig:
         if weights is not None and config.tie_embeddings:
             config.tie_embeddings = not _has_head_of_its_own(weights)
     generation = directory / "generation_config.json"
-    if generation.is_file() and (stop := _token_ids(Fields(generation, read_json(generation), {}))):
-        config.eos_token_ids = tuple(dict.fromkeys((*config.eos_token_ids, *stop)))
+    if generation.is_file():
+        stop = _token_ids(Fields(generation, read_json(generation), {}))
+        if beyond := [token for token in stop if not 0 <= token < config.vocab_size]:
+            _LOG.warning("%s: eos_token_id %s is no token of the model, so nothing stops at it", generation, shown(beyond))
+        config.eos_token_ids = tuple(dict.fromkeys((*config.eos_token_ids, *(each for each in stop if each not in beyond))))
     return config
 
 

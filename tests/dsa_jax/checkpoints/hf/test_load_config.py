@@ -18,6 +18,14 @@ def test_generation_config_adds_to_what_ends_a_text(tmp_path, stated, ends):
     assert read_model_config(directory).eos_token_ids == ends
 
 
+@pytest.mark.parametrize("stated", [[2, 99_999], -1, [48, 3]], ids=["beyond", "none", "the first beyond"])
+def test_end_tokens_that_no_model_can_write_end_nothing(tmp_path, stated, caplog):
+    directory = write_checkpoint(tmp_path, config_of("llama", eos_token_id=2), {})
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": stated}))
+    assert read_model_config(directory).eos_token_ids == ((2, 3) if stated == [48, 3] else (2,))
+    assert "generation_config.json: eos_token_id [" in caplog.text and "no token of the model" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("fields", "layer_types"),
     [
