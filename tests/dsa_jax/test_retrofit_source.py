@@ -78,6 +78,9 @@ def test_config_and_tokenizer_stay_when_the_source_goes(tmp_path, dense):
     assert resolve_checkpoint(config, tmp_path / "kept") == resolved
     present = present_inputs(resolved, tmp_path / "kept")
     assert present.init.hf_dir == present.data.text.tokenizer == str(tmp_path / "kept")
+    for name, stays in (("tokenizer.json", str(tmp_path / "kept" / "tokenizer.json")), ("", str(tmp_path / "kept"))):
+        resolved.data.text.tokenizer = f"{source}/{name}"
+        assert present_inputs(resolved, tmp_path / "kept").data.text.tokenizer == stays
     config.model.attention.indexer.topk += 1
     assert resolve_checkpoint(config, tmp_path / "kept") != resolved
 

@@ -284,9 +284,7 @@ def _check_target(target: Path) -> None:
         raise CheckpointError(f"{target} is a file; expected a directory to write a checkpoint to.")
     entries = sorted(target.iterdir())
     of_index = _indexed_files(target)
-    weights = [
-        entry for entry in entries if (_WEIGHTS.fullmatch(entry.name) or entry.name in of_index) and not entry.is_dir()
-    ]
+    weights = [entry for entry in entries if (_WEIGHTS.fullmatch(entry.name) or entry.name in of_index) and not entry.is_dir()]
     if entries and not (weights and (target / "config.json").exists()):
         raise CheckpointError(f"{target} holds {entries[0].name} and is no checkpoint; expected a new or empty directory.")
     others = [entry for entry in entries if entry not in weights and (entry.is_dir() or entry.name not in _REPLACEABLE)]
