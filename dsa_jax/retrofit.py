@@ -14,6 +14,7 @@ from dsa_jax.checkpoints.hf.weights import read_json
 from dsa_jax.checkpoints.text_record import write_text_record
 from dsa_jax.config import STAGES as STAGE_ORDER
 from dsa_jax.config import Config, ConfigError, StageConfig, to_dict
+from dsa_jax.config.checks import user_path
 from dsa_jax.config.selections import DENSE
 from dsa_jax.costs.comparison import dense_and_sparse
 from dsa_jax.data import EvalData, TrainData, make_data
@@ -90,7 +91,7 @@ def check_places(config: Config, workdir: Path) -> None:
     target = workdir.resolve()
     for name in ("hf_dir", "checkpoint"):
         given = getattr(config.init, name)
-        source = Path(given).resolve()
+        source = user_path(f"init.{name}", given).resolve()
         overlap = source in target.parents or target in source.parents if name == "hf_dir" else False
         if given and (source == target or overlap):
             raise ConfigError(

@@ -110,8 +110,9 @@ def present_source(hf_dir: str, kept: Path | None) -> str:
 def present_inputs(config: Config, kept: Path) -> Config:
     """`config` with what `keep_source` wrote to `kept` in the place of an `init.hf_dir` that is gone, and of its tokenizer."""
     present, source = copy.deepcopy(config), present_source(config.init.hf_dir, kept)
-    if config.data.text.tokenizer == config.init.hf_dir:
-        present.data.text.tokenizer = source
+    tokenizer = Path(config.data.text.tokenizer)
+    if source != config.init.hf_dir and tokenizer.is_relative_to(config.init.hf_dir):
+        present.data.text.tokenizer = str(Path(source) / tokenizer.relative_to(config.init.hf_dir))
     present.init.hf_dir = source
     return present
 

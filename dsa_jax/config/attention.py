@@ -44,7 +44,9 @@ class RopeConfig(Settings):
     beta_slow: float = limited(1.0, FACTOR)  # yarn
     mscale: float = limited(1.0, Range(0, 1e3))  # yarn: numerator of the cos/sin magnitude
     mscale_all_dim: float = limited(0.0, Range(0, 1e3))  # yarn: denominator of it; squared into the softmax scale
-    attention_factor: float = limited(0.0, Range(0, 1e3))  # yarn: the cos/sin magnitude itself; 0: mscale over mscale_all_dim
+    attention_factor: float = limited(
+        0.0, Range(1e-3, 1e3, or_zero=True)
+    )  # yarn: the cos/sin magnitude itself; 0: mscale over mscale_all_dim
     low_freq_factor: float = limited(1.0, FACTOR)  # llama3
     high_freq_factor: float = limited(4.0, FACTOR)  # llama3
 

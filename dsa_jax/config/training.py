@@ -73,6 +73,14 @@ class TrainConfig:
                 f"train.sparse_trains is 'indexer' with train.sparse_attention {self.sparse_attention!r}, in which no indexer "
                 "learns; expected an attention in which it chooses the keys, such as 'sparse', or train.sparse_trains='all'."
             )
+        alone = ["warmup", *(["sparse"] if self.sparse_trains == "indexer" else [])]
+        for name in alone:
+            stage = getattr(self, name)
+            if stage.n_steps and not stage.indexer_loss_weight:
+                raise ConfigError(
+                    f"train.{name}.indexer_loss_weight is 0 in a stage that trains the indexer alone, which then learns "
+                    f"nothing; expected more than 0. Leave the stage out with train.{name}.steps=0."
+                )
         last = self.warmup.optimizer
         if self.gate == "extend" and self.warmup.n_steps and last.schedule != "constant" and not last.final_fraction:
             raise ConfigError(

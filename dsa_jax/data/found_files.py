@@ -4,7 +4,7 @@ import glob
 import json
 import logging
 import os
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from dsa_jax.data.regular_files import read_regular, special_kind
 _LOG = logging.getLogger(__name__)
 # What a run writes into its directory, which may lie inside that of its text.
 _RUN_FILES = frozenset({"metrics.jsonl", "timing.jsonl", "evaluations.jsonl"})
-_RUN_FOLDERS = frozenset({"checkpoints", "hf", "profile", "tensorboard", "wandb"})
+_RUN_FOLDERS = frozenset({"checkpoints", "hf", "hf_source", "profile", "tensorboard", "wandb"})
+_RUN_NAMES = _RUN_FILES | _RUN_FOLDERS
 _RUN_SECTIONS = frozenset({"model", "data", "train", "eval"})  # of its config.json
 _MOST_REASONS_SHOWN = 12
 
@@ -44,16 +45,19 @@ def find_files(path: str, refusal: Callable[[str], str]) -> list[Path]:
     tops = [root] if root.exists() else sorted(Path(name) for name in glob.glob(str(root), recursive=True))
     if not tops:
         raise ConfigError(f"data.text.path is {path!r}, which does not exist. Expected a file, a directory or a glob pattern.")
-    left_out: LeftOut = {}
+    left_out: LeftOut = defaultdict(list)
+    if not root.exists():
+        left_out["of a run"] = [top for top in tops if _is_of_run(top)]
+        tops = [top for top in tops if top not in left_out["of a run"]]
     found = [top for top in tops if not top.is_dir()] + _below([top for top in tops if top.is_dir()], left_out)
     wanted = []
     for file in found:
         reason = refusal(file.name) or special_kind(file)
         if reason:
-            left_out.setdefault(reason, []).append(file)
+            left_out[reason].append(file)
         else:
             wanted.append(file)
-    if left_out:
+    if any(left_out.values()):
         _LOG.warning("data.text.path %r: %d files are read, left out are %s", path, len(wanted), _in_words(left_out))
     base = root if root.is_dir() else Path(root.anchor)
     return sorted(set(wanted), key=lambda file: file.relative_to(base).as_posix())
@@ -71,7 +75,7 @@ def _below(tops: list[Path], left_out: LeftOut) -> list[Path]:
                 folders.clear()
                 continue
             seen.add((status.st_dev, status.st_ino))
-            of_run = _RUN_FILES | _RUN_FOLDERS if "config.json" in names and _is_run(folder / "config.json") else frozenset()
+            of_run = _written_by_run(folder)
             entered = []
             for entry in sorted([*folders, *names]):
                 if entry.startswith("."):
@@ -92,17 +96,22 @@ def _cannot_list(error: OSError) -> None:
     raise ConfigError(f"the directory {error.filename} cannot be read: {error.strerror}.") from error
 
 
-def _is_run(file: Path) -> bool:
-    """Whether a config.json is that of a run."""
+def _is_of_run(match: Path) -> bool:
+    """Whether what a pattern matches is a run's, or lies in a folder of one."""
+    return any(path.name in _RUN_NAMES and path.name in _written_by_run(path.parent) for path in (match, *match.parents))
+
+
+def _written_by_run(folder: Path) -> frozenset[str]:
+    """The names that a run writes into a folder; none where its config.json is not that of a run."""
     try:
-        values = json.loads(read_regular(file, most_bytes=2**20))
+        values = json.loads(read_regular(folder / "config.json", most_bytes=2**20))
     except (ConfigError, ValueError, RecursionError):
-        return False
-    return isinstance(values, dict) and values.keys() >= _RUN_SECTIONS
+        return frozenset()
+    return _RUN_NAMES if isinstance(values, dict) and values.keys() >= _RUN_SECTIONS else frozenset()
 
 
 def _in_words(left_out: LeftOut) -> str:
-    parts = [f"{len(files)} {reason} ({min(files).name})" for reason, files in sorted(left_out.items())]
+    parts = [f"{len(files)} {reason} ({min(files).name})" for reason, files in sorted(left_out.items()) if files]
     if len(parts) > _MOST_REASONS_SHOWN:
         rest = sum(len(files) for _, files in sorted(left_out.items())[_MOST_REASONS_SHOWN:])
         parts[_MOST_REASONS_SHOWN:] = [f"{rest} others"]

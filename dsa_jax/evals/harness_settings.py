@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
+from dsa_jax.config.checks import shown
+
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """Names for the number of new tokens; the first that is given counts, as in the harness."""
 
@@ -47,6 +49,9 @@ def read_generation_settings(settings: Mapping[str, Any]) -> GenerationSettings:
                 f"the generation setting {name} is {settings[name]!r}; expected {neutral}. Leave it out of the task."
             )
     until = settings.get("until") or []
+    until = [until] if isinstance(until, str) else until
+    if not isinstance(until, list | tuple) or not all(isinstance(stop, str) for stop in until):
+        raise ValueError(f"the generation setting until is {shown(until)}; expected a string, or a list of strings.")
     temperature = _number(settings, "temperature", float) or 0.0
     samples = settings.get("do_sample")
     if samples is not None and not samples:
@@ -55,7 +60,7 @@ def read_generation_settings(settings: Mapping[str, Any]) -> GenerationSettings:
     top_p, top_k = (_number(settings, "top_p", float), _number(settings, "top_k", int)) if temperature > 0.0 else (None, None)
     lengths = [length for name in _LENGTHS if (length := _number(settings, name, int)) is not None]
     return GenerationSettings(
-        [until] if isinstance(until, str) else list(until),
+        list(until),
         lengths[0] if lengths else None,
         _number(settings, "max_length", int),
         temperature,

@@ -12,6 +12,7 @@ import numpy as np
 
 from dsa_jax.checkpoints.pretrained import Pretrained
 from dsa_jax.config import ConfigError, ModelConfig
+from dsa_jax.config.checks import shown
 from dsa_jax.generation.pages import PageAllocator, make_block_table
 from dsa_jax.generation.programs import Mode, Sampling, State, compiled, decode, prefill, state_shardings
 from dsa_jax.model import Transformer
@@ -185,8 +186,8 @@ def _number(name: str, value: Any) -> float:
         if isinstance(value, str):
             raise TypeError
         return float(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{name} is {value!r}; expected a number.") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"{name} is {shown(value)}; expected a number.") from None
 
 
 def _stop_tokens(tokens: Any) -> tuple[int, ...]:

@@ -21,9 +21,15 @@ _MOST_DIFFERENCES_SHOWN = 12
 _SECTIONS = {"model", "data", "train", "eval"}  # every version of a run's config.json has them
 _KEPT = ("source", "tokenizer", "text", "exports")  # entries of environment.json about the run, not about a process
 _FILLED_IN = ("implementations", *_KEPT)  # entries of environment.json that are added when they are known
-_LEFTOVER = re.compile(r"\..+\.\d+\.tmp|\.probe\.\S+")  # left by `atomic_write_text`, and by a probe, of a killed process
 _LOGS = ("metrics.jsonl", "timing.jsonl", "evaluations.jsonl", TRACKED_FILE)
 _FILES = ("config.json", "environment.json", *_LOGS, "report.json", "report.html")
+_LEFTOVER = re.compile(rf"\.({'|'.join(map(re.escape, _FILES))})\.\d+\.tmp|\.probe\.(\d+|[a-z0-9_]{{8}})")
+"""Left by `atomic_write_text`, and by a probe, of a killed process."""
+
+_REMOVED = ("tensorboard", "profile", "hf_source")
+"""Folders of a run that could not begin, which go with its logs; other runs may share wandb's, which keeps each by its id."""
+
+_WRITTEN = {"python", "versions", "platform", "device"}  # entries that environment.json has from the first
 _FOLDERS = ("checkpoints", *(f"{folder}/{stage}" for folder in ("checkpoints", "tensorboard", "profile") for stage in STAGES))
 _FOLDERS += ("tensorboard", "wandb", "profile", "hf_source")
 _OF_A_STAGE = r"(accumulation|log_every|checkpoint_every|evaluate_every)"
@@ -201,7 +207,7 @@ def open_run(workdir: str | os.PathLike[str], config: Config, *, accepted: Colle
         if not run.has_begun and any(not _WITHOUT_EFFECT.fullmatch(name) for name in differences):
             for name in _LOGS:
                 (run.path / name).unlink(missing_ok=True)
-            for name in ("tensorboard", "wandb", "profile", "hf_source"):
+            for name in _REMOVED:
                 shutil.rmtree(run.path / name, ignore_errors=True)
         _LOG.info("%s continues with other settings: %s", path, "; ".join(differences.values()))
         write_object(run.config_path, wanted)
@@ -230,7 +236,7 @@ def check_run(run: RunDirectory, config: Config, *, accepted: Collection[str] = 
         if run.has_begun:
             _require_same_results(run.path, differences, accepted)
         return differences
-    if found := [name for name in (*_FILES, "checkpoints", "tensorboard") if _holds(run.path / name)]:
+    if found := [name for name in (*_FILES, "checkpoints", *_REMOVED) if _holds(run.path / name)]:
         raise RunError(
             f"workdir {run.path} holds {found[0]}, but no config.json that says of what run. Restore it, or choose another "
             "--workdir."
@@ -273,17 +279,24 @@ def _require_run(run: RunDirectory, recorded: Mapping[str, Any]) -> None:
             from_dict(Config, recorded)
         except (ValueError, TypeError, AttributeError) as error:
             reason = f"its config.json does not fit this version ({error})"
-    if (
-        not reason
-        and not run.has_begun
-        and any(map(_holds, (run.metrics_path, run.path / "timing.jsonl", run.path / "tensorboard")))
-    ):
-        try:
-            run.environment()
-        except RunError as error:
-            reason = str(error)
+    if not reason and not run.has_begun:
+        reason = _why_never_opened(run, recorded)
     if reason:
         raise RunError(f"workdir {run.path} holds something else than a run: {reason.rstrip('.')}. Choose another --workdir.")
+
+
+def _why_never_opened(run: RunDirectory, recorded: Mapping[str, Any]) -> str:
+    """Why a directory without a checkpoint is none that `open_run` left; empty where it is one.
+
+    Its environment.json says so. A process that was killed before it wrote that has left a whole config.json and nothing else.
+    """
+    try:
+        absent = _WRITTEN - run.environment().keys()
+        return f"its environment.json has no {', '.join(sorted(absent))}" if absent else ""
+    except RunError as error:
+        others = [name for name in (*_FILES[1:], *_FOLDERS) if _holds(run.path / name)]
+        missing = flatten(to_dict(Config())).keys() - flatten(recorded).keys()
+        return str(error) if others or any(not _ADDED.fullmatch(name) for name in missing) else ""
 
 
 def find_run(directory: str | os.PathLike[str]) -> RunDirectory:

@@ -58,23 +58,37 @@ def find_launch(
     if coordinator or num_processes is not None or process_id is not None:
         if not coordinator or num_processes is None or process_id is None:
             raise ConfigError(f"{_FLAGS} belong together; expected all three or none.")
-        if not re.fullmatch(r"\S+:[0-9]+", coordinator):
+        address = re.fullmatch(r"\S+:([0-9]{1,5})", coordinator)
+        if not address or not 0 < int(address[1]) < 2**16:
             raise ConfigError(f"--coordinator is {coordinator!r}; expected HOST:PORT of process 0, such as node001:12345.")
+        if num_processes < 1:
+            raise ConfigError(f"--num_processes is {num_processes}; expected a positive number.")
         if not 0 <= process_id < num_processes:
             raise ConfigError(f"--process_id is {process_id}; expected 0 to {num_processes - 1} (--num_processes).")
         return Launch(coordinator, num_processes, process_id)
     nodes = environment.get("SLURM_STEP_NODELIST")
-    n_tasks = int(environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS") or 1)
+    n_tasks = _of_slurm(environment, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", default=1)
     if not nodes or n_tasks == 1:
         return None
     # The same port in all tasks, which two jobs are unlikely to share; chosen as by JAX.
-    port = environment.get("JAX_COORDINATOR_PORT") or str(61440 + int(environment["SLURM_JOB_ID"]) % 4096)
+    port = environment.get("JAX_COORDINATOR_PORT") or str(61440 + _of_slurm(environment, "SLURM_JOB_ID") % 4096)
     n_visible = len(environment.get("CUDA_VISIBLE_DEVICES", "").split(","))
-    shares_node = n_tasks > int(environment.get("SLURM_STEP_NUM_NODES") or 1)
+    shares_node = n_tasks > _of_slurm(environment, "SLURM_STEP_NUM_NODES", default=1)
     is_given_its_own = "SLURM_GPUS_PER_TASK" in environment
     sees_others = not is_given_its_own and ("CUDA_VISIBLE_DEVICES" not in environment or n_visible > 1)
-    local = [int(environment["SLURM_LOCALID"])] if shares_node and sees_others else None
-    return Launch(f"{first_host(nodes)}:{port}", n_tasks, int(environment["SLURM_PROCID"]), local)
+    local = [_of_slurm(environment, "SLURM_LOCALID")] if shares_node and sees_others else None
+    return Launch(f"{first_host(nodes)}:{port}", n_tasks, _of_slurm(environment, "SLURM_PROCID"), local)
+
+
+def _of_slurm(environment: Mapping[str, str], *names: str, default: int | None = None) -> int:
+    """The number in the first variable of `names` that is set, else `default`."""
+    name = next((name for name in names if environment.get(name)), names[0])
+    value = environment.get(name)
+    if not value and default is not None:
+        return default
+    if not re.fullmatch("[0-9]{1,18}", value or ""):
+        raise ConfigError(f"{name} is {value!r} in a SLURM step; expected a number. Give {_FLAGS} instead.")
+    return int(value or 0)
 
 
 def first_host(nodes: str) -> str:

@@ -11,6 +11,7 @@ from dsa_jax.sweeps.summary import environments, format_table, read_result, tota
 
 SWEEPS = "ablations"
 PAGE = "README.md"
+_TITLE = "# Results"
 _WRITTEN_BY = "Written by `python -m experiments.summarize` from the files beside it"
 
 
@@ -28,7 +29,7 @@ def write_results(directory: Path) -> Path:
             text = read_regular(page).decode("utf-8", errors="replace")
         except OSError as error:
             raise RunError(f"{page} would be replaced, and cannot be read: {error.strerror or error}.") from error
-        if _WRITTEN_BY not in text:
+        if not text.startswith(f"{_TITLE}\n\n{_WRITTEN_BY}"):
             raise RunError(f"{page} is not a page of results and would be lost. Choose another --results, or move it away.")
     atomic_write_text(page, render_results(directory))
     return page
@@ -38,11 +39,11 @@ def render_results(directory: Path) -> str:
     """The page of a results directory: its sweeps (`ablations/*.json`) in full, its other pages (`*.md`) by title and command.
 
     Raises:
-        RunError: for a result file that cannot be read.
+        RunError: for a result file or a page that cannot be read.
     """
     sweeps = [read_result(path) for path in sorted((directory / SWEEPS).glob("*.json"))]
     lines = [
-        "# Results",
+        _TITLE,
         "",
         f"{_WRITTEN_BY}: every number is in the file named with it.",
         "",
@@ -78,7 +79,10 @@ def _sweep_line(result: Mapping[str, Any]) -> str:
 
 
 def _page_line(path: Path) -> str:
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = read_regular(path, follow=True).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is no page that can be read ({error}). Move it away.") from error
     title = re.search(r"^# (.+)$", text, re.MULTILINE)
     commands = [" ".join(command.split()) for command in re.findall(r"^Command:\s+`([^`]+)`", text, re.MULTILINE)]
     return f"| [{title[1] if title else path.stem}]({path.name}) | " + "<br>".join(f"`{c}`" for c in commands) + " |"

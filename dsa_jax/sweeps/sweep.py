@@ -74,9 +74,10 @@ class Ablation:
         Raises:
             ConfigError: naming the fault and the variant.
         """
-        if not re.fullmatch(r"[^./\\\s\x00-\x1f\ud800-\udfff][^/\\\x00-\x1f\ud800-\udfff]{0,199}", self.name):
+        is_name = re.fullmatch(r"[^./\\\s\x00-\x1f\ud800-\udfff][^/\\\x00-\x1f\ud800-\udfff]*", self.name)
+        if not is_name or len(self.name.encode()) > 200:
             raise ConfigError(
-                f"name is {self.name!r:.60}; expected the name of files in --results: at most 200 characters, neither / nor \\ "
+                f"name is {self.name!r:.60}; expected the name of files in --results: at most 200 bytes, neither / nor \\ "
                 "among them, and no dot or space first."
             )
         if not self.variants or not self.seeds:

@@ -55,6 +55,15 @@ def test_a_run_does_not_write_into_its_source(tmp_path, source, workdir):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_the_home_directory_is_no_way_round(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = Config()
+    for source, workdir in (("~/m/hf", "m"), ("~/m", "m/runs/a"), ("~", "m")):
+        config.init.hf_dir = source
+        with pytest.raises(ConfigError, match=r"init\.hf_dir is ~.* neither lies in the other"):
+            check_places(config, tmp_path / workdir)
+
+
 def test_config_and_tokenizer_stay_when_the_source_goes(tmp_path, dense):
     source = shutil.copytree(dense, tmp_path / "source")
     content = json.loads((source / "config.json").read_text())
@@ -69,6 +78,9 @@ def test_config_and_tokenizer_stay_when_the_source_goes(tmp_path, dense):
     assert resolve_checkpoint(config, tmp_path / "kept") == resolved
     present = present_inputs(resolved, tmp_path / "kept")
     assert present.init.hf_dir == present.data.text.tokenizer == str(tmp_path / "kept")
+    for name, stays in (("tokenizer.json", str(tmp_path / "kept" / "tokenizer.json")), ("", str(tmp_path / "kept"))):
+        resolved.data.text.tokenizer = f"{source}/{name}"
+        assert present_inputs(resolved, tmp_path / "kept").data.text.tokenizer == stays
     config.model.attention.indexer.topk += 1
     assert resolve_checkpoint(config, tmp_path / "kept") != resolved
 

@@ -28,6 +28,7 @@ ROPE_LAYOUT_SPELLINGS = {
     "rotary_emb_interleaved": True,
     "is_neox_style": False,
     "rope_is_neox_style": False,
+    "neox_style": False,
 }
 """Other spellings of rope_interleave, or of its opposite where false; they may be there, but not against it."""
 

@@ -8,6 +8,7 @@ the embedding counts for more than `tie_word_embeddings`, as in transformers and
 
 import contextlib
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ from dsa_jax.model.rope import Rope, rotary_magnitude
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = {"float32": "float32", "float": "float32", "bfloat16": "bfloat16", "float16": "float32", "half": "float32"}
+_OF_POSITIONS = re.compile(r"rope|rotary|alibi|position_embedding|(^|_)ntk(_|$)|use_nope|nope_layer")
+_IS_ROTATED = re.compile(r"((use|apply|enable)_)?(rope|rotary|rotary_emb|rotary_(position_)?embeddings?)")
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float32"}
 
 
@@ -65,8 +68,11 @@ def read_model_config(directory: str | Path) -> ModelConfig:
         if weights is not None and config.tie_embeddings:
             config.tie_embeddings = not _has_head_of_its_own(weights)
     generation = directory / "generation_config.json"
-    if generation.is_file() and (stop := _token_ids(Fields(generation, read_json(generation), {}))):
-        config.eos_token_ids = tuple(dict.fromkeys((*config.eos_token_ids, *stop)))
+    if generation.is_file():
+        stop = _token_ids(Fields(generation, read_json(generation), {}))
+        if beyond := [token for token in stop if not 0 <= token < config.vocab_size]:
+            _LOG.warning("%s: eos_token_id %s is no token of the model, so nothing stops at it", generation, shown(beyond))
+        config.eos_token_ids = tuple(dict.fromkeys((*config.eos_token_ids, *(each for each in stop if each not in beyond))))
     return config
 
 
@@ -186,12 +192,24 @@ def _refuse_windows(fields: Fields, family: Family, n_layers: int) -> None:
 
 
 def _refuse_rotation(fields: Fields, unknown: list[str]) -> None:
-    """Refuse a field that by its name changes the rotary embedding; programs that know it would compute another model."""
-    for name in unknown:
+    """Refuse a field that by its name changes how positions enter; programs that know it would compute another model."""
+    for name in filter(_OF_POSITIONS.search, unknown):
         value = fields.content[name]
-        is_neutral = not value or value == "default" or (type(value) in (int, float) and value == 1)
-        if ("rope" in name or "rotary" in name) and not is_neutral:
+        if _IS_ROTATED.fullmatch(name):
+            if value not in (None, True):
+                fields.fail(name, "true: queries and keys are rotated in every layer")
+        elif not _changes_no_rotation(name, value):
             fields.fail(name, "null or false: it changes the rotary embedding, and is not computed")
+
+
+def _changes_no_rotation(name: str, value: Any) -> bool:
+    """Whether a value is off or, of a factor or a share, 1; a share of 0 rotates nothing, an interval of 0 is none.
+
+    Of another family's "absolute" embeddings there would be weights, which are refused.
+    """
+    if type(value) in (int, float):
+        return value == (0 if name.endswith("interval") else 1)
+    return not value or value in ("default", "rope", "rotary", "absolute")
 
 
 def _flag(fields: Fields, name: str, always: bool | None) -> bool:

@@ -1,5 +1,6 @@
 """Saving a Hugging Face checkpoint: one tensor in memory at a time, and the directory complete or unchanged."""
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -7,6 +8,7 @@ import glob
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
@@ -44,7 +46,8 @@ _LOG = logging.getLogger(__name__)
 _METADATA = {"format": "pt"}
 TEXT_RECORD = "dsa_jax_text.json"
 """File beside the weights that says which text they were evaluated on."""
-# Files of a checkpoint directory beside its .safetensors, which saving may replace.
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+# Files of a checkpoint directory beside its weights, which saving may replace.
 _REPLACEABLE = frozenset({"config.json", INDEX_FILE, *TOKENIZER_FILES, TEXT_RECORD, "README.md", "LICENSE", ".gitattributes"})
 
 
@@ -280,7 +283,8 @@ def _check_target(target: Path) -> None:
     if not target.is_dir():
         raise CheckpointError(f"{target} is a file; expected a directory to write a checkpoint to.")
     entries = sorted(target.iterdir())
-    weights = [entry for entry in entries if entry.suffix == ".safetensors" and not entry.is_dir()]
+    of_index = _indexed_files(target)
+    weights = [entry for entry in entries if (_WEIGHTS.fullmatch(entry.name) or entry.name in of_index) and not entry.is_dir()]
     if entries and not (weights and (target / "config.json").exists()):
         raise CheckpointError(f"{target} holds {entries[0].name} and is no checkpoint; expected a new or empty directory.")
     others = [entry for entry in entries if entry not in weights and (entry.is_dir() or entry.name not in _REPLACEABLE)]
@@ -288,6 +292,15 @@ def _check_target(target: Path) -> None:
         raise CheckpointError(
             f"{target} is a checkpoint that also holds {others[0].name}, which saving would remove; choose another directory."
         )
+
+
+def _indexed_files(target: Path) -> set[Any]:
+    """Names of the files that the index of a checkpoint lists; empty where there is none that can be read."""
+    try:
+        files = read_json(target / INDEX_FILE).get("weight_map")
+    except CheckpointError:
+        return set()
+    return {name for name in files.values() if isinstance(name, str)} if isinstance(files, dict) else set()
 
 
 def _keep_card(target: Path, temporary: Path) -> None:
@@ -328,10 +341,12 @@ def _replace_in_two_steps(temporary: Path, target: Path) -> None:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove the temporary directories of earlier calls that were killed."""
+    """Remove the temporary directories of earlier calls that were killed; what holds other files is somebody's own."""
     for suffix in ("part", "old"):
         for leftover in target.parent.glob(f".{glob.escape(target.name)}.{'[a-z0-9_]' * 8}.{suffix}"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            with contextlib.suppress(OSError):  # the checkpoint is written already
+                if all(file.suffix == ".safetensors" or file.name in _REPLACEABLE for file in leftover.iterdir()):
+                    shutil.rmtree(leftover)
 
 
 def _sync(directory: Path) -> None:

@@ -94,6 +94,7 @@ def test_every_number_declares_its_range_and_reaches_both_ends():
         ("model.moe.bias_update_rate", -0.1),
         ("model.moe.balance_loss_weight", -0.1),
         ("model.moe.routed_scale", 0.0),
+        ("model.attention.rope.attention_factor", 1e-300),
         ("model.family", "lama"),
         ("model.n_layers", 10**9),
         ("model.eos_token_ids", (2, -1)),
@@ -118,6 +119,20 @@ def test_what_cannot_mean_anything(path, value):
     config = Config()
     set_field(config, path, value)
     refusal(config.validate, path)
+
+
+@pytest.mark.parametrize("stage", ["warmup", "sparse"])
+def test_an_indexer_that_is_trained_alone_learns_by_its_loss(stage):
+    config = Config()
+    config.model.attention.indexer.enabled = True
+    getattr(config.train, stage).indexer_loss_weight = 0.0
+    config.validate()  # no such stage
+    getattr(config.train, stage).steps = 5
+    config.train.sparse_trains = "indexer"
+    refusal(config.validate, f"train.{stage}.indexer_loss_weight")
+    if stage == "sparse":
+        config.train.sparse_trains = "all"
+        config.validate()
 
 
 def test_needles_that_are_asked_for_must_exist_where_the_task_is_used():

@@ -139,6 +139,25 @@ def test_files_of_runs_are_not_text(tmp_path, caplog):
     assert "8 of a run (checkpoints)" in caplog.text
 
 
+@pytest.mark.parametrize("pattern", ["**/*", "**/*.txt", "*", "runs/*/*", "runs/mine/h*"])
+def test_no_pattern_reaches_the_files_of_a_run(tmp_path, pattern):
+    write(tmp_path, "a.txt")
+    run = open_run(tmp_path / "runs" / "mine", Config()).path
+    write(run, "note.txt")
+
+    def found():
+        try:
+            return [file.name for file in find_files(str(tmp_path / pattern), lambda name: "" if ".txt" in name else "other")]
+        except ConfigError:
+            return []
+
+    before = found()
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    for folder in ("hf", "hf_source", "checkpoints/sparse/1"):
+        write(run / folder, "merges.txt")
+    assert found() == before
+
+
 @pytest.mark.parametrize("content", ["{}", '{"model": 1}', "[" * 10**5, "not JSON", "[1]"])
 def test_metrics_of_others_are_text(tmp_path, content):
     (tmp_path / "config.json").write_text(content)

@@ -109,6 +109,10 @@ def test_settings_of_the_tasks():
         ({"max_length": 3}, "max_length is 3, but a context has 4 tokens"),
         ({"max_gen_toks": 64}, r"max_gen_toks is 64; expected .* max_length \(64\)"),
         ({"max_gen_toks": -1}, "max_gen_toks is -1"),
+        ({"until": 5}, "until is 5; expected a string, or a list of strings"),
+        ({"until": ["\n", None]}, r"until is \['\\n', None\]; expected a string"),
+        ({"until": {"\n": 1}}, "until is {.*}; expected a string, or a list"),
+        ({"temperature": 10**400}, "temperature is .*; expected a number"),
     ],
 )
 def test_settings_that_cannot_be_followed(calls, settings, message):

@@ -83,6 +83,28 @@ def test_contradicting_flags_are_named(arguments, message):
         find_launch(*arguments, {})
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "two"}, "SLURM_STEP_NUM_TASKS is 'two'"),
+        ({"SLURM_JOB_ID": ""}, "SLURM_JOB_ID is ''"),
+        ({"SLURM_PROCID": "-1"}, "SLURM_PROCID is '-1'"),
+    ],
+)
+def test_a_step_that_lacks_a_number_is_one_line(changes, message):
+    with pytest.raises(ConfigError, match=f"{message} in a SLURM step; expected a number. Give --coordinator"):
+        find_launch("", None, None, STEP | changes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [(("h:99999", 2, 1), "coordinator"), (("h:0", 2, 1), "coordinator"), (("h:1", 0, 0), "num_processes")],
+)
+def test_a_port_and_a_number_of_processes_that_cannot_be(arguments, flag):
+    with pytest.raises(ConfigError, match=f"--{flag} is "):
+        find_launch(*arguments, {})
+
+
 def test_a_peer_that_never_comes_is_named_and_waited_for_aloud(caplog):
     done, forever = threading.Event(), threading.Event()
     wait_for(done.set, "nobody", seconds=5, every=1)

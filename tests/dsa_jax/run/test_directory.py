@@ -214,10 +214,42 @@ def test_a_directory_of_another_project_is_left_alone(tmp_path, name):
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl", "environment.json", "tensorboard"])
+OTHERS = ("wandb/run-1/logs", "profile/trace", "evaluations.jsonl", "hf_source/config.json", "trackers.json", "src/main.py")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("environment", ["", '{"history": [], "implementations": {}}'], ids=["none", "theirs"])
+def test_sections_of_our_names_make_no_run(tmp_path, name, environment):
+    (tmp_path / "config.json").write_text(json.dumps(FOREIGN["empty sections"]))
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    if environment:
+        (tmp_path / "environment.json").write_text(environment)
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    with pytest.raises(RunError, match="holds something else than a run"):
+        open_run(tmp_path, Config())
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_a_process_killed_before_it_wrote_its_environment_makes_way(tmp_path):
+    open_run(tmp_path, Config()).environment_path.unlink()
+    assert open_run(tmp_path, Config(seed=7)).config().seed == 7
+
+
+def test_what_others_keep_beside_a_run_stays(tmp_path):
+    kept = [tmp_path / "wandb" / "of another run", tmp_path / ".notes.5.tmp", tmp_path / ".probe.mine"]
+    kept[0].parent.mkdir()
+    for path in kept:
+        path.write_text("mine")
+    for seed in range(2):
+        open_run(tmp_path, Config(seed=seed))
+    assert [path.read_text() for path in kept] == ["mine"] * 3
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl", "environment.json", "tensorboard", "profile", "hf_source"])
 def test_files_of_no_run_are_left_alone(tmp_path, name):
-    (tmp_path / name).mkdir() if name == "tensorboard" else (tmp_path / name).write_text("{}")
-    if name == "tensorboard":
+    (tmp_path / name).write_text("{}") if "." in name else (tmp_path / name).mkdir()
+    if "." not in name:
         (tmp_path / name / "events").write_text("mine")
     with pytest.raises(RunError, match=rf"holds {name}, but no config\.json that says of what run"):
         open_run(tmp_path, Config())

@@ -1,6 +1,7 @@
 """The committed results: every page follows from the file that it is made of."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,31 @@ def test_a_sweep_has_its_page_its_plot_and_a_recipe_with_its_variants(path):
 def test_every_recipe_of_a_sweep_can_run():
     for path in sorted(Path("configs/ablations").glob("[!_]*.py")):
         load_config(str(path), Ablation).validate()
+
+
+@pytest.mark.parametrize("kind", ["not text", "directory", "dangling link", "fifo"])
+def test_a_page_beside_it_that_cannot_be_read_is_one_line(tmp_path, kind):
+    page = tmp_path / "costs.md"
+    if kind == "not text":
+        page.write_bytes(b"\xff\xfe")
+    elif kind == "directory":
+        page.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(page)
+    else:
+        page.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(RunError, match=r"costs\.md is no page that can be read \(.*\)\. Move it away"):
+        write_results(tmp_path)
+    assert not (tmp_path / PAGE).exists()
+
+
+def test_a_page_that_quotes_ours_is_not_replaced(tmp_path):
+    ours = write_results(tmp_path)
+    theirs = f"# My project\n\nIts results begin:\n\n{ours.read_text()}"
+    ours.write_text(theirs)
+    with pytest.raises(RunError, match="is not a page of results"):
+        write_results(tmp_path)
+    assert ours.read_text() == theirs
 
 
 @pytest.mark.parametrize("kind", ["text", "empty", "link", "directory"])

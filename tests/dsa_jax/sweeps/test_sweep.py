@@ -182,7 +182,10 @@ def test_a_file_that_is_no_result_is_named(tmp_path):
         list(known_runs(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["../../x", "a/b", "/x", "..", ".x", "", "a\0b", "a\nb", "\udcff", "x" * 300, "a\\b"])
+LONG = ["x" * 300, "ä" * 101, "🙂" * 60]  # more bytes than the name of a file has
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "/x", "..", ".x", "", "a\0b", "a\nb", "\udcff", "a\\b", *LONG])
 def test_a_sweep_is_named_like_a_file(tmp_path, name):
     ablation = sweep(Variant("base"))
     ablation.name = name

@@ -18,6 +18,14 @@ def test_generation_config_adds_to_what_ends_a_text(tmp_path, stated, ends):
     assert read_model_config(directory).eos_token_ids == ends
 
 
+@pytest.mark.parametrize("stated", [[2, 99_999], -1, [48, 3]], ids=["beyond", "none", "the first beyond"])
+def test_end_tokens_that_no_model_can_write_end_nothing(tmp_path, stated, caplog):
+    directory = write_checkpoint(tmp_path, config_of("llama", eos_token_id=2), {})
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": stated}))
+    assert read_model_config(directory).eos_token_ids == ((2, 3) if stated == [48, 3] else (2,))
+    assert "generation_config.json: eos_token_id [" in caplog.text and "no token of the model" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("fields", "layer_types"),
     [
@@ -188,6 +196,14 @@ def test_an_unknown_family_gets_the_list_of_known_ones(tmp_path):
         ("deepseek_v3", {"rope_interleaved": False}, "rope_interleaved is False; expected true"),
         ("llama", {"rotary_pct": 0.25}, "rotary_pct is 0.25; expected null or false"),
         ("llama", {"rope_ratio": 16}, "rope_ratio is 16; expected null or false"),
+        ("llama", {"use_rope": False}, "use_rope is False; expected true"),
+        ("deepseek_v3", {"use_rotary_embedding": False}, "use_rotary_embedding is False; expected true"),
+        ("llama", {"rotary_dim": 0}, "rotary_dim is 0; expected null or false"),
+        ("qwen3", {"position_embedding_type": "alibi"}, "position_embedding_type is 'alibi'; expected null or false"),
+        ("llama", {"use_alibi": True}, "use_alibi is True; expected null or false"),
+        ("llama", {"use_dynamic_ntk": True}, "use_dynamic_ntk is True; expected null or false"),
+        ("llama", {"nope_layer_interval": 4}, "nope_layer_interval is 4; expected null or false"),
+        ("llama", {"neox_style": False}, "neox_style is False; expected true"),
     ],
 )
 def test_fields_that_turn_other_channels_are_no_unknown_fields(case, changes, message, tmp_path):
@@ -197,6 +213,7 @@ def test_fields_that_turn_other_channels_are_no_unknown_fields(case, changes, me
 
 def test_spellings_of_the_rotation_that_is_computed_are_read(tmp_path):
     neutral = {"rope_interleaved": False, "is_neox_style": True, "rotary_pct": 1.0, "rope_ratio": None}
+    neutral |= {"use_rope": True, "position_embedding_type": "rope", "nope_layer_interval": 0, "use_alibi": False}
     llama = read_model_config(write_checkpoint(tmp_path, config_of("llama", **neutral), {}))
     assert llama.attention.rope_layout == "half_split"
     deepseek = read_model_config(write_checkpoint(tmp_path, config_of("deepseek_v3", rope_interleaved=True), {}))

@@ -15,6 +15,7 @@ import pytest
 from dsa_jax import build_model, load_pretrained, save_pretrained
 from dsa_jax.checkpoints.hf import CheckpointError
 from dsa_jax.checkpoints.hf import save as save_module
+from dsa_jax.checkpoints.hf.weights import INDEX_FILE
 from dsa_jax.checkpoints.hf.write_config import choose_layout
 from dsa_jax.config import AttentionConfig, IndexerConfig, ModelConfig, MoEConfig, RopeConfig
 from dsa_jax.model import abstract_params
@@ -407,7 +408,8 @@ def test_nothing_but_a_checkpoint_is_replaced(saved):
             save_pretrained(directory, loaded.config, loaded.params)
         assert (sorted(directory.rglob("*")) if directory.is_dir() else directory.read_bytes()) == before
 
-    for name in ("results.json", "thesis.txt"):
+    others = ("my_lora.safetensors", "optimizer.safetensors", "model-two.safetensors", "consolidated.safetensors")
+    for name in ("results.json", "thesis.txt", *others):
         (target / name).write_text("years of work")
         refused(target, f"also holds {name}")
         (target / name).unlink()
@@ -416,10 +418,30 @@ def test_nothing_but_a_checkpoint_is_replaced(saved):
     (other / "notes.txt").write_text("notes")
     refused(other, r"holds notes\.txt and is no checkpoint")
     refused(other / "notes.txt", "is a file")
+    (other / "notes.txt").rename(other / "config.json")
+    (other / "embeddings.safetensors").write_text("years of work")
+    refused(other, r"holds config\.json and is no checkpoint")
     empty = target.parent / "deep" / "empty"
     empty.mkdir(parents=True)
     save_pretrained(empty, loaded.config, loaded.params)
     assert (empty / "config.json").is_file()
+
+
+def test_files_that_the_index_names_are_the_checkpoints_own(saved):
+    target, loaded = saved
+    (target / "model.safetensors").rename(target / "pytorch_model-1.safetensors")
+    (target / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "pytorch_model-1.safetensors"}}))
+    save_pretrained(target, loaded.config, loaded.params)
+    assert not (target / "pytorch_model-1.safetensors").exists() and (target / "model.safetensors").is_file()
+
+
+def test_a_hidden_directory_with_other_files_is_no_leftover(saved):
+    target, loaded = saved
+    dated = target.parent / f".{target.name}.20240101.old"
+    dated.mkdir()
+    (dated / "thesis.txt").write_text("years of work")
+    save_pretrained(target, loaded.config, loaded.params)
+    assert (dated / "thesis.txt").read_text() == "years of work"
 
 
 def test_what_killed_calls_left_behind_goes_with_the_next(saved):
