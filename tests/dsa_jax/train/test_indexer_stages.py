@@ -40,7 +40,9 @@ def test_a_sparse_warmup_over_all_keys_is_the_dense_one(kind, moe):
     config.train.warmup_attention = "sparse"
     config.validate()
     _, sparse, metrics = one_step(config, "warmup")
-    np.testing.assert_allclose(metrics["kl_layers"], dense_metrics["kl_layers"], rtol=1e-5, atol=1e-7)  # a sum of logarithms near 0
+    np.testing.assert_allclose(
+        metrics["kl_layers"], dense_metrics["kl_layers"], rtol=1e-5, atol=1e-7
+    )  # a sum of logarithms near 0
     assert metrics["kl"] > 0 and "loss" not in metrics
     for path, start in before.items():
         if is_indexer_path(path):
