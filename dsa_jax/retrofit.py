@@ -1,5 +1,6 @@
 """The retrofit end to end: initialise, pretrain if the recipe has it, warm up the indexer, train sparse, evaluate, report."""
 
+import dataclasses
 import functools
 import logging
 import time
@@ -376,7 +377,7 @@ def _evaluate_and_report(
         "rows": table.rows,
         "remarks": table.remarks,
         "setup": {"checkpoint": run.words_for(next(reversed(_stages(config)), "")), **table.setup},
-        "samples": table.samples,
+        "samples": [dataclasses.asdict(sample) for sample in table.samples],
         "stages": summaries | {"evaluate": {"seconds": time.perf_counter() - started}},
         "coverage_by_layer": table.coverage_by_layer,
         "loss_by_position": {"positions": table.position_ends, **table.loss_by_position},
