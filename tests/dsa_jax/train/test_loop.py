@@ -49,7 +49,6 @@ def test_a_run_directory_explains_itself(undisturbed):
         "sparse",
         "sparse, untrained indexer",
         "window of the same budget",
-        "sink and window of the same budget",
         "oracle top-k",
     ]
     assert set(report["stages"]) == {"pretrain", "warmup", "sparse", "evaluate"}

@@ -27,6 +27,7 @@ def tiny_config(kind: str = "gqa", *, moe: bool = False, steps: int = 6) -> Conf
             StageConfig(steps=steps, batch_size=4, seq_len=16, log_every=1, checkpoint_every=4, optimizer=optimizer),
         )
     config.eval.recall_len, config.eval.recall_sequences, config.eval.batch_size, config.eval.text_sequences = 16, 6, 4, 0
+    config.eval.rows = ("dense", "sparse", "untrained", "window", "oracle")
     return config
 
 
