@@ -19,12 +19,12 @@ def get_config() -> Config:
     config.model.dtype = "checkpoint"
     config.model.attention.indexer = IndexerConfig(enabled=True, n_heads=8, head_dim=64, rope_dim=32, topk=64)
     retrofit_from_checkpoint(
-        config, batch_size=1, seq_len=512, accumulation=1, sparse_steps=10, text_sequences=16, eval_batch_size=4
+        config, batch_size=1, seq_len=512, accumulation=1, sparse_steps=8, text_sequences=12, eval_batch_size=4
     )
     warmup, sparse = config.train.warmup, config.train.sparse
-    warmup.steps, warmup.optimizer = 160, OptimizerConfig(learning_rate=1e-2, schedule="cosine", warmup_steps=5)
+    warmup.steps, warmup.optimizer = 150, OptimizerConfig(learning_rate=1e-2, schedule="cosine", warmup_steps=5)
     sparse.optimizer = OptimizerConfig(learning_rate=1e-5, schedule="constant", warmup_steps=4, indexer_learning_rate=1e-3)
     config.data.text.max_tokens = 2_000_000
     config.eval.loop_sequences = 8
-    config.eval.text_tasks, config.eval.text_task_lens, config.eval.text_task_sequences = ("needle",), (512,), 16
+    config.eval.text_tasks, config.eval.text_task_lens, config.eval.text_task_sequences = ("needle",), (512,), 12
     return config
