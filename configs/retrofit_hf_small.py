@@ -3,7 +3,7 @@
 Command:   python -m experiments.retrofit --config=configs/retrofit_hf_small.py --config.init.hf_dir=DIR --workdir=runs/small \\
                --config.data.text.path=TEXT
            TEXT is a .txt, .jsonl or .npy file or a directory of them; without it, the Python standard library's own source.
-Hardware:  two CPU cores; `make real` runs it on SmolLM2-135M-Instruct in some 20 minutes, 148 tokens/s in the warm-up and 43 in
+Hardware:  two CPU cores; `make real` runs it on SmolLM2-135M-Instruct in 23 minutes, 148 tokens/s in the warm-up and 43 in
            the sparse stage on two AVX2 cores of an AMD EPYC.
 Result:    README's first table: text loss 1.941 sparse, 1.891 dense; needles 0.250 and 1.000. One seed.
 

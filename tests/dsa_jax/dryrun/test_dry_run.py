@@ -64,7 +64,7 @@ def test_every_recipe(name):
     assert f"{summary['parameters']['total']:,}" in text and "GB per device" in text
     assert summary["n_devices"] == (8 if name.startswith("h200x8") or name == "retrofit_qwen3_8b" else 1)
     assert sum(row["bytes"] for row in summary["sharding"]) == summary["parameter_bytes"]
-    assert set(summary["stages"]) == {stage for stage in STAGES if getattr(config.train, stage).steps}
+    assert set(summary["stages"]) == {stage for stage in STAGES if getattr(config.train, stage).n_steps}
 
 
 @pytest.mark.parametrize("preset", ["ep8", "fsdp2_ep4", "fsdp4_cp2"])
