@@ -3,7 +3,8 @@
 from typing import Any
 
 from dsa_jax.config import ModelConfig
-from dsa_jax.costs.model import cache_bytes_per_token, forward_flops_per_token, pays_from
+from dsa_jax.costs.indexer_size import pays_from_length
+from dsa_jax.costs.model import cache_bytes_per_token, forward_flops_per_token
 from dsa_jax.model.attention.kinds import kinds_of
 
 _LONGEST = 2**17
@@ -14,8 +15,8 @@ def dense_and_sparse(config: ModelConfig, length: int) -> dict[str, Any] | None:
 
     Returns:
         `lengths`; by length `dense_flops` and `sparse_flops` of a token's forward pass, on average over the sequence;
-        `dense_cache_bytes` and `sparse_cache_bytes` of a token in bfloat16; `pays_from`, the first of the lengths from which
-        sparse stays below dense, None where there is none.
+        `dense_cache_bytes` and `sparse_cache_bytes` of a token in bfloat16; `pays_from`, the least length at which
+        sparse is below dense, whatever `length` is, None where there is none up to 2**20.
     """
     if not config.attention.indexer.enabled or any(kind.modes for kind in kinds_of(config)):
         return None
@@ -29,5 +30,5 @@ def dense_and_sparse(config: ModelConfig, length: int) -> dict[str, Any] | None:
         "sparse_flops": sparse,
         "dense_cache_bytes": cache_bytes_per_token(config, "bfloat16", "dense"),
         "sparse_cache_bytes": cache_bytes_per_token(config, "bfloat16", "sparse"),
-        "pays_from": pays_from(dense, sparse, lengths),
+        "pays_from": pays_from_length(config),
     }
