@@ -7,6 +7,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from dsa_jax.params import parameter_paths
+
 VOCAB, HIDDEN, MLP, LAYERS, HEADS = 48, 32, 40, 3, 4
 Q_RANK, KV_RANK, NOPE, ROPE, V_DIM = 20, 24, 12, 8, 10
 EXPERTS, EXPERT_DIM, SHARED, DENSE_LAYERS = 4, 16, 2, 1
@@ -189,3 +191,12 @@ def read_tensors(directory):
     for file in sorted(Path(directory).glob("*.safetensors")):
         found |= load_file(file)
     return found
+
+
+def assert_same(first, second):
+    """The same parameters, bit for bit."""
+    first, second = parameter_paths(first), parameter_paths(second)
+    assert list(first) == list(second)
+    for path, value in first.items():
+        assert value.dtype == second[path].dtype, path
+        np.testing.assert_array_equal(np.asarray(value), np.asarray(second[path]), err_msg=path)
